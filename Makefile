@@ -1,0 +1,84 @@
+# make demo | test | lint | format | types | bench | clean | distclean
+#
+# Every target sets up what it needs in ./.venv by itself: the first run downloads packages for some minutes, later runs
+# start at once, and a change of pyproject.toml or constraints.txt installs again.
+# All paths are relative, so the folder may have spaces in its name.
+
+# The interpreter that makes the environment: `make PYTHON=/some/python test` picks it by hand; left out, the first of
+# these that runs and is new enough.
+PYTHON ?=
+PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python)
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+INPUTS := pyproject.toml constraints.txt
+
+DEMO_ARGS  ?=
+TEST_ARGS  ?=
+BENCH_ARGS ?=
+
+.PHONY: help demo test lint format types bench clean distclean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # two installations into one environment at once would break it
+
+help:
+	@echo 'make demo      train a small model on the embedded emoji, reload it, draw samples'
+	@echo 'make test      run the tests            (TEST_ARGS="-k scheduler" is passed on to pytest)'
+	@echo 'make lint      check style and layout   (changes nothing)'
+	@echo 'make format    repair style and layout'
+	@echo 'make types     check types with mypy'
+	@echo 'make bench     compare speed and memory with diffusers (BENCH_ARGS=...)'
+	@echo 'make clean     delete what builds and tests leave behind; `make distclean` deletes .venv, too'
+
+demo: $(VENV)/.installed-train
+	$(PY) training/demo.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test
+	$(PY) -m pytest -n 2 -q $(TEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(PY) -m ruff check --fix --exit-zero .
+	$(PY) -m ruff format .
+
+types: $(VENV)/.installed-dev
+	$(PY) -m mypy
+
+bench: $(VENV)/.installed-test
+	$(PY) benchmarks/bench_unet.py $(BENCH_ARGS)
+
+# Each of these holds the ones before it (see pyproject.toml), so installing it counts for them as well.
+HELD_train := train
+HELD_test  := train test
+HELD_dev   := train test dev
+
+# setuptools comes first and pinned, because the build below is not isolated: an isolated one would fetch the newest.
+$(VENV)/.installed-%: $(INPUTS) | $(VENV)/.created
+	@echo 'Installing diffusers-adm[$*] into $(VENV) ...'
+	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt setuptools
+	$(PY) -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$*]'
+	@touch $(HELD_$*:%=$(VENV)/.installed-%)
+
+# A stamp of its own, so that an environment whose creation broke off is made again.
+$(VENV)/.created:
+	@for python in $(PYTHONS); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    "$$python" -m venv --clear $(VENV) && touch $@ && exit 0; \
+	    echo 'error: `'"$$python"' -m venv` failed; on Debian and Ubuntu, install the package python3-venv.' >&2; \
+	    exit 1; \
+	  fi; \
+	done; \
+	echo 'error: diffusers-adm needs Python 3.11 or newer, and none of these is: $(PYTHONS)' >&2; \
+	echo '       Point to one with `make PYTHON=/path/to/python3.12 ...`.' >&2; \
+	exit 1
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache outputs
+	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
