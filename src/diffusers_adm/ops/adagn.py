@@ -1,0 +1,158 @@
+"""
+Adaptive group normalisation (AdaGN) with its activation: `act(group_norm(x) * (1 + scale) + shift)`.
+
+Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (https://huggingface.co/papers/2105.05233),
+section 3.1. `adagn_reference` is the definition; `adagn` is the one function that everything else calls, and the one
+place that chooses a faster way to the same numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+AdaGNActivation = Literal["silu", "swish", "mish", "gelu", "relu"]
+ADAGN_ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+
+# Set to 1 before the import to send every call through the reference, e.g. to find out whether a fast path is to blame
+# for a difference. Read once: a look-up at every call would break graphs under `torch.compile`.
+USE_ADAGN_REFERENCE = os.environ.get("DIFFUSERS_ADM_REFERENCE_ADAGN") == "1"
+
+
+def adagn_reference(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: AdaGNActivation = "silu",
+) -> torch.Tensor:
+    r"""
+    `act(group_norm(x) * (1 + scale) + shift)`, written plainly: what every fast path must match, gradients included.
+
+    Args:
+        x (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Any floating dtype, any memory format.
+        num_groups (`int`): Number of groups; divides `channels`.
+        weight, bias (`torch.Tensor` of shape `(channels,)`): Affine parameters of the normalisation.
+        eps (`float`): Added to the variance of a group.
+        scale, shift (`torch.Tensor` of shape `(batch_size, channels)`, *optional*): Conditioning. Both or neither;
+            without them this is a plain group normalisation with an activation.
+        activation (`str`, defaults to `"silu"`): One of `"silu"` (also called `"swish"`), `"mish"`, `"gelu"`, `"relu"`.
+
+    Returns:
+        `torch.Tensor`: Same shape, dtype and memory format as `x`.
+    """
+    # At least float32 until the last cast: just above 1, bfloat16 steps by 2**-7, so `1 + scale` would lose small
+    # scales. float64 stays float64, so that oracle tests mean something.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    h = F.group_norm(x.to(dtype), num_groups, weight.to(dtype), bias.to(dtype), eps)
+    if scale is not None:
+        h = h * (1 + scale.to(dtype)[:, :, None, None]) + shift.to(dtype)[:, :, None, None]
+    return ADAGN_ACTIVATIONS[activation](h).to(x.dtype)
+
+
+def _adagn_folded(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    activation: AdaGNActivation,
+) -> torch.Tensor:
+    """
+    The same in one normalisation kernel: the batch moves into the channels, where the affine parameters of the kernel
+    can differ by example, so that they take up scale and shift: w' = w (1 + s), b' = b (1 + s) + t.
+    """
+    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    batch_size, channels, height, width = x.shape
+    # The CPU kernels for channels-last normalise slowly and differentiate three to five times slower than the planar
+    # ones; two copies cost much less than that.
+    h = x.contiguous()
+    # The kernel computes in float32 inside, whatever `x` is, and takes float32 parameters with 16-bit activations;
+    # thus `1 + scale` keeps its precision here, too.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if scale is None:
+        h = torch.group_norm(h, num_groups, weight, bias, eps)
+    else:
+        gain = 1 + scale.to(dtype)
+        h = torch.group_norm(
+            h.view(1, batch_size * channels, height, width),
+            batch_size * num_groups,
+            (weight * gain).flatten(),
+            (bias * gain + shift.to(dtype)).flatten(),
+            eps,
+        ).view(batch_size, channels, height, width)
+    if activation in ("silu", "swish"):
+        h = F.silu(h, inplace=not h.requires_grad)
+    else:
+        h = ADAGN_ACTIVATIONS[activation](h)
+    return h.contiguous(memory_format=memory_format)
+
+
+def adagn(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: AdaGNActivation = "silu",
+) -> torch.Tensor:
+    """
+    `act(group_norm(x) * (1 + scale) + shift)` by the fastest way that is known to be right for this input.
+
+    Arguments and result are those of [`adagn_reference`], which is the definition. On CPU the work is done by one
+    normalisation kernel; everywhere else, and where the environment variable `DIFFUSERS_ADM_REFERENCE_ADAGN` is `1`,
+    by the reference. The result keeps the memory format of `x` (contiguous or channels-last).
+
+    Raises:
+        ValueError: If just one of `scale` and `shift` is given.
+    """
+    if (scale is None) != (shift is None):
+        given = "scale" if shift is None else "shift"
+        raise ValueError(f"`adagn` got `{given}` alone. Pass both `scale` and `shift`, or neither.")
+    plain_layout = x.ndim == 4 and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+    fold = x.device.type == "cpu" and plain_layout and not USE_ADAGN_REFERENCE
+    run = _adagn_folded if fold else adagn_reference
+    return run(x, num_groups, weight, bias, eps, scale, shift, activation)
+
+
+class AdaGroupNormAct(nn.GroupNorm):
+    r"""
+    Group normalisation, optional scale and shift by example and channel, activation. It owns the affine parameters
+    (named as in `nn.GroupNorm`) and calls [`adagn`].
+
+    Args:
+        num_groups (`int`): Number of groups; divides `num_channels`.
+        num_channels (`int`): Channels of the input.
+        eps (`float`, defaults to `1e-5`): Added to the variance of a group.
+        activation (`str`, defaults to `"silu"`): One of `"silu"`, `"swish"`, `"mish"`, `"gelu"`, `"relu"`.
+
+    Raises:
+        ValueError: If `activation` is another word, or `num_groups` does not divide `num_channels`.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, activation: AdaGNActivation = "silu"):
+        if activation not in get_args(AdaGNActivation):
+            raise ValueError(f"`activation` is {activation!r}; it must be one of {list(get_args(AdaGNActivation))}.")
+        super().__init__(num_groups, num_channels, eps=eps)
+        self.activation = activation
+
+    def forward(
+        self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return adagn(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
