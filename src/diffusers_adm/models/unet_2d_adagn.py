@@ -93,8 +93,9 @@ class Upsample(nn.Module):
 
 class ResBlock(nn.Module):
     r"""
-    Residual block, conditioned by adaptive group normalisation (ADM, section 3.1) or by addition (DDPM). With `resample`
-    it halves ("down") or doubles ("up") height and width inside, on both branches (BigGAN, ADM's `resblock_updown`).
+    Residual block, conditioned by adaptive group normalisation (ADM, section 3.1) or by addition (DDPM). With
+    `resample` it halves ("down") or doubles ("up") height and width inside, on both branches (BigGAN, ADM's
+    `resblock_updown`).
 
     Args:
         in_channels, out_channels (`int`): Multiples of `groups`, the number of groups of either norm.
@@ -141,7 +142,7 @@ class ResBlock(nn.Module):
 
         temb = self.time_emb_proj(temb)
         if self.time_injection == "scale_shift":
-            # (B, C_out) each. Checkpoints of this family store scale first (DiT: shift first); swapped, nothing crashes.
+            # (B, C_out) each. Checkpoints of this family store scale first (DiT: shift); swapped, nothing crashes.
             scale, shift = temb.chunk(2, dim=1)
             hidden_states = self.norm2(hidden_states, scale, shift)
         else:
@@ -474,13 +475,27 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
 
         groups = config.norm_num_groups
         for channels in config.block_out_channels:
-            if not isinstance(groups, int) or channels % groups:
+            if not isinstance(groups, int) or groups < 1 or channels % groups:
                 raise ValueError(
                     f"`norm_num_groups` is {groups}, but every entry of `block_out_channels` "
                     f"{tuple(config.block_out_channels)} must be a multiple of it. Choose a common divisor, at best 32."
                 )
-        if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
-            raise ValueError('`time_embedding_type="learned"` needs `num_train_timesteps`, the rows of its table.')
+        has_mid_attention = config.mid_block_type is not None and config.add_attention
+        groups, channels = config.attn_norm_num_groups, config.block_out_channels[-1]
+        if has_mid_attention and groups is not None and (groups < 1 or channels % groups):
+            raise ValueError(
+                f"`attn_norm_num_groups` is {groups}; it must divide the {channels} channels of the middle block."
+            )
+        if config.layers_per_block < 1:
+            raise ValueError(f"`layers_per_block` is {config.layers_per_block}; each level needs one at least.")
+        if config.time_embedding_type == "learned":
+            if config.num_train_timesteps is None:
+                raise ValueError('`time_embedding_type="learned"` needs `num_train_timesteps`, the rows of its table.')
+            if config.timestep_scale != 1.0:
+                raise ValueError(
+                    f"`timestep_scale` is {config.timestep_scale}, but the table of "
+                    '`time_embedding_type="learned"` has rows for whole timesteps alone. Leave `timestep_scale` at 1.0.'
+                )
         if config.class_embed_type is not None and config.num_class_embeds is not None:
             raise ValueError(
                 f"`class_embed_type` is {config.class_embed_type!r} and `num_class_embeds` is "
@@ -500,15 +515,16 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
                 DOWN_BLOCK_TYPES[down_block_types[level]].attention,
                 UP_BLOCK_TYPES[up_block_types[levels - 1 - level]].attention,
             )
-            attends |= level == levels - 1 and config.mid_block_type is not None and config.add_attention
+            attends |= level == levels - 1 and has_mid_attention
             number = heads[level] if isinstance(heads, (list, tuple)) else heads
-            if attends and number is not None and channels % number:
+            if attends and number is not None and (number < 1 or channels % number):
                 raise ValueError(
                     f"`num_attention_heads` is {number}; it must divide the {channels} channels of level {level}."
                 )
-            if attends and number is None and (config.attention_head_dim or channels) > channels:
+            head_dim = config.attention_head_dim
+            if attends and number is None and head_dim is not None and not 1 <= head_dim <= channels:
                 raise ValueError(
-                    f"`attention_head_dim` is {config.attention_head_dim}, wider than the {channels} channels of level "
+                    f"`attention_head_dim` is {head_dim}; it must lie between 1 and the {channels} channels of level "
                     f"{level}, which has attention. Choose a divisor of {channels}, or set `num_attention_heads`."
                 )
 
@@ -587,8 +603,9 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
             hidden_states = self.mid_block(hidden_states, emb)
 
         # 5. up
+        num_skips = self.config.layers_per_block + 1
         for block in self.up_blocks:
-            block_skips, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            block_skips, skips = skips[-num_skips:], skips[:-num_skips]
             hidden_states = block(hidden_states, block_skips, emb)
 
         # 6. output -> (B, out_channels, H, W)
@@ -606,8 +623,8 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         config = self.config
         if sample.ndim != 4 or sample.shape[1] != config.in_channels:
             raise ValueError(
-                f"`sample` has shape {tuple(sample.shape)}; this model takes (batch_size, {config.in_channels}, height, "
-                f"width). Pass {config.in_channels} channels, or build a model with another `in_channels`."
+                f"`sample` has shape {tuple(sample.shape)}; this model takes (batch_size, {config.in_channels}, "
+                f"height, width). Pass {config.in_channels} channels, or build a model with another `in_channels`."
             )
         factor = 2 ** (len(config.block_out_channels) - 1)
         height, width = sample.shape[-2:]
@@ -633,10 +650,12 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
                     "`class_labels` are missing: this model is class-conditional and its config names no "
                     "`null_class_id`. Pass one label per example."
                 )
-        elif class_labels.shape[:1] != sample.shape[:1]:
+        elif class_labels.shape[:1] != sample.shape[:1] or class_labels.ndim != (
+            2 if config.class_embed_type == "identity" else 1
+        ):
             raise ValueError(
                 f"`class_labels` has shape {tuple(class_labels.shape)} for {sample.shape[0]} examples. Pass one label "
-                "for each example."
+                'for each example: shape (batch_size,); for `class_embed_type="identity"` one vector each.'
             )
         elif (
             isinstance(self.class_embedding, nn.Embedding)

@@ -188,7 +188,7 @@ class DiffusionChain:
         "nonzero",  # 0.0 at the last step of sampling, where no noise is added, else 1.0
     )
 
-    def __init__(self, full_alphas_cumprod: np.ndarray, timesteps: Sequence[int]):
+    def __init__(self, full_alphas_cumprod: np.ndarray, timesteps: Sequence[int] | np.ndarray):
         self.timesteps = np.asarray(timesteps, dtype=np.int64)
         self.positions = np.full(len(full_alphas_cumprod), -1, dtype=np.int64)
         self.positions[self.timesteps] = np.arange(len(self.timesteps))
@@ -267,8 +267,10 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         clip_sample (`bool`, defaults to `True`): Clip predicted x_0 to +-`clip_sample_range`.
         prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` (x_0) or `"v_prediction"`.
         thresholding (`bool`, defaults to `False`): Dynamic thresholding of predicted x_0 instead of clipping (Imagen,
-            https://huggingface.co/papers/2205.11487, section 2.3): its `dynamic_thresholding_ratio` quantile, within
-            [1, `sample_max_value`], becomes 1.
+            https://huggingface.co/papers/2205.11487, section 2.3): a quantile of |x_0|, at least 1, becomes 1.
+        dynamic_thresholding_ratio (`float`, defaults to `0.995`): That quantile, of each example.
+        clip_sample_range (`float`, defaults to `1.0`): Largest |x_0| after clipping.
+        sample_max_value (`float`, defaults to `1.0`): Largest threshold of dynamic thresholding.
         timestep_spacing (`str`, defaults to `"leading"`): How `num_inference_steps` timesteps are chosen: `"leading"`,
             `"linspace"` or `"trailing"`, as in `DDPMScheduler`.
         steps_offset (`int`, defaults to 0): Added to the timesteps of `"leading"`.
@@ -323,6 +325,8 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             variance_type=variance_type, beta_schedule=beta_schedule, _use_default_values=left_to_defaults
         )
 
+        if num_train_timesteps < 1:
+            raise ValueError(f"`num_train_timesteps` is {num_train_timesteps}; it must be at least 1.")
         if trained_betas is not None:
             betas = np.asarray(trained_betas, dtype=np.float64)
             if betas.shape != (num_train_timesteps,):
@@ -422,19 +426,19 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                 # -1 for some numbers of steps (61 of 1000): that one is cut off.
                 descending = np.round(np.arange(total, 0, -total / num_inference_steps))[:num_inference_steps] - 1
                 chosen = descending[::-1]
-        chosen = np.asarray(chosen, dtype=np.int64)
-        if len(chosen) == 0 or chosen[0] < 0 or chosen[-1] >= total or (np.diff(chosen) <= 0).any():
+        ascending = np.asarray(chosen, dtype=np.int64)
+        if len(ascending) == 0 or ascending[0] < 0 or ascending[-1] >= total or (np.diff(ascending) <= 0).any():
             raise ValueError(
-                f"`{names[0]}` asks for the timesteps {chosen[::-1].tolist()}; they must descend, without repetition, "
-                f"within 0 and {total - 1}."
+                f"`{names[0]}` asks for the timesteps {ascending[::-1].tolist()}; they must descend, without "
+                f"repetition, within 0 and {total - 1}."
             )
-        self._chain = DiffusionChain(self._alphas_cumprod, chosen)
-        self.num_inference_steps = len(chosen)
-        self.timesteps = torch.from_numpy(chosen[::-1].copy()).to(device)
+        self._chain = DiffusionChain(self._alphas_cumprod, ascending)
+        self.num_inference_steps = len(ascending)
+        self.timesteps = torch.from_numpy(ascending[::-1].copy()).to(device)
 
     def previous_timestep(self, timestep: int) -> int:
         """The timestep that `step` reaches from `timestep`; -1 is the clean sample."""
-        position = self._chain.positions[self._host_timestep(int(timestep), self._chain)]
+        position = self._chain.positions[self._host_timestep(timestep, self._chain)]
         return int(self._chain.timesteps[position - 1]) if position > 0 else -1
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -442,6 +446,9 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def _host_timestep(self, timestep: int, chain: DiffusionChain) -> int:
+        if int(timestep) != timestep:
+            raise ValueError(f"`timestep` is {timestep}; timesteps of this process are integers.")
+        timestep = int(timestep)
         if not 0 <= timestep < len(chain.positions):
             raise ValueError(
                 f"`timestep` is {timestep}; timesteps are numbers of the full chain, 0 to {len(chain.positions) - 1}."
@@ -458,7 +465,9 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> int | torch.Tensor:
         """An `int` where the host knows one timestep for all, else a tensor `(batch_size,)` or `()` on the device."""
         if not torch.is_tensor(timestep):
-            return self._host_timestep(int(timestep), chain)
+            return self._host_timestep(timestep, chain)
+        if timestep.is_floating_point():
+            raise ValueError(f"`timestep` is of type {timestep.dtype}; timesteps of this process are integers.")
         if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, sample.shape[0])):
             raise ValueError(
                 f"`timestep` has shape {tuple(timestep.shape)} for {sample.shape[0]} examples. Pass one number, or one "
@@ -513,7 +522,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         """bar alpha / (1 - bar alpha) at `timesteps` `(batch_size,)` of the full chain: `(batch_size,)`, float32."""
         names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         signal, std = self._full_chain.lookup(names, timesteps, like=timesteps, dtype=torch.float32)
-        return (signal / std) ** 2
+        return torch.as_tensor(signal / std).square()
 
     def posterior_distribution(
         self,
@@ -710,6 +719,11 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`eta` is {eta}; it must not be negative (0: deterministic, 1: as much noise as DDPM)."
                 )
+            if guidance_gradient is not None and self.config.rescale_betas_zero_snr:
+                raise ValueError(
+                    "DDIM steps cannot take `guidance_gradient` with `rescale_betas_zero_snr`: x_T carries no signal, "
+                    "so the shifted noise gives no x_0 there. Use ancestral steps (`eta=None`)."
+                )
             names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
             signal, noise_std = chain.lookup(names, timestep, sample, dtype)
             names = ("sqrt_alphas_cumprod_prev", "one_minus_alphas_cumprod_prev", "ddim_std")
@@ -784,12 +798,15 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             bound = torch.where(timesteps == first, decoder, kl)
         return bound / math.log(2.0)
 
-    def prior_bits_per_dim(self, original_samples: torch.Tensor) -> torch.Tensor:
+    def prior_bits_per_dim(
+        self, original_samples: torch.Tensor, *, timestep_respacing: str | int | Sequence[int] | None = None
+    ) -> torch.Tensor:
         """
-        KL(q(x_T | x_0) || N(0, I)) of `(batch_size, channels, ...)` samples: `(batch_size,)`, in bits per dimension.
-        No network changes it.
+        KL(q(x_T | x_0) || N(0, I)) of `(batch_size, channels, ...)` samples: `(batch_size,)`, in bits per dimension,
+        where T is the last timestep of the chain that `timestep_respacing` keeps. No network changes it.
         """
-        signal, std = self._signal_and_std(original_samples, self.config.num_train_timesteps - 1)
+        last = int(self._chain_for(timestep_respacing).timesteps[-1])
+        signal, std = self._signal_and_std(original_samples, last)
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         mean = signal * original_samples.to(dtype)
         zero = torch.zeros((), dtype=dtype, device=mean.device)

@@ -1,0 +1,146 @@
+"""The embedded emoji set (`data/noto-emoji-32/`) and the script that made it."""
+
+import importlib.util
+import io
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
+
+
+DATA = Path(__file__).parents[1] / "data"
+FOLDER = DATA / "noto-emoji-32"
+CATEGORIES = [
+    "Activities",
+    "Animals & Nature",
+    "Flags",
+    "Food & Drink",
+    "Objects",
+    "People & Body",
+    "Smileys & Emotion",
+    "Symbols",
+    "Travel & Places",
+]
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load_dataset("parquet", data_files={split: str(FOLDER / f"{split}.parquet") for split in ("train", "test")})
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("make_emoji_32", DATA / "make_emoji_32.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestEmbeddedSet:
+    @pytest.mark.parametrize(("split", "rows"), [("train", 3618), ("test", 163)])
+    def test_features_and_size(self, emoji, split, rows):
+        assert emoji[split].num_rows == rows
+        assert emoji[split].features == Features(
+            {"image": Image(), "text": Value("string"), "label": ClassLabel(names=CATEGORIES)}
+        )
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    def test_every_row_is_usable(self, emoji, split):
+        for row in emoji[split]:
+            assert (row["image"].format, row["image"].mode, row["image"].size) == ("PNG", "RGB", (32, 32)), row["text"]
+            assert row["text"], row
+            assert 0 <= row["label"] < len(CATEGORIES), row["text"]
+            low, high = np.asarray(row["image"]).min(), np.asarray(row["image"]).max()
+            assert low < high, f"{row['text']} is a blank square"
+
+    def test_colours_and_background(self, emoji):
+        """Channels in RGB order, on white: seen from pictures whose colours their names tell."""
+        texts = emoji["train"]["text"]
+        for text, channel in (("red apple", 0), ("green heart", 1), ("blue heart", 2)):
+            image = np.asarray(emoji["train"][list(texts).index(text)]["image"])
+            assert image[14:18, 14:18].mean((0, 1)).argmax() == channel, text
+            assert (image[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all(), text
+
+    def test_is_small(self):
+        assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 8e6
+
+    def test_readme_counts(self, emoji):
+        """The table in the README beside the files."""
+        rows = re.findall(r"^\| (\d) \| ([^|]+?) \| (\d+) \| (\d+) \|$", (FOLDER / "README.md").read_text(), re.M)
+        train, test = (Counter(emoji[split]["label"]) for split in ("train", "test"))
+        assert [(int(i), name, int(a), int(b)) for i, name, a, b in rows] == [
+            (i, name, train[i], test[i]) for i, name in enumerate(CATEGORIES)
+        ]
+
+
+def png(pixels: np.ndarray, **save) -> bytes:
+    file = io.BytesIO()
+    PILImage.fromarray(pixels).save(file, format="PNG", **save)
+    return file.getvalue()
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    """64x64 RGB whose 2x2 means are known: red rises by 4 a column, green by 4 a row, blue is a board of 0 and 1."""
+    y, x = np.mgrid[:64, :64]
+    return np.stack([4 * x, 4 * y, (x + y) % 2], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture
+def source(pixels, tmp_path) -> Path:
+    features = Features(
+        {
+            "image": Image(),
+            "text": Value("string"),
+            "label": ClassLabel(names=["left", "right"]),
+            "unified": Value("string"),
+        }
+    )
+    images = [{"bytes": png(p), "path": f"{i}.png"} for i, p in enumerate((pixels, pixels[::-1].copy()))]
+    columns = [
+        pa.array(images, type=features["image"].pa_type),
+        pa.array(["up", "down"]),
+        pa.array([1, 0]),
+        pa.array(["A", "B"]),
+    ]
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), tmp_path / "source.parquet")
+    return tmp_path / "source.parquet"
+
+
+class TestScript:
+    def test_area_average(self, script, source, tmp_path):
+        assert script.convert(source, tmp_path / "target.parquet") == 2
+        target = load_dataset("parquet", data_files=str(tmp_path / "target.parquet"), cache_dir=str(tmp_path))["train"]
+
+        y, x = np.mgrid[:32, :32]
+        # Columns 2x and 2x+1 hold 8x and 8x+4: mean 8x+2. The board's mean is one half, which is rounded up.
+        expected = np.stack([8 * x + 2, 8 * y + 2, np.ones_like(x)], axis=-1)
+        np.testing.assert_array_equal(np.asarray(target[0]["image"]), expected)
+        np.testing.assert_array_equal(np.asarray(target[1]["image"]), expected[::-1])
+
+    def test_keeps_three_columns_and_the_label_names(self, script, source, tmp_path):
+        script.convert(source, tmp_path / "target.parquet")
+        target = load_dataset("parquet", data_files=str(tmp_path / "target.parquet"), cache_dir=str(tmp_path))["train"]
+        assert target.features == Features(
+            {"image": Image(), "text": Value("string"), "label": ClassLabel(names=["left", "right"])}
+        )
+        assert list(target["text"]) == ["up", "down"]
+        assert list(target["label"]) == [1, 0]
+
+    def test_same_bytes_each_time(self, script, source, tmp_path):
+        for name in ("first.parquet", "second.parquet"):
+            script.convert(source, tmp_path / name)
+        assert (tmp_path / "first.parquet").read_bytes() == (tmp_path / "second.parquet").read_bytes()
+
+    def test_refuses_other_images(self, script, pixels):
+        with pytest.raises(ValueError, match="expected 64x64 RGB images, got 32x64 RGB"):
+            script.halve(png(pixels[:, ::2]))
+        rgba = np.dstack([pixels, np.full((64, 64, 1), 255, np.uint8)])
+        with pytest.raises(ValueError, match="got 64x64 RGBA"):
+            script.halve(png(rgba))

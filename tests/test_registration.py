@@ -1,0 +1,211 @@
+"""
+Registration with diffusers: from the Hub, too, `DiffusionPipeline` and `AutoModel` load what this package saves.
+
+It rests on private names of diffusers. When this file fails after an update of diffusers, read
+`diffusers_adm/registration.py` beside the new `diffusers/pipelines/pipeline_loading_utils.py`.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+
+import diffusers
+import pytest
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
+from hub_server import HubServer
+from toy_models import CONDITIONAL, random_unet
+
+import diffusers_adm
+from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler, registration
+
+
+COMPONENTS = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
+CLASSES = [AdaGNUNet2DModel, LearnedVarianceDDPMScheduler, ADMPipeline]
+
+
+def make_pipeline() -> ADMPipeline:
+    return ADMPipeline(unet=random_unet(**CONDITIONAL), scheduler=LearnedVarianceDDPMScheduler(), **COMPONENTS)
+
+
+def draw(pipe: ADMPipeline) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(class_labels=[0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
+
+
+class TestNames:
+    """Everything that registration reads or writes in diffusers exists there, and diffusers itself reads it."""
+
+    def test_table_of_libraries(self):
+        assert pipeline_utils.LOADABLE_CLASSES is pipeline_loading_utils.LOADABLE_CLASSES
+        assert pipeline_loading_utils.LOADABLE_CLASSES["diffusers_adm"] == registration.COMPONENT_CLASSES
+        for base, methods in registration.COMPONENT_CLASSES.items():
+            assert pipeline_loading_utils.LOADABLE_CLASSES["diffusers"][base] == methods
+            assert base in pipeline_loading_utils.ALL_IMPORTABLE_CLASSES
+
+    def test_base_classes_are_attributes_of_the_package(self):
+        assert diffusers_adm.ModelMixin is ModelMixin
+        assert diffusers_adm.SchedulerMixin is SchedulerMixin
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_public_classes_are_attributes_of_diffusers(self, cls):
+        assert getattr(diffusers, cls.__name__) is cls
+        assert getattr(diffusers_adm, cls.__name__) is cls
+
+    def test_files_of_components_are_attributes_of_diffusers_pipelines(self):
+        assert diffusers.pipelines.unet_2d_adagn is sys.modules[AdaGNUNet2DModel.__module__]
+        scheduling = sys.modules[LearnedVarianceDDPMScheduler.__module__]
+        assert diffusers.pipelines.scheduling_ddpm_learned_variance is scheduling
+
+    def test_no_folder_of_the_package_is_called_like_a_pipeline_of_diffusers(self):
+        """Its modules would be recorded as that pipeline's."""
+        folders = {name.split(".")[-2] for name in sys.modules if name.startswith("diffusers_adm.")}
+        assert "models" in folders
+        assert not [folder for folder in folders if hasattr(diffusers.pipelines, folder)]
+
+    def test_hints_of_the_pipeline_name_the_network(self):
+        assert AdaGNUNet2DModel in ADMPipeline._get_signature_types()["unet"]
+
+    def test_every_public_name_exists(self):
+        assert [name for name in diffusers_adm.__all__ if not hasattr(diffusers_adm, name)] == []
+
+
+class TestCall:
+    def test_twice_changes_nothing(self):
+        def state():
+            names = (*dir(diffusers), *dir(diffusers.pipelines))
+            return names, dict(pipeline_loading_utils.LOADABLE_CLASSES), dict(ADMPipeline.__init__.__annotations__)
+
+        before = state()
+        diffusers_adm.register_with_diffusers()
+        assert state() == before
+
+    def test_takes_no_name_from_diffusers(self, monkeypatch):
+        theirs = type("AdaGNUNet2DModel", (), {"__module__": "diffusers.models.unets.unet_2d_adagn"})
+        monkeypatch.setattr(diffusers, "AdaGNUNet2DModel", theirs)
+        message = "`diffusers.AdaGNUNet2DModel` exists already and belongs to `diffusers.models.unets.unet_2d_adagn`"
+        with pytest.raises(RuntimeError, match=message):
+            diffusers_adm.register_with_diffusers()
+        assert diffusers.AdaGNUNet2DModel is theirs
+
+    def test_takes_no_module_from_diffusers(self, monkeypatch):
+        theirs = types.ModuleType("diffusers.pipelines.unet_2d_adagn")
+        monkeypatch.setattr(diffusers.pipelines, "unet_2d_adagn", theirs)
+        with pytest.raises(RuntimeError, match="`diffusers.pipelines.unet_2d_adagn` exists already"):
+            diffusers_adm.register_with_diffusers()
+
+    def test_takes_no_entry_from_another_plugin(self, monkeypatch):
+        monkeypatch.setitem(pipeline_loading_utils.LOADABLE_CLASSES, "diffusers_adm", {"Other": []})
+        with pytest.raises(RuntimeError, match="already has another entry 'diffusers_adm'"):
+            diffusers_adm.register_with_diffusers()
+
+    def test_import_touches_nothing_else(self):
+        result = subprocess.run([sys.executable, "-c", self.IMPORT], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+
+    IMPORT = """
+import sys, torch, diffusers
+from diffusers.pipelines import pipeline_utils
+
+def state():
+    return {
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "rng": torch.get_rng_state().tolist(),
+        "grad": torch.is_grad_enabled(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "libraries": set(pipeline_utils.LOADABLE_CLASSES) - {"diffusers_adm"},
+        "path": list(sys.path),
+    }
+
+before, modules = state(), set(sys.modules)
+import diffusers_adm
+assert state() == before
+# What only training, evaluation and the Space need takes seconds to import, or is not installed.
+imported = {name.split(".")[0] for name in set(sys.modules) - modules}
+heavy = {"datasets", "peft", "tensorboard", "matplotlib", "torchdata", "scipy", "gradio", "yaml"}
+assert not imported & heavy, imported & heavy
+assert "diffusers_adm.training" not in sys.modules
+"""
+
+
+class TestHub:
+    """The real client in a process of its own, against a server on this machine; nothing is trusted."""
+
+    CLIENT = """
+import sys, torch
+import diffusers_adm
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers_adm import ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(class_labels=[0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
+
+torch.set_num_threads(int(sys.argv[2]))
+base = DiffusionPipeline.from_pretrained("alice/adm")
+named = ADMPipeline.from_pretrained("alice/adm")
+for pipe in (base, named):
+    assert type(pipe) is ADMPipeline and type(pipe.unet) is AdaGNUNet2DModel, pipe
+    assert type(pipe.scheduler) is LearnedVarianceDDPMScheduler, pipe
+half = DiffusionPipeline.from_pretrained("alice/adm", torch_dtype=torch.bfloat16)
+assert half.unet.dtype == torch.bfloat16
+unet = AutoModel.from_pretrained("alice/adm", subfolder="unet")
+alone = AutoModel.from_pretrained("alice/unet")
+assert type(unet) is type(alone) is AdaGNUNet2DModel
+error = None
+try:
+    DiffusionPipeline.from_pretrained("alice/unregistered")
+except ValueError as refusal:
+    error = str(refusal)
+images, weights = [draw(base), draw(named)], [unet.state_dict(), alone.state_dict()]
+torch.save({"images": images, "weights": weights, "error": error}, sys.argv[1])
+"""
+
+    def test_index_names_the_package(self, tmp_path):
+        make_pipeline().save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index == {
+            "_class_name": "ADMPipeline",
+            "_diffusers_version": diffusers.__version__,
+            "unet": ["diffusers_adm", "AdaGNUNet2DModel"],
+            "scheduler": ["diffusers_adm", "LearnedVarianceDDPMScheduler"],
+            **dict.fromkeys(COMPONENTS, [None, None]),
+        }
+
+    def test_loads_and_samples_the_same(self, tmp_path):
+        pipe = make_pipeline()
+        pipe.save_pretrained(tmp_path / "adm")
+        pipe.unet.save_pretrained(tmp_path / "unet")
+        # As a plugin saves it that is not registered: modules in place of the package. What all this is for.
+        shutil.copytree(tmp_path / "adm", tmp_path / "unregistered")
+        index = tmp_path / "unregistered" / "model_index.json"
+        content = json.loads(index.read_text())
+        content["unet"][0] = AdaGNUNet2DModel.__module__
+        content["scheduler"][0] = LearnedVarianceDDPMScheduler.__module__
+        index.write_text(json.dumps(content))
+
+        result = tmp_path / "result.pt"
+        with HubServer({f"alice/{name}": tmp_path / name for name in ("adm", "unet", "unregistered")}) as hub:
+            hub.run_client(self.CLIENT, result, torch.get_num_threads(), cache=tmp_path / "cache")
+            assert hub.downloaded("alice/adm") == {
+                "model_index.json",
+                "scheduler/scheduler_config.json",
+                "unet/config.json",
+                "unet/diffusion_pytorch_model.safetensors",
+            }
+        loaded = torch.load(result)
+        expected = draw(pipe)
+        assert expected.std() > 0.1
+        for images in loaded["images"]:
+            assert torch.equal(images, expected)
+        for weights in loaded["weights"]:
+            assert weights.keys() == pipe.unet.state_dict().keys()
+            assert all(torch.equal(weights[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+        assert "as defined in `model_index.json` does not exist in alice/unregistered" in loaded["error"]
