@@ -638,6 +638,7 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
                 f"`timestep` has shape {tuple(timestep.shape)} for {sample.shape[0]} examples. Pass one number, or one "
                 "for each example."
             )
+        label_ndim = 2 if config.class_embed_type == "identity" else 1
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError(
@@ -650,9 +651,7 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
                     "`class_labels` are missing: this model is class-conditional and its config names no "
                     "`null_class_id`. Pass one label per example."
                 )
-        elif class_labels.shape[:1] != sample.shape[:1] or class_labels.ndim != (
-            2 if config.class_embed_type == "identity" else 1
-        ):
+        elif class_labels.shape[:1] != sample.shape[:1] or class_labels.ndim != label_ndim:
             raise ValueError(
                 f"`class_labels` has shape {tuple(class_labels.shape)} for {sample.shape[0]} examples. Pass one label "
                 'for each example: shape (batch_size,); for `class_embed_type="identity"` one vector each.'

@@ -1,0 +1,245 @@
+"""
+Time and memory of `AdaGNUNet2DModel` against diffusers' `UNet2DModel` with the same weights, in one run.
+
+    python benchmarks/bench_unet.py [--device cuda] [--pairs 15] [--only 64x64 float32] [--json results.json]
+
+Each row times both networks in turn, `--pairs` times, and gives the median of the pairwise ratios ours / theirs with a
+95% bootstrap interval: what disturbs the machine meets both. A row fails if its whole interval lies above the limit.
+Peak memory is the resident size (on CUDA: allocated memory) of a process that runs one network alone.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_adm import AdaGNUNet2DModel
+
+
+ADM = {
+    "in_channels": 3,
+    "out_channels": 6,
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "attention_head_dim": 64,
+    "attn_norm_num_groups": 32,
+}
+NETWORKS = {
+    "64x64": {
+        **ADM,
+        "sample_size": 64,
+        "block_out_channels": (64, 128, 192, 256),
+        "layers_per_block": 2,
+        "down_block_types": ("ResnetDownsampleBlock2D",) * 2 + ("AttnDownBlock2D",) * 2,
+        "up_block_types": ("AttnUpBlock2D",) * 2 + ("ResnetUpsampleBlock2D",) * 2,
+    },
+    "32x32": {
+        **ADM,
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 256, 256),
+        "layers_per_block": 2,
+        "down_block_types": (
+            "ResnetDownsampleBlock2D",
+            "AttnDownBlock2D",
+            "AttnDownBlock2D",
+            "ResnetDownsampleBlock2D",
+        ),
+        "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    },
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TIME_LIMITS = {"float32": 1.02, "bfloat16": 1.15}
+MEMORY_LIMIT = 1.02
+
+
+def build(which: str, network: str, dtype: str, memory_format: str, device: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    theirs = UNet2DModel(**NETWORKS[network])
+    model = theirs
+    if which == "ours":
+        model = AdaGNUNet2DModel(**NETWORKS[network])
+        model.load_state_dict(theirs.state_dict())
+    return model.to(device, DTYPES[dtype]).to(memory_format=FORMATS[memory_format])
+
+
+def inputs(network: str, batch_size: int, dtype: str, memory_format: str, device: str) -> tuple:
+    size = NETWORKS[network]["sample_size"]
+    sample = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(1))
+    sample = sample.to(device, DTYPES[dtype]).to(memory_format=FORMATS[memory_format])
+    return sample, torch.arange(batch_size, device=device) * 100
+
+
+def run(model: torch.nn.Module, arguments: tuple, backward: bool) -> None:
+    if not backward:
+        with torch.no_grad():
+            model(*arguments, return_dict=False)
+        return
+    (output,) = model(*arguments, return_dict=False)
+    output.float().square().mean().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def seconds(function, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def convolution_rate(dtype: str, device: str) -> float:
+    """The best rate in FLOP/s over both layouts of the 3x3 convolutions that make up most of the networks."""
+    best = 0.0
+    for (channels, size), memory_format in itertools.product(((64, 64), (128, 64), (256, 32)), FORMATS.values()):
+        x = torch.randn(4, channels, size, size, device=device, dtype=DTYPES[dtype]).to(memory_format=memory_format)
+        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=DTYPES[dtype])
+        weight = weight.to(memory_format=memory_format)
+        with torch.no_grad():
+            times = [seconds(lambda x=x, w=weight: F.conv2d(x, w, padding=1), device) for _ in range(12)]
+        best = max(best, 2 * x.numel() * channels * 9 / min(times[2:]))
+    return best
+
+
+def bootstrap_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
+    draws = np.random.default_rng(0).choice(values, size=(10_000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bench_row(
+    network: str, dtype: str, memory_format: str, backward: bool, args: argparse.Namespace, rates: dict[str, float]
+) -> dict:
+    models = {which: build(which, network, dtype, memory_format, args.device) for which in ("ours", "theirs")}
+    arguments = inputs(network, args.batch_size, dtype, memory_format, args.device)
+    with FlopCounterMode(display=False) as counter:
+        run(models["ours"], arguments, backward)
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for pair in range(args.pairs + 1):
+        # Alternating order, so that neither always runs on the caches the other left; the first pair warms up.
+        for which in ("ours", "theirs") if pair % 2 else ("theirs", "ours"):
+            elapsed = seconds(lambda m=models[which]: run(m, arguments, backward), args.device)
+            if pair:
+                times[which].append(elapsed)
+    ratios = [a / b for a, b in zip(times["ours"], times["theirs"], strict=True)]
+    low, high = bootstrap_interval(ratios)
+    ours, theirs = (statistics.median(times[which]) for which in ("ours", "theirs"))
+    flops = counter.get_total_flops()
+    return {
+        "network": network,
+        "dtype": dtype,
+        "format": memory_format,
+        "mode": "forward+backward" if backward else "forward",
+        "ours_ms": 1000 * ours,
+        "theirs_ms": 1000 * theirs,
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+        "ours_of_conv_rate": flops / ours / rates[dtype],
+        "theirs_of_conv_rate": flops / theirs / rates[dtype],
+        "passed": low <= TIME_LIMITS[dtype],
+    }
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    """What a child process prints: its peak in bytes after three training steps of one network."""
+    which, network, dtype, memory_format = args.memory_of
+    model = build(which, network, dtype, memory_format, args.device)
+    arguments = inputs(network, args.batch_size, dtype, memory_format, args.device)
+    for _ in range(3):
+        run(model, arguments, backward=True)
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def memory_row(network: str, dtype: str, memory_format: str, args: argparse.Namespace) -> dict:
+    peaks = {}
+    for which in ("ours", "theirs"):
+        command = [sys.executable, __file__, "--device", args.device, "--batch_size", str(args.batch_size)]
+        command += ["--memory_of", which, network, dtype, memory_format]
+        outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+        peaks[which] = statistics.median(int(output.split()[-1]) for output in outputs)
+    ratio = peaks["ours"] / peaks["theirs"]
+    return {
+        "network": network,
+        "dtype": dtype,
+        "format": memory_format,
+        "ours_mib": peaks["ours"] / 2**20,
+        "theirs_mib": peaks["theirs"] / 2**20,
+        "ratio": ratio,
+        "passed": ratio <= MEMORY_LIMIT,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=15, help="Timed pairs per row.")
+    parser.add_argument("--only", nargs="*", default=[], help="Words that a row must all have, e.g. `64x64 float32`.")
+    parser.add_argument("--skip_memory", action="store_true")
+    parser.add_argument("--json", help="Write all numbers to this file.")
+    parser.add_argument("--memory_of", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        measure_memory(args)
+        return 0
+
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; batch size {args.batch_size}")
+    rates = {dtype: convolution_rate(dtype, args.device) for dtype in DTYPES}
+    print("Best 3x3 convolution: " + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()))
+    print("\nratio = ours / theirs [95% interval]; then the share of that convolution rate reached by ours and theirs")
+    rows, memory_rows = [], []
+    for network, dtype, memory_format, backward in itertools.product(NETWORKS, DTYPES, FORMATS, (False, True)):
+        words = {network, dtype, memory_format, "forward+backward" if backward else "forward"}
+        if not set(args.only) <= words:
+            continue
+        row = bench_row(network, dtype, memory_format, backward, args, rates)
+        rows.append(row)
+        print(
+            f"{row['network']} {row['dtype']:8} {row['format']:13} {row['mode']:16} "
+            f"{row['ours_ms']:8.1f} / {row['theirs_ms']:8.1f} ms = {row['ratio']:.3f} "
+            f"[{row['low']:.3f}, {row['high']:.3f}] (limit {TIME_LIMITS[dtype]})  "
+            f"{row['ours_of_conv_rate']:.2f}, {row['theirs_of_conv_rate']:.2f}  {'ok' if row['passed'] else 'FAILED'}",
+            flush=True,
+        )
+    if not args.skip_memory:
+        print("\nPeak memory of three training steps, each network alone in a process, median of 3")
+        for network, dtype, memory_format in itertools.product(NETWORKS, DTYPES, FORMATS):
+            if not set(args.only) <= {network, dtype, memory_format}:
+                continue
+            row = memory_row(network, dtype, memory_format, args)
+            memory_rows.append(row)
+            print(
+                f"{row['network']} {row['dtype']:8} {row['format']:13} {row['ours_mib']:7.0f} / "
+                f"{row['theirs_mib']:7.0f} MiB = {row['ratio']:.3f} (limit {MEMORY_LIMIT})  "
+                f"{'ok' if row['passed'] else 'FAILED'}",
+                flush=True,
+            )
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(
+                {"device": device, "torch": torch.__version__, "time": rows, "memory": memory_rows}, file, indent=2
+            )
+    return 0 if all(row["passed"] for row in rows + memory_rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

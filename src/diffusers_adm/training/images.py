@@ -1,0 +1,94 @@
+"""Grids of pictures with row and column labels, for validation images and the demo."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+BACKGROUND = (255, 255, 255)
+TEXT_COLOR = (32, 32, 32)
+# Pixels. Below the smaller, Pillow's default font is hard to read; above the larger, labels outweigh the pictures.
+MIN_FONT_SIZE, MAX_FONT_SIZE = 12, 24
+
+
+def labelled_grid(
+    images: Sequence[Image.Image],
+    rows: int,
+    cols: int,
+    row_labels: Sequence[str] | None = None,
+    col_labels: Sequence[str] | None = None,
+    scale: int = 1,
+    padding: int = 2,
+) -> Image.Image:
+    """
+    Arranges pictures of one size in a grid, row by row, with optional labels to the left and above.
+
+    Args:
+        images (sequence of `PIL.Image.Image`): At most `rows * cols` pictures of equal size; missing ones stay blank.
+        rows, cols (`int`): The shape of the grid.
+        row_labels (sequence of `str`, *optional*): One per row, right-aligned beside it.
+        col_labels (sequence of `str`, *optional*): One per column, centred above it, wrapped to its width.
+        scale (`int`, defaults to 1): Each pixel becomes a square of `scale` pixels, with no interpolation, so that a
+            32-pixel sample can be judged as it is.
+        padding (`int`, defaults to 2): Pixels between neighbours and around the grid, after scaling.
+
+    Returns:
+        `PIL.Image.Image`: An RGB picture.
+
+    Raises:
+        ValueError: If there is no picture, too many, sizes differ, or the labels do not fit `rows` and `cols`.
+    """
+    if rows < 1 or cols < 1 or scale < 1 or padding < 0:
+        raise ValueError(
+            f"`rows`, `cols` and `scale` must be at least 1 and `padding` at least 0; got rows={rows}, cols={cols}, "
+            f"scale={scale}, padding={padding}."
+        )
+    if not 1 <= len(images) <= rows * cols:
+        raise ValueError(
+            f"Got {len(images)} images for a grid of {rows} x {cols}. Pass between 1 and {rows * cols} images."
+        )
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ValueError(f"All images of a grid must have one size, got {sizes}. Resize them first.")
+    for name, labels, expected in (("row_labels", row_labels, rows), ("col_labels", col_labels, cols)):
+        if labels is not None and len(labels) != expected:
+            raise ValueError(f"`{name}` holds {len(labels)} labels but the grid has {expected}. Pass one for each.")
+
+    width, height = sizes[0][0] * scale, sizes[0][1] * scale
+    font_size = min(max(height // 6, MIN_FONT_SIZE), MAX_FONT_SIZE)
+    font = ImageFont.load_default(size=font_size)
+    line_height = font_size + font_size // 4
+    wrapped = [_wrap(label, font, width) for label in col_labels or []]
+    top = max((len(lines) for lines in wrapped), default=0) * line_height
+    left = max((int(font.getlength(label)) + line_height // 2 for label in row_labels or []), default=0)
+
+    size = (left + padding + cols * (width + padding), top + padding + rows * (height + padding))
+    grid = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(grid)
+    for index, image in enumerate(images):
+        row, col = divmod(index, cols)
+        cell = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(cell, (left + padding + col * (width + padding), top + padding + row * (height + padding)))
+    for row, label in enumerate(row_labels or []):
+        middle = top + padding + row * (height + padding) + height // 2
+        draw.text((left - line_height // 4, middle), label, fill=TEXT_COLOR, font=font, anchor="rm")
+    for col, lines in enumerate(wrapped):
+        middle = left + padding + col * (width + padding) + width // 2
+        for line, text in enumerate(lines):
+            # Short labels sit on the pictures, not at the top of the space that the longest one needs.
+            baseline = top - (len(lines) - 1 - line) * line_height - line_height // 4
+            draw.text((middle, baseline), text, fill=TEXT_COLOR, font=font, anchor="ms")
+    return grid
+
+
+def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Breaks a label at spaces so that each line fits `width` pixels; a word that is too long ends in dots."""
+    lines: list[str] = []
+    for word in label.split():
+        while font.getlength(word) > width and len(word.rstrip(".")) > 1:
+            word = word.rstrip(".")[:-1] + ".."
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] = f"{lines[-1]} {word}"
+        else:
+            lines.append(word)
+    return lines

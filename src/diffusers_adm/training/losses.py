@@ -1,0 +1,144 @@
+"""
+Training losses of diffusion models: simple, hybrid and the variational bound, one value per example.
+
+Ho et al. 2020 (L_simple, https://huggingface.co/papers/2006.11239, eq. 14), Nichol & Dhariwal 2021 (L_hybrid and L_vlb,
+https://huggingface.co/papers/2102.09672, eqs. 4 and 16), Hang et al. 2023 (min-SNR weighting,
+https://huggingface.co/papers/2303.09556).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, mean_per_example
+
+
+Objective = Literal["simple", "hybrid", "hybrid_unscaled", "vlb"]
+
+# lambda = T / HYBRID_VB_DIVISOR in front of the bound term: 0.001 x the whole bound, T x one term (section 3.1).
+HYBRID_VB_DIVISOR = 1000
+
+
+@dataclass
+class TrainingLosses:
+    """
+    Loss terms of a batch, each `(batch_size,)` and at least float32.
+
+    Attributes:
+        loss: What to weight, average and differentiate.
+        mse: Mean squared error of the prediction; with `snr_gamma`, weighted. For `objective="vlb"` without gradient.
+        vb: The bound term *as added* to the loss, in bits per dimension times its factor; 0 for `objective="simple"`.
+    """
+
+    loss: torch.Tensor
+    mse: torch.Tensor
+    vb: torch.Tensor
+
+
+def min_snr_weights(scheduler: LearnedVarianceDDPMScheduler, timesteps: torch.Tensor, snr_gamma: float) -> torch.Tensor:
+    """
+    Weights `(batch_size,)` of the squared error: min(SNR, gamma) as a weight of the error in x_0, expressed for what
+    the network predicts. SNR = bar alpha / (1 - bar alpha); `timesteps` are numbers of the full chain.
+    """
+    snr = scheduler.signal_to_noise_ratio(timesteps)
+    clamped = snr.clamp(max=snr_gamma)
+    if scheduler.config.prediction_type == "epsilon":
+        return clamped / snr
+    if scheduler.config.prediction_type == "v_prediction":
+        return clamped / (snr + 1)
+    return clamped
+
+
+def training_losses(
+    model: Callable[..., Any],
+    scheduler: LearnedVarianceDDPMScheduler,
+    original_samples: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    noise: torch.Tensor | None = None,
+    objective: Objective = "hybrid",
+    snr_gamma: float | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+) -> TrainingLosses:
+    r"""
+    Noises `original_samples`, runs the network once and compares. The predicted x_0 is never clipped here, whatever the
+    scheduler's config says: a clipped x_0 has no gradient.
+
+    Args:
+        model: Called as `model(noisy_samples, timesteps, **model_kwargs)`; returns an output with `.sample`, a tuple,
+            or a tensor.
+        scheduler ([`LearnedVarianceDDPMScheduler`]): The full chain; `set_timesteps` has no effect here.
+        original_samples (`torch.Tensor` of shape `(batch_size, channels, ...)`): x_0. For the bound: 8-bit values
+            scaled to [-1, 1].
+        timesteps (`torch.LongTensor` of shape `(batch_size,)`): In `[0, num_train_timesteps)`; 0 is one step of noise.
+        noise (`torch.Tensor`, *optional*): Standard normal, of the shape of `original_samples`; drawn if left out.
+        objective (`str`, defaults to `"hybrid"`): `"simple"`: squared error alone. `"hybrid"`: squared error + T/1000
+            x bound term; `"hybrid_unscaled"`: squared error + bound term; in both the bound trains the variance only.
+            `"vlb"`: T x bound term, whose mean over uniform t is the bound.
+        snr_gamma (`float`, *optional*): Min-SNR weighting of the squared error; the usual value is 5.
+        model_kwargs (`dict`, *optional*): Further arguments of the model, e.g. `class_labels`.
+
+    Returns:
+        [`TrainingLosses`]: Values per example, so that the caller weighs and averages.
+
+    Raises:
+        ValueError: For an unknown objective, a hybrid one with a fixed variance (it has nothing to train), `snr_gamma`
+            with `"vlb"`, or a network output whose channels do not fit the scheduler's `variance_type`.
+    """
+    check_objective(scheduler, objective, snr_gamma)
+    if noise is None:
+        noise = torch.randn_like(original_samples)
+    noisy_samples = scheduler.add_noise(original_samples, noise, timesteps)
+    model_output = model(noisy_samples, timesteps, **(model_kwargs or {}))
+    if not torch.is_tensor(model_output):
+        model_output = model_output[0]  # a tuple, or an output class, whose first entry is `.sample`
+
+    # Under mixed precision the network may answer in 16 bits; the losses are computed in float32 at least.
+    dtype = torch.promote_types(original_samples.dtype, torch.float32)
+    model_output, original_samples, noisy_samples = (
+        x.to(dtype) for x in (model_output, original_samples, noisy_samples)
+    )
+    prediction, variance_output = scheduler.split_model_output(model_output, original_samples)
+
+    target = {
+        "epsilon": lambda: noise.to(dtype),
+        "sample": lambda: original_samples,
+        "v_prediction": lambda: scheduler.get_velocity(original_samples, noise.to(dtype), timesteps),
+    }[scheduler.config.prediction_type]()
+    mse = mean_per_example((prediction - target) ** 2)
+    if snr_gamma is not None:
+        mse = mse * min_snr_weights(scheduler, timesteps, snr_gamma).to(dtype)
+    if objective == "simple":
+        return TrainingLosses(loss=mse, mse=mse, vb=torch.zeros_like(mse))
+
+    if objective != "vlb":
+        # The bound must not move the mean: its gradient there is as noisy as L_vlb's, which L_simple was made to avoid.
+        model_output = torch.cat([prediction.detach(), variance_output], dim=1)
+    vb = scheduler.variational_bound(model_output, original_samples, noisy_samples, timesteps, clip_sample=False)
+    if objective == "vlb":
+        vb = vb * scheduler.config.num_train_timesteps
+        return TrainingLosses(loss=vb, mse=mse.detach(), vb=vb)
+    if objective == "hybrid":
+        vb = vb * (scheduler.config.num_train_timesteps / HYBRID_VB_DIVISOR)
+    return TrainingLosses(loss=mse + vb, mse=mse, vb=vb)
+
+
+def check_objective(scheduler: LearnedVarianceDDPMScheduler, objective: Objective, snr_gamma: float | None) -> None:
+    """Raises the `ValueError`s of `training_losses` that depend on its options alone, before data are loaded."""
+    if objective not in get_args(Objective):
+        raise ValueError(f"`objective` is {objective!r}; it must be one of {list(get_args(Objective))}.")
+    if objective.startswith("hybrid") and not scheduler.has_learned_variance:
+        raise ValueError(
+            f"`objective={objective!r}` adds a bound term that trains the variance alone, but "
+            f"`variance_type={scheduler.config.variance_type!r}` has no learned variance. Pass `objective='simple'`, "
+            "or 'vlb' to train the mean by the bound."
+        )
+    if snr_gamma is not None:
+        if objective == "vlb":
+            raise ValueError("`snr_gamma` weights the squared error, which `objective='vlb'` has not. Leave one out.")
+        if snr_gamma <= 0:
+            raise ValueError(f"`snr_gamma` is {snr_gamma}; it must be positive (5.0 is usual).")

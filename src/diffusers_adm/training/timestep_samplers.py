@@ -1,0 +1,187 @@
+"""
+Which timesteps to train on, and the weights that keep the loss unbiased.
+
+Nichol & Dhariwal 2021 (https://huggingface.co/papers/2102.09672), section 3.3 and eq. 18: timesteps drawn in proportion
+to the root mean square of their recent losses, so that the variance of L_vlb's gradient falls.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, pad_across_processes
+
+
+def _uniform(batch_size: int, device: str | torch.device | None, generator: torch.Generator | None) -> torch.Tensor:
+    """Numbers in [0, 1), drawn where the generator lives and left there, in float64 where there is such a type."""
+    source = generator.device if generator is not None else torch.device(device or "cpu")
+    dtype = torch.float32 if "mps" in (source.type, torch.device(device or "cpu").type) else torch.float64
+    return torch.rand(batch_size, generator=generator, device=source, dtype=dtype)
+
+
+class TimestepSampler:
+    """
+    Draws timesteps with probability p_t = w_t / sum(w) and gives each the weight 1 / (T p_t): the expectation of
+    `weight * loss(t)` is the mean of the loss over uniform timesteps, whatever the w are.
+    """
+
+    def __init__(self, num_train_timesteps: int):
+        if num_train_timesteps < 1:
+            raise ValueError(f"`num_train_timesteps` is {num_train_timesteps}; it must be positive.")
+        self.num_train_timesteps = num_train_timesteps
+
+    def weights(self) -> torch.Tensor:
+        """`(num_train_timesteps,)`, float64, positive; need not sum to 1."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        batch_size: int,
+        device: str | torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            batch_size (`int`): Number of timesteps.
+            device (`torch.device`, *optional*): Where the results shall lie.
+            generator (`torch.Generator`, *optional*): On any device: the same state draws the same timesteps
+                everywhere. `None`: the global one of `device`.
+
+        Returns:
+            `tuple` of `torch.Tensor`: Timesteps in `[0, num_train_timesteps)` (int64), and the weights that the losses
+            there are to be multiplied by (float32); both `(batch_size,)`.
+        """
+        cumulative = self.weights().cumsum(0)
+        cumulative = cumulative / cumulative[-1]
+        # By inversion of one uniform number each; `torch.multinomial` would bind the generator to the device.
+        uniform = _uniform(batch_size, cumulative.device if device is None else device, generator)
+        uniform = uniform.to(cumulative.device).to(cumulative.dtype)
+        timesteps = torch.searchsorted(cumulative, uniform, right=True)
+        timesteps = timesteps.clamp(max=self.num_train_timesteps - 1)
+        probabilities = torch.diff(cumulative, prepend=cumulative.new_zeros(1))[timesteps]
+        weights = (1 / (self.num_train_timesteps * probabilities)).float()
+        return timesteps.to(device), weights.to(device)
+
+    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Tells the sampler the *unweighted* losses `(batch_size,)` at `timesteps`. Called by every process."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        pass
+
+
+class UniformTimestepSampler(TimestepSampler):
+    """Every timestep with the same probability; all weights are 1."""
+
+    def weights(self) -> torch.Tensor:
+        return torch.ones(self.num_train_timesteps, dtype=torch.float64)
+
+    def sample(
+        self,
+        batch_size: int,
+        device: str | torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the base class does it, without its table."""
+        timesteps = (_uniform(batch_size, device, generator) * self.num_train_timesteps).long().to(device)
+        return timesteps.clamp(max=self.num_train_timesteps - 1), torch.ones(batch_size, device=timesteps.device)
+
+
+class LossSecondMomentTimestepSampler(TimestepSampler):
+    r"""
+    p_t proportional to sqrt(E[L_t^2]) over the last `history_per_term` losses at t, mixed with a little of the uniform
+    distribution; uniform until every timestep has a full history.
+
+    Args:
+        num_train_timesteps (`int`): T.
+        history_per_term (`int`, defaults to 10): Losses remembered per timestep.
+        uniform_prob (`float`, defaults to 0.001): Share of the uniform distribution, so that no timestep is forgotten.
+    """
+
+    def __init__(self, num_train_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):
+        super().__init__(num_train_timesteps)
+        if history_per_term < 1:
+            raise ValueError(f"`history_per_term` is {history_per_term}; it must be positive.")
+        if not 0 < uniform_prob <= 1:
+            raise ValueError(
+                f"`uniform_prob` is {uniform_prob}; it must lie in (0, 1]: at 0 a timestep whose losses were 0 would "
+                "never be drawn again."
+            )
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        # Entry `counts[t] % history_per_term` of a row is the next to be written; beyond that their order is no matter.
+        self.history = torch.zeros(num_train_timesteps, history_per_term, dtype=torch.float64)
+        self.counts = torch.zeros(num_train_timesteps, dtype=torch.long)
+
+    def weights(self) -> torch.Tensor:
+        root_mean_square = self.history.square().mean(dim=1).sqrt()
+        total = root_mean_square.sum()
+        weights = (1 - self.uniform_prob) * root_mean_square / total + self.uniform_prob / self.num_train_timesteps
+        # Chosen on the device: asking whether the history is full would wait for it.
+        usable = (self.counts >= self.history_per_term).all() & (total > 0)
+        return torch.where(usable, weights, torch.ones_like(weights))
+
+    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        r"""
+        Remembers the losses of all processes, in the order of their ranks, so that every process draws from the same
+        distribution. It is a collective call: each process must make it, with batches of any size.
+
+        Args:
+            timesteps (`torch.LongTensor` of shape `(batch_size,)`): As drawn.
+            losses (`torch.Tensor` of shape `(batch_size,)`): Unweighted; with weights the sampler would learn from
+                itself.
+
+        Raises:
+            ValueError: If the two differ in shape.
+        """
+        if timesteps.shape != losses.shape or timesteps.ndim != 1:
+            raise ValueError(
+                f"`timesteps` has shape {tuple(timesteps.shape)} and `losses` {tuple(losses.shape)}; both must be "
+                "(batch_size,): one loss per example."
+            )
+        timesteps, losses = timesteps.detach(), losses.detach().float()
+        # Padding compares the sizes on the host, even if there is just one: a process alone must not wait for that.
+        if PartialState().num_processes > 1:
+            # In one collective: float32 holds every timestep. Padding, where batches differ in size, is timestep -1.
+            both = gather(pad_across_processes(torch.stack([timesteps.float(), losses], dim=1), pad_index=-1))
+            timesteps, losses = both[:, 0].long(), both[:, 1]
+        if losses.device.type == "mps":  # which has no float64
+            timesteps, losses = timesteps.cpu(), losses.cpu()
+        self.history, self.counts = self.history.to(losses.device), self.counts.to(losses.device)
+        # A loss that is not finite (an fp16 overflow, say) would poison the distribution for good.
+        valid = (timesteps >= 0) & losses.isfinite()
+
+        # In place of a loop over the examples, which would read each timestep on the host: the n-th occurrence of a
+        # timestep in the batch goes n places further; of more occurrences than places, the last ones stay. What shall
+        # not be kept goes to a spare row below the table.
+        same = (timesteps[:, None] == timesteps[None, :]) & valid[:, None] & valid[None, :]
+        earlier = same.tril(-1).sum(dim=1)
+        kept = valid & (earlier >= same.sum(dim=1) - self.history_per_term)
+        history = torch.cat([self.history, self.history.new_zeros(1, self.history_per_term)])
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])
+        spare = torch.full_like(timesteps, self.num_train_timesteps)
+        rows = torch.where(kept, timesteps, spare)
+        columns = (counts[rows] + earlier) % self.history_per_term
+        self.history = history.index_put((rows, columns), losses.double())[:-1]
+        self.counts = counts.index_add(0, torch.where(valid, timesteps, spare), torch.ones_like(timesteps))[:-1]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"history": self.history.cpu().clone(), "counts": self.counts.cpu().clone()}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Raises `ValueError` for the state of another kind of sampler, number of timesteps or length of history."""
+        if "history" not in state_dict:
+            raise ValueError(
+                f"The saved state holds {sorted(state_dict)} but no 'history': it belongs to another timestep sampler. "
+                "Resume with the one it was saved with."
+            )
+        if state_dict["history"].shape != self.history.shape:
+            raise ValueError(
+                f"The saved history has shape {tuple(state_dict['history'].shape)}, this sampler's is "
+                f"{tuple(self.history.shape)} (timesteps, losses per timestep). Resume with the values that it was "
+                "saved with."
+            )
+        self.history = state_dict["history"].to(self.history)
+        self.counts = state_dict["counts"].to(self.counts)

@@ -1,0 +1,198 @@
+"""Checkpoints: complete or absent, whatever kills the run; the right ones kept; everything back on resume."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from processes import run_distributed, start
+
+from diffusers_adm.training.checkpoints import (
+    TrainingProgress,
+    find_latest_checkpoint,
+    resume_checkpoint,
+    save_checkpoint,
+)
+
+
+class Run:
+    """A training run at toy size, all of whose state is the number of its step."""
+
+    def __init__(self, width=8):
+        self.accelerator = Accelerator(cpu=True)
+        self.model = torch.nn.Linear(width, width)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.progress = TrainingProgress()
+        self.accelerator.register_for_checkpointing(self.progress)
+
+    def save(self, output_dir, step, **options):
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(step)
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": torch.full_like(parameter, step),
+                    "exp_avg_sq": torch.full_like(parameter, step),
+                }
+        self.progress.global_step = step
+        return save_checkpoint(self.accelerator, output_dir, step, **options)
+
+    def assert_at(self, step):
+        for parameter in self.model.parameters():
+            assert torch.all(parameter == step)
+            assert torch.all(self.optimizer.state[parameter]["exp_avg_sq"] == step)
+        assert self.progress.global_step == step
+
+
+def steps_in(folder):
+    return sorted(int(name.removeprefix("checkpoint-")) for name in os.listdir(folder) if name[0] != ".")
+
+
+def test_round_trip_of_everything(tmp_path):
+    run = Run()
+    run.progress.epoch, run.progress.batch_in_epoch, run.progress.micro_step, run.progress.examples_seen = 2, 5, 45, 360
+    path = run.save(tmp_path, 9)
+    assert path == str(tmp_path / "checkpoint-9")
+    resumed = Run()
+    assert resume_checkpoint(resumed.accelerator, tmp_path, "latest") == path
+    resumed.assert_at(9)
+    assert resumed.progress == TrainingProgress(9, 45, 2, 5, 360)
+
+
+def test_progress_of_another_version_is_refused():
+    with pytest.raises(ValueError, match=r"holds \['global_step'\], expected \['batch_in_epoch', .*another version"):
+        TrainingProgress().load_state_dict({"global_step": 3})
+
+
+def test_latest_is_by_number_and_ignores_everything_else(tmp_path):
+    assert find_latest_checkpoint(tmp_path / "nowhere") is None
+    assert find_latest_checkpoint(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "checkpoint-11.bak", ".writing-checkpoint-12"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-13").write_text("a file")
+    assert find_latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_rotation_keeps_the_newest(tmp_path):
+    run = Run()
+    for step in (8, 9, 10, 11):
+        run.save(tmp_path, step, total_limit=2)
+    assert steps_in(tmp_path) == [10, 11]
+    run.save(tmp_path, 12)
+    assert steps_in(tmp_path) == [10, 11, 12]
+    run.save(tmp_path, 13, total_limit=1)
+    assert os.listdir(tmp_path) == ["checkpoint-13"]
+    with pytest.raises(ValueError, match="`checkpoints_total_limit` is 0"):
+        run.save(tmp_path, 14, total_limit=0)
+
+
+def test_rotation_drops_an_abandoned_branch_before_the_new_one(tmp_path, caplog):
+    run = Run()
+    for step in (100, 200, 300):
+        run.save(tmp_path, step)
+    resume_checkpoint(run.accelerator, tmp_path, "checkpoint-100")
+    assert "although checkpoint-200, checkpoint-300 exist" in caplog.text
+    run.save(tmp_path, 150, total_limit=3)
+    assert steps_in(tmp_path) == [100, 150, 200]
+    run.save(tmp_path, 160, total_limit=2)
+    assert steps_in(tmp_path) == [150, 160]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    run = Run()
+    run.save(tmp_path, 5)
+    run.progress.examples_seen = 77
+    run.save(tmp_path, 5)
+    assert os.listdir(tmp_path) == ["checkpoint-5"]
+    resumed = Run()
+    resume_checkpoint(resumed.accelerator, tmp_path, "latest")
+    assert resumed.progress.examples_seen == 77
+
+
+def test_a_run_killed_between_the_two_renames_of_a_replacement(tmp_path):
+    run = Run()
+    run.save(tmp_path, 4)
+    os.rename(tmp_path / "checkpoint-4", tmp_path / ".replaced-checkpoint-4")
+    assert resume_checkpoint(run.accelerator, tmp_path, "latest") == str(tmp_path / "checkpoint-4")
+
+
+def test_how_a_checkpoint_can_be_named(tmp_path, monkeypatch, caplog):
+    run = Run()
+    path = run.save(tmp_path / "run", 3)
+    run.save(tmp_path / "run", 4)
+    for name in (path, "checkpoint-3", path + os.sep):
+        resume_checkpoint(run.accelerator, tmp_path / "run", name)
+        run.assert_at(3)
+    assert resume_checkpoint(run.accelerator, tmp_path / "run", None) is None
+    caplog.clear()
+    assert resume_checkpoint(run.accelerator, tmp_path / "new", "latest") is None
+    assert "starting a new run" in caplog.text
+    with pytest.raises(ValueError, match="neither a folder nor .* Found there: checkpoint-3, checkpoint-4"):
+        resume_checkpoint(run.accelerator, tmp_path / "run", "checkpoint-5")
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
+        resume_checkpoint(run.accelerator, tmp_path / "run", str(tmp_path / "run"))
+
+
+def save_for_ever(output_dir):
+    torch.set_num_threads(1)
+    run = Run(width=700)  # 6 MB with the optimizer: long enough to be caught in the act
+    for step in range(1, 10**6):
+        run.save(output_dir, step, total_limit=2)
+
+
+def test_a_run_killed_while_saving_leaves_only_whole_checkpoints(tmp_path):
+    interrupted = 0
+    for attempt in range(6):
+        output_dir = tmp_path / str(attempt)
+        process = start(save_for_ever, output_dir)
+        deadline = time.monotonic() + 60
+        while find_latest_checkpoint(output_dir) is None or (attempt % 2 and not list(output_dir.glob(".writing-*/*"))):
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+        if attempt % 2 == 0:  # odd attempts kill at the first file that is written, the others anywhere
+            time.sleep(0.01 + 0.007 * attempt)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        interrupted += len(list(output_dir.glob(".writing-*")))
+
+        latest = find_latest_checkpoint(output_dir)
+        for checkpoint in output_dir.glob("checkpoint-*"):
+            resumed = Run(width=700)
+            resume_checkpoint(resumed.accelerator, output_dir, str(checkpoint))
+            resumed.assert_at(int(checkpoint.name.removeprefix("checkpoint-")))
+        assert Path(latest).is_dir()
+        assert not list(output_dir.glob(".*"))
+    assert interrupted >= 1, "no attempt was killed while writing: the test has shown nothing"
+
+
+def save_and_resume(output_dir):
+    run = Run()
+    for step in (1, 2, 3):
+        run.save(output_dir, step, total_limit=2)
+    torch.manual_seed(run.accelerator.process_index)
+    run.save(output_dir, 4, total_limit=2)
+    expected = torch.rand(()).item()
+    torch.manual_seed(99)
+    resumed = Run()
+    resume_checkpoint(resumed.accelerator, output_dir, "latest")
+    resumed.assert_at(4)
+    return expected, torch.rand(()).item()
+
+
+def test_two_processes(tmp_path, caplog):
+    results = run_distributed(save_and_resume, tmp_path)
+    assert steps_in(tmp_path) == [3, 4]
+    assert not list(tmp_path.glob(".*"))
+    assert {path.name for path in (tmp_path / "checkpoint-4").glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+    assert all(expected == drawn for expected, drawn in results)
+    assert results[0] != results[1]
+    resume_checkpoint(Run().accelerator, tmp_path, "latest")
+    assert "was written by 2 processes and is resumed by 1" in caplog.text

@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""
+`make demo`: trains a small class-conditional model on the embedded emoji, reloads it, and draws what it learned.
+
+Training is the real script, `accelerate launch training/train_adm.py` with the recipe configs/emoji_32.yaml. Then the
+saved pipeline is loaded with `from_pretrained` and draws two pictures, beside the loss curves that training has drawn:
+samples by class, and one sample on its way from noise to image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from diffusers_adm import ADMPipeline
+from diffusers_adm.training import labelled_grid
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SAMPLES_PER_CLASS = 8
+STRIP_IMAGES = 10
+STRIP_CLASS = "Smileys & Emotion"
+
+
+def train(output_dir: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(REPOSITORY / "training" / "configs" / "accelerate_single_process.yaml")]
+    # Without it `accelerate launch` sets one thread a process, or as many as there are physical cores.
+    command += ["--num_cpu_threads_per_process", str(os.cpu_count())]
+    command += [str(REPOSITORY / "training" / "train_adm.py"), "--config", "training/configs/emoji_32.yaml"]
+    # The recipe's paths are relative to the repository.
+    subprocess.run([*command, "--output_dir", str(output_dir), *arguments], check=True, cwd=REPOSITORY)
+
+
+def denoising_strip(pipeline: ADMPipeline, num_inference_steps: int, **kwargs) -> list[Image.Image]:
+    """The sample at `STRIP_IMAGES` evenly spaced steps of one sampling run, noise and result included."""
+    shown = {round(i * num_inference_steps / (STRIP_IMAGES - 1)) for i in range(1, STRIP_IMAGES)}
+    size = pipeline.unet.config.sample_size
+    latents = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(11))
+    frames = [latents]
+
+    def keep(_, step: int, __, callback_kwargs: dict) -> dict:
+        if step + 1 in shown:
+            frames.append(callback_kwargs["latents"])
+        return callback_kwargs
+
+    pipeline(latents=latents, num_inference_steps=num_inference_steps, callback_on_step_end=keep, **kwargs)
+    return pipeline.image_processor.postprocess(torch.cat(frames), output_type="pil")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    args, train_arguments = parser.parse_known_args()
+    output_dir = args.output_dir.resolve()
+    start = time.perf_counter()
+
+    shutil.rmtree(output_dir, ignore_errors=True)
+    train(output_dir, train_arguments)
+
+    pipeline = ADMPipeline.from_pretrained(output_dir)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(desc="Sampling")
+    id2label = pipeline.id2label
+
+    labels = [label for label in id2label for _ in range(SAMPLES_PER_CLASS)]
+    images = pipeline(
+        class_labels=labels,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(labels))],
+    ).images
+    scale = max(1, 64 // images[0].width)
+    grid = labelled_grid(images, len(id2label), SAMPLES_PER_CLASS, row_labels=list(id2label.values()), scale=scale)
+    grid.save(output_dir / "samples.png")
+
+    strip = denoising_strip(
+        pipeline,
+        args.num_inference_steps,
+        class_labels=STRIP_CLASS,
+        guidance_scale=args.guidance_scale,
+        generator=torch.Generator().manual_seed(0),
+    )
+    done = [round(i * args.num_inference_steps / (STRIP_IMAGES - 1)) for i in range(STRIP_IMAGES)]
+    strip_labels = [f"step {n}" for n in done]
+    labelled_grid(strip, 1, STRIP_IMAGES, [STRIP_CLASS], strip_labels, scale=scale).save(output_dir / "denoising.png")
+
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at:")
+    for name, what in (
+        ("samples.png", "samples by class, from the reloaded pipeline"),
+        ("denoising.png", "one sample on its way from noise to image"),
+        ("loss_curves.png", "loss, its terms, and by quarter of the timesteps"),
+    ):
+        print(f"  {os.path.relpath(output_dir / name)}  {what}")
+    print(f'and load it yourself: ADMPipeline.from_pretrained("{os.path.relpath(output_dir)}")')
+
+
+if __name__ == "__main__":
+    main()
