@@ -173,7 +173,8 @@ def memory_row(network: str, dtype: str, memory_format: str, args: argparse.Name
     for which in ("ours", "theirs"):
         command = [sys.executable, __file__, "--device", args.device, "--batch_size", str(args.batch_size)]
         command += ["--memory_of", which, network, dtype, memory_format]
-        outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+        runs = range(args.memory_runs)
+        outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in runs]
         peaks[which] = statistics.median(int(output.split()[-1]) for output in outputs)
     ratio = peaks["ours"] / peaks["theirs"]
     return {
@@ -193,7 +194,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=15, help="Timed pairs per row.")
     parser.add_argument("--only", nargs="*", default=[], help="Words that a row must all have, e.g. `64x64 float32`.")
-    parser.add_argument("--skip_memory", action="store_true")
+    parser.add_argument("--memory_runs", type=int, default=1, help="Processes per peak; the median counts. 0: skip.")
     parser.add_argument("--json", help="Write all numbers to this file.")
     parser.add_argument("--memory_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -220,8 +221,8 @@ def main() -> int:
             f"{row['ours_of_conv_rate']:.2f}, {row['theirs_of_conv_rate']:.2f}  {'ok' if row['passed'] else 'FAILED'}",
             flush=True,
         )
-    if not args.skip_memory:
-        print("\nPeak memory of three training steps, each network alone in a process, median of 3")
+    if args.memory_runs:
+        print("\nPeak memory of three training steps, each network alone in a process")
         for network, dtype, memory_format in itertools.product(NETWORKS, DTYPES, FORMATS):
             if not set(args.only) <= {network, dtype, memory_format}:
                 continue

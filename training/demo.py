@@ -26,6 +26,7 @@ from diffusers_adm.training import labelled_grid
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLES_PER_CLASS = 8
+DEFAULT_OUTPUT_DIR = Path("outputs/demo")
 STRIP_IMAGES = 10
 STRIP_CLASS = "Smileys & Emotion"
 
@@ -40,32 +41,34 @@ def train(output_dir: Path, arguments: list[str]) -> None:
     subprocess.run([*command, "--output_dir", str(output_dir), *arguments], check=True, cwd=REPOSITORY)
 
 
-def denoising_strip(pipeline: ADMPipeline, num_inference_steps: int, **kwargs) -> list[Image.Image]:
-    """The sample at `STRIP_IMAGES` evenly spaced steps of one sampling run, noise and result included."""
-    shown = {round(i * num_inference_steps / (STRIP_IMAGES - 1)) for i in range(1, STRIP_IMAGES)}
+def denoising_strip(pipeline: ADMPipeline, num_inference_steps: int, **kwargs) -> dict[str, Image.Image]:
+    """The sample at `STRIP_IMAGES` evenly spaced steps of one sampling run, noise and result included, by its label."""
+    shown = [round(i * num_inference_steps / (STRIP_IMAGES - 1)) for i in range(STRIP_IMAGES)]
     size = pipeline.unet.config.sample_size
     latents = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(11))
-    frames = [latents]
+    frames = {0: latents}
 
     def keep(_, step: int, __, callback_kwargs: dict) -> dict:
         if step + 1 in shown:
-            frames.append(callback_kwargs["latents"])
+            frames[step + 1] = callback_kwargs["latents"].cpu()
         return callback_kwargs
 
     pipeline(latents=latents, num_inference_steps=num_inference_steps, callback_on_step_end=keep, **kwargs)
-    return pipeline.image_processor.postprocess(torch.cat(frames), output_type="pil")
+    images = pipeline.image_processor.postprocess(torch.cat(list(frames.values())), output_type="pil")
+    return {f"step {step}": image for step, image in zip(frames, images, strict=True)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT_DIR)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     args, train_arguments = parser.parse_known_args()
     output_dir = args.output_dir.resolve()
     start = time.perf_counter()
 
-    shutil.rmtree(output_dir, ignore_errors=True)
+    if args.output_dir == DEFAULT_OUTPUT_DIR:  # ours to empty; a folder that someone names is not
+        shutil.rmtree(output_dir, ignore_errors=True)
     train(output_dir, train_arguments)
 
     pipeline = ADMPipeline.from_pretrained(output_dir)
@@ -91,9 +94,9 @@ def main() -> None:
         guidance_scale=args.guidance_scale,
         generator=torch.Generator().manual_seed(0),
     )
-    done = [round(i * args.num_inference_steps / (STRIP_IMAGES - 1)) for i in range(STRIP_IMAGES)]
-    strip_labels = [f"step {n}" for n in done]
-    labelled_grid(strip, 1, STRIP_IMAGES, [STRIP_CLASS], strip_labels, scale=scale).save(output_dir / "denoising.png")
+    labelled_grid(list(strip.values()), 1, len(strip), [STRIP_CLASS], list(strip), scale=scale).save(
+        output_dir / "denoising.png"
+    )
 
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at:")
     for name, what in (

@@ -290,7 +290,7 @@ def build_unet(
             raise ValueError(
                 f"The data has {num_classes} classes, but the U-Net has room for {room} (`num_class_embeds` "
                 f"{config.num_class_embeds}, null class {config.null_class_id}). Leave `num_class_embeds` out of a "
-                "config for training from scratch, and the data set it; for fine-tuning, use the same classes."
+                "config for training from scratch, so that the data sets it; for fine-tuning, use the same classes."
             )
         if model_args.class_dropout_prob > 0 and config.null_class_id is None:
             raise ValueError(

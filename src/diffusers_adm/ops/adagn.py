@@ -72,31 +72,25 @@ def _adagn_folded(
     The same in one normalisation kernel: the batch moves into the channels, where the affine parameters of the kernel
     can differ by example, so that they take up scale and shift: w' = w (1 + s), b' = b (1 + s) + t.
     """
-    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     batch_size, channels, height, width = x.shape
-    # The CPU kernels for channels-last normalise slowly and differentiate three to five times slower than the planar
-    # ones; two copies cost much less than that.
-    h = x.contiguous()
     # The kernel computes in float32 inside, whatever `x` is, and takes float32 parameters with 16-bit activations;
     # thus `1 + scale` keeps its precision here, too.
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(dtype), bias.to(dtype)
     if scale is None:
-        h = torch.group_norm(h, num_groups, weight, bias, eps)
+        h = torch.group_norm(x, num_groups, weight, bias, eps)
     else:
         gain = 1 + scale.to(dtype)
         h = torch.group_norm(
-            h.view(1, batch_size * channels, height, width),
+            x.view(1, batch_size * channels, height, width),
             batch_size * num_groups,
             (weight * gain).flatten(),
             (bias * gain + shift.to(dtype)).flatten(),
             eps,
         ).view(batch_size, channels, height, width)
     if activation in ("silu", "swish"):
-        h = F.silu(h, inplace=not h.requires_grad)
-    else:
-        h = ADAGN_ACTIVATIONS[activation](h)
-    return h.contiguous(memory_format=memory_format)
+        return F.silu(h, inplace=not h.requires_grad)
+    return ADAGN_ACTIVATIONS[activation](h)
 
 
 def adagn(
@@ -112,9 +106,9 @@ def adagn(
     """
     `act(group_norm(x) * (1 + scale) + shift)` by the fastest way that is known to be right for this input.
 
-    Arguments and result are those of [`adagn_reference`], which is the definition. On CPU the work is done by one
-    normalisation kernel; everywhere else, and where the environment variable `DIFFUSERS_ADM_REFERENCE_ADAGN` is `1`,
-    by the reference. The result keeps the memory format of `x` (contiguous or channels-last).
+    Arguments and result are those of [`adagn_reference`], which is the definition. On CPU, contiguous inputs take one
+    normalisation kernel; everything else, and all where the environment variable `DIFFUSERS_ADM_REFERENCE_ADAGN` is
+    `1`, the reference. The result keeps the memory format of `x` (contiguous or channels-last).
 
     Raises:
         ValueError: If just one of `scale` and `shift` is given.
@@ -122,8 +116,9 @@ def adagn(
     if (scale is None) != (shift is None):
         given = "scale" if shift is None else "shift"
         raise ValueError(f"`adagn` got `{given}` alone. Pass both `scale` and `shift`, or neither.")
-    plain_layout = x.ndim == 4 and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-    fold = x.device.type == "cpu" and plain_layout and not USE_ADAGN_REFERENCE
+    # Channels-last goes to the reference: there the batch cannot move into the channels without a transposition, which
+    # costs more than it saves.
+    fold = x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous() and not USE_ADAGN_REFERENCE
     run = _adagn_folded if fold else adagn_reference
     return run(x, num_groups, weight, bias, eps, scale, shift, activation)
 
