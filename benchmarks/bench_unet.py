@@ -165,7 +165,8 @@ def measure_memory(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated())
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        unit = 1 if sys.platform == "darwin" else 1024
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def memory_row(network: str, dtype: str, memory_format: str, args: argparse.Namespace) -> dict:

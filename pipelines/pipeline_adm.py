@@ -51,7 +51,8 @@ class ADMPipeline(DiffusionPipeline):
             variance as well.
         scheduler ([`SchedulerMixin`]): `LearnedVarianceDDPMScheduler`, or a scheduler of diffusers made with
             `from_config`. Only the former and `DDPMScheduler(variance_type="learned_range")` use a learned variance;
-            the others get the mean channels alone.
+            the others get the mean channels alone. One that has inherited a learned `variance_type` and would cut the
+            channels itself is copied for each call, so that `pipe.scheduler.timesteps` is not what was stepped through.
         vae, text_encoder, tokenizer, classifier: Not supported yet. Pass `None`.
         id2label (`dict[int, str]`, *optional*): Names of the classes, saved with the pipeline.
 
@@ -153,8 +154,8 @@ class ADMPipeline(DiffusionPipeline):
             guidance_scale (`float`, defaults to 1.0): `uncond + guidance_scale * (cond - uncond)` takes the place of
                 the predicted mean; 1.0 is off. It needs `class_labels` and a model with a null class. The variance is
                 that of the conditional prediction.
-            guidance_rescale (`float`, defaults to 0.0): In [0, 1]; pulls the standard deviation of the guided
-                prediction towards that of the conditional one.
+            guidance_rescale (`float`, defaults to 0.0): In [0, 1], for guided steps; pulls the standard deviation of
+                the guided prediction towards that of the conditional one.
             guidance_start, guidance_end (`float`, default to 0.0 and 1.0): Fractions of the steps between which
                 guidance acts. Step `i` of `n` is guided if `guidance_start <= i / n` and `(i + 1) / n <= guidance_end`.
             eta (`float`, *optional*): Noise of DDIM steps, from 0 (deterministic) to 1 (as much as DDPM). `None`:

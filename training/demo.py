@@ -25,7 +25,7 @@ from diffusers_adm.training import labelled_grid
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SAMPLES_PER_CLASS = 8
+SAMPLES_PER_CLASS = 6
 DEFAULT_OUTPUT_DIR = Path("outputs/demo")
 STRIP_IMAGES = 10
 STRIP_CLASS = "Smileys & Emotion"
@@ -35,7 +35,8 @@ def train(output_dir: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(REPOSITORY / "training" / "configs" / "accelerate_single_process.yaml")]
     # Without it `accelerate launch` sets one thread a process, or as many as there are physical cores.
-    command += ["--num_cpu_threads_per_process", str(os.cpu_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    command += ["--num_cpu_threads_per_process", str(cores)]
     command += [str(REPOSITORY / "training" / "train_adm.py"), "--config", "training/configs/emoji_32.yaml"]
     # The recipe's paths are relative to the repository.
     subprocess.run([*command, "--output_dir", str(output_dir), *arguments], check=True, cwd=REPOSITORY)
@@ -67,7 +68,8 @@ def main() -> None:
     output_dir = args.output_dir.resolve()
     start = time.perf_counter()
 
-    if args.output_dir == DEFAULT_OUTPUT_DIR:  # ours to empty; a folder that someone names is not
+    # The default folder is ours to empty, unless its run shall go on; one that someone names is not.
+    if args.output_dir == DEFAULT_OUTPUT_DIR and not any("resume_from_checkpoint" in a for a in train_arguments):
         shutil.rmtree(output_dir, ignore_errors=True)
     train(output_dir, train_arguments)
 

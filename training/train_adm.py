@@ -19,10 +19,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -31,7 +31,7 @@ import transformers
 import yaml
 from accelerate import Accelerator, skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -49,6 +49,7 @@ from diffusers_adm.training import (
     check_batch_fits,
     check_images,
     check_objective,
+    delete_checkpoints,
     ema_weights,
     find_latest_checkpoint,
     labelled_grid,
@@ -137,13 +138,15 @@ class DiffusionArguments:
     """None: what the pretrained scheduler says, or the default in parentheses."""
 
     ddpm_num_steps: int | None = arg(None, "Length of the noising chain (1000).")
-    ddpm_beta_schedule: str | None = arg(
-        None, "linear, scaled_linear, quadratic, cosine (= squaredcos_cap_v2) or sigmoid (linear)."
-    )
+    ddpm_beta_schedule: (
+        Literal["linear", "scaled_linear", "quadratic", "cosine", "squaredcos_cap_v2", "sigmoid"] | None
+    ) = arg(None, "How the noise grows (linear); cosine and squaredcos_cap_v2 are the same.")
     beta_start: float | None = arg(None, "First beta (0.0001).")
     beta_end: float | None = arg(None, "Last beta (0.02).")
-    prediction_type: str | None = arg(None, "epsilon, sample or v_prediction (epsilon).")
-    variance_type: str | None = arg(None, "learned_range, learned_log, fixed_small or fixed_large (learned_range).")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = arg(None, "What is predicted (epsilon).")
+    variance_type: Literal["learned_range", "learned_log", "fixed_small", "fixed_large"] | None = arg(
+        None, "The variance of a reverse step (learned_range)."
+    )
     objective: Literal["simple", "hybrid", "hybrid_unscaled", "vlb"] = arg(
         "hybrid", "The loss: simple (squared error), hybrid (with the bound, for the variance), or vlb (the bound)."
     )
@@ -175,7 +178,7 @@ class TrainingArguments:
     adam_epsilon: float = arg(1e-8, "Of AdamW.")
     max_grad_norm: float = arg(1.0, "Gradients are scaled down to this norm.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "None: as configured for Accelerate.")
-    allow_tf32: bool = arg(False, "Let float32 matrix products run in TF32 on GPUs that have it.")
+    allow_tf32: bool = arg(False, "Let float32 matrix products run in TF32, as PyTorch's convolutions do anyway.")
     use_ema: bool = arg(True, "Keep an exponential moving average of the weights; samples and the result use it.")
     ema_max_decay: float = arg(0.9999, "The decay that the average warms up to.")
     ema_inv_gamma: float = arg(1.0, "Of the warm-up, decay = 1 - (1 + step / inv_gamma) ** -power.")
@@ -183,6 +186,7 @@ class TrainingArguments:
     checkpointing_steps: int = arg(1000, "Optimizer steps between checkpoints.")
     checkpoints_total_limit: int | None = arg(None, "Keep this many; none: all.")
     resume_from_checkpoint: str | None = arg(None, "`latest`, or a checkpoint folder.")
+    overwrite_output_dir: bool = arg(False, "Start anew where another run left checkpoints, and delete those.")
     logging_steps: int = arg(20, "Optimizer steps between rows of the curves.")
     logging_dir: str = arg("logs", "For TensorBoard, below `output_dir`.")
     report_to: Literal["tensorboard", "none"] = arg("tensorboard", "Where curves and grids go beside the PNG files.")
@@ -203,6 +207,17 @@ class TrainingArguments:
             raise ValueError(f"`ema_max_decay` is {self.ema_max_decay}; it must lie in [0, 1).")
 
 
+def from_subfolder_or_root(load: Callable, repository: str, subfolder: str, **kwargs):
+    """Repositories from before pipelines, such as google/ddpm-cifar10-32, keep the files of all parts at the root."""
+    try:
+        return load(repository, subfolder=subfolder, **kwargs)
+    except OSError as error:
+        try:
+            return load(repository, **kwargs)
+        except OSError:
+            raise error from None
+
+
 def build_scheduler(
     model_args: ModelArguments, data_args: DataArguments, diffusion_args: DiffusionArguments
 ) -> LearnedVarianceDDPMScheduler:
@@ -220,9 +235,10 @@ def build_scheduler(
         scheduler = LearnedVarianceDDPMScheduler(**given)
     else:
         with reading("pretrained_model_name_or_path", pretrained):
-            scheduler = LearnedVarianceDDPMScheduler.from_pretrained(
+            scheduler = from_subfolder_or_root(
+                LearnedVarianceDDPMScheduler.from_pretrained,
                 pretrained,
-                subfolder="scheduler",
+                "scheduler",
                 revision=model_args.revision,
                 cache_dir=data_args.cache_dir,
                 **given,
@@ -233,32 +249,63 @@ def build_scheduler(
     return scheduler
 
 
-def build_unet(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    num_classes: int | None,
-    scheduler: LearnedVarianceDDPMScheduler,
-) -> AdaGNUNet2DModel:
-    """The network, its class embedding fitted to the data; refuses what would train something else than asked for."""
+def load_unet_config(
+    model_args: ModelArguments, data_args: DataArguments, scheduler: LearnedVarianceDDPMScheduler
+) -> dict[str, Any]:
+    """The config of the network, read before any data, since it may not fit the scheduler."""
     pretrained, from_scratch = model_args.pretrained_model_name_or_path, model_args.model_config_name_or_path
     if pretrained is not None:
         with reading("pretrained_model_name_or_path", pretrained):
-            unet = AdaGNUNet2DModel.from_pretrained(
+            config = from_subfolder_or_root(
+                AdaGNUNet2DModel.load_config,
                 pretrained,
-                subfolder="unet",
+                "unet",
                 revision=model_args.revision,
-                variant=model_args.variant,
                 cache_dir=data_args.cache_dir,
             )
     else:
         with reading("model_config_name_or_path", from_scratch):
-            config = AdaGNUNet2DModel.load_config(from_scratch, cache_dir=data_args.cache_dir)
+            if os.path.isfile(from_scratch):
+                config = AdaGNUNet2DModel.load_config(from_scratch)
+            else:
+                load = AdaGNUNet2DModel.load_config
+                config = from_subfolder_or_root(load, from_scratch, "unet", cache_dir=data_args.cache_dir)
         known = list(inspect.signature(AdaGNUNet2DModel.__init__).parameters)
         for key in config:
             if key not in known and not key.startswith("_"):  # diffusers would pass over it
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f" Did you mean `{close[0]}`?" if close else ""
                 raise ValueError(f"The config {from_scratch} holds {key!r}, which `AdaGNUNet2DModel` has not.{hint}")
+    # Defaults of the constructor, for a config written by hand that leaves them out.
+    in_channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    expected = in_channels * (2 if scheduler.has_learned_variance else 1)
+    if out_channels != expected:
+        raise ValueError(
+            f"The U-Net has {out_channels} output channels for {in_channels} input channels, but `variance_type` "
+            f"{scheduler.config.variance_type!r} needs {expected}. Change `out_channels` in its config, or pass "
+            "`--variance_type fixed_small --objective simple` for a network without learned variance."
+        )
+    if in_channels != 3:
+        raise ValueError(f"The U-Net takes {in_channels} channels; this script trains on RGB images: 3.")
+    return config
+
+
+def build_unet(
+    model_args: ModelArguments, data_args: DataArguments, config: dict[str, Any], num_classes: int | None
+) -> AdaGNUNet2DModel:
+    """The network, its class embedding fitted to the data; refuses what would train something else than asked for."""
+    pretrained = model_args.pretrained_model_name_or_path
+    if pretrained is not None:
+        with reading("pretrained_model_name_or_path", pretrained):
+            unet = from_subfolder_or_root(
+                AdaGNUNet2DModel.from_pretrained,
+                pretrained,
+                "unet",
+                revision=model_args.revision,
+                variant=model_args.variant,
+                cache_dir=data_args.cache_dir,
+            )
+    else:
         if num_classes is not None and config.get("num_class_embeds") is None:
             with_null = model_args.class_dropout_prob > 0
             config = {**config, "num_class_embeds": num_classes + with_null}
@@ -266,15 +313,6 @@ def build_unet(
         unet = AdaGNUNet2DModel.from_config(config)
     config = unet.config
 
-    expected = config.in_channels * (2 if scheduler.has_learned_variance else 1)
-    if config.out_channels != expected:
-        raise ValueError(
-            f"The U-Net has {config.out_channels} output channels for {config.in_channels} input channels, but "
-            f"`variance_type` {scheduler.config.variance_type!r} needs {expected}. Change `out_channels` in its config "
-            "or pass `--variance_type fixed_small --objective simple` for a network without learned variance."
-        )
-    if config.in_channels != 3:
-        raise ValueError(f"The U-Net takes {config.in_channels} channels; this script trains on RGB images: 3.")
     if num_classes is None and config.num_class_embeds is not None and config.null_class_id is None:
         raise ValueError(
             f"The U-Net is class-conditional ({config.num_class_embeds} classes, no null class), but no `label_column` "
@@ -386,15 +424,14 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"Accelerate is configured for {accelerator.distributed_type.value}, which splits the weights over "
+            "processes; the averaged weights and checkpoints of this script need them whole. Use `multi_gpu`."
+        )
     if training_args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     settings = {k: v for a in (model_args, data_args, diffusion_args, training_args) for k, v in vars(a).items()}
-    if accelerator.is_main_process:
-        os.makedirs(output_dir, exist_ok=True)
-        # Reads back as a recipe: `--config <output_dir>/train_args.yaml`.
-        with open(os.path.join(output_dir, "train_args.yaml"), "w", encoding="utf-8") as file:
-            yaml.safe_dump(settings, file, sort_keys=False)
     logger.info(accelerator.state, main_process_only=True)
 
     # 2. diffusion process and data: the cheap checks first
@@ -404,6 +441,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"`validation_num_inference_steps` is {training_args.validation_num_inference_steps}, but the noising "
             f"chain (`ddpm_num_steps`) has {chain} steps. Pass `--validation_num_inference_steps {chain}` or less."
+        )
+    unet_config = load_unet_config(model_args, data_args, noise_scheduler)
+    if training_args.validation_guidance_scale != 1 and data_args.label_column is None:
+        raise ValueError(
+            f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but without a `label_column` "
+            "there are no classes to guide towards. Leave it at 1."
         )
     with accelerator.main_process_first():
         images, id2label = load_image_dataset(
@@ -421,7 +464,7 @@ def main(argv: list[str] | None = None) -> None:
         num_classes = len(id2label) if id2label is not None else None
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
-        unet = build_unet(model_args, data_args, num_classes, noise_scheduler)
+        unet = build_unet(model_args, data_args, unet_config, num_classes)
         null_class_id = unet.config.null_class_id
         if num_classes and null_class_id is None and training_args.validation_guidance_scale != 1:
             raise ValueError(
@@ -503,10 +546,22 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. resume
     if training_args.resume_from_checkpoint is None and find_latest_checkpoint(output_dir) is not None:
-        logger.warning(
-            f"{output_dir} holds {os.path.basename(find_latest_checkpoint(output_dir))} of an earlier run. This run "
-            "starts anew and replaces its files; to go on instead, pass `--resume_from_checkpoint latest`."
-        )
+        # A new run would mix with it: `latest` finds the highest step, whoever wrote it.
+        if not training_args.overwrite_output_dir:
+            raise ValueError(
+                f"`output_dir` {output_dir!r} holds {os.path.basename(find_latest_checkpoint(output_dir))} of another "
+                "run. Pass `--resume_from_checkpoint latest` to go on with it, `--overwrite_output_dir` to delete its "
+                "checkpoints and start anew, or another `--output_dir`."
+            )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            delete_checkpoints(output_dir)
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.makedirs(output_dir, exist_ok=True)
+        # Reads back as a recipe: `--config <output_dir>/train_args.yaml`.
+        with open(os.path.join(output_dir, "train_args.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(settings, file, sort_keys=False)
     resume_checkpoint(accelerator, output_dir, training_args.resume_from_checkpoint)
     if ema is not None:
         ema.to(accelerator.device)
@@ -603,7 +658,6 @@ def main(argv: list[str] | None = None) -> None:
                 optimizer.zero_grad()
             progress.micro_step += 1
             progress.batch_in_epoch += 1
-            progress.examples_seen += pixels.shape[0] * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
 

@@ -162,3 +162,10 @@ def test_help_shows_the_recipe_the_defaults_and_the_choices(capsys):
     text = capsys.readouterr().out
     for words in ("Trains a thing.", "--config RECIPE.yaml", "(default: no)", "{no,fp16,bf16}", "--no_use_ema"):
         assert words in text
+
+
+def test_an_optional_list_of_the_recipe_can_be_unset(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data_files: a.parquet\n")
+    (arguments,) = parse_args(TrainingArguments, ["--config", str(recipe), "--data_files", "none"])
+    assert arguments.data_files is None

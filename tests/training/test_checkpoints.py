@@ -54,7 +54,7 @@ def steps_in(folder):
 
 def test_round_trip_of_everything(tmp_path):
     run = Run()
-    run.progress.epoch, run.progress.batch_in_epoch, run.progress.micro_step, run.progress.examples_seen = 2, 5, 45, 360
+    run.progress.epoch, run.progress.batch_in_epoch, run.progress.micro_step = 2, 5, 45
     path = run.save(tmp_path, 9)
     assert path == str(tmp_path / "checkpoint-9")
     resumed = Run()
@@ -105,12 +105,12 @@ def test_rotation_drops_an_abandoned_branch_before_the_new_one(tmp_path, caplog)
 def test_saving_a_step_again_replaces_it(tmp_path):
     run = Run()
     run.save(tmp_path, 5)
-    run.progress.examples_seen = 77
+    run.progress.micro_step = 77
     run.save(tmp_path, 5)
     assert os.listdir(tmp_path) == ["checkpoint-5"]
     resumed = Run()
     resume_checkpoint(resumed.accelerator, tmp_path, "latest")
-    assert resumed.progress.examples_seen == 77
+    assert resumed.progress.micro_step == 77
 
 
 def test_a_run_killed_between_the_two_renames_of_a_replacement(tmp_path):

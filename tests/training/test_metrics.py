@@ -150,7 +150,7 @@ class TestPlot:
 
     @pytest.mark.parametrize("count", [1, 100])
     def test_both_panels_hold_lines_of_every_metric(self, tmp_path, count):
-        path = plot_loss_curves(list(self.rows(count)), tmp_path / "curves.png", title="A run")
+        path = plot_loss_curves(list(self.rows(count)), tmp_path / "curves.png")
         assert path == str(tmp_path / "curves.png")
         pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
         # matplotlib's first colours (blue, orange, green, red), three of them on the left and four on the right.

@@ -425,12 +425,15 @@ class TestSingleProcess:
         events = EventAccumulator(str(Path(other, "logs", "train"))).Reload()
         assert [event.step for event in events.Scalars("train/loss")] == [2, 3, 4, 6, 8, 9]
 
-    def test_a_new_run_in_the_folder_of_an_old_one_says_so(self, short, caplog):
-        train(**short)
-        assert "of an earlier run" not in caplog.text
-        train(**short)
-        assert "holds checkpoint-2 of an earlier run" in caplog.text
-        assert [row["step"] for row in read_metrics(short["output_dir"])] == [1, 2]
+    def test_a_new_run_in_the_folder_of_an_old_one(self, short):
+        train(**short, max_train_samples=20)
+        record = Path(short["output_dir"], "train_args.yaml").read_text(encoding="utf-8")
+        with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
+            train(**short, max_train_samples=24)
+        assert Path(short["output_dir"], "train_args.yaml").read_text(encoding="utf-8") == record
+        train(**short | {"max_train_steps": 1}, overwrite_output_dir=True)
+        assert [path.name for path in Path(short["output_dir"]).glob("checkpoint-*")] == ["checkpoint-1"]
+        assert [row["step"] for row in read_metrics(short["output_dir"])] == [1]
 
     def test_fixed_variance_and_the_simple_objective(self, short, tmp_path):
         config = write_model_config(tmp_path, out_channels=3)
@@ -506,6 +509,16 @@ class TestFineTuning:
         for name, weight in saved_weights(short["output_dir"]).items():
             assert torch.allclose(weight, unet.state_dict()[name], atol=1e-6), name
 
+    def test_a_repository_without_subfolders(self, short, tmp_path):
+        """Like google/ddpm-cifar10-32."""
+        unet = random_diffusers_unet(out_channels=3)
+        unet.save_pretrained(tmp_path / "base")
+        DDPMScheduler(num_train_timesteps=200).save_pretrained(tmp_path / "base")
+        train(**fine_tuning(short, tmp_path / "base") | self.STILL, objective="simple")
+        for name, weight in saved_weights(short["output_dir"]).items():
+            assert torch.allclose(weight, unet.state_dict()[name], atol=1e-6), name
+        assert ADMPipeline.from_pretrained(short["output_dir"]).scheduler.config.num_train_timesteps == 200
+
 
 # 3. Recipes
 
@@ -516,8 +529,9 @@ class TestRecipes:
         monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
         model, data, diffusion, training = parse_args(ARGUMENT_TYPES, ["--config", str(recipe)])
         scheduler = train_adm.build_scheduler(model, data, diffusion)
+        config = train_adm.load_unet_config(model, data, scheduler)
         with torch.device("meta"):
-            unet = train_adm.build_unet(model, data, 9 if data.label_column else None, scheduler)
+            unet = train_adm.build_unet(model, data, config, 9 if data.label_column else None)
         assert (data.resolution or unet.config.sample_size) % 2 ** (len(unet.config.block_out_channels) - 1) == 0
         for path in data.data_files or []:
             assert Path(path).is_file()
@@ -564,8 +578,6 @@ class TestBadInput:
             ({"max_grad_norm": 0}, "`max_grad_norm` is 0.0; it must be positive"),
             ({"ema_max_decay": 1.0}, "`ema_max_decay` is 1.0; it must lie in"),
             ({"class_dropout_prob": 1.5}, "`class_dropout_prob` is 1.5; it must lie in"),
-            ({"ddpm_beta_schedule": "cosinus"}, "`beta_schedule` is 'cosinus'"),
-            ({"variance_type": "learned"}, "`variance_type` is 'learned'.*'learned_log'"),
             ({"variance_type": "fixed_small"}, "objective='hybrid'.*Pass `objective='simple'`"),
             ({"objective": "vlb", "snr_gamma": 5.0}, "`snr_gamma` weights the squared error"),
             (
@@ -576,6 +588,7 @@ class TestBadInput:
             ({"resolution": 9}, "The resolution is 9; .* divisible by 2. Pass e.g. `--resolution 10`"),
             ({"train_batch_size": 164}, "There are 163 usable images, but one step takes 164"),
             ({"min_image_size": 100}, "None of the 163 images can be used: 163 too small"),
+            ({"validation_guidance_scale": 2.0}, "without a `label_column` there are no classes to guide towards"),
             ({"label_column": "category"}, "`label_column` is 'category', but .* has the columns image, text, label"),
             ({"image_column": "picture"}, "`image_column` is 'picture', but .* has the columns image, text, label"),
             ({"train_data_dir": "pictures"}, "Got `train_data_dir` and `data_files`"),
@@ -593,6 +606,14 @@ class TestBadInput:
     def test_arguments(self, short, changes, message):
         with pytest.raises(ValueError, match=message):
             train(**short | changes)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("ddpm_beta_schedule", "cosinus"), ("variance_type", "learned"), ("prediction_type", "x0")]
+    )
+    def test_unknown_words_on_the_command_line(self, short, name, value, capsys):
+        with pytest.raises(SystemExit):
+            train(**short | {name: value})
+        assert f"argument --{name}: invalid choice: '{value}' (choose from" in capsys.readouterr().err
 
     def test_no_model_and_no_data(self, short):
         for name, message in (

@@ -340,7 +340,6 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         up_block_types = tuple(name.removeprefix("UNetRes") for name in up_block_types)
         self._check_config(down_block_types, up_block_types)
 
-        self.sample_size = sample_size
         time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
         time_proj_dim = time_proj_dim or block_out_channels[0]
         if num_attention_heads is None or isinstance(num_attention_heads, int):

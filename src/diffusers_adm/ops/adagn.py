@@ -73,8 +73,8 @@ def _adagn_folded(
     can differ by example, so that they take up scale and shift: w' = w (1 + s), b' = b (1 + s) + t.
     """
     batch_size, channels, height, width = x.shape
-    # The kernel computes in float32 inside, whatever `x` is, and takes float32 parameters with 16-bit activations;
-    # thus `1 + scale` keeps its precision here, too.
+    # With 16-bit activations the kernel computes in float32 inside and takes float32 parameters; thus `1 + scale` keeps
+    # its precision here, too.
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(dtype), bias.to(dtype)
     if scale is None:

@@ -33,6 +33,18 @@ TimestepSpacing = Literal["linspace", "leading", "trailing"]
 # Other words for the same: the `_log` ones differ in how diffusers computes the same number.
 VARIANCE_TYPE_ALIASES = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}
 BETA_SCHEDULE_ALIASES = {"cosine": "squaredcos_cap_v2"}
+# What the mean and variance of a reverse step are made of.
+PREDICTION_TABLES = (
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "posterior_log_variance_clipped",
+    "log_betas",
+    "fixed_large_log_variance",
+)
 # A probability below this is raised to it before its logarithm, as in the code of the papers.
 MIN_PROBABILITY = 1e-12
 # Largest beta of the cosine schedule (Improved DDPM, section 3.2).
@@ -240,6 +252,7 @@ class DiffusionChain:
         tables, positions = self.on_device(like.device)
         # `index_select` by a vector: indexing by a tensor without dimensions would read it on the host.
         columns = positions.index_select(0, timestep.reshape(-1))
+        # Row by row: a list of row numbers as an index would be uploaded at every call.
         rows = [self.NAMES.index(name) for name in names]
         entries = torch.stack([tables[row] for row in rows]).index_select(1, columns).to(dtype)
         return list(entries.reshape(len(names), -1, *[1] * (like.ndim - 1)))
@@ -547,6 +560,15 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         chain = self._chain_for(timestep_respacing)
         timesteps = self._check_timesteps(timesteps, chain, noisy_samples)
+        return self._posterior(chain, original_samples, noisy_samples, timesteps)
+
+    def _posterior(
+        self,
+        chain: DiffusionChain,
+        original_samples: torch.Tensor,
+        noisy_samples: torch.Tensor,
+        timesteps: int | torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.promote_types(noisy_samples.dtype, torch.float32)
         names = ("posterior_mean_coef1", "posterior_mean_coef2", "posterior_log_variance_clipped")
         coef1, coef2, log_variance = chain.lookup(names, timesteps, noisy_samples, dtype)
@@ -572,8 +594,8 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                 twice the channels of `sample` with a learned variance: mean first, variance second.
             timestep (`int` or `torch.LongTensor` of shape `()` or `(batch_size,)`): Numbers of the full chain.
             sample (`torch.Tensor` of shape `(batch_size, channels, ...)`): x_t.
-            clip_sample (`bool`, *optional*): `False`: neither clipping nor thresholding, whatever the config says;
-                `None`: the config's.
+            clip_sample (`bool`, *optional*): `True`: clipping, `False`: neither clipping nor thresholding, whatever the
+                config says; `None`: the config's.
             timestep_respacing (`str`, `int` or list of `int`, *optional*): Of a shorter chain.
 
         Returns:
@@ -584,6 +606,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If `model_output` does not have the channels that `variance_type` needs.
         """
         chain = self._chain_for(timestep_respacing)
+        timestep = self._check_timesteps(timestep, chain, sample)
         return self._predict(chain, model_output, timestep, sample, clip_sample)
 
     def _predict(
@@ -594,7 +617,6 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         clip_sample: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        timestep = self._check_timesteps(timestep, chain, sample)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         sample = sample.to(dtype)
         prediction, variance_output = self.split_model_output(model_output, sample)
@@ -611,7 +633,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             min_log,
             max_log,
             fixed_large_log,
-        ) = chain.lookup(chain.NAMES[:9], timestep, sample, dtype)
+        ) = chain.lookup(PREDICTION_TABLES, timestep, sample, dtype)
         if self.config.prediction_type == "epsilon":
             pred_original_sample = sqrt_recip * sample - sqrt_recipm1 * prediction
         elif self.config.prediction_type == "sample":
@@ -713,7 +735,6 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                 mean = mean + torch.exp(log_variance) * guidance_gradient.to(dtype)
             (nonzero,) = chain.lookup(("nonzero",), timestep, sample, dtype)
             std = nonzero * torch.exp(0.5 * log_variance)
-            draws_noise = not isinstance(nonzero, float) or nonzero > 0
         else:
             if eta < 0:
                 raise ValueError(
@@ -738,10 +759,11 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             # Rounding can leave a small negative number where eta = 1 takes all of the variance.
             direction = max(direction, 0.0) ** 0.5 if isinstance(direction, float) else direction.clamp(min=0).sqrt()
             mean = signal_prev * pred_original_sample + direction * pred_epsilon
-            draws_noise = eta > 0 and (not isinstance(std, float) or std > 0)
 
         prev_sample = mean
-        if draws_noise:
+        # At the last step, too, where its factor is 0: on a device the host does not know which step it is, and a
+        # generator on the CPU must be left in the same state by both.
+        if eta is None or eta > 0:
             if variance_noise is None:
                 variance_noise = randn_tensor(
                     sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype
@@ -783,9 +805,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         chain = self._chain_for(timestep_respacing)
         timesteps = self._check_timesteps(timesteps, chain, noisy_samples)
-        true_mean, true_log_variance = self.posterior_distribution(
-            original_samples, noisy_samples, timesteps, timestep_respacing=timestep_respacing
-        )
+        true_mean, true_log_variance = self._posterior(chain, original_samples, noisy_samples, timesteps)
         mean, log_variance, _ = self._predict(chain, model_output, timesteps, noisy_samples, clip_sample)
         kl = mean_per_example(normal_kl(true_mean, true_log_variance, mean, log_variance))
         decoder = -mean_per_example(

@@ -6,7 +6,13 @@ Importing it needs the core dependencies alone; what reads data, recipes or draw
 """
 
 from .arguments import parse_args
-from .checkpoints import TrainingProgress, find_latest_checkpoint, resume_checkpoint, save_checkpoint
+from .checkpoints import (
+    TrainingProgress,
+    delete_checkpoints,
+    find_latest_checkpoint,
+    resume_checkpoint,
+    save_checkpoint,
+)
 from .data import (
     EpochShuffleSampler,
     ImageDataset,
@@ -39,6 +45,7 @@ __all__ = [
     "check_images",
     "check_objective",
     "decode_rgb",
+    "delete_checkpoints",
     "derive_seed",
     "ema_weights",
     "find_latest_checkpoint",

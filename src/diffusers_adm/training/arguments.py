@@ -49,6 +49,7 @@ def parse_args(
     # Abbreviations would turn into other arguments, or errors, the day a similar field is added.
     parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="A YAML recipe, read before the other arguments.")
+    # argparse has no public way to change an argument once it is made, and these are made by transformers.
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     # A field that is true by default has a second action, `--no_<name>`, which takes no value: keep the first.
     actions |= {action.dest: action for action in parser._actions if action.dest in actions and action.nargs != 0}
@@ -78,6 +79,11 @@ def parse_args(
     *instances, _, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
+    for instance in instances:
+        for field in dataclasses.fields(instance):
+            # Of an optional list, `none` is converted like an entry of it.
+            if field.name in optional_fields and getattr(instance, field.name) == [None]:
+                setattr(instance, field.name, None)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         flags = [word for word in unknown if word.startswith("--")]

@@ -34,14 +34,12 @@ class TrainingProgress:
         epoch (`int`): The epoch under way, from 0.
         batch_in_epoch (`int`): Batches each process has consumed of that epoch: what `accelerate.skip_first_batches`
             skips on resume.
-        examples_seen (`int`): Examples consumed by all processes together.
     """
 
     global_step: int = 0
     micro_step: int = 0
     epoch: int = 0
     batch_in_epoch: int = 0
-    examples_seen: int = 0
 
     def state_dict(self) -> dict[str, int]:
         return dataclasses.asdict(self)
@@ -114,6 +112,12 @@ def find_latest_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The `checkpoint-N` folder of the highest N in `output_dir`; None if there is none, or no such folder."""
     checkpoints = _list_checkpoints(Path(output_dir))
     return str(checkpoints[max(checkpoints)]) if checkpoints else None
+
+
+def delete_checkpoints(output_dir: str | os.PathLike) -> None:
+    """Deletes every `checkpoint-N` in `output_dir`. For one process, while the others wait."""
+    for path in _list_checkpoints(Path(output_dir)).values():
+        _delete(path)
 
 
 def resume_checkpoint(
@@ -207,12 +211,16 @@ def _rotate(output_dir: Path, global_step: int, total_limit: int) -> None:
     by_value = sorted(_list_checkpoints(output_dir), key=lambda step: -step if step > global_step else step)
     for step in by_value[: max(0, len(by_value) - total_limit)]:
         path = output_dir / f"checkpoint-{step}"
-        # Renamed first: deleting takes a while, and a half-deleted checkpoint must not look like a whole one.
-        deleting = output_dir / f"{DELETING_PREFIX}{path.name}"
-        shutil.rmtree(deleting, ignore_errors=True)
-        os.rename(path, deleting)
-        shutil.rmtree(deleting)
+        _delete(path)
         logger.info("Deleted %s (checkpoints_total_limit is %d).", path, total_limit)
+
+
+def _delete(checkpoint: Path) -> None:
+    # Renamed first: deleting takes a while, and a half-deleted checkpoint must not look like a whole one.
+    deleting = checkpoint.with_name(f"{DELETING_PREFIX}{checkpoint.name}")
+    shutil.rmtree(deleting, ignore_errors=True)
+    os.rename(checkpoint, deleting)
+    shutil.rmtree(deleting)
 
 
 def _clean_up(output_dir: Path) -> None:

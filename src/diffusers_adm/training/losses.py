@@ -111,7 +111,7 @@ def training_losses(
     }[scheduler.config.prediction_type]()
     mse = mean_per_example((prediction - target) ** 2)
     if snr_gamma is not None:
-        mse = mse * min_snr_weights(scheduler, timesteps, snr_gamma).to(dtype)
+        mse = mse * min_snr_weights(scheduler, timesteps, snr_gamma).to(mse)
     if objective == "simple":
         return TrainingLosses(loss=mse, mse=mse, vb=torch.zeros_like(mse))
 

@@ -160,7 +160,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
     return smoothed
 
 
-def plot_loss_curves(history: Sequence[Mapping[str, float]], path: str | os.PathLike, title: str | None = None) -> str:
+def plot_loss_curves(history: Sequence[Mapping[str, float]], path: str | os.PathLike) -> str:
     """
     Draws the loss with its terms, and the loss by quarter of the timestep range, as a PNG.
 
@@ -170,7 +170,6 @@ def plot_loss_curves(history: Sequence[Mapping[str, float]], path: str | os.Path
     Args:
         history (sequence of mappings): Rows as from `MetricsHistory.rows`; any metric may be missing in any row.
         path (`str` or `os.PathLike`): The PNG file to write.
-        title (`str`, *optional*): Above both panels.
 
     Returns:
         `str`: `path`.
@@ -187,8 +186,6 @@ def plot_loss_curves(history: Sequence[Mapping[str, float]], path: str | os.Path
         raise ValueError(f"There is nothing to plot: none of {', '.join(METRIC_NAMES)} is in the {len(history)} rows.")
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    if title is not None:
-        figure.suptitle(title)
     panels = (
         ("Loss and its terms", {"loss": "loss", "mse": "mse", "vb": "vb (bound term)"}),
         (
