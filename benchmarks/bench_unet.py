@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -155,6 +156,15 @@ def bench_row(
     }
 
 
+def peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not `ru_maxrss`: on Linux a new process starts with the peak of the one that started it.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def measure_memory(args: argparse.Namespace) -> None:
     """What a child process prints: its peak in bytes after three training steps of one network."""
     which, network, dtype, memory_format = args.memory_of
@@ -165,8 +175,7 @@ def measure_memory(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated())
     else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        print(peak_resident_bytes())
 
 
 def memory_row(network: str, dtype: str, memory_format: str, args: argparse.Namespace) -> dict:
@@ -193,7 +202,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=15, help="Timed pairs per row.")
+    parser.add_argument("--pairs", type=int, default=15, help="Timed pairs per row; 0: memory only.")
     parser.add_argument("--only", nargs="*", default=[], help="Words that a row must all have, e.g. `64x64 float32`.")
     parser.add_argument("--memory_runs", type=int, default=1, help="Processes per peak; the median counts. 0: skip.")
     parser.add_argument("--json", help="Write all numbers to this file.")
@@ -211,7 +220,7 @@ def main() -> int:
     rows, memory_rows = [], []
     for network, dtype, memory_format, backward in itertools.product(NETWORKS, DTYPES, FORMATS, (False, True)):
         words = {network, dtype, memory_format, "forward+backward" if backward else "forward"}
-        if not set(args.only) <= words:
+        if not args.pairs or not set(args.only) <= words:
             continue
         row = bench_row(network, dtype, memory_format, backward, args, rates)
         rows.append(row)

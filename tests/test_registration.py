@@ -177,6 +177,7 @@ torch.save({"images": images, "weights": weights, "error": error}, sys.argv[1])
             "unet": ["diffusers_adm", "AdaGNUNet2DModel"],
             "scheduler": ["diffusers_adm", "LearnedVarianceDDPMScheduler"],
             **dict.fromkeys(COMPONENTS, [None, None]),
+            "id2label": None,
         }
 
     def test_loads_and_samples_the_same(self, tmp_path):

@@ -166,6 +166,19 @@ def test_16_bit_fast_path_is_as_near_the_truth_as_the_reference(dtype, condition
         assert relative_error(fast[name], value) <= bound, name
 
 
+@pytest.mark.parametrize("conditioned", [True, False], ids=["scale-shift", "plain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_16_bit_channels_last_keeps_its_input_alone_for_the_backward_pass(dtype, conditioned):
+    inputs = make_inputs((4, 32, 8, 16, 16), dtype, "channels_last", conditioned)
+    for name, value in outputs_and_grads(adagn_reference, inputs, 8).items():
+        assert torch.equal(outputs_and_grads(adagn, inputs, 8)[name], value), name
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        adagn(num_groups=8, eps=EPS, activation="silu", **inputs)
+    assert sum(x.element_size() * x.numel() for x in kept if x.ndim == 4) <= 2 * inputs["x"].numel()
+
+
 def test_16_bit_activations_with_float32_parameters():
     """What layerwise casting and models loaded in bf16 with norms kept in float32 give."""
     inputs = make_inputs(dtype=torch.float64)

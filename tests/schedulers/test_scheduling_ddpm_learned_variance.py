@@ -638,22 +638,37 @@ class TestStep:
             given = scheduler.step(output, t, x, variance_noise=noise, return_dict=False)
             assert_close(given, (step.prev_sample, x_0), rtol=0, atol=0)
 
-    def test_no_noise_is_drawn_at_the_last_step(self):
-        """Else two chains of different length would leave a shared generator in different states than diffusers'."""
+    @pytest.mark.parametrize("eta", [None, 1.0])
+    def test_last_step_adds_no_noise_but_draws_it(self, eta):
+        """On a device the host does not know that it is the last step; a generator must not tell the two apart."""
+        scheduler = LearnedVarianceDDPMScheduler()
+        x, output = randn(*SHAPE), outputs_for(scheduler)
+        states, samples = [], []
+        for timestep in (0, torch.zeros(len(x), dtype=torch.long)):  # known to the host, and looked up in tensors
+            for seed in (0, 1):
+                generator = torch.Generator().manual_seed(seed)
+                samples.append(scheduler.step(output, timestep, x, generator=generator, eta=eta).prev_sample)
+                states.append(generator.get_state())
+        assert torch.equal(samples[0], samples[1])
+        assert torch.equal(samples[2], samples[3])
+        assert torch.equal(states[0], states[2])
+        assert not torch.equal(states[0], torch.Generator().manual_seed(0).get_state())
+
+    def test_deterministic_ddim_draws_nothing(self):
         scheduler = LearnedVarianceDDPMScheduler()
         generator = torch.Generator().manual_seed(0)
         before = generator.get_state()
+        scheduler.step(outputs_for(scheduler), 500, randn(*SHAPE), generator=generator, eta=0.0)
+        assert torch.equal(generator.get_state(), before)
+
+    def test_last_step_of_a_chain_need_not_be_0(self):
+        scheduler = LearnedVarianceDDPMScheduler()
         x, output = randn(*SHAPE), outputs_for(scheduler)
-        scheduler.step(output, 0, x, generator=generator)
-        scheduler.step(output, 0, x, generator=generator, eta=1.0)
-        scheduler.step(output, 500, x, generator=generator, eta=0.0)
-        assert torch.equal(generator.get_state(), before)
-        scheduler.set_timesteps(timesteps=[500, 100])  # the last one of a chain need not be 0
-        mean, _, _ = LearnedVarianceDDPMScheduler().predicted_distribution(output, 0, x)
-        assert not torch.equal(scheduler.step(output, 100, x, generator=generator).prev_sample, mean)
-        assert torch.equal(generator.get_state(), before)
-        scheduler.step(output, 500, x, generator=generator)
-        assert not torch.equal(generator.get_state(), before)
+        scheduler.set_timesteps(timesteps=[500, 100])
+        samples = [
+            scheduler.step(output, 100, x, generator=torch.Generator().manual_seed(seed)).prev_sample for seed in (0, 1)
+        ]
+        assert torch.equal(*samples)
 
     @pytest.mark.parametrize("clip_sample", [True, False])
     @pytest.mark.parametrize("prediction_type", get_args(PredictionType))

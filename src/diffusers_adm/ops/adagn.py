@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 AdaGNActivation = Literal["silu", "swish", "mish", "gelu", "relu"]
@@ -118,9 +119,14 @@ def adagn(
         raise ValueError(f"`adagn` got `{given}` alone. Pass both `scale` and `shift`, or neither.")
     # Channels-last goes to the reference: there the batch cannot move into the channels without a transposition, which
     # costs more than it saves.
-    fold = x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous() and not USE_ADAGN_REFERENCE
-    run = _adagn_folded if fold else adagn_reference
-    return run(x, num_groups, weight, bias, eps, scale, shift, activation)
+    arguments = (x, num_groups, weight, bias, eps, scale, shift, activation)
+    if x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous() and not USE_ADAGN_REFERENCE:
+        return _adagn_folded(*arguments)
+    if x.element_size() < 4 and x.requires_grad and not torch.compiler.is_compiling():
+        # The reference would keep several float32 copies of a 16-bit `x` for the backward pass; computed again there,
+        # it keeps `x` alone. (A compiler fuses them by itself.)
+        return checkpoint(adagn_reference, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return adagn_reference(*arguments)
 
 
 class AdaGroupNormAct(nn.GroupNorm):
