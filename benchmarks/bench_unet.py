@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=15, help="Timed pairs per row; 0: memory only.")
     parser.add_argument("--only", nargs="*", default=[], help="Words that a row must all have, e.g. `64x64 float32`.")
-    parser.add_argument("--memory_runs", type=int, default=1, help="Processes per peak; the median counts. 0: skip.")
+    parser.add_argument("--memory_runs", type=int, default=3, help="Processes per peak; the median counts. 0: skip.")
     parser.add_argument("--json", help="Write all numbers to this file.")
     parser.add_argument("--memory_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()

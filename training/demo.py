@@ -25,7 +25,7 @@ from diffusers_adm.training import labelled_grid
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SAMPLES_PER_CLASS = 6
+SAMPLES_PER_CLASS = 5
 DEFAULT_OUTPUT_DIR = Path("outputs/demo")
 STRIP_IMAGES = 10
 STRIP_CLASS = "Smileys & Emotion"
@@ -62,7 +62,7 @@ def denoising_strip(pipeline: ADMPipeline, num_inference_steps: int, **kwargs) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT_DIR)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, default=40)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     args, train_arguments = parser.parse_known_args()
     output_dir = args.output_dir.resolve()
