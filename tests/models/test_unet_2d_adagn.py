@@ -567,7 +567,10 @@ def test_config_of_no_network_is_refused(config, message):
 
 def test_arguments_without_effect_at_a_level_are_not_checked():
     """Without attention the number and the width of heads mean nothing: `UNet2DModel`'s default of 8 must pass."""
-    fresh_unet(**LAYOUTS["no-attention"], block_out_channels=(4, 4), attention_head_dim=8, attn_norm_num_groups=3)
+    unet = fresh_unet(
+        **LAYOUTS["no-attention"], block_out_channels=(4, 4), attention_head_dim=8, attn_norm_num_groups=3
+    )
+    assert unet.attn_processors == {}
 
 
 def test_config_of_a_cross_attention_net_is_refused(tmp_path):

@@ -109,7 +109,8 @@ def adagn(
 
     Arguments and result are those of [`adagn_reference`], which is the definition. On CPU, contiguous inputs take one
     normalisation kernel; everything else, and all where the environment variable `DIFFUSERS_ADM_REFERENCE_ADAGN` is
-    `1`, the reference. The result keeps the memory format of `x` (contiguous or channels-last).
+    `1`, the reference. With 16-bit inputs the reference is computed again in the backward pass, to save memory. The
+    result keeps the memory format of `x` (contiguous or channels-last).
 
     Raises:
         ValueError: If just one of `scale` and `shift` is given.
@@ -117,9 +118,9 @@ def adagn(
     if (scale is None) != (shift is None):
         given = "scale" if shift is None else "shift"
         raise ValueError(f"`adagn` got `{given}` alone. Pass both `scale` and `shift`, or neither.")
-    # Channels-last goes to the reference: there the batch cannot move into the channels without a transposition, which
-    # costs more than it saves.
     arguments = (x, num_groups, weight, bias, eps, scale, shift, activation)
+    # Not for channels-last: there the batch cannot move into the channels without a transposition, which costs more
+    # than it saves.
     if x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous() and not USE_ADAGN_REFERENCE:
         return _adagn_folded(*arguments)
     if x.element_size() < 4 and x.requires_grad and not torch.compiler.is_compiling():
