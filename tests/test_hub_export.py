@@ -10,14 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils.dynamic_modules_utils import check_imports, get_relative_imports
-from toy_models import CONDITIONAL, random_unet
+from toy_models import CONDITIONAL, random_classifier, random_unet
 
 import diffusers_adm
-from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler, hub, registration
+from diffusers_adm import (
+    AdaGNClassifierModel,
+    AdaGNUNet2DModel,
+    ADMPipeline,
+    LearnedVarianceDDPMScheduler,
+    hub,
+    registration,
+)
 from diffusers_adm.hub import export_model_file
 
 
-CLASSES = [AdaGNUNet2DModel, LearnedVarianceDDPMScheduler, ADMPipeline]
+CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, LearnedVarianceDDPMScheduler, ADMPipeline]
 
 # A machine without the package: a finder in front of all others refuses it, however it is installed.
 WITHOUT_PACKAGE = """
@@ -56,16 +63,20 @@ class TestWithoutThePackage:
         )
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(tmp_path / "weights")
+        classifier = random_classifier()
+        classifier.save_pretrained(tmp_path / "weights" / "classifier")
         # Each in a folder of its own: files beside that of a model would not be downloaded.
         paths = [export_model_file(cls, tmp_path / cls.__name__) for cls in CLASSES]
         assert [list(path.parent.iterdir()) for path in paths] == [[path] for path in paths]
 
-        inputs = {"sample": torch.randn(2, 3, 8, 8), "timestep": 7, "class_labels": torch.tensor([1, 4])}
+        noisy = {"sample": torch.randn(2, 3, 8, 8), "timestep": 7}
+        inputs = (noisy | {"class_labels": torch.tensor([1, 4])}, noisy)
         kwargs = {"class_labels": [1, 2], "guidance_scale": 2.0, "timestep_respacing": "4", "output_type": "pt"}
         torch.save(inputs, tmp_path / "inputs.pt")
         run_without_package(
             """
             import torch
+            from classifier_adagn import AdaGNClassifierModel
             from pipeline_adm import ADMPipeline
             from scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
             from unet_2d_adagn import AdaGNUNet2DModel
@@ -76,19 +87,23 @@ class TestWithoutThePackage:
                 scheduler=LearnedVarianceDDPMScheduler.from_pretrained(f"{folder}/weights/scheduler"),
                 **dict.fromkeys(ADMPipeline._optional_components),
             )
+            classifier = AdaGNClassifierModel.from_pretrained(f"{folder}/weights/classifier")
+            for_unet, for_classifier = torch.load(f"{folder}/inputs.pt")
             with torch.no_grad():
-                output = pipe.unet(**torch.load(f"{folder}/inputs.pt")).sample
+                outputs = pipe.unet(**for_unet).sample, classifier(**for_classifier).logits
             images = pipe(generator=torch.Generator().manual_seed(0), **kwargs).images
-            torch.save((output, images), f"{folder}/results.pt")
+            torch.save((*outputs, images), f"{folder}/results.pt")
             """,
             *(path.parent for path in paths),
             arguments=(str(tmp_path), torch.get_num_threads(), kwargs),
         )
-        output, images = torch.load(tmp_path / "results.pt")
+        output, logits, images = torch.load(tmp_path / "results.pt")
         with torch.no_grad():
-            expected = pipe.unet(**inputs).sample
+            expected, expected_logits = pipe.unet(**inputs[0]).sample, classifier(**inputs[1]).logits
         assert expected.std() > 0.1
+        assert expected_logits.std() > 0.1
         assert torch.equal(output, expected)
+        assert torch.equal(logits, expected_logits)
         assert torch.equal(images, pipe(generator=torch.Generator().manual_seed(0), **kwargs).images)
 
     def test_the_package_really_is_absent(self, tmp_path):

@@ -17,14 +17,20 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from hub_server import HubServer
-from toy_models import CONDITIONAL, random_unet
+from toy_models import CONDITIONAL, random_classifier, random_unet
 
 import diffusers_adm
-from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler, registration
+from diffusers_adm import (
+    AdaGNClassifierModel,
+    AdaGNUNet2DModel,
+    ADMPipeline,
+    LearnedVarianceDDPMScheduler,
+    registration,
+)
 
 
 COMPONENTS = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
-CLASSES = [AdaGNUNet2DModel, LearnedVarianceDDPMScheduler, ADMPipeline]
+CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, LearnedVarianceDDPMScheduler, ADMPipeline]
 
 
 def make_pipeline() -> ADMPipeline:
@@ -56,10 +62,14 @@ class TestNames:
         assert getattr(diffusers, cls.__name__) is cls
         assert getattr(diffusers_adm, cls.__name__) is cls
 
-    def test_files_of_components_are_attributes_of_diffusers_pipelines(self):
-        assert diffusers.pipelines.unet_2d_adagn is sys.modules[AdaGNUNet2DModel.__module__]
-        scheduling = sys.modules[LearnedVarianceDDPMScheduler.__module__]
-        assert diffusers.pipelines.scheduling_ddpm_learned_variance is scheduling
+    def test_no_public_class_is_forgotten(self):
+        classes = {getattr(diffusers_adm, name) for name in diffusers_adm.__all__} - {ModelMixin, SchedulerMixin}
+        assert classes == set(registration.PUBLIC_CLASSES) == set(CLASSES)
+
+    @pytest.mark.parametrize("cls", [AdaGNUNet2DModel, AdaGNClassifierModel, LearnedVarianceDDPMScheduler])
+    def test_files_of_components_are_attributes_of_diffusers_pipelines(self, cls):
+        name = cls.__module__.rpartition(".")[2]
+        assert getattr(diffusers.pipelines, name) is sys.modules[cls.__module__]
 
     def test_no_folder_of_the_package_is_called_like_a_pipeline_of_diffusers(self):
         """Its modules would be recorded as that pipeline's."""
@@ -141,7 +151,7 @@ class TestHub:
 import sys, torch
 import diffusers_adm
 from diffusers import AutoModel, DiffusionPipeline
-from diffusers_adm import ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNClassifierModel, ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 
 def draw(pipe):
     pipe.set_progress_bar_config(disable=True)
@@ -159,13 +169,17 @@ assert half.unet.dtype == torch.bfloat16
 unet = AutoModel.from_pretrained("alice/adm", subfolder="unet")
 alone = AutoModel.from_pretrained("alice/unet")
 assert type(unet) is type(alone) is AdaGNUNet2DModel
+classifier = AutoModel.from_pretrained("alice/classifier")
+assert type(classifier) is AdaGNClassifierModel
 error = None
 try:
     DiffusionPipeline.from_pretrained("alice/unregistered")
 except ValueError as refusal:
     error = str(refusal)
 images, weights = [draw(base), draw(named)], [unet.state_dict(), alone.state_dict()]
-torch.save({"images": images, "weights": weights, "error": error}, sys.argv[1])
+with torch.no_grad():
+    logits = classifier(torch.ones(1, 3, 8, 8), 7).logits
+torch.save({"images": images, "weights": weights, "logits": logits, "error": error}, sys.argv[1])
 """
 
     def test_index_names_the_package(self, tmp_path):
@@ -184,6 +198,8 @@ torch.save({"images": images, "weights": weights, "error": error}, sys.argv[1])
         pipe = make_pipeline()
         pipe.save_pretrained(tmp_path / "adm")
         pipe.unet.save_pretrained(tmp_path / "unet")
+        classifier = random_classifier()
+        classifier.save_pretrained(tmp_path / "classifier")
         # As a plugin saves it that is not registered: modules in place of the package. What all this is for.
         shutil.copytree(tmp_path / "adm", tmp_path / "unregistered")
         index = tmp_path / "unregistered" / "model_index.json"
@@ -193,7 +209,9 @@ torch.save({"images": images, "weights": weights, "error": error}, sys.argv[1])
         index.write_text(json.dumps(content))
 
         result = tmp_path / "result.pt"
-        with HubServer({f"alice/{name}": tmp_path / name for name in ("adm", "unet", "unregistered")}) as hub:
+        with HubServer(
+            {f"alice/{name}": tmp_path / name for name in ("adm", "unet", "classifier", "unregistered")}
+        ) as hub:
             hub.run_client(self.CLIENT, result, torch.get_num_threads(), cache=tmp_path / "cache")
             assert hub.downloaded("alice/adm") == {
                 "model_index.json",
@@ -209,4 +227,6 @@ torch.save({"images": images, "weights": weights, "error": error}, sys.argv[1])
         for weights in loaded["weights"]:
             assert weights.keys() == pipe.unet.state_dict().keys()
             assert all(torch.equal(weights[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+        with torch.no_grad():
+            assert torch.equal(loaded["logits"], classifier(torch.ones(1, 3, 8, 8), 7).logits)
         assert "as defined in `model_index.json` does not exist in alice/unregistered" in loaded["error"]

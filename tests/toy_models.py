@@ -3,7 +3,7 @@
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_adm import AdaGNUNet2DModel
+from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel
 
 
 TOY_CONFIG = {
@@ -20,6 +20,15 @@ TOY_CONFIG = {
     "attention_head_dim": 8,
 }
 CONDITIONAL = {"num_class_embeds": 5, "null_class_id": 4}
+TOY_CLASSIFIER_CONFIG = {
+    "sample_size": 8,
+    "num_classes": 5,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
 
 
 def fill_randomly(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -38,6 +47,10 @@ def fill_randomly(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def random_unet(seed: int = 0, **config) -> AdaGNUNet2DModel:
     return fill_randomly(AdaGNUNet2DModel(**{**TOY_CONFIG, **config}), seed)
+
+
+def random_classifier(seed: int = 0, **config) -> AdaGNClassifierModel:
+    return fill_randomly(AdaGNClassifierModel(**{**TOY_CLASSIFIER_CONFIG, **config}), seed)
 
 
 def random_diffusers_unet(seed: int = 0, **config) -> UNet2DModel:

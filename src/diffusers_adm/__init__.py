@@ -5,12 +5,19 @@ __version__ = "0.1.0"
 # `ModelMixin` and `SchedulerMixin` are not ours: diffusers looks up the base classes of a library's components here.
 from diffusers import ModelMixin, SchedulerMixin
 
-from .models import AdaGNUNet2DModel
+from .models import AdaGNClassifierModel, AdaGNUNet2DModel
 from .pipelines import ADMPipeline
 from .registration import register_with_diffusers
 from .schedulers import LearnedVarianceDDPMScheduler
 
 
-__all__ = ["ADMPipeline", "AdaGNUNet2DModel", "LearnedVarianceDDPMScheduler", "ModelMixin", "SchedulerMixin"]
+__all__ = [
+    "ADMPipeline",
+    "AdaGNClassifierModel",
+    "AdaGNUNet2DModel",
+    "LearnedVarianceDDPMScheduler",
+    "ModelMixin",
+    "SchedulerMixin",
+]
 
 register_with_diffusers()

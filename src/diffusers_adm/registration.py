@@ -12,7 +12,8 @@ import types
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from .models import unet_2d_adagn
+from .models import classifier_adagn, unet_2d_adagn
+from .models.classifier_adagn import AdaGNClassifierModel
 from .models.unet_2d_adagn import AdaGNUNet2DModel
 from .pipelines import ADMPipeline
 from .schedulers import scheduling_ddpm_learned_variance
@@ -28,10 +29,10 @@ COMPONENT_CLASSES = {
     "SchedulerMixin": ["save_pretrained", "from_pretrained"],
 }
 # Looked up in `diffusers`: pipelines by the `_class_name` of model_index.json, models by that of a lone config.json.
-PUBLIC_CLASSES = (AdaGNUNet2DModel, LearnedVarianceDDPMScheduler, ADMPipeline)
+PUBLIC_CLASSES = (AdaGNUNet2DModel, AdaGNClassifierModel, LearnedVarianceDDPMScheduler, ADMPipeline)
 # Looked up by name in `diffusers.pipelines`: a repository that ships the files of its components names these as their
 # libraries, and the installed module is used in place of the shipped file.
-COMPONENT_MODULES = (unet_2d_adagn, scheduling_ddpm_learned_variance)
+COMPONENT_MODULES = (unet_2d_adagn, classifier_adagn, scheduling_ddpm_learned_variance)
 
 
 def register_with_diffusers() -> None:

@@ -1,7 +1,5 @@
 """`AdaGNUNet2DModel` beyond its agreement with `UNet2DModel`: start, layouts, adapters, own arguments, errors."""
 
-import ast
-import inspect
 import re
 from collections import Counter
 
@@ -10,6 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from docstrings import check_documented_arguments, parameters_of
 from peft import LoraConfig
 from torch import nn
 from torch.testing import assert_close
@@ -387,6 +386,26 @@ def test_number_of_heads_equals_the_width_that_gives_it(channels, heads, width):
     assert torch.equal(predict(by_number), predict(by_width))
 
 
+@pytest.mark.parametrize(
+    "width, config",
+    [(8, {"num_attention_heads": (1, 2)}), (16, {"num_attention_heads": 1}), (8, {"attention_head_dim": 8})],
+    ids=["heads-per-level", "heads", "width"],
+)
+def test_number_of_heads_on_the_way_up(width, config):
+    """`UNet2DModel` has no such argument, but its attention reads the number of heads at every call."""
+    layout = LAYOUTS["attention-at-every-level"] | {"block_out_channels": (width, 16)}
+    unet = random_unet(num_attention_heads_up=4, **layout, **config)
+    theirs = UNet2DModel(**{**TOY_CONFIG, **layout, "attention_head_dim": width}).eval()
+    theirs.load_state_dict(unet.state_dict())
+    as_on_the_way_down = predict(theirs)
+    for module in theirs.up_blocks.modules():
+        if isinstance(module, Attention):
+            module.heads = 4
+    assert relative_error(predict(unet), predict(theirs)) <= 1e-5
+    assert relative_error(predict(unet), as_on_the_way_down) > 1e-3
+    assert relative_error(predict(random_unet(**layout, **config)), as_on_the_way_down) <= 1e-5
+
+
 def test_width_of_the_sinusoid():
     unet = random_unet(time_proj_dim=10)
     assert unet.time_proj.num_channels == 10
@@ -451,7 +470,8 @@ def test_layerwise_casting_to_8_bits():
 
 
 def test_save_and_load(tmp_path):
-    unet = random_unet(**CONDITIONAL, num_attention_heads=(1, 2), timestep_scale=0.25, time_proj_dim=12)
+    heads = {"num_attention_heads": (1, 2), "num_attention_heads_up": 4}
+    unet = random_unet(**CONDITIONAL, **heads, timestep_scale=0.25, time_proj_dim=12)
     unet.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     loaded = AdaGNUNet2DModel.from_pretrained(tmp_path)
@@ -479,7 +499,10 @@ def test_repeated_blocks_are_the_residual_blocks(monkeypatch):
     unet = fresh_unet()
     unet.compile_repeated_blocks(fullgraph=True)
     assert [m for m, _ in compiled] == [m for m in unet.modules() if isinstance(m, ResBlock)]
-    assert all(kwargs == {"fullgraph": True} for _, kwargs in compiled)
+    assert all(kwargs["fullgraph"] for _, kwargs in compiled)
+    compiled.clear()
+    unet.compile_repeated_blocks(recompile_limit=3)
+    assert all(kwargs == {"recompile_limit": 3} for _, kwargs in compiled)
 
 
 def test_modules_not_to_split_exist():
@@ -545,6 +568,11 @@ def test_examples_of_a_batch_do_not_touch_each_other():
         ({"num_attention_heads": 3}, "`num_attention_heads` is 3; it must divide the 16 channels of level 1"),
         ({"num_attention_heads": 0}, "`num_attention_heads` is 0; it must divide"),
         ({"num_attention_heads": (1, 2, 4)}, "`num_attention_heads` has 3 entries for 2 levels"),
+        ({"num_attention_heads_up": 3}, "`num_attention_heads_up` is 3; it must divide the 16 channels of level 1"),
+        ({"num_attention_heads_up": 0}, "`num_attention_heads_up` is 0; it must divide"),
+        ({"num_attention_heads_up": (2, 4)}, r"`num_attention_heads_up` is \(2, 4\); it must be one number"),
+        # With a number of its own for the way up, the way down keeps its check.
+        ({"num_attention_heads": 3, "num_attention_heads_up": 2}, "`num_attention_heads` is 3; it must divide"),
         ({"layers_per_block": 0}, "`layers_per_block` is 0"),
         ({"time_embedding_type": "learned"}, '`time_embedding_type="learned"` needs `num_train_timesteps`'),
         (
@@ -568,7 +596,11 @@ def test_config_of_no_network_is_refused(config, message):
 def test_arguments_without_effect_at_a_level_are_not_checked():
     """Without attention the number and the width of heads mean nothing: `UNet2DModel`'s default of 8 must pass."""
     unet = fresh_unet(
-        **LAYOUTS["no-attention"], block_out_channels=(4, 4), attention_head_dim=8, attn_norm_num_groups=3
+        **LAYOUTS["no-attention"],
+        block_out_channels=(4, 4),
+        attention_head_dim=8,
+        num_attention_heads_up=3,
+        attn_norm_num_groups=3,
     )
     assert unet.attn_processors == {}
 
@@ -638,27 +670,6 @@ def test_bad_arguments_of_forward_are_refused(config, shape, kwargs, message):
 # Signatures and docstrings
 
 
-def documented_arguments(docstring):
-    """`{name: text of its types}` of the Args section; one entry may document several names."""
-    section = re.search(
-        r"(?:^|\n) *Args:\n(.*?)(?:\n *(?:Returns|Raises):|\Z)", inspect.cleandoc(docstring), re.DOTALL
-    )[1]
-    indent = re.match(r" +", section)[0]
-    entries = re.split(rf"\n{indent}(?=\S)", section.removeprefix(indent))
-    documented = {}
-    for entry in entries:
-        entry = " ".join(entry.split())
-        # `a (types), b (types): text` or `a, b (types): text`
-        while not entry.startswith(":"):
-            names, types, entry = re.match(r"([\w, ]+) \(((?:`[^`]*`|[^()`])*)\)(?:, )?(.*)", entry).groups()
-            documented |= dict.fromkeys((name.strip() for name in names.split(",")), types)
-    return documented
-
-
-def parameters_of(function):
-    return {n: p for n, p in inspect.signature(function).parameters.items() if n != "self"}
-
-
 @pytest.mark.parametrize(
     "docstring, function",
     [
@@ -668,15 +679,7 @@ def parameters_of(function):
     ids=["constructor", "forward"],
 )
 def test_docstring_documents_the_arguments(docstring, function):
-    documented, parameters = documented_arguments(docstring), parameters_of(function)
-    assert list(documented) == list(parameters)
-    for name, types in documented.items():
-        default = parameters[name].default
-        stated = re.search(r"defaults? to `?([^`]+)`?$", types)
-        if stated:
-            assert ast.literal_eval(stated[1]) == default, name
-        if default is None:
-            assert "*optional*" in types, name
+    check_documented_arguments(docstring, function)
 
 
 def test_constructor_takes_every_argument_of_unet2dmodel():

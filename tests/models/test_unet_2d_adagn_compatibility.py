@@ -93,26 +93,6 @@ def test_folder_of_unet2d_loads(name, tmp_path):
         assert relative_error(ours(sample, timestep, class_labels=labels).sample, expected) <= 1e-5
 
 
-def test_attention_names_of_2022_load(tmp_path):
-    """Google's first repositories name attention `query/key/value/proj_attn`; diffusers renames them while loading."""
-    from safetensors.torch import load_file, save_file
-
-    theirs = random_unet2d(CONFIGS["ddpm-cifar10-32"]).eval()
-    theirs.save_pretrained(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    renamed = {}
-    for key, value in load_file(file).items():
-        for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
-            key = key.replace(f".{new}.", f".{old}.")
-        renamed[key] = value
-    assert any(".proj_attn." in key for key in renamed)
-    save_file(renamed, file, metadata={"format": "pt"})
-    ours = AdaGNUNet2DModel.from_pretrained(tmp_path)
-    sample, timestep, _ = inputs_for(CONFIGS["ddpm-cifar10-32"], torch.float32)
-    with torch.no_grad():
-        assert relative_error(ours(sample, timestep).sample, theirs(sample, timestep).sample) <= 1e-5
-
-
 @pytest.mark.parametrize("timestep", [7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7, 7])])
 def test_every_form_of_timestep(timestep):
     model = AdaGNUNet2DModel(**CONFIGS["one-level-one-channel"])

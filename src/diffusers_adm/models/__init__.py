@@ -1,6 +1,7 @@
 """The networks of the ablated-diffusion family."""
 
+from .classifier_adagn import AdaGNClassifierModel
 from .unet_2d_adagn import AdaGNUNet2DModel
 
 
-__all__ = ["AdaGNUNet2DModel"]
+__all__ = ["AdaGNClassifierModel", "AdaGNUNet2DModel"]

@@ -10,6 +10,8 @@ Parameter names are those of diffusers' `UNet2DModel`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -59,7 +61,7 @@ def _check_choice(name: str, value: Any, choices: tuple | list | dict) -> None:
         raise ValueError(f"`{name}` is {value!r}; it must be one of {list(choices)}.")
 
 
-def _zero_init(module: nn.Module) -> nn.Module:
+def zero_init(module: nn.Module) -> nn.Module:
     """Residual branches start as the identity and the network as the zero function, as in ADM."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -126,7 +128,7 @@ class ResBlock(nn.Module):
         self.time_emb_proj = nn.Linear(temb_channels, (2 if time_injection == "scale_shift" else 1) * out_channels)
         self.norm2 = AdaGroupNormAct(groups, out_channels, eps, act_fn)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -235,7 +237,195 @@ class UpBlock(_Block):
         return hidden_states
 
 
-class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class BlockFactory:
+    """
+    Builds the blocks of one network: what U-Net and classifier share. Levels count from the highest resolution.
+
+    Args:
+        block_out_channels (`tuple[int]`): Channels per level.
+        temb_channels (`int`): Width of the conditioning vector.
+        attention_head_dim (`int`, *optional*): Channels of an attention head; `None`: one head.
+        num_attention_heads (`int` or `tuple[int]`, *optional*): Number of heads, for all levels or per level; wins.
+    """
+
+    def __init__(
+        self,
+        block_out_channels: tuple[int, ...],
+        *,
+        temb_channels: int,
+        norm_num_groups: int,
+        norm_eps: float,
+        act_fn: AdaGNActivation,
+        time_injection: TimeInjection,
+        dropout: float,
+        attention_head_dim: int | None,
+        num_attention_heads: int | tuple[int, ...] | None,
+    ):
+        self.block_out_channels = block_out_channels
+        self.norm_num_groups = norm_num_groups
+        self.norm_eps = norm_eps
+        self.attention_head_dim = attention_head_dim
+        self.num_attention_heads = num_attention_heads
+        self.res_block = functools.partial(
+            ResBlock,
+            temb_channels=temb_channels,
+            groups=norm_num_groups,
+            eps=norm_eps,
+            act_fn=act_fn,
+            time_injection=time_injection,
+            dropout=dropout,
+        )
+
+    def heads(self, level: int, num_heads: int | None = None) -> tuple[int, int]:
+        """Number and width of the heads of a level; `num_heads` wins over those of the network."""
+        channels = self.block_out_channels[level]
+        if num_heads is None:
+            heads = self.num_attention_heads
+            num_heads = heads[level] if isinstance(heads, (list, tuple)) else heads
+        if num_heads is not None:
+            return num_heads, channels // num_heads
+        head_dim = self.attention_head_dim or channels
+        return channels // head_dim, head_dim
+
+    def self_attention(
+        self, level: int, groups: int | None, rescale: float = 1.0, num_heads: int | None = None
+    ) -> Attention:
+        num_heads, head_dim = self.heads(level, num_heads)
+        attention = Attention(
+            self.block_out_channels[level],
+            heads=num_heads,
+            dim_head=head_dim,
+            norm_num_groups=groups,
+            eps=self.norm_eps,
+            rescale_output_factor=rescale,
+            residual_connection=True,
+            bias=True,
+            upcast_softmax=True,
+            # Lets `from_pretrained` rename the `query/key/value/proj_attn` of files from 2022.
+            _from_deprecated_attn_block=True,
+        )
+        zero_init(attention.to_out[0])
+        return attention
+
+    def down_blocks(
+        self, block_types: tuple[str, ...], layers_per_block: int, downsample_type: ResampleKind, padding: int = 1
+    ) -> tuple[nn.ModuleList, list[int]]:
+        """One block a level, and the channels of the skip connections, that of the input convolution first."""
+        blocks = nn.ModuleList()
+        channels = self.block_out_channels[0]
+        skip_channels = [channels]
+        for level, block_type in enumerate(block_types):
+            spec = DOWN_BLOCK_TYPES[block_type]
+            resnets, attentions = [], []
+            for _ in range(layers_per_block):
+                resnets.append(self.res_block(channels, self.block_out_channels[level]))
+                channels = self.block_out_channels[level]
+                attends = spec.attention == "self"
+                attentions.append(self.self_attention(level, self.norm_num_groups) if attends else None)
+                skip_channels.append(channels)
+            downsampler = None
+            if level < len(block_types) - 1:
+                residual = (spec.resample or downsample_type) == "resnet"
+                if residual:
+                    downsampler = self.res_block(channels, channels, resample="down")
+                else:
+                    downsampler = Downsample(channels, padding)
+                skip_channels.append(channels)
+            blocks.append(DownBlock(resnets, attentions, downsampler))
+        return blocks, skip_channels
+
+    def mid_block(self, add_attention: bool, groups: int | None, scale_factor: float = 1.0) -> MidBlock:
+        level, channels = len(self.block_out_channels) - 1, self.block_out_channels[-1]
+        attention = self.self_attention(level, groups, scale_factor) if add_attention else None
+        resnets = [self.res_block(channels, channels, output_scale_factor=scale_factor) for _ in range(2)]
+        return MidBlock(resnets, [attention])
+
+
+def check_levels(config: Any, down_block_types: tuple[str, ...]) -> None:
+    """Raises a `ValueError` where a network's config does not describe the levels of an encoder."""
+    levels = len(config.block_out_channels)
+    if len(down_block_types) != levels:
+        raise ValueError(
+            f"`down_block_types` has {len(down_block_types)} entries {tuple(down_block_types)} but "
+            f"`block_out_channels` has {levels} {tuple(config.block_out_channels)}. Give one block type per level."
+        )
+    for block_type in down_block_types:
+        _check_choice("down_block_types", block_type, DOWN_BLOCK_TYPES)
+    _check_choice("resnet_time_scale_shift", config.resnet_time_scale_shift, get_args(TimeInjection))
+    _check_choice("downsample_type", config.downsample_type, get_args(ResampleKind))
+    _check_choice("act_fn", config.act_fn, ADAGN_ACTIVATIONS)
+    groups = config.norm_num_groups
+    for channels in config.block_out_channels:
+        if not isinstance(groups, int) or groups < 1 or channels % groups:
+            raise ValueError(
+                f"`norm_num_groups` is {groups}, but every entry of `block_out_channels` "
+                f"{tuple(config.block_out_channels)} must be a multiple of it. Choose a common divisor, at best 32."
+            )
+    if config.layers_per_block < 1:
+        raise ValueError(f"`layers_per_block` is {config.layers_per_block}; each level needs one at least.")
+
+
+def check_heads(config: Any, attends: list[bool], name: str = "num_attention_heads") -> None:
+    """Raises a `ValueError` where the heads do not fit the channels of a level that attends."""
+    heads, head_dim, levels = config[name], config.attention_head_dim, len(config.block_out_channels)
+    if isinstance(heads, (list, tuple)) and len(heads) != levels:
+        raise ValueError(f"`{name}` has {len(heads)} entries for {levels} levels. Give one per level.")
+    for level, channels in enumerate(config.block_out_channels):
+        number = heads[level] if isinstance(heads, (list, tuple)) else heads
+        if attends[level] and number is not None and (number < 1 or channels % number):
+            raise ValueError(f"`{name}` is {number}; it must divide the {channels} channels of level {level}.")
+        if attends[level] and number is None and head_dim is not None and not 1 <= head_dim <= channels:
+            raise ValueError(
+                f"`attention_head_dim` is {head_dim}; it must lie between 1 and the {channels} channels of level "
+                f"{level}, which has attention. Choose a divisor of {channels}, or set `num_attention_heads`."
+            )
+
+
+def check_sample(sample: torch.Tensor, timestep: torch.Tensor | float | int, in_channels: int, levels: int) -> None:
+    """Raises a `ValueError` for a sample or timestep that a network with `levels` levels cannot take."""
+    if sample.ndim != 4 or sample.shape[1] != in_channels:
+        raise ValueError(
+            f"`sample` has shape {tuple(sample.shape)}; this model takes (batch_size, {in_channels}, height, width). "
+            f"Pass {in_channels} channels, or build a model with another `in_channels`."
+        )
+    factor = 2 ** (levels - 1)
+    height, width = sample.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"`sample` is {height} x {width}; both must be divisible by {factor}, the total downsampling of this "
+            f"model. Pad or crop to {math.ceil(height / factor) * factor} x {math.ceil(width / factor) * factor}."
+        )
+    if torch.is_tensor(timestep) and timestep.ndim > 0 and timestep.shape not in ((1,), (sample.shape[0],)):
+        raise ValueError(
+            f"`timestep` has shape {tuple(timestep.shape)} for {sample.shape[0]} examples. Pass one number, or one for "
+            "each example."
+        )
+
+
+def expand_timesteps(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+    """One timestep an example, `(batch_size,)`, on the device of `sample`."""
+    timesteps = torch.as_tensor(timestep, device=sample.device)
+    if timesteps.ndim == 0 or timesteps.shape[0] == 1:
+        timesteps = timesteps.expand(sample.shape[0])
+    return timesteps
+
+
+class ResBlockCompileMixin(ModelMixin):
+    """`compile_repeated_blocks` compiles the residual blocks, of which these networks have many kinds."""
+
+    _repeated_blocks = ["ResBlock"]
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers: compiles each residual block with the given arguments of `torch.compile`."""
+        # torch compiles one function 8 times and then gives up, or raises for `fullgraph=True`. To it all residual
+        # blocks are one function, and ADM's 64x64 net has 23 widths of them: let it be 8 times for each block.
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # older versions have a global one alone
+            number = sum(isinstance(module, ResBlock) for module in self.modules())
+            kwargs.setdefault("recompile_limit", number * torch._dynamo.config.recompile_limit)
+        super().compile_repeated_blocks(*args, **kwargs)
+
+
+class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     U-Net that predicts noise (and, with twice the output channels, a variance) from a noisy image and a timestep.
 
@@ -281,6 +471,8 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         num_train_timesteps (`int`, *optional*): Rows of the table of `time_embedding_type="learned"`.
         num_attention_heads (`int` or `tuple[int]`, *optional*): Number of heads, for all levels or per level. Where
             given, it wins over `attention_head_dim`.
+        num_attention_heads_up (`int`, *optional*): Number of heads at every level on the way up (`num_heads_upsample`
+            of OpenAI's code); wins over the other two arguments for heads. `None`: as on the way down.
         null_class_id (`int`, *optional*): Row of the class embedding that means "no class" (normally the last). With
             it, `class_labels=None` is the unconditional model.
         time_proj_dim (`int`, *optional*): Width of the sinusoid; `None`: `block_out_channels[0]`.
@@ -294,7 +486,6 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
     _supports_gradient_checkpointing = True
     # `UpBlock` joins its input with skip connections outside of any child, so both must be on one device.
     _no_split_modules = ["ResBlock", "Attention", "UpBlock"]
-    _repeated_blocks = ["ResBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -329,6 +520,7 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
         num_attention_heads: int | tuple[int, ...] | None = None,
+        num_attention_heads_up: int | None = None,
         null_class_id: int | None = None,
         time_proj_dim: int | None = None,
         timestep_scale: float = 1.0,
@@ -342,8 +534,6 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
 
         time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
         time_proj_dim = time_proj_dim or block_out_channels[0]
-        if num_attention_heads is None or isinstance(num_attention_heads, int):
-            num_attention_heads = (num_attention_heads,) * levels
 
         # 1. input
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
@@ -368,58 +558,22 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         else:
             self.class_embedding = None
 
-        def res_block(in_channels: int, out_channels: int, **kwargs: Any) -> ResBlock:
-            return ResBlock(
-                in_channels,
-                out_channels,
-                temb_channels=time_embed_dim,
-                groups=norm_num_groups,
-                eps=norm_eps,
-                act_fn=act_fn,
-                time_injection=resnet_time_scale_shift,
-                dropout=dropout,
-                **kwargs,
-            )
-
-        def self_attention(level: int, groups: int | None = norm_num_groups, rescale: float = 1.0) -> Attention:
-            channels, heads = block_out_channels[level], num_attention_heads[level]
-            head_dim = channels // heads if heads is not None else attention_head_dim or channels
-            attention = Attention(
-                channels,
-                heads=heads or channels // head_dim,
-                dim_head=head_dim,
-                norm_num_groups=groups,
-                eps=norm_eps,
-                rescale_output_factor=rescale,
-                residual_connection=True,
-                bias=True,
-                upcast_softmax=True,
-                # Lets `from_pretrained` rename the `query/key/value/proj_attn` of files from 2022.
-                _from_deprecated_attn_block=True,
-            )
-            _zero_init(attention.to_out[0])
-            return attention
+        factory = BlockFactory(
+            block_out_channels,
+            temb_channels=time_embed_dim,
+            norm_num_groups=norm_num_groups,
+            norm_eps=norm_eps,
+            act_fn=act_fn,
+            time_injection=resnet_time_scale_shift,
+            dropout=dropout,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+        )
 
         # 3. down
-        self.down_blocks = nn.ModuleList()
-        channels = block_out_channels[0]
-        skip_channels = [channels]
-        for level, block_type in enumerate(down_block_types):
-            spec = DOWN_BLOCK_TYPES[block_type]
-            resnets, attentions = [], []
-            for _ in range(layers_per_block):
-                resnets.append(res_block(channels, block_out_channels[level]))
-                attentions.append(self_attention(level) if spec.attention == "self" else None)
-                channels = block_out_channels[level]
-                skip_channels.append(channels)
-            downsampler = None
-            if level < levels - 1:
-                if (spec.resample or downsample_type) == "resnet":
-                    downsampler = res_block(channels, channels, resample="down")
-                else:
-                    downsampler = Downsample(channels, padding=downsample_padding)
-                skip_channels.append(channels)
-            self.down_blocks.append(DownBlock(resnets, attentions, downsampler))
+        self.down_blocks, skip_channels = factory.down_blocks(
+            down_block_types, layers_per_block, downsample_type, downsample_padding
+        )
 
         # 4. middle
         self.mid_block = None
@@ -427,66 +581,54 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
             groups = attn_norm_num_groups
             if groups is None and resnet_time_scale_shift == "default":
                 groups = norm_num_groups
-            attention = self_attention(levels - 1, groups, mid_block_scale_factor) if add_attention else None
-            resnets = [res_block(channels, channels, output_scale_factor=mid_block_scale_factor) for _ in range(2)]
-            self.mid_block = MidBlock(resnets, [attention])
+            self.mid_block = factory.mid_block(add_attention, groups, mid_block_scale_factor)
 
         # 5. up: each residual block takes the newest skip connection that is left
         self.up_blocks = nn.ModuleList()
+        channels = block_out_channels[-1]
         for level, block_type in zip(reversed(range(levels)), up_block_types, strict=True):
             spec = UP_BLOCK_TYPES[block_type]
             resnets, attentions = [], []
             for _ in range(layers_per_block + 1):
-                resnets.append(res_block(channels + skip_channels.pop(), block_out_channels[level]))
-                attentions.append(self_attention(level) if spec.attention == "self" else None)
+                resnets.append(factory.res_block(channels + skip_channels.pop(), block_out_channels[level]))
                 channels = block_out_channels[level]
+                attention = None
+                if spec.attention == "self":
+                    attention = factory.self_attention(level, norm_num_groups, num_heads=num_attention_heads_up)
+                attentions.append(attention)
             upsampler = None
             if level > 0:
                 residual = (spec.resample or upsample_type) == "resnet"
-                upsampler = res_block(channels, channels, resample="up") if residual else Upsample(channels)
+                upsampler = factory.res_block(channels, channels, resample="up") if residual else Upsample(channels)
             self.up_blocks.append(UpBlock(resnets, attentions, upsampler))
 
         # 6. output
         self.conv_norm_out = AdaGroupNormAct(norm_num_groups, channels, norm_eps, "silu")
-        self.conv_out = _zero_init(nn.Conv2d(channels, out_channels, kernel_size=3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(channels, out_channels, kernel_size=3, padding=1))
 
     def _check_config(self, down_block_types: tuple[str, ...], up_block_types: tuple[str, ...]) -> None:
         """Raises a `ValueError` for what would otherwise fail late, or build something else than was asked for."""
         config = self.config
         levels = len(config.block_out_channels)
-        for name, types in (("down_block_types", down_block_types), ("up_block_types", up_block_types)):
-            if len(types) != levels:
-                raise ValueError(
-                    f"`{name}` has {len(types)} entries {tuple(types)} but `block_out_channels` has {levels} "
-                    f"{tuple(config.block_out_channels)}. Give one block type per level."
-                )
-        for block_type in down_block_types:
-            _check_choice("down_block_types", block_type, DOWN_BLOCK_TYPES)
+        check_levels(config, down_block_types)
+        if len(up_block_types) != levels:
+            raise ValueError(
+                f"`up_block_types` has {len(up_block_types)} entries {tuple(up_block_types)} but `block_out_channels` "
+                f"has {levels} {tuple(config.block_out_channels)}. Give one block type per level."
+            )
         for block_type in up_block_types:
             _check_choice("up_block_types", block_type, UP_BLOCK_TYPES)
         _check_choice("mid_block_type", config.mid_block_type, (*MID_BLOCK_TYPES, None))
         _check_choice("time_embedding_type", config.time_embedding_type, get_args(TimeEmbeddingType))
-        _check_choice("resnet_time_scale_shift", config.resnet_time_scale_shift, get_args(TimeInjection))
-        _check_choice("downsample_type", config.downsample_type, get_args(ResampleKind))
         _check_choice("upsample_type", config.upsample_type, get_args(ResampleKind))
         _check_choice("class_embed_type", config.class_embed_type, (*get_args(ClassEmbedType), None))
-        _check_choice("act_fn", config.act_fn, ADAGN_ACTIVATIONS)
 
-        groups = config.norm_num_groups
-        for channels in config.block_out_channels:
-            if not isinstance(groups, int) or groups < 1 or channels % groups:
-                raise ValueError(
-                    f"`norm_num_groups` is {groups}, but every entry of `block_out_channels` "
-                    f"{tuple(config.block_out_channels)} must be a multiple of it. Choose a common divisor, at best 32."
-                )
         has_mid_attention = config.mid_block_type is not None and config.add_attention
         groups, channels = config.attn_norm_num_groups, config.block_out_channels[-1]
         if has_mid_attention and groups is not None and (groups < 1 or channels % groups):
             raise ValueError(
                 f"`attn_norm_num_groups` is {groups}; it must divide the {channels} channels of the middle block."
             )
-        if config.layers_per_block < 1:
-            raise ValueError(f"`layers_per_block` is {config.layers_per_block}; each level needs one at least.")
         if config.time_embedding_type == "learned":
             if config.num_train_timesteps is None:
                 raise ValueError('`time_embedding_type="learned"` needs `num_train_timesteps`, the rows of its table.')
@@ -506,26 +648,16 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
                 f"({config.num_class_embeds}) rows of the class embedding. Count the null class as one of them."
             )
 
-        heads = config.num_attention_heads
-        if isinstance(heads, (list, tuple)) and len(heads) != levels:
-            raise ValueError(f"`num_attention_heads` has {len(heads)} entries for {levels} levels. Give one per level.")
-        for level, channels in enumerate(config.block_out_channels):
-            attends = "self" in (
-                DOWN_BLOCK_TYPES[down_block_types[level]].attention,
-                UP_BLOCK_TYPES[up_block_types[levels - 1 - level]].attention,
+        attends_down = [DOWN_BLOCK_TYPES[block_type].attention is not None for block_type in down_block_types]
+        attends_up = [UP_BLOCK_TYPES[block_type].attention is not None for block_type in reversed(up_block_types)]
+        attends_down[-1] |= has_mid_attention
+        check_heads(config, attends_down)
+        heads_up = config.num_attention_heads_up
+        if isinstance(heads_up, (list, tuple)):
+            raise ValueError(
+                f"`num_attention_heads_up` is {heads_up}; it must be one number, for all levels on the way up."
             )
-            attends |= level == levels - 1 and has_mid_attention
-            number = heads[level] if isinstance(heads, (list, tuple)) else heads
-            if attends and number is not None and (number < 1 or channels % number):
-                raise ValueError(
-                    f"`num_attention_heads` is {number}; it must divide the {channels} channels of level {level}."
-                )
-            head_dim = config.attention_head_dim
-            if attends and number is None and head_dim is not None and not 1 <= head_dim <= channels:
-                raise ValueError(
-                    f"`attention_head_dim` is {head_dim}; it must lie between 1 and the {channels} channels of level "
-                    f"{level}, which has attention. Choose a divisor of {channels}, or set `num_attention_heads`."
-                )
+        check_heads(config, attends_up, "num_attention_heads" if heads_up is None else "num_attention_heads_up")
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -562,18 +694,15 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
                 many or too few, labels out of range (checked for labels on the CPU: elsewhere it would stall), and
                 labels missing on a class-conditional model without a null class.
         """
-        self._check_inputs(sample, timestep, class_labels)
-        batch_size = sample.shape[0]
+        check_sample(sample, timestep, self.config.in_channels, len(self.config.block_out_channels))
+        self._check_class_labels(sample, class_labels)
 
         # 0. centre
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
 
         # 1. time and class -> (B, time_embed_dim)
-        timesteps = torch.as_tensor(timestep, device=sample.device)
-        timesteps = timesteps.expand(batch_size) if timesteps.ndim == 0 else timesteps
-        if timesteps.shape[0] == 1:
-            timesteps = timesteps.expand(batch_size)
+        timesteps = expand_timesteps(timestep, sample)
         scaled_timesteps = timesteps
         if self.config.timestep_scale != 1.0:
             scaled_timesteps = timesteps.float() * self.config.timestep_scale
@@ -616,27 +745,8 @@ class AdaGNUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
             return (hidden_states,)
         return UNet2DOutput(sample=hidden_states)
 
-    def _check_inputs(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
-    ) -> None:
+    def _check_class_labels(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
         config = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(
-                f"`sample` has shape {tuple(sample.shape)}; this model takes (batch_size, {config.in_channels}, "
-                f"height, width). Pass {config.in_channels} channels, or build a model with another `in_channels`."
-            )
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        height, width = sample.shape[-2:]
-        if height % factor or width % factor:
-            raise ValueError(
-                f"`sample` is {height} x {width}; both must be divisible by {factor}, the total downsampling of this "
-                f"model. Pad or crop to {math.ceil(height / factor) * factor} x {math.ceil(width / factor) * factor}."
-            )
-        if torch.is_tensor(timestep) and timestep.ndim > 0 and timestep.shape not in ((1,), (sample.shape[0],)):
-            raise ValueError(
-                f"`timestep` has shape {tuple(timestep.shape)} for {sample.shape[0]} examples. Pass one number, or one "
-                "for each example."
-            )
         label_ndim = 2 if config.class_embed_type == "identity" else 1
         if self.class_embedding is None:
             if class_labels is not None:
