@@ -19,7 +19,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -52,10 +51,12 @@ from diffusers_adm.training import (
     delete_checkpoints,
     ema_weights,
     find_latest_checkpoint,
+    from_subfolder_or_root,
     labelled_grid,
     load_image_dataset,
     parse_args,
     plot_loss_curves,
+    reading,
     resume_checkpoint,
     save_checkpoint,
     seed_step,
@@ -77,16 +78,6 @@ def check_at_least(arguments: object, minimum: int, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and value < minimum:
             raise ValueError(f"`{name}` is {value}; it must be at least {minimum}.")
-
-
-@contextlib.contextmanager
-def reading(argument: str, value: str) -> Iterator[None]:
-    """Gives diffusers' `OSError`s, which do not know where a path came from, the name of the argument."""
-    try:
-        yield
-    except OSError as error:
-        missing = "" if os.path.exists(value) else "is no file or folder here and "
-        raise ValueError(f"`{argument}` is {value!r}, which {missing}cannot be read: {error}") from error
 
 
 @dataclass
@@ -205,17 +196,6 @@ class TrainingArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive.")
         if not 0 <= self.ema_max_decay < 1:
             raise ValueError(f"`ema_max_decay` is {self.ema_max_decay}; it must lie in [0, 1).")
-
-
-def from_subfolder_or_root(load: Callable, repository: str, subfolder: str, **kwargs):
-    """Repositories from before pipelines, such as google/ddpm-cifar10-32, keep the files of all parts at the root."""
-    try:
-        return load(repository, subfolder=subfolder, **kwargs)
-    except OSError as error:
-        try:
-            return load(repository, **kwargs)
-        except OSError:
-            raise error from None
 
 
 def build_scheduler(

@@ -26,6 +26,7 @@ from .ema import ema_weights
 from .images import labelled_grid
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
 from .metrics import LossMetrics, MetricsHistory, plot_loss_curves
+from .repositories import from_subfolder_or_root, reading
 from .seeding import derive_seed, seed_step
 from .timestep_samplers import LossSecondMomentTimestepSampler, TimestepSampler, UniformTimestepSampler
 
@@ -49,11 +50,13 @@ __all__ = [
     "derive_seed",
     "ema_weights",
     "find_latest_checkpoint",
+    "from_subfolder_or_root",
     "labelled_grid",
     "load_image_dataset",
     "min_snr_weights",
     "parse_args",
     "plot_loss_curves",
+    "reading",
     "resume_checkpoint",
     "save_checkpoint",
     "seed_step",

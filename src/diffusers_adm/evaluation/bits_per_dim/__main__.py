@@ -1,0 +1,269 @@
+"""
+Evaluates the variational bound of a saved model on a set of images, in bits per dimension.
+
+    python -m diffusers_adm.evaluation.bits_per_dim --model runs/mine --dataset path/to/images --label_column label
+
+`accelerate launch -m diffusers_adm.evaluation.bits_per_dim ...` shares the images between processes. `output_dir`
+receives `bits_per_dim.json` and `bits_per_dim.png`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers import DiffusionPipeline
+
+from ... import __version__
+from ...models.unet_2d_adagn import AdaGNUNet2DModel
+from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+from ...training.arguments import parse_args
+from ...training.data import METADATA_FILES, SPLIT_FOLDERS, ImageDataset, check_images, load_image_dataset
+from ...training.repositories import from_subfolder_or_root, reading
+from .bound import bits_per_dim
+
+
+logger = logging.getLogger(__name__)
+
+JSON_NAME, PLOT_NAME = "bits_per_dim.json", "bits_per_dim.png"
+
+
+def _arg(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "A pipeline, on the Hub or in a folder: `unet` and `scheduler` are read."})
+    dataset: list[str] = field(
+        metadata={
+            "help": "A folder of images, whose subfolders are the labels; parquet files; or a dataset on the Hub, or "
+            "the folder of a local copy of one."
+        }
+    )
+    revision: str | None = _arg(None, "Of the model: a branch, a tag or a commit.")
+    variant: str | None = _arg(None, "Of its weights, e.g. fp16.")
+    dataset_config_name: str | None = _arg(None, "Of a dataset on the Hub: its configuration.")
+    split: str | None = _arg(None, "The split to evaluate; needed where the dataset has several.")
+    image_column: str = _arg("image", "The column of the images.")
+    label_column: str | None = _arg(
+        None, "The column of the labels; none: without classes, for which the network needs a null class if it has any."
+    )
+    cache_dir: str | None = _arg(None, "Where datasets and models are cached.")
+    resolution: int | None = _arg(None, "Pixels; none: the `sample_size` of the model.")
+    num_images: int | None = _arg(None, "Evaluate a random subset of this size.")
+    batch_size: int = _arg(64, "Noisy images per process and forward pass.")
+    timestep_respacing: str | None = _arg(None, "Of a shorter chain: 250, ddim50, or 10,10,15; none: all timesteps.")
+    variance_type: Literal["learned_range", "learned_log", "fixed_small", "fixed_large"] | None = _arg(
+        None, "None: what the model's scheduler says."
+    )
+    clip_sample: bool | None = _arg(None, "Clip the predicted image; none: as the model's scheduler says.")
+    seed: int = _arg(0, "Of the noise and of the subset.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _arg(None, "None: as configured for Accelerate.")
+    output_dir: str = _arg("bits-per-dim", "Where the results go.")
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "num_images", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+
+
+def _load(load: Callable[..., Any], args: Arguments, subfolder: str, **kwargs: Any) -> Any:
+    kwargs |= {"revision": args.revision, "cache_dir": args.cache_dir}
+    with reading("model", args.model):
+        return from_subfolder_or_root(load, args.model, subfolder, **kwargs)
+
+
+def load_scheduler(args: Arguments) -> LearnedVarianceDDPMScheduler:
+    config = _load(LearnedVarianceDDPMScheduler.load_config, args, "scheduler")
+    if config.get("_class_name") not in LearnedVarianceDDPMScheduler._compatibles:
+        raise ValueError(
+            f"The scheduler of {args.model!r} is a {config.get('_class_name')}, whose process has no such bound here. "
+            "It must be a `LearnedVarianceDDPMScheduler`, a `DDPMScheduler`, or another with a config like theirs."
+        )
+    given = {} if args.variance_type is None else {"variance_type": args.variance_type}
+    return LearnedVarianceDDPMScheduler.from_config(config, **given)
+
+
+def load_index(args: Arguments) -> dict[str, Any]:
+    """`model_index.json`, empty where the model has none."""
+    try:
+        index = DiffusionPipeline.load_config(args.model, revision=args.revision, cache_dir=args.cache_dir)
+    except OSError:
+        return {}
+    if index.get("vae", [None])[0] is not None:
+        raise ValueError(
+            f"{args.model!r} diffuses the latents of an autoencoder. Their bound is not in bits of an image; "
+            "evaluate a model of pixels."
+        )
+    return index
+
+
+def check_network(args: Arguments, config: Any, scheduler: LearnedVarianceDDPMScheduler, resolution: Any) -> None:
+    """Raises what the first forward pass would, before any data are read."""
+    if config.in_channels != 3:
+        raise ValueError(f"The network takes {config.in_channels} channels; this command evaluates RGB images: 3.")
+    expected = 6 if scheduler.has_learned_variance else 3
+    if config.out_channels != expected:
+        raise ValueError(
+            f"The network has {config.out_channels} output channels, but `variance_type` "
+            f"{scheduler.config.variance_type!r} takes {expected}. Pass another `--variance_type`: "
+            + ("fixed_small or fixed_large." if expected == 6 else "learned_range or learned_log.")
+        )
+    has_classes = config.num_class_embeds is not None or config.class_embed_type is not None
+    if args.label_column is not None and not has_classes:
+        raise ValueError("`label_column` was named, but the network has no class embedding. Leave `label_column` out.")
+    if args.label_column is None and has_classes:
+        if config.null_class_id is None:
+            raise ValueError(
+                "The network is class-conditional and has no null class, but no `label_column` was named. Name the "
+                "column that holds the classes."
+            )
+        logger.warning("Without `label_column`, every image is evaluated as one of the network's null class.")
+    if not isinstance(resolution, int):
+        raise ValueError(f"The model's `sample_size` is {resolution!r}, no square size. Pass `--resolution`.")
+    downsampling = 2 ** (len(config.block_out_channels) - 1)
+    if resolution % downsampling:
+        raise ValueError(f"The resolution is {resolution}; it must be divisible by {downsampling} for this network.")
+    if config.sample_size is not None and resolution != config.sample_size:
+        logger.warning(
+            f"The resolution is {resolution}, but the model was made for {config.sample_size}. It is evaluated on "
+            "images of a size that it has not learned."
+        )
+
+
+def find_dataset(args: Arguments) -> dict[str, Any]:
+    """What `--dataset` and `--split` mean to `load_image_dataset`."""
+    if any(name.lower().endswith(".parquet") for name in args.dataset):
+        return {"data_files": args.dataset, "split": args.split or "train"}
+    if len(args.dataset) > 1:
+        raise ValueError(f"`dataset` is {args.dataset}. Several are only taken if they are parquet files.")
+    (name,) = args.dataset
+    if os.path.isdir(name) and all(path.name in METADATA_FILES for path in Path(name).rglob("*.parquet")):
+        folders = sorted(entry.name for entry in Path(name).iterdir() if entry.is_dir())
+        if args.split is None and folders and all(folder in SPLIT_FOLDERS for folder in folders):
+            raise ValueError(f"{name} has the splits {', '.join(folders)}. Name one with `--split`.")
+        return {"train_data_dir": name, "split": args.split or "train"}
+    if args.split is None:
+        raise ValueError(f"`dataset` is {name!r}, a dataset of one or more splits. Name one with `--split`, e.g. test.")
+    return {"dataset_name": name, "dataset_config_name": args.dataset_config_name, "split": args.split}
+
+
+def match_classes(id2label: dict[int, str], learned: dict[str, str] | None, config: Any) -> list[int]:
+    """
+    For each class of the data, the network's class: the one of the same name. A test set that lacks a class would give
+    those after it other numbers than the training set did, and each image would be evaluated as its neighbour's.
+    """
+    room = None if config.num_class_embeds is None else config.num_class_embeds - (config.null_class_id is not None)
+    names = {name: int(number) for number, name in (learned or {}).items()}
+    if all((learned or {}).get(str(number)) == name for number, name in id2label.items()):
+        return list(id2label)
+    if all(name in names for name in id2label.values()):
+        return [names[name] for name in id2label.values()]
+    if room is not None and len(id2label) != room:
+        unknown = [name for name in id2label.values() if name not in names]
+        raise ValueError(
+            f"The data has {len(id2label)} classes and the network {room}, and they cannot be matched by name: the "
+            + (f"model does not know {unknown[0]!r}." if learned else "model names no classes.")
+            + " Give the data the names, or all of the classes, that the model was trained with."
+        )
+    if learned:
+        logger.warning(
+            f"The data's class names are not the model's ({id2label[0]!r}, {learned.get('0')!r}, ...). Their numbers "
+            "are taken for the same classes."
+        )
+    return list(id2label)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (args,) = parse_args(Arguments, argv, description=__doc__)
+    for module in ("datasets", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"This command needs {module}. Install the extra: `pip install diffusers-adm[train]`.")
+    import datasets
+
+    accelerator = Accelerator(
+        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        # The others wait while the main process checks the images, or for a process that is slower at the end.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
+    )
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
+
+    # 1. model and process
+    index, scheduler = load_index(args), load_scheduler(args)
+    unet = _load(AdaGNUNet2DModel.from_pretrained, args, "unet", variant=args.variant).to(accelerator.device)
+    resolution = args.resolution or unet.config.sample_size
+    check_network(args, unet.config, scheduler, resolution)
+
+    # 2. data
+    with accelerator.main_process_first():
+        images, id2label = load_image_dataset(
+            **find_dataset(args),
+            image_column=args.image_column,
+            label_column=args.label_column,
+            cache_dir=args.cache_dir,
+            max_train_samples=args.num_images,
+            seed=args.seed,
+        )
+        if id2label is not None:
+            to_class = match_classes(id2label, index.get("id2label"), unet.config)
+            labels = [to_class[label] if label >= 0 else label for label in images["label"][:]]
+            images = images.remove_columns("label").add_column("label", labels)
+        images, _ = check_images(
+            images,
+            resolution,
+            allow_unlabelled=id2label is None or unet.config.null_class_id is not None,
+            output_dir=args.output_dir if accelerator.is_main_process else None,
+        )
+    data = ImageDataset(images, resolution, center_crop=True, random_flip=False)
+
+    # 3. the bound
+    result = bits_per_dim(
+        unet,
+        scheduler,
+        data,
+        batch_size=args.batch_size,
+        timestep_respacing=args.timestep_respacing,
+        clip_sample=args.clip_sample,
+        seed=args.seed,
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        settings = vars(args) | {
+            "resolution": resolution,
+            "variance_type": scheduler.config.variance_type,
+            "clip_sample": scheduler.config.clip_sample if args.clip_sample is None else args.clip_sample,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        versions = {"diffusers_adm": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+        content = {**result.to_dict(), "settings": settings, "versions": versions}
+        (output_dir / JSON_NAME).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        result.plot(output_dir / PLOT_NAME)
+        print(f"{result}\n{output_dir / JSON_NAME}\n{output_dir / PLOT_NAME}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

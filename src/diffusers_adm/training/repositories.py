@@ -1,0 +1,30 @@
+"""Reading the parts of a pipeline that somebody named: on the Hub or in a folder, of today's kind or of 2022's."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def reading(argument: str, value: str) -> Iterator[None]:
+    """Gives diffusers' `OSError`s, which do not know where a path came from, the name of the argument."""
+    try:
+        yield
+    except OSError as error:
+        missing = "" if os.path.exists(value) else "is no file or folder here and "
+        raise ValueError(f"`{argument}` is {value!r}, which {missing}cannot be read: {error}") from error
+
+
+def from_subfolder_or_root(load: Callable[..., Any], repository: str, subfolder: str, **kwargs: Any) -> Any:
+    """
+    `load(repository, subfolder=subfolder, **kwargs)`, or from the root: repositories from before pipelines, such as
+    google/ddpm-cifar10-32, keep the files of all parts there.
+    """
+    try:
+        return load(repository, subfolder=subfolder, **kwargs)
+    except OSError as error:
+        try:
+            return load(repository, **kwargs)
+        except OSError:
+            raise error from None
