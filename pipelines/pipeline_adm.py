@@ -21,6 +21,30 @@ from diffusers.utils.torch_utils import randn_tensor
 OutputType = Literal["pil", "np", "pt", "latent"]
 DEFAULT_NUM_INFERENCE_STEPS = 50
 
+# Schedulers of diffusers that take a config of betas, and yet cannot draw images with these networks.
+UNSUITABLE_SCHEDULERS = {
+    "LCMScheduler": "it needs a network that was distilled for it (a latent consistency model); each of its steps "
+    "takes the predicted x_0 for a finished image, and a network that was not distilled predicts the mean of many. For "
+    "few steps take `DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`.",
+    "RePaintScheduler": "its steps need a known image and a mask.",
+    "UnCLIPScheduler": "its steps must be told the timestep before. `LearnedVarianceDDPMScheduler` makes the same "
+    "ones, with `beta_schedule='squaredcos_cap_v2'` and `timestep_spacing='linspace'`.",
+    "DDIMInverseScheduler": "it goes from images to noise.",
+    "DPMSolverMultistepInverseScheduler": "it goes from images to noise.",
+    "CogVideoXDDIMScheduler": "it shifts the betas, for CogVideoX. Take `DDIMScheduler`.",
+    "CogVideoXDPMScheduler": "it shifts the betas, for CogVideoX. Take `DPMSolverMultistepScheduler`.",
+}
+# What diffusers' schedulers do not know: some say so in the middle of a step, and some not at all.
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+SCHEDULERS_WITHOUT_SAMPLE_PREDICTION = (
+    "PNDMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+)
+DDPM_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
+
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: float = 0.0) -> torch.Tensor:
     r"""
@@ -50,15 +74,16 @@ class ADMPipeline(DiffusionPipeline):
         unet (`AdaGNUNet2DModel` or [`UNet2DModel`]): Predicts the noise, and with twice the channels of its input a
             variance as well.
         scheduler ([`SchedulerMixin`]): `LearnedVarianceDDPMScheduler`, or a scheduler of diffusers made with
-            `from_config`. Only the former and `DDPMScheduler(variance_type="learned_range")` use a learned variance;
-            the others get the mean channels alone. One that has inherited a learned `variance_type` and would cut the
-            channels itself is copied for each call, so that `pipe.scheduler.timesteps` is not what was stepped through.
+            `from_config` (docs/samplers.md compares them). Only the former and `DDPMScheduler` with
+            `variance_type="learned_range"` use a learned variance; the others get the mean channels alone. One that
+            has inherited a learned `variance_type` and would cut the channels itself is copied for each call, and so is
+            `DPMSolverSDEScheduler`: `pipe.scheduler.timesteps` is then not what was stepped through.
         vae, text_encoder, tokenizer, classifier: Not supported yet. Pass `None`.
         id2label (`dict[int, str]`, *optional*): Names of the classes, saved with the pipeline.
 
     Raises:
-        ValueError: If `vae`, `text_encoder`, `tokenizer` or `classifier` is not `None`, or just one of `unet` and
-            `scheduler` has a learned variance.
+        ValueError: If `vae`, `text_encoder`, `tokenizer` or `classifier` is not `None`, just one of `unet` and
+            `scheduler` has a learned variance, or `scheduler` cannot reverse the process of such a network.
     """
 
     model_cpu_offload_seq = "unet"
@@ -172,7 +197,8 @@ class ADMPipeline(DiffusionPipeline):
                 is, about [-1, 1].
             return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each step as `callback(pipe, step, timestep,
-                callback_kwargs)`; `latents` in the dictionary it returns replaces the sample.
+                callback_kwargs)`; `latents` in the dictionary it returns replaces the sample. It may set
+                `pipe._guidance_scale` for the steps that follow, if there are `class_labels` and a null class.
             callback_on_step_end_tensor_inputs (sequence of `str`, defaults to `("latents",)`): What `callback_kwargs`
                 holds, out of `pipe._callback_tensor_inputs`.
 
@@ -214,7 +240,7 @@ class ADMPipeline(DiffusionPipeline):
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
 
         # 2. timesteps
-        scheduler = self._scheduler_for_call()
+        scheduler = self._scheduler_for_call(generator, batch_size)
         if timestep_respacing is not None:
             scheduler.set_timesteps(timestep_respacing=timestep_respacing, device=device)
         else:
@@ -222,6 +248,13 @@ class ADMPipeline(DiffusionPipeline):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # else the first step looks for its index among the timesteps, and waits
         timesteps = scheduler.timesteps
+        # KDPM2AncestralDiscreteScheduler takes the root of a rounding error where two noise levels are far apart.
+        if timesteps.is_floating_point() and timesteps.isnan().any():
+            raise ValueError(
+                f"A {type(scheduler).__name__} finds no {num_inference_steps} timesteps for these betas: its numbers "
+                "overflow in the first step. Ask for more steps, make it with `timestep_spacing='leading'`, or take "
+                "another scheduler."
+            )
         self._num_timesteps = len(timesteps)
         step_kwargs = self._step_kwargs(scheduler, generator, eta)
 
@@ -232,11 +265,11 @@ class ADMPipeline(DiffusionPipeline):
         latents = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
 
         # 4. classes; the null class goes first where guidance needs both
-        all_labels = None
+        all_labels, null_class_id = None, self.unet.config.get("null_class_id")
         if class_labels is not None:
             class_labels = class_labels.to(device)
-        if guidance_scale != 1.0:
-            all_labels = torch.cat([torch.full_like(class_labels, self.unet.config.null_class_id), class_labels])
+            if null_class_id is not None:
+                all_labels = torch.cat([torch.full_like(class_labels, null_class_id), class_labels])
 
         # 5. denoise
         channels = self.unet.config.in_channels
@@ -246,7 +279,9 @@ class ADMPipeline(DiffusionPipeline):
                     continue
                 started, ended = i / self._num_timesteps >= guidance_start, (i + 1) / self._num_timesteps > guidance_end
                 model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-                if guidance_scale != 1.0 and started and not ended:
+                # A callback may have changed it, also from or to "off".
+                guidance_scale = self._guidance_scale
+                if guidance_scale != 1.0 and all_labels is not None and started and not ended:
                     model_output = self.unet(torch.cat([model_input] * 2), t, class_labels=all_labels).sample
                     uncond, cond = model_output.to(dtype).chunk(2)
                     mean = guide(cond[:, :channels], uncond[:, :channels], guidance_scale, guidance_rescale)
@@ -307,6 +342,11 @@ class ADMPipeline(DiffusionPipeline):
                     f"`timestep_respacing` is {timestep_respacing!r}, which a {scheduler} does not know. Use "
                     "`num_inference_steps`, or a `LearnedVarianceDDPMScheduler`."
                 )
+        if scheduler == "PNDMScheduler" and not self.scheduler.config.skip_prk_steps and num_inference_steps < 4:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}, but a PNDMScheduler needs at least 4 for its "
+                "Runge-Kutta steps. Make it with `skip_prk_steps=True`, or ask for more steps."
+            )
         if eta is not None:
             if "eta" not in inspect.signature(self.scheduler.step).parameters:
                 raise ValueError(
@@ -317,6 +357,8 @@ class ADMPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"`eta` is {eta}; it must not be negative (0: deterministic, 1: as much noise as DDPM)."
                 )
+            if eta > 1 and scheduler == "TCDScheduler":
+                raise ValueError(f"`eta` is {eta}; a TCDScheduler takes 0 (deterministic) to 1 (all noise is new).")
 
         # guidance
         if guidance_scale != 1.0:
@@ -371,7 +413,8 @@ class ADMPipeline(DiffusionPipeline):
             )
 
     def _check_components(self) -> None:
-        """Raises a `ValueError` where just one of U-Net and scheduler has a learned variance."""
+        """Raises a `ValueError` for a scheduler that does not fit, or where just one of the two learned a variance."""
+        self._check_scheduler()
         config, scheduler = self.unet.config, type(self.scheduler).__name__
         variance_type = self.scheduler.config.get("variance_type")
         if config.out_channels not in (config.in_channels, 2 * config.in_channels):
@@ -385,6 +428,14 @@ class ADMPipeline(DiffusionPipeline):
                 f"`scheduler` is a {scheduler} with `variance_type='learned'`, which takes a variance where models of "
                 "this family predict a log-variance or an interpolation. Use `variance_type='learned_range'`, or "
                 "`LearnedVarianceDDPMScheduler` with `variance_type='learned_log'`."
+            )
+        if isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)) and (
+            variance_type not in DDPM_VARIANCE_TYPES
+        ):
+            # It would run all the same: an unknown word as "fixed_small", "fixed_large_log" to NaN.
+            raise ValueError(
+                f"`scheduler` is a {scheduler} with `variance_type={variance_type!r}`, which it does not know. Use one "
+                f"of {list(DDPM_VARIANCE_TYPES)}, or `LearnedVarianceDDPMScheduler`."
             )
         if self._takes_variance(self.scheduler) and not learned:
             raise ValueError(
@@ -402,6 +453,39 @@ class ADMPipeline(DiffusionPipeline):
                 "`variance_type='learned_range'`."
             )
 
+    def _check_scheduler(self) -> None:
+        """Raises a `ValueError` for schedulers of diffusers that would draw no images, or wrong ones."""
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        options = inspect.signature(type(self.scheduler).__init__).parameters
+        if name in UNSUITABLE_SCHEDULERS:
+            raise ValueError(f"`scheduler` is a {name}, which `ADMPipeline` cannot use: {UNSUITABLE_SCHEDULERS[name]}")
+        if type(self.scheduler).__module__.startswith("diffusers.") and "beta_schedule" not in options:
+            raise ValueError(
+                f"`scheduler` is a {name}, which `ADMPipeline` cannot use: it has no `beta_schedule`, so it does not "
+                "reverse the process that these networks are trained on, but another one (flow matching, EDM, "
+                "consistency models, discrete tokens, ...). Take one that does, such as `DDIMScheduler`, "
+                "`DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`, with `from_config`."
+            )
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES or config.get("use_flow_sigmas", False):
+            raise ValueError(
+                f"`scheduler` is a {name} with `prediction_type={prediction_type!r}` and "
+                f"`use_flow_sigmas={config.get('use_flow_sigmas', False)}`. Networks of this family predict one of "
+                f"{list(PREDICTION_TYPES)}, without flow sigmas. Pass both to `from_config`."
+            )
+        if prediction_type == "sample" and name in SCHEDULERS_WITHOUT_SAMPLE_PREDICTION:
+            raise ValueError(
+                f"`scheduler` is a {name}, which does not know `prediction_type='sample'`. Take another one, such as "
+                "`DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`."
+            )
+        # A config keeps what its class does not know, and the betas are then not those of the network.
+        if config.get("rescale_betas_zero_snr", False) and "rescale_betas_zero_snr" not in options:
+            raise ValueError(
+                f"`scheduler` is a {name}, which does not know `rescale_betas_zero_snr`, but its config has it set: it "
+                "would step with other betas than the network's. Take one that does, such as `DDIMScheduler`, "
+                "`EulerDiscreteScheduler`, `DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`."
+            )
+
     @staticmethod
     def _takes_variance(scheduler: SchedulerMixin) -> bool:
         """Whether `scheduler.step` wants mean and variance channels."""
@@ -409,17 +493,26 @@ class ADMPipeline(DiffusionPipeline):
             return scheduler.config.variance_type == "learned_range"
         return getattr(scheduler, "has_learned_variance", False)
 
-    def _scheduler_for_call(self) -> SchedulerMixin:
+    def _scheduler_for_call(
+        self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
+    ) -> SchedulerMixin:
         """
-        The pipeline's scheduler, or a copy of it: solvers that inherited a learned `variance_type` by `from_config` cut
-        the first three channels out of what they get, whatever it is; their copy has `variance_type=None`.
+        The pipeline's scheduler, or a copy of it with what one call needs: solvers that inherited a learned
+        `variance_type` by `from_config` cut the first three channels out of what they get, whatever it is, so their
+        copy has `variance_type=None`; `DPMSolverSDEScheduler` takes a seed for each image in place of a generator.
         """
         scheduler = self.scheduler
-        is_option = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+        options = inspect.signature(type(scheduler).__init__).parameters
+        changes = {}
         inherited = scheduler.config.get("variance_type") in ("learned", "learned_range")
-        if is_option and inherited and not self._takes_variance(scheduler):
-            return type(scheduler).from_config(scheduler.config, variance_type=None)
-        return scheduler
+        if "variance_type" in options and inherited and not self._takes_variance(scheduler):
+            changes["variance_type"] = None
+        if "noise_sampler_seed" in options and scheduler.config.noise_sampler_seed is None and generator is not None:
+            sources = generator if isinstance(generator, list) else [generator] * batch_size
+            changes["noise_sampler_seed"] = [
+                int(torch.randint(2**63 - 1, (), generator=source, device=source.device)) for source in sources
+            ]
+        return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
 
     @staticmethod
     def _step_kwargs(

@@ -3,7 +3,6 @@
 import inspect
 import re
 
-import diffusers
 import numpy as np
 import PIL.Image
 import pytest
@@ -14,7 +13,6 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
 from diffusers.callbacks import PipelineCallback
@@ -188,61 +186,8 @@ class TestSampling:
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-SWAPPED = [
-    ("DDIMScheduler", {}),
-    ("DDPMScheduler", {"variance_type": "fixed_small"}),
-    ("DDPMScheduler", {"variance_type": "fixed_large"}),
-    ("DPMSolverMultistepScheduler", {}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ("DPMSolverSinglestepScheduler", {}),
-    ("EulerDiscreteScheduler", {}),
-    ("EulerAncestralDiscreteScheduler", {}),
-    ("HeunDiscreteScheduler", {}),
-    ("PNDMScheduler", {}),
-    ("UniPCMultistepScheduler", {}),
-]
-
-
 class TestSchedulersOfDiffusers:
-    """Swapped in with `from_config`, they get the mean channels of a learned-variance model, and all of them."""
-
-    @torch.no_grad()
-    def loop(self, unet, scheduler, start: torch.Tensor, generator, num_inference_steps: int) -> torch.Tensor:
-        """The mean channels, fed by hand to a scheduler that has never heard of a learned variance."""
-        scheduler.set_timesteps(num_inference_steps)
-        sample = start * scheduler.init_noise_sigma
-        kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        for t in scheduler.timesteps:
-            output = unet(scheduler.scale_model_input(sample, t), t).sample[:, : start.shape[1]]
-            sample = scheduler.step(output, t, sample, **kwargs).prev_sample
-        return sample
-
-    @pytest.mark.parametrize("name, config", SWAPPED, ids=[f"{n}-{'-'.join(c.values())}" for n, c in SWAPPED])
-    def test_equals_a_loop_with_the_mean_channels(self, name, config):
-        # Four channels: a scheduler that cuts `[:, :3]` out of them shows.
-        pipe = make_pipeline(
-            in_channels=4, out_channels=8, scheduler=LearnedVarianceDDPMScheduler(timestep_spacing="leading")
-        )
-        cls = getattr(diffusers, name)
-        pipe.scheduler = cls.from_config(pipe.scheduler.config, **config)
-        inherited = pipe.scheduler.config.get("variance_type")
-
-        start = noise((2, 4, 8, 8))
-        takes_spacing = "timestep_spacing" in inspect.signature(cls.__init__).parameters
-        plain = cls(**config, **({"timestep_spacing": "leading"} if takes_spacing else {}))
-        expected = self.loop(pipe.unet, plain, start, seeded(1), num_inference_steps=6)
-        actual = pipe(
-            batch_size=2, num_inference_steps=6, latents=start, generator=seeded(1), output_type="latent"
-        ).images
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-        assert pipe.scheduler.config.get("variance_type") == inherited
-
-    def test_what_the_copy_prevents(self):
-        """The wrong version: the solver as `from_config` makes it loses the fourth channel."""
-        solver = DPMSolverMultistepScheduler.from_config(LearnedVarianceDDPMScheduler().config)
-        assert solver.config.variance_type == "learned_range"
-        with pytest.raises(RuntimeError, match="size of tensor"):
-            self.loop(random_unet(in_channels=4, out_channels=8), solver, noise((2, 4, 8, 8)), None, 3)
+    """Swapped in with `from_config`. Each of them: test_pipeline_adm_samplers.py."""
 
     @pytest.mark.parametrize("cls", [DDPMScheduler, DDPMParallelScheduler])
     def test_ddpm_with_learned_range_gets_all_channels(self, pipe, cls):
@@ -253,13 +198,6 @@ class TestSchedulersOfDiffusers:
         pipe.scheduler = cls.from_config(pipe.scheduler.config, variance_type="fixed_large")
         fixed = pipe(num_inference_steps=5, generator=seeded(), output_type="np").images
         assert np.abs(fixed - ours).max() > 0.01
-
-    def test_plain_model(self):
-        pipe = make_pipeline(out_channels=3, scheduler=EulerDiscreteScheduler(timestep_spacing="leading"))
-        start = noise()
-        expected = self.loop(pipe.unet, EulerDiscreteScheduler(timestep_spacing="leading"), start, None, 5)
-        actual = pipe(batch_size=2, num_inference_steps=5, latents=start, output_type="latent").images
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     def test_eta_of_ddim(self, pipe):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -419,6 +357,28 @@ class TestCallback:
         pipe(num_inference_steps=5)
         assert len(recorder.calls) == 7
         assert not pipe.interrupt
+
+    def test_switches_guidance_on_and_off(self, conditional_pipe):
+        def switch_to(scale):
+            def callback(pipeline, step, timestep, kwargs):
+                pipeline._guidance_scale = scale
+                return kwargs
+
+            return callback
+
+        kwargs = {"class_labels": 1, "num_inference_steps": 3, "output_type": "latent"}
+        recorder = Recorder(conditional_pipe)
+        on = conditional_pipe(callback_on_step_end=switch_to(2.0), generator=seeded(), **kwargs).images
+        assert recorder.labels == [[1], [4, 1], [4, 1]]
+        assert conditional_pipe.guidance_scale == 2.0
+        expected = conditional_pipe(guidance_scale=2.0, guidance_start=0.3, generator=seeded(), **kwargs).images
+        assert torch.equal(on, expected)
+
+        recorder.calls.clear()
+        kwargs["guidance_scale"] = 2.0
+        off = conditional_pipe(callback_on_step_end=switch_to(1.0), generator=seeded(), **kwargs).images
+        assert recorder.labels == [[4, 1], [1], [1]]
+        assert torch.equal(off, conditional_pipe(guidance_end=0.4, generator=seeded(), **kwargs).images)
 
     def test_without_tensors(self, pipe):
         seen = []

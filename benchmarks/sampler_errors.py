@@ -1,0 +1,313 @@
+"""
+How far from the data do the samplers land, with how many steps? Prints the tables of docs/samplers.md.
+
+    python benchmarks/sampler_errors.py [--schedules linear cosine] [--samples 65536] [--plot errors.png]
+
+The network is perfect, so that what is measured is the sampler's error alone: every pixel is drawn from one mixture of
+two Gaussians, for which the best prediction and its variance are known in closed form. Each sampler is plugged into
+`ADMPipeline` with `from_config`. The error is the 2-Wasserstein distance between the pixels drawn and the mixture, in
+one dimension the root mean square of the differences of their quantiles; images have the range [-1, 1].
+
+Deterministic samplers start from the quantiles of the normal distribution and have no random error. The others are
+limited by the number of samples: the noise floor is the distance of as many exact draws (mean and largest of 20).
+"""
+
+import argparse
+import itertools
+import math
+import warnings
+from dataclasses import dataclass, field
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+
+
+# A broad mode and a narrow one, with no gap between them: across a gap a handful of samples on the wrong side would
+# hide all else.
+WEIGHTS, MEANS, STDS = torch.tensor([[0.35, 0.65], [-0.45, 0.35], [0.25, 0.15]], dtype=torch.float64)[..., None]
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+STEPS = (5, 10, 20, 50, 100, 250)
+SPACING_STEPS = 20
+GRID = 2**14  # samples of a deterministic sampler
+KARRAS = {"use_karras_sigmas": True}
+# Their "leading" leaves out the upper timesteps, up to a quarter of them.
+BETTER_WITH_LINSPACE = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    label: str
+    scheduler: str
+    deterministic: bool
+    config: dict = field(default_factory=dict)  # for `from_config`
+    call: dict = field(default_factory=dict)  # for the pipeline
+
+
+OURS = "LearnedVarianceDDPMScheduler"
+SAMPLERS = [
+    Sampler("LearnedVarianceDDPM", OURS, False),
+    Sampler("DDPM, fixed_small", "DDPMScheduler", False, {"variance_type": "fixed_small"}),
+    Sampler("DDPM, fixed_large", "DDPMScheduler", False, {"variance_type": "fixed_large"}),
+    Sampler("DDIM", "DDIMScheduler", True),
+    Sampler("PNDM", "PNDMScheduler", True),
+    Sampler("PNDM, skip_prk_steps", "PNDMScheduler", True, {"skip_prk_steps": True}),
+    Sampler("LMSDiscrete", "LMSDiscreteScheduler", True),
+    Sampler("EulerDiscrete", "EulerDiscreteScheduler", True),
+    Sampler("EulerAncestralDiscrete", "EulerAncestralDiscreteScheduler", False),
+    Sampler("HeunDiscrete", "HeunDiscreteScheduler", True),
+    Sampler("KDPM2Discrete", "KDPM2DiscreteScheduler", True),
+    Sampler("KDPM2AncestralDiscrete", "KDPM2AncestralDiscreteScheduler", False),
+    Sampler("DPMSolverMultistep", "DPMSolverMultistepScheduler", True),
+    Sampler(
+        "DPMSolverMultistep, sde-dpmsolver++",
+        "DPMSolverMultistepScheduler",
+        False,
+        {"algorithm_type": "sde-dpmsolver++"},
+    ),
+    Sampler("DPMSolverSinglestep", "DPMSolverSinglestepScheduler", True),
+    Sampler("DPMSolverSDE", "DPMSolverSDEScheduler", False),
+    Sampler("UniPCMultistep", "UniPCMultistepScheduler", True),
+    Sampler("DEISMultistep", "DEISMultistepScheduler", True),
+    Sampler("SASolver", "SASolverScheduler", False),
+    # Its own limit is 50 steps, those that its networks are distilled with.
+    Sampler("TCD", "TCDScheduler", False, {"original_inference_steps": 1000}),
+    Sampler("TCD, eta=0", "TCDScheduler", True, {"original_inference_steps": 1000}, {"eta": 0.0}),
+]
+PLOTTED = (
+    "LearnedVarianceDDPM",
+    "DDPM, fixed_small",
+    "DDIM",
+    "PNDM, skip_prk_steps",
+    "LMSDiscrete",
+    "HeunDiscrete",
+    "DPMSolverMultistep",
+    "UniPCMultistep, karras",
+    "DEISMultistep",
+)
+
+
+class PerfectUNet(ModelMixin, ConfigMixin):
+    """E[e | x_t] of the mixture for each pixel, and Var[x_{t-1} | x_t] as the variance channel."""
+
+    @register_to_config
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_to_config(in_channels=1, out_channels=2, sample_size=size, block_out_channels=(1,))
+        self.dummy = torch.nn.Parameter(torch.zeros(1))  # tells the pipeline the dtype
+        self.calls = 0
+
+    def prepare(self, alphas_cumprod: torch.Tensor, chain: list[int]) -> None:
+        """`chain`: descending timesteps of a sampler that uses the variance."""
+        self.alphas_cumprod = alphas_cumprod.double()
+        self.following = dict(itertools.pairwise(chain))
+        self.calls = 0
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: None = None) -> UNet2DOutput:
+        self.calls += 1
+        # Some solvers ask between two timesteps; they expect log(sigma) to be linear there.
+        t = float(timestep)
+        low = min(int(t), len(self.alphas_cumprod) - 2)
+        log_snr = torch.logit(self.alphas_cumprod[low : low + 2])
+        alpha = torch.sigmoid(torch.lerp(log_snr[0], log_snr[1], t - low))
+
+        x = sample.double().flatten()
+        variances = alpha * STDS**2 + 1 - alpha
+        residuals = x - alpha.sqrt() * MEANS
+        given_x = torch.softmax(torch.log(WEIGHTS) - 0.5 * (residuals**2 / variances + variances.log()), dim=0)
+        means = MEANS + alpha.sqrt() * STDS**2 / variances * residuals
+        mean = (given_x * means).sum(0)
+        epsilon = (x - alpha.sqrt() * mean) / (1 - alpha).sqrt()
+
+        fraction = torch.zeros_like(epsilon)
+        if self.following.get(t) is not None:
+            variance = (given_x * (STDS**2 * (1 - alpha) / variances + means**2)).sum(0) - mean**2
+            previous = self.alphas_cumprod[self.following[t]]
+            beta = 1 - alpha / previous
+            beta_tilde = beta * (1 - previous) / (1 - alpha)
+            reverse = beta_tilde + previous * (beta / (1 - alpha)) ** 2 * variance
+            fraction = 2 * torch.log(reverse / beta_tilde) / torch.log(beta / beta_tilde) - 1
+        output = torch.stack([epsilon, fraction]).reshape(1, 2, *sample.shape[2:])
+        return UNet2DOutput(sample=output.to(sample.dtype))
+
+
+def quantiles(number: int) -> torch.Tensor:
+    """The mixture's quantiles (i + 1/2) / number, by bisection."""
+    wanted = (torch.arange(number, dtype=torch.float64) + 0.5) / number
+    low, high = torch.full_like(wanted, -10.0), torch.full_like(wanted, 10.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (WEIGHTS * torch.special.ndtr((middle - MEANS) / STDS)).sum(0) < wanted
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+def wasserstein(samples: torch.Tensor, expected: torch.Tensor) -> float:
+    return (samples.flatten().double().sort().values - expected).square().mean().sqrt().item()
+
+
+def noise_floor(expected: torch.Tensor, draws: int = 20) -> tuple[float, float]:
+    """Mean and largest distance of exact draws."""
+    generator = torch.Generator().manual_seed(0)
+    number, distances = len(expected), []
+    for _ in range(draws):
+        modes = torch.multinomial(WEIGHTS[:, 0], number, replacement=True, generator=generator)
+        noise = torch.randn(number, generator=generator, dtype=torch.float64)
+        distances.append(wasserstein(MEANS[modes, 0] + STDS[modes, 0] * noise, expected))
+    return sum(distances) / draws, max(distances)
+
+
+class Measurement:
+    """Runs samplers on one schedule, and remembers what their samples are compared with."""
+
+    def __init__(self, schedule: str, samples: int):
+        self.schedule = SCHEDULES[schedule]
+        self.expected = {number: quantiles(number) for number in {GRID, samples}}
+        self.samples = samples
+
+    def error(self, sampler: Sampler, steps: int, spacing: str, extra: dict | None = None) -> tuple[float, int]:
+        """2-Wasserstein distance and calls of the network; NaN if the sampler cannot take these steps."""
+        number = GRID if sampler.deterministic else self.samples
+        side = math.isqrt(number)
+        ours = LearnedVarianceDDPMScheduler(beta_schedule=self.schedule, timestep_spacing=spacing, clip_sample=False)
+        pipe = ADMPipeline(PerfectUNet(side), ours, vae=None, text_encoder=None, tokenizer=None, classifier=None)
+        pipe.set_progress_bar_config(disable=True)
+        ours.set_timesteps(steps)
+        pipe.unet.prepare(ours.alphas_cumprod, ours.timesteps.tolist() if sampler.scheduler == OURS else [])
+        if sampler.scheduler != OURS:
+            cls = getattr(diffusers, sampler.scheduler)
+            pipe.scheduler = cls.from_config(ours.config, **sampler.config, **(extra or {}))
+
+        grid = torch.special.ndtri((torch.arange(number, dtype=torch.float64) + 0.5) / number).float()
+        try:
+            images = pipe(
+                num_inference_steps=steps,
+                latents=grid.reshape(1, 1, side, side),
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+                **sampler.call,
+            ).images
+        except ValueError:
+            return math.nan, 0
+        return wasserstein(images, self.expected[number]), pipe.unet.calls
+
+
+def cell(error: float) -> str:
+    """In thousandths."""
+    if not math.isfinite(error):
+        return "fails"
+    return f"{1000 * error:.1f}" if error < 0.01 else f"{1000 * error:.0f}" if error < 10 else "> 9999"
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    print("| " + " | ".join(header) + " |")
+    print("|---" * len(header) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def steps_table(measurement: Measurement, samplers: list[Sampler]) -> dict[str, list[tuple[int, float]]]:
+    """Prints steps against error; returns (calls of the network, error) by sampler."""
+    rows, curves = [], {}
+    for sampler in samplers:
+        variants = [(sampler.label, {})]
+        if sampler.scheduler in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+            variants.append((f"{sampler.label}, karras", KARRAS))
+        spacing = "linspace" if sampler.scheduler in BETTER_WITH_LINSPACE else "leading"
+        for label, extra in variants:
+            results = [measurement.error(sampler, steps, spacing, extra) for steps in STEPS]
+            curves[label] = [(calls, error) for error, calls in results]
+            offset = results[2][1] - STEPS[2]
+            calls = {0: "n", STEPS[2] - 1: "2n - 1"}.get(offset, f"n + {offset}")
+            kind = "deterministic" if sampler.deterministic else "stochastic"
+            rows.append([label, kind, spacing, calls, *(cell(error) for error, _ in results)])
+    print_table(["sampler", "", "spacing", "network calls", *(f"n = {n}" for n in STEPS)], rows)
+    return curves
+
+
+def spacing_table(measurement: Measurement, samplers: list[Sampler]) -> None:
+    rows = []
+    for sampler in samplers:
+        cls = diffusers.DDPMScheduler if sampler.scheduler == OURS else getattr(diffusers, sampler.scheduler)
+        options = cls._get_init_keys(cls)
+        row = [sampler.label]
+        for spacing in ("leading", "linspace", "trailing"):
+            takes = "timestep_spacing" in options and sampler.scheduler != "TCDScheduler"
+            row.append(cell(measurement.error(sampler, SPACING_STEPS, spacing)[0]) if takes else "")
+        karras = measurement.error(sampler, SPACING_STEPS, "linspace", KARRAS)[0] if KARRAS.keys() <= options else None
+        row.append("" if karras is None else cell(karras))
+        if any(row[1:]):
+            rows.append(row)
+    print_table(["sampler", "leading", "linspace", "trailing", "linspace, karras"], rows)
+
+
+def plot(curves: dict[str, dict[str, list[tuple[int, float]]]], floor: float, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(curves), figsize=(5.6 * len(curves), 4.6), sharey=True, squeeze=False)
+    for axes, (schedule, lines) in zip(panels[0], curves.items(), strict=True):
+        for label in (label for label in PLOTTED if label in lines):
+            calls, errors = zip(*lines[label], strict=True)
+            stochastic = label.startswith(("DDPM", "Learned"))
+            axes.plot(calls, errors, "--o" if stochastic else "-o", label=label, markersize=3.5, linewidth=1.3)
+        axes.axhspan(1e-4, floor, color="0.9", zorder=0)
+        axes.text(5, floor * 0.9, "noise floor of the stochastic ones", fontsize=7, va="top", color="0.4")
+        axes.set(xscale="log", yscale="log", title=f"{schedule} schedule", xlabel="calls of the network")
+        axes.set_ylim(3e-4, 0.5)
+        axes.set_xticks(STEPS, [str(n) for n in STEPS])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("2-Wasserstein distance to the data")
+    panels[0, -1].legend(fontsize=7, loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
+    parser.add_argument("--samples", type=int, default=2**16, help="of the stochastic samplers; a square number")
+    parser.add_argument("--only", nargs="+", help="labels of samplers, as the tables name them")
+    parser.add_argument("--plot", help="file to draw the first tables into")
+    args = parser.parse_args()
+    if math.isqrt(args.samples) ** 2 != args.samples:
+        parser.error(f"--samples is {args.samples}; it must be a square number, such as {2**16}")
+
+    warnings.filterwarnings("ignore")  # deprecations inside of dependencies
+    diffusers.utils.logging.set_verbosity_error()
+    torch.set_grad_enabled(False)
+    samplers = [sampler for sampler in SAMPLERS if not args.only or sampler.label in args.only]
+    if not diffusers.utils.is_torchsde_available():
+        print("DPMSolverSDE is left out: it needs torchsde.\n")
+        samplers = [sampler for sampler in samplers if sampler.scheduler != "DPMSolverSDEScheduler"]
+
+    mean_floor, floor = noise_floor(quantiles(args.samples))
+    print("2-Wasserstein distance to the data, in thousandths.")
+    print(f"Noise floor of stochastic samplers: {cell(mean_floor)}, up to {cell(floor)}.\n")
+    curves = {}
+    for schedule in args.schedules:
+        measurement = Measurement(schedule, args.samples)
+        print(f"### {schedule} schedule, n steps\n")
+        curves[schedule] = steps_table(measurement, samplers)
+        print(f"### {schedule} schedule, {SPACING_STEPS} steps\n")
+        spacing_table(measurement, samplers)
+    if args.plot:
+        plot(curves, floor, args.plot)
+
+
+if __name__ == "__main__":
+    main()
