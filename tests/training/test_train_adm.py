@@ -1,7 +1,6 @@
 """The training script as it is used: launched, killed with -9 and resumed, fine-tuning, recipes, wrong arguments."""
 
 import hashlib
-import importlib.util
 import json
 import logging
 import multiprocessing
@@ -26,27 +25,19 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from processes import run_distributed, start_distributed
 from safetensors.torch import load_file
+from scripts import REPOSITORY, load_script
 from toy_models import CONDITIONAL, TOY_CONFIG, random_diffusers_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import find_latest_checkpoint, parse_args
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "training" / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if not path.name.startswith("accelerate_"))
 EMOJI = str(REPOSITORY / "data" / "noto-emoji-32" / "test.parquet")  # 163 images in 9 classes
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_adm", REPOSITORY / "training" / "train_adm.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_adm"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-train_adm = load_script()
+train_adm = load_script("train_adm")
 ARGUMENT_TYPES = (
     train_adm.ModelArguments,
     train_adm.DataArguments,

@@ -1,0 +1,133 @@
+"""
+Command line for OpenAI's checkpoints (guided-diffusion, improved-diffusion):
+
+    python -m diffusers_adm.conversion.openai --checkpoint lsun_cat.pt --preset lsun_cat --output_dir lsun-cat
+    python -m diffusers_adm.conversion.openai --checkpoint ema_0.9999_050000.pt \
+        --model_flags "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True" --output_dir mine
+    python -m diffusers_adm.conversion.openai --export mine --output_file back.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+from .openai_checkpoints import KIND_NAMES, ConvertedCheckpoint, convert_openai
+from .openai_export import export_openai
+from .openai_flags import CodeBase, format_flags
+from .openai_presets import PRESETS
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_adm.conversion.openai",
+        description="Converts a checkpoint of OpenAI's guided-diffusion or improved-diffusion for diffusers, or back.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", metavar="FILE.pt", help="The checkpoint to convert.")
+    parser.add_argument("--output_dir", metavar="FOLDER", help="Where to; must be new or empty.")
+    parser.add_argument("--preset", metavar="NAME", help="The published checkpoint that it is (see --list_presets).")
+    parser.add_argument(
+        "--model_flags",
+        metavar='"--image_size 64 ..."',
+        help="Or the flags it was trained with, in one pair of quotes and under the names of the code base. What is "
+        "left out is read off the file where that tells it, and else has the code base's default.",
+    )
+    parser.add_argument(
+        "--code_base", choices=get_args(CodeBase), help="Whose flags and defaults; without it, guided-diffusion's."
+    )
+    parser.add_argument(
+        "--export", metavar="FOLDER", help="Write the network of this folder as a checkpoint of OpenAI's."
+    )
+    parser.add_argument("--output_file", metavar="FILE.pt", help="Where `--export` writes to; must be new.")
+    parser.add_argument(
+        "--new_attention_order",
+        type=str.capitalize,
+        choices=("True", "False"),
+        help="For `--export`: the value of `--use_new_attention_order`; without it, that of the original checkpoint.",
+    )
+    parser.add_argument("--list_presets", action="store_true", help="Print the published checkpoints and their flags.")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    # The value of `--model_flags` begins with dashes: argparse would take it for an option of its own.
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--model_flags" in argv[:-1]:
+        position = argv.index("--model_flags")
+        argv[position : position + 2] = [f"--model_flags={argv[position + 1]}"]
+    parser = make_parser()
+    args = parser.parse_args(argv)
+
+    if args.list_presets:
+        for name, preset in PRESETS.items():
+            print(f"{name} ({preset.code_base}, {preset.num_parameters:,} parameters, {preset.url(name)})")
+            print(f"    {preset.flags}")
+        return
+    try:
+        if args.export is not None:
+            if args.output_file is None or args.checkpoint is not None:
+                parser.error("`--export FOLDER` goes with `--output_file FILE.pt`, and not with `--checkpoint`.")
+            order = None if args.new_attention_order is None else args.new_attention_order == "True"
+            flags = export_openai(args.export, args.output_file, new_attention_order=order)
+            print(f"Wrote {args.output_file}. guided-diffusion builds this network with\n\n  {format_flags(flags)}\n")
+            return
+        if args.checkpoint is None or args.output_dir is None:
+            parser.error("pass `--checkpoint FILE.pt --output_dir FOLDER`, or `--export FOLDER --output_file FILE.pt`.")
+        result = convert_openai(
+            args.checkpoint,
+            args.output_dir,
+            preset=args.preset,
+            model_flags=args.model_flags,
+            code_base=args.code_base,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(describe(result))
+
+
+def describe(result: ConvertedCheckpoint) -> str:
+    """What was converted, what was assumed, and how to load it."""
+    lines = [
+        f"Wrote {result.output_dir}: {KIND_NAMES[result.kind]} of {result.code_base}, {result.num_parameters:,} "
+        f"parameters in {', '.join(result.dtypes)}.",
+        f"Flags: {format_flags({name: value for name, value in result.flags.items() if value != ''})}",
+    ]
+    if result.recognised:
+        lines.append(
+            f"Taken for the published {result.preset}: its tensors have these names and shapes. If it is another one, "
+            "pass its --model_flags; attention heads and diffusion process cannot be told from a file."
+        )
+    if result.ignored:
+        lines.append(f"Not about the network, left aside: {', '.join(f'--{name}' for name in result.ignored)}.")
+    if result.assumed:
+        lines.append(
+            "WARNING: neither the file nor you told these; a wrong one gives wrong images without any error. Check "
+            f"them and pass what differs with --model_flags: {format_flags(result.assumed)}"
+        )
+    folder = str(result.output_dir)
+    if result.kind == "unet":
+        sampling = 'timestep_respacing="250"' + (", class_labels=[207]" if result.flags["class_cond"] else "")
+        lines += [
+            "Load it with",
+            "  from diffusers_adm import ADMPipeline",
+            f"  pipe = ADMPipeline.from_pretrained({folder!r})",
+            f"  image = pipe({sampling}).images[0]",
+        ]
+    else:
+        name, cls = (
+            ("classifier", "AdaGNClassifierModel") if result.kind == "classifier" else ("unet", "AdaGNUNet2DModel")
+        )
+        lines += [
+            "Load it with",
+            f"  from diffusers_adm import {cls}, LearnedVarianceDDPMScheduler",
+            f"  {name} = {cls}.from_pretrained({folder!r}, subfolder={name!r})",
+            f"  scheduler = LearnedVarianceDDPMScheduler.from_pretrained({folder!r}, subfolder='scheduler')",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

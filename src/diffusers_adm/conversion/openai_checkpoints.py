@@ -1,0 +1,369 @@
+"""
+Converts OpenAI's checkpoints into folders that `from_pretrained` loads.
+
+A file is mapped into memory and its tensors are written one by one: a model of two gigabytes needs little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import uuid
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
+from ..pipelines import ADMPipeline
+from ..schedulers import LearnedVarianceDDPMScheduler
+from .openai_flags import (
+    CHANNEL_MULT,
+    CodeBase,
+    Flags,
+    Kind,
+    default_flags,
+    format_flags,
+    model_config,
+    parse_flags,
+    possible_kinds,
+    scheduler_config,
+)
+from .openai_layout import TensorRule, differences, expected_shapes, kinds_of_file, observed_flags, tensor_rules
+from .openai_presets import PRESETS, get_preset
+
+
+# Beside the components: what a file was converted from, so that it can be written back in the same order.
+RECORD_NAME = "openai_checkpoint.json"
+KIND_NAMES = {"unet": "a U-Net", "upsampler": "an upsampler", "classifier": "a classifier"}
+KIND_FLAGS = {
+    "unet": "`image_size`, `num_channels` and so on",
+    "upsampler": "`large_size` and `small_size`, `num_channels` and so on, and not `image_size`",
+    "classifier": "those that begin with `classifier_`, and `image_size`",
+}
+# First bytes of the archives that `torch.save` has written since version 1.6, which can be mapped into memory.
+ZIP_MAGIC = b"PK\x03\x04"
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# How much of a checkpoint may lie in memory while it is converted.
+MAPPED_BYTES = 2**27
+
+
+@dataclass
+class ConvertedCheckpoint:
+    """
+    What `convert_openai` has done.
+
+    Args:
+        output_dir (`Path`): The folder.
+        kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
+        preset (`str`, *optional*): The published checkpoint that it is.
+        recognised (`bool`): Whether `preset` was found by the layout of the file, and not given.
+        flags (`dict`): All flags of network and process, by the code base's names.
+        assumed (`dict`): Those of them that neither the caller nor the file said.
+        ignored (`list[str]`): Given flags that describe a run and not the network.
+        num_parameters (`int`), dtypes (`list[str]`): Of the network.
+    """
+
+    output_dir: Path
+    code_base: CodeBase
+    kind: Kind
+    preset: str | None
+    recognised: bool
+    flags: Flags
+    assumed: Flags
+    ignored: list[str]
+    num_parameters: int
+    dtypes: list[str]
+
+
+def convert_openai(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    *,
+    preset: str | None = None,
+    model_flags: str | Mapping[str, Any] | None = None,
+    code_base: CodeBase | None = None,
+) -> ConvertedCheckpoint:
+    r"""
+    Converts a checkpoint of guided-diffusion or improved-diffusion.
+
+    Args:
+        checkpoint (`str` or `Path`): The `.pt` file: a state dict, as their training scripts save it.
+        output_dir (`str` or `Path`): Gets `unet/` and `scheduler/` and, if the network draws images by itself, a
+            pipeline's index: `ADMPipeline.from_pretrained` loads it. For an upsampler `unet/` and `scheduler/`, for a
+            classifier `classifier/` and `scheduler/`, each loadable by its class. Must not exist, or be empty.
+        preset (`str`, *optional*): Name of a published checkpoint, which settles all flags (`PRESETS`).
+        model_flags (`str` or mapping, *optional*): The flags of the scripts that the network was trained with, under
+            their names (`"--image_size 64 --num_channels 128 ..."`). What they leave out the file tells as far as it
+            can (channels, blocks, attention levels); the rest has the default values of `code_base`.
+        code_base (`str`, *optional*): `"guided-diffusion"` (the default without a preset) or `"improved-diffusion"`.
+
+    Returns:
+        [`ConvertedCheckpoint`]: `.assumed` holds what was not told. With neither `preset` nor `model_flags` that is
+        at least the number of attention heads, unless the layout is that of a published checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no such checkpoint or damaged, its tensors are not exactly those that preset or
+            flags describe, or `output_dir` is not empty. Nothing is left behind then.
+    """
+    checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
+    if preset is not None and model_flags is not None:
+        raise ValueError("`preset` and `model_flags` were both given. A preset settles all flags: leave one out.")
+    if preset is not None and code_base not in (None, get_preset(preset).code_base):
+        raise ValueError(f"`code_base` is {code_base!r}, but {preset} comes from {get_preset(preset).code_base}.")
+    if code_base not in (None, *get_args(CodeBase)):
+        raise ValueError(f"`code_base` is {code_base!r}; it must be one of {list(get_args(CodeBase))}.")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` {output_dir} exists and is not empty. Name another folder, or remove it.")
+
+    state_dict = load_state_dict(checkpoint)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    num_parameters = sum(tensor.numel() for tensor in state_dict.values())
+    recognised = False
+    if preset is None and model_flags is None:
+        preset = recognise(checkpoint.stem, shapes, code_base)
+        recognised = preset is not None
+    ignored: list[str] = []
+    if preset is not None:
+        preset = preset.removesuffix(".pt")
+        code_base = get_preset(preset).code_base
+        kind, flags = get_preset(preset).settle()
+        given, assumed = flags, {}
+    else:
+        code_base = code_base or "guided-diffusion"
+        given, _, ignored = parse_flags(model_flags or {}, code_base)
+        kind = _settle_kind(given, shapes, code_base)
+        known = default_flags(code_base, kind)
+        ignored += [name for name in given if name not in known]  # of the other network of `classifier_sample.py`
+        given = {name: value for name, value in given.items() if name in known}
+        flags, assumed = _complete(given, kind, shapes, code_base)
+
+    model = build_network(flags, code_base, kind, None if preset else shapes)
+    rules = tensor_rules(model, flags.get("use_new_attention_order", False))
+    problems = differences(expected_shapes(model, rules), shapes)
+    if problems:
+        lines = "\n  ".join(problems)
+        described = (
+            f"of {preset}, which has {get_preset(preset).num_parameters:,} parameters" if preset else "described"
+        )
+        raise ValueError(
+            f"The {num_parameters:,} parameters of {checkpoint} are not those {described}, {KIND_NAMES[kind]} of "
+            f"{code_base}:\n  {lines}\n{_contradictions(given, kind, shapes, code_base)}"
+        )
+    _check_sums(checkpoint)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
+    record = {"code_base": code_base, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags}
+    scheduler = LearnedVarianceDDPMScheduler(**scheduler_config(flags, code_base))
+
+    # Into a folder beside `output_dir`, which takes its place once all is written.
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output_dir.parent / f".{output_dir.name}.{uuid.uuid4().hex[:8]}"
+    model_dir = unfinished / ("classifier" if kind == "classifier" else "unet")
+    try:
+        model.save_config(model_dir)
+        scheduler.save_pretrained(unfinished / "scheduler")
+        if kind == "unet":
+            pipeline = ADMPipeline(model, scheduler, vae=None, text_encoder=None, tokenizer=None, classifier=None)
+            pipeline.save_config(unfinished)
+        (unfinished / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        del state_dict
+        _write_weights(model_dir / SAFETENSORS_WEIGHTS_NAME, checkpoint, rules)
+        unfinished.replace(output_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return ConvertedCheckpoint(
+        output_dir, code_base, kind, preset, recognised, flags, assumed, ignored, num_parameters, dtypes
+    )
+
+
+def _write_weights(file: Path, checkpoint: Path, rules: list[TensorRule]) -> None:
+    """
+    Writes the tensors that `rules` make of a checkpoint, in the format of safetensors
+    (https://github.com/huggingface/safetensors#format). Its own writer wants all tensors at once, and every page read
+    stays in memory as long as the checkpoint is mapped: here the mapping is made anew after each `MAPPED_BYTES`.
+    """
+    state_dict = load_state_dict(checkpoint)
+    # The widest numbers first, so that each tensor begins at a multiple of its numbers' size.
+    rules = sorted(rules, key=lambda rule: -state_dict[rule.source].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for rule in rules:
+        for name, tensor in zip(rule.targets, rule.split(state_dict[rule.source].to("meta")), strict=True):
+            start, end = end, end + tensor.nbytes
+            dtype = SAFETENSORS_DTYPES[tensor.dtype]
+            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        mapped = 0
+        for rule in rules:
+            if mapped > MAPPED_BYTES and _is_mappable(checkpoint):
+                del state_dict
+                state_dict, mapped = load_state_dict(checkpoint), 0
+            source = state_dict[rule.source]
+            mapped += source.nbytes
+            for tensor in rule.split(source):
+                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def load_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.pt` file, mapped into memory where its format allows that. Runs no code that it may hold."""
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"`checkpoint` {checkpoint} is not a file.")
+    unreadable = (
+        f"{checkpoint} ({checkpoint.stat().st_size:,} bytes) cannot be read as a file of `torch.save` that holds "
+        "tensors alone. It may be damaged, cut short, or something else."
+    )
+    try:
+        state_dict = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=_is_mappable(checkpoint))
+    except pickle.UnpicklingError:  # whose words recommend to execute the file
+        raise ValueError(unreadable) from None
+    except Exception as error:  # whatever the bytes of another file lead to
+        raise ValueError(unreadable) from error
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        raise ValueError(f"{checkpoint} holds a {type(state_dict).__name__}, not a state dict: names with tensors.")
+    others = {str(name): type(value).__name__ for name, value in state_dict.items() if not torch.is_tensor(value)}
+    if others:
+        names = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:4])
+        raise ValueError(
+            f"{checkpoint} is not the state dict of a network: beside tensors it holds {names}. The scripts save "
+            "networks as model*.pt and ema_*.pt; opt*.pt is the state of an optimizer."
+        )
+    odd = [
+        str(name)
+        for name, tensor in state_dict.items()
+        if tensor.dtype not in SAFETENSORS_DTYPES or tensor.layout != torch.strided or tensor.is_meta
+    ]
+    if odd:
+        raise ValueError(f"{checkpoint} holds tensors that are no plain floating-point numbers: {', '.join(odd[:4])}.")
+    return {str(name): tensor.detach() for name, tensor in state_dict.items()}
+
+
+def _is_mappable(checkpoint: Path) -> bool:
+    with open(checkpoint, "rb") as file:
+        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+
+
+def _check_sums(checkpoint: Path) -> None:
+    """Raises a `ValueError` if bytes of an archive have changed since it was written, at which torch does not look."""
+    if not _is_mappable(checkpoint):
+        return
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            for entry in archive.infolist():
+                if entry.CRC != 0:  # torch can be told to write no checksums
+                    with archive.open(entry) as stream:
+                        while stream.read(2**20):
+                            pass
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{checkpoint} is damaged: {error}. Fetch it anew.") from error
+
+
+def build_network(flags: Flags, code_base: CodeBase, kind: Kind, shapes: Mapping[str, tuple] | None) -> Any:
+    """
+    The network of these flags, on the meta device, with the numbers of channels and classes of a file with these
+    shapes; `None`: with those of the published files.
+    """
+    in_channels, out_channels, classes = (6 if kind == "upsampler" else 3), (6 if flags["learn_sigma"] else 3), 1000
+    if kind == "classifier":
+        out_channels = 1000
+    if shapes is not None:
+        # The scripts fix these numbers, and people change them there.
+        in_channels = shapes.get("input_blocks.0.0.weight", (0, in_channels))[1]
+        classes = shapes.get("label_emb.weight", (classes,))[0]
+        if kind == "classifier":
+            last = [name for name in ("out.2.c_proj.bias", "out.3.bias", "out.2.bias") if name in shapes]
+            out_channels = shapes[last[0]][0] if last else out_channels
+        else:
+            image_channels = in_channels // 2 if kind == "upsampler" else in_channels
+            out_channels = image_channels * (2 if flags["learn_sigma"] else 1)
+    config = model_config(
+        flags, code_base, kind, in_channels=in_channels, out_channels=out_channels, num_classes=classes
+    )
+    with torch.device("meta"):
+        return AdaGNClassifierModel(**config) if kind == "classifier" else AdaGNUNet2DModel(**config)
+
+
+def _settle_kind(given: Flags, shapes: Mapping[str, tuple], code_base: CodeBase) -> Kind:
+    """The likeliest kind of network that flags and file agree on."""
+    by_flags, by_file = possible_kinds(given, code_base), kinds_of_file(shapes)
+    for kind in by_file:
+        if kind in by_flags:
+            return kind
+    kinds = " or ".join(KIND_NAMES[kind] for kind in by_flags)
+    raise ValueError(
+        f"`model_flags` describe {kinds} of {code_base}, but the file holds {KIND_NAMES[by_file[0]]} "
+        f"({shapes['input_blocks.0.0.weight'][1]} input channels). Its flags are {KIND_FLAGS[by_file[0]]}."
+    )
+
+
+def _observe(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: CodeBase) -> Flags:
+    """What the file tells, seen from the image size that was given."""
+    observed = observed_flags(shapes, code_base, kind)
+    size_name = "large_size" if kind == "upsampler" else "image_size"
+    if size_name in given:
+        if given[size_name] in CHANNEL_MULT[code_base, kind]:
+            observed.pop("channel_mult", None)  # the size says it
+        name = "classifier_attention_resolutions" if kind == "classifier" else "attention_resolutions"
+        seen_from = observed.get(size_name, default_flags(code_base, kind)[size_name])
+        sizes = [int(size) * given[size_name] // seen_from for size in observed[name].split(",")]
+        observed[name] = ",".join(map(str, sizes))
+    return observed
+
+
+def _complete(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: CodeBase) -> tuple[Flags, Flags]:
+    """All flags, and those of them that nobody has told: the caller's win, then the file's."""
+    flags = default_flags(code_base, kind)
+    try:
+        told = _observe(given, kind, shapes, code_base) | given
+    except ValueError:
+        if not given:
+            raise
+        told = given
+    # How it was trained does not change what the network computes, and a head count is not missed where there is one.
+    silent = {"dropout", "rescale_learned_sigmas", "timestep_respacing", "use_checkpoint", "use_fp16", "use_kl"}
+    silent |= {"classifier_use_fp16", "clip_denoised", "small_size", "num_heads_upsample", "channel_mult"}
+    if {"num_heads", "num_head_channels"} & set(told):
+        silent |= {"num_heads", "num_head_channels"}
+    assumed = {name: value for name, value in flags.items() if name not in told and name not in silent}
+    return flags | told, assumed
+
+
+def recognise(stem: str, shapes: Mapping[str, tuple], code_base: CodeBase | None) -> str | None:
+    """The published checkpoint with exactly this layout, if all those that have it mean the same network."""
+    matches: dict[str, Any] = {}
+    for name, preset in PRESETS.items():
+        if code_base not in (None, preset.code_base):
+            continue
+        if preset.num_parameters != sum(torch.Size(shape).numel() for shape in shapes.values()):
+            continue
+        kind, flags = preset.settle()
+        model = build_network(flags, preset.code_base, kind, None)
+        if not differences(expected_shapes(model, tensor_rules(model, False)), shapes):
+            matches[name] = {key: value for key, value in flags.items() if key not in ("dropout", "use_kl")}
+    if stem in matches:
+        return stem
+    meanings = list(matches.values())
+    return next(iter(matches)) if meanings and all(meaning == meanings[0] for meaning in meanings) else None
+
+
+def _contradictions(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: CodeBase) -> str:
+    """What the file looks like instead of what was given."""
+    try:
+        kinds = kinds_of_file(shapes)
+        if kind not in kinds:
+            return f"The file looks like {KIND_NAMES[kinds[0]]}."
+        observed = _observe(given, kind, shapes, code_base)
+    except ValueError as error:
+        return str(error)
+    other = {name: value for name, value in observed.items() if name in given and given[name] != value}
+    text = f"The file looks like: {format_flags(observed)}."
+    return f"{text} Other than given: {', '.join(f'--{name}' for name in other)}." if other else text

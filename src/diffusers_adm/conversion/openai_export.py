@@ -1,0 +1,227 @@
+"""
+Writes networks as state dicts that OpenAI's code loads, the way back from `convert_openai`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
+from ..schedulers import LearnedVarianceDDPMScheduler
+from .openai_checkpoints import RECORD_NAME, SAFETENSORS_DTYPES, build_network
+from .openai_flags import CHANNEL_MULT, Flags, Kind, default_flags, scheduler_config
+from .openai_layout import differences, expected_shapes, tensor_rules
+
+
+# Arguments that change what a network computes and not the shapes of its tensors; OpenAI's code has one value for each.
+FIXED_ARGUMENTS = {
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "class_embed_type": None,
+}
+
+
+def export_openai(
+    model: AdaGNUNet2DModel | AdaGNClassifierModel | str | Path,
+    output_file: str | Path,
+    *,
+    new_attention_order: bool | None = None,
+    scheduler: LearnedVarianceDDPMScheduler | None = None,
+) -> Flags:
+    r"""
+    Writes a network as a state dict that guided-diffusion loads (and improved-diffusion, where it has such a network).
+
+    Args:
+        model ([`AdaGNUNet2DModel`], [`AdaGNClassifierModel`], `str` or `Path`): The network, or the folder of a
+            pipeline, of a conversion or of the network alone, whose dtype is kept.
+        output_file (`str` or `Path`): Must not exist.
+        new_attention_order (`bool`, *optional*): The order of the rows of a `qkv`; `None`: that of the checkpoint which
+            a folder was converted from, else the older one (`--use_new_attention_order False`).
+        scheduler ([`LearnedVarianceDDPMScheduler`], *optional*): Its process goes into the flags that are returned;
+            `None`: that of the folder.
+
+    Returns:
+        `dict`: The flags, by guided-diffusion's names, with which its scripts build this network. Numbers of classes
+        other than 1000 and of image channels other than 3 are constants in its code, to be changed there.
+
+    Raises:
+        ValueError: If OpenAI's code cannot build this network, or the file exists.
+    """
+    output_file = Path(output_file)
+    if output_file.exists():
+        raise ValueError(f"`output_file` {output_file} exists. Name another one, or remove it.")
+    record: dict[str, Any] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    if isinstance(model, (str, Path)):
+        folder = Path(model)
+        if (folder / RECORD_NAME).is_file():
+            record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        if scheduler is None and (folder / "scheduler").is_dir():
+            scheduler = LearnedVarianceDDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        model, dtypes = _load(folder)
+    if new_attention_order is None:
+        new_attention_order = record.get("flags", {}).get("use_new_attention_order", False)
+
+    kind, flags = _flags_of(model, scheduler)
+    flags |= {"use_new_attention_order": True} if new_attention_order else {}
+    _check_expressible(model, kind, flags, scheduler)
+
+    tensors = {name: tensor.to("cpu", dtypes.get(name)) for name, tensor in model.state_dict().items()}
+    state_dict = {
+        rule.source: rule.join(*(tensors.pop(target) for target in rule.targets)).contiguous()
+        for rule in tensor_rules(model, new_attention_order)
+    }
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output_file.with_name(f".{output_file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        torch.save(state_dict, unfinished)
+        unfinished.replace(output_file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return flags
+
+
+def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[str, torch.dtype]]:
+    """The network of a folder, and the dtypes that its tensors have in the file: float16 and float32 may be mixed."""
+    for name in ("unet", "classifier", "."):
+        if (folder / name / "config.json").is_file():
+            folder = folder / name
+            break
+    else:
+        raise ValueError(f"`model` is {str(folder)!r}, which holds neither `unet/`, `classifier/` nor a `config.json`.")
+    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    cls = AdaGNClassifierModel if class_name == AdaGNClassifierModel.__name__ else AdaGNUNet2DModel
+    by_name = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+    dtypes = {}
+    # One file, or `...-00001-of-00002.safetensors` and so on; not the variants beside them.
+    stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
+    for file in (*folder.glob(SAFETENSORS_WEIGHTS_NAME), *folder.glob(f"{stem}-*-of-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            dtypes |= {name: by_name[tensors.get_slice(name).get_dtype()] for name in tensors.keys()}  # noqa: SIM118
+    # The widest of them holds the others exactly.
+    dtype = functools.reduce(torch.promote_types, dtypes.values(), torch.float16) if dtypes else torch.float32
+    return cls.from_pretrained(folder, dtype=dtype), dtypes
+
+
+def _flags_of(model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None) -> tuple[Kind, Flags]:
+    """The flags that come nearest to this network; whether they are it, `_check_expressible` tells."""
+    config = model.config
+    size = config.sample_size
+    if not isinstance(size, int):
+        raise ValueError(f"`sample_size` of this network is {size}; OpenAI's code needs one number, for square images.")
+    is_classifier = isinstance(model, AdaGNClassifierModel)
+    kind: Kind = "classifier" if is_classifier else "unet"
+    if not is_classifier:
+        # With as many channels out as in: an upsampler with learned variance, or a U-Net without.
+        learned = config.in_channels == 6 if scheduler is None else scheduler.has_learned_variance
+        if config.in_channels == 2 * config.out_channels or (config.in_channels == config.out_channels and learned):
+            kind = "upsampler"
+    prefix = "classifier_" if is_classifier else ""
+
+    width = config.time_proj_dim or config.block_out_channels[0]
+    attending = [level for level, block in enumerate(model.down_blocks) if block.attentions[0] is not None]
+    resolutions = ",".join(str(size // 2**level) for level in attending) or str(2 * size)
+    first = model.down_blocks[0].downsamplers
+    flags: Flags = {
+        "large_size" if kind == "upsampler" else "image_size": size,
+        "classifier_width" if is_classifier else "num_channels": width,
+        "classifier_depth" if is_classifier else "num_res_blocks": config.layers_per_block,
+        f"{prefix}attention_resolutions": resolutions,
+        f"{prefix}use_scale_shift_norm": config.resnet_time_scale_shift == "scale_shift",
+        f"{prefix}resblock_updown": first is not None and hasattr(first[0], "norm1"),
+    }
+    if is_classifier:
+        flags["classifier_pool"] = config.pool
+    else:
+        heads = config.num_attention_heads
+        if heads is None and config.attention_head_dim is not None:
+            flags["num_head_channels"] = config.attention_head_dim
+        else:
+            flags["num_heads"] = heads if isinstance(heads, int) else 1 if heads is None else heads[-1]
+            if config.num_attention_heads_up is not None:
+                flags["num_heads_upsample"] = config.num_attention_heads_up
+        flags |= {
+            "class_cond": config.num_class_embeds is not None,
+            "dropout": config.dropout,
+            "learn_sigma": config.out_channels == config.in_channels * (1 if kind == "upsampler" else 2),
+        }
+    multiples = tuple(channels / width for channels in config.block_out_channels)
+    if kind == "unet" and CHANNEL_MULT["guided-diffusion", kind].get(size) != multiples:
+        flags["channel_mult"] = ",".join(f"{multiple:g}" for multiple in multiples)
+
+    if scheduler is not None:
+        process = scheduler.config
+        flags["diffusion_steps"] = process.num_train_timesteps
+        flags["noise_schedule"] = "cosine" if process.beta_schedule == "squaredcos_cap_v2" else "linear"
+        flags["predict_xstart"] = process.prediction_type == "sample"
+        if is_classifier:
+            flags["learn_sigma"] = scheduler.has_learned_variance
+    if config.timestep_scale != 1.0:
+        flags |= {"rescale_timesteps": True, "diffusion_steps": round(1000 / config.timestep_scale)}
+    return kind, flags
+
+
+def _check_expressible(
+    model: ModelMixin, kind: Kind, flags: Flags, scheduler: LearnedVarianceDDPMScheduler | None
+) -> None:
+    """Raises a `ValueError` unless guided-diffusion builds `model` from `flags`, and the process of `scheduler`."""
+    problems = []
+    if kind != "unet" and flags.get("use_new_attention_order"):
+        problems.append("its upsamplers and classifiers have the older attention order alone (`new_attention_order`)")
+    for name, value in FIXED_ARGUMENTS.items():
+        own = model.config.get(name, value)
+        if name == "attn_norm_num_groups" and own is None and model.config.resnet_time_scale_shift == "default":
+            own = model.config.norm_num_groups
+        if own != value and not (name == "act_fn" and own == "swish"):
+            problems.append(f"`{name}` is {own!r}; it has {value!r} alone")
+    if getattr(model, "mid_block", None) is None or model.mid_block.attentions[0] is None:
+        problems.append("the middle block has no attention, or is missing")
+    if any(float(multiple) % 1 for multiple in flags.get("channel_mult", "1").split(",")):
+        problems.append(
+            f"`block_out_channels` are {flags['channel_mult']} x {flags['num_channels']}, no whole multiples"
+        )
+
+    if not problems:
+        full = default_flags("guided-diffusion", kind) | flags
+        shapes = expected_shapes(model, tensor_rules(model, False))
+        try:
+            twin = build_network(full, "guided-diffusion", kind, shapes)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            problems += differences(expected_shapes(twin, tensor_rules(twin, False)), shapes)
+            heads = [
+                [m.heads for m in net.modules() if hasattr(m, "to_q") and hasattr(m, "heads")] for net in (model, twin)
+            ]
+            if heads[0] != heads[1]:
+                problems.append(f"the numbers of attention heads {heads[0]} (in order) differ from level to level")
+            if abs(twin.config.timestep_scale - model.config.timestep_scale) > 1e-12:
+                problems.append(f"`timestep_scale` is {model.config.timestep_scale}; it has 1 and 1000 / steps alone")
+        if scheduler is not None and not problems:
+            other = LearnedVarianceDDPMScheduler(**scheduler_config(full, "guided-diffusion"))
+            if (
+                other.config.num_train_timesteps != scheduler.config.num_train_timesteps
+                or not torch.allclose(other.betas, scheduler.betas, rtol=1e-9)
+                or other.config.prediction_type != scheduler.config.prediction_type
+            ):
+                problems.append("the betas or the prediction type of the scheduler are none of its own")
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(f"guided-diffusion cannot build this network:\n  {lines}")

@@ -1,0 +1,315 @@
+"""
+The flags of guided-diffusion's and improved-diffusion's scripts, and what networks and diffusion processes they mean.
+
+https://github.com/openai/guided-diffusion (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233) and
+https://github.com/openai/improved-diffusion (Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672). Both
+build the same kind of network; their defaults differ.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+
+CodeBase = Literal["guided-diffusion", "improved-diffusion"]
+Kind = Literal["unet", "upsampler", "classifier"]
+Flags = dict[str, Any]
+
+PROCESS_DEFAULTS: Flags = {
+    "clip_denoised": True,  # of the sampling scripts
+    "learn_sigma": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "linear",
+    "timestep_respacing": "",
+    "use_kl": False,
+    "predict_xstart": False,
+    "rescale_timesteps": False,
+    "rescale_learned_sigmas": False,
+}
+NETWORK_DEFAULTS: Flags = {
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 4,
+    "num_heads_upsample": -1,
+    "attention_resolutions": "16,8",
+    "dropout": 0.0,
+    "class_cond": False,
+    "use_checkpoint": False,
+    "use_scale_shift_norm": True,
+}
+# What guided-diffusion added.
+GUIDED_NETWORK_DEFAULTS: Flags = {"num_head_channels": -1, "resblock_updown": False, "use_fp16": False}
+UPSAMPLER_DEFAULTS: Flags = {"large_size": 256, "small_size": 64}
+CLASSIFIER_DEFAULTS: Flags = {
+    "image_size": 64,
+    "classifier_use_fp16": False,
+    "classifier_width": 128,
+    "classifier_depth": 2,
+    "classifier_attention_resolutions": "32,16,8",
+    "classifier_use_scale_shift_norm": True,
+    "classifier_resblock_updown": True,
+    "classifier_pool": "attention",
+}
+# Channels of each level by image size, as multiples of `num_channels` (or `classifier_width`): for what each kind of
+# network of either code base knows, where `channel_mult` does not say it.
+_MULT_512, _MULT_256, _MULT_128 = (0.5, 1, 1, 2, 2, 4, 4), (1, 1, 2, 2, 4, 4), (1, 1, 2, 3, 4)
+_MULT_64, _MULT_32 = (1, 2, 3, 4), (1, 2, 2, 2)
+_GUIDED_MULT = {64: _MULT_64, 128: _MULT_128, 256: _MULT_256, 512: _MULT_512}
+CHANNEL_MULT: dict[tuple[CodeBase, Kind], dict[int, tuple[float, ...]]] = {
+    ("guided-diffusion", "unet"): _GUIDED_MULT,
+    ("guided-diffusion", "classifier"): _GUIDED_MULT,
+    # The upsampler to 512x512 has the levels of a 256x256 network.
+    ("guided-diffusion", "upsampler"): {64: _MULT_64, 256: _MULT_256, 512: _MULT_256},
+    ("improved-diffusion", "unet"): {32: _MULT_32, 64: _MULT_64, 256: _MULT_256},
+    ("improved-diffusion", "upsampler"): {64: _MULT_64, 256: _MULT_256},
+}
+# guided-diffusion fixes these for its classifiers.
+CLASSIFIER_HEAD_CHANNELS = 64
+# What the scripts take for a boolean.
+BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
+# Flags of the scripts that describe a run and not the network, so that a whole command line can be pasted.
+RUN_FLAGS = (
+    *("anneal_lr", "base_samples", "batch_size", "classifier_path", "classifier_scale", "data_dir", "ema_rate"),
+    *("eval_interval", "fp16_scale_growth", "iterations", "log_interval", "lr", "lr_anneal_steps", "microbatch"),
+    *("model_path", "noised", "num_samples", "resume_checkpoint", "save_interval", "schedule_sampler", "use_ddim"),
+    *("val_data_dir", "weight_decay"),
+)
+
+
+def default_flags(code_base: CodeBase, kind: Kind) -> Flags:
+    """The flags that describe a network of this kind and its diffusion process, with their defaults."""
+    guided = code_base == "guided-diffusion"
+    process = dict(PROCESS_DEFAULTS)
+    if not guided:
+        process |= {"rescale_timesteps": True, "rescale_learned_sigmas": True}
+    if kind == "classifier":
+        return CLASSIFIER_DEFAULTS | process
+    flags = NETWORK_DEFAULTS | (GUIDED_NETWORK_DEFAULTS if guided else {}) | process
+    if kind == "upsampler":
+        return flags | UPSAMPLER_DEFAULTS
+    flags |= {"image_size": 64}
+    # Upsamplers have these at their defaults: the scripts do not pass them on.
+    return flags | ({"channel_mult": "", "use_new_attention_order": False} if guided else {"sigma_small": False})
+
+
+def possible_kinds(flags: Iterable[str], code_base: CodeBase) -> list[Kind]:
+    """
+    The kinds of network that have all these flags. A U-Net and its classifier stand together on the command line of
+    `classifier_sample.py`: such flags fit both.
+    """
+    own = {kind: set(default_flags(code_base, kind)) for base, kind in CHANNEL_MULT if base == code_base}
+    kinds = [kind for kind in own if own[kind].issuperset(flags)]
+    if not kinds and own["unet"].union(own.get("classifier", ())).issuperset(flags):
+        kinds = ["unet", "classifier"]
+    if not kinds:
+        of_upsamplers = [f"--{name}" for name in flags if name in UPSAMPLER_DEFAULTS]
+        others = [f"--{name}" for name in flags if name not in own["upsampler"]]
+        raise ValueError(
+            f"`model_flags` describe more than one network: {', '.join(of_upsamplers)} belong to upsamplers, which do "
+            f"not have {', '.join(others)}. A checkpoint holds one network: pass the flags of one."
+        )
+    return kinds
+
+
+def parse_flags(model_flags: str | Mapping[str, Any], code_base: CodeBase) -> tuple[Flags, Kind | None, list[str]]:
+    r"""
+    Reads flags as the scripts do.
+
+    Args:
+        model_flags (`str` or mapping): `"--image_size 64 --class_cond True"` (or `--image_size=64`), words before the
+            first flag being skipped; or a mapping from names to values, as words or as numbers.
+        code_base (`str`): Whose flags these are.
+
+    Returns:
+        `tuple`: The flags that describe network and process; the kind of network where they settle it; and the names
+        that describe a run instead (`--batch_size`, `--model_path` ...), which are left out.
+
+    Raises:
+        ValueError: For an unknown flag, or a value that the flag cannot take.
+    """
+    given = dict(model_flags) if isinstance(model_flags, Mapping) else _words(model_flags)
+    given = {name.removeprefix("--"): value for name, value in given.items()}
+    ignored = [name for name in given if name in RUN_FLAGS]
+    given = {name: value for name, value in given.items() if name not in RUN_FLAGS}
+
+    known: Flags = {}
+    for base, kind in CHANNEL_MULT:
+        if base == code_base:
+            known |= default_flags(code_base, kind)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        hints = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        raise ValueError(
+            f"`model_flags` hold {', '.join(f'--{name}' for name in unknown)}, which {code_base} does not have."
+            + (f" Did you mean {', '.join(f'--{name}' for name in hints)}?" if hints else "")
+            + f" It has: {', '.join(sorted(known))}."
+        )
+    given = {name: _convert(name, value, known[name]) for name, value in given.items()}
+    kinds = possible_kinds(given, code_base)
+    return given, kinds[0] if len(kinds) == 1 else None, ignored
+
+
+def _words(text: str) -> dict[str, str]:
+    explanation = f"`model_flags` are {text!r}: every flag needs one value (`--image_size 64 --class_cond True`), but"
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{explanation} this is no command line ({error}).") from None
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    # A pasted command line begins with `python scripts/image_sample.py`.
+    first = next((i for i, word in enumerate(words) if word.startswith("--")), 0)
+    flags = {}
+    for i in range(first, len(words), 2):
+        name, value = words[i], words[i + 1] if i + 1 < len(words) else "--"
+        if not name.startswith("--") or value.startswith("--"):
+            raise ValueError(f"{explanation} {name!r} does not fit that.")
+        flags[name] = value
+    return flags
+
+
+def _convert(name: str, value: Any, default: Any) -> Any:
+    """`value` as the type of `default`."""
+    try:
+        if isinstance(default, bool):
+            return BOOLEANS[str(value).lower()]
+        if isinstance(value, (tuple, list)):
+            return ",".join(str(entry) for entry in value)
+        return type(default)(str(value))
+    except (KeyError, ValueError):
+        kind = "True or False" if isinstance(default, bool) else f"a value like {default!r}"
+        raise ValueError(f"`--{name}` is {value!r}; it takes {kind}.") from None
+
+
+def channel_multiples(flags: Flags, code_base: CodeBase, kind: Kind) -> tuple[float, ...]:
+    """Channels of each level, as multiples of `num_channels`."""
+    if flags.get("channel_mult"):
+        try:
+            # The scripts take whole numbers alone, but have one table with a half in it.
+            return tuple(float(number) for number in flags["channel_mult"].split(","))
+        except ValueError:
+            raise ValueError(
+                f"`--channel_mult` is {flags['channel_mult']!r}; it takes one number for each level, as in '1,2,3,4'."
+            ) from None
+    name, known = "large_size" if kind == "upsampler" else "image_size", CHANNEL_MULT[code_base, kind]
+    if flags[name] not in known:
+        raise ValueError(
+            f"`--{name}` is {flags[name]}, for which {code_base} knows no channels per level; it does for "
+            f"{', '.join(map(str, known))}."
+            + (" Pass `--channel_mult` (as in '1,2,3,4')." if "channel_mult" in flags else "")
+        )
+    return known[flags[name]]
+
+
+def model_config(
+    flags: Flags, code_base: CodeBase, kind: Kind, *, in_channels: int, out_channels: int, num_classes: int
+) -> dict[str, Any]:
+    r"""
+    The config of `AdaGNUNet2DModel` or `AdaGNClassifierModel` that a full set of flags describes.
+
+    Args:
+        flags (`dict`): With all of `default_flags(code_base, kind)`.
+        in_channels, out_channels (`int`): Of the network; the scripts fix 3 (6) and 3 or 6 (1000 for a classifier).
+        num_classes (`int`): Rows of the class embedding; the scripts fix 1000. Of no effect without `class_cond`.
+
+    Raises:
+        ValueError: For flags that describe no network.
+    """
+    prefix = "classifier_" if kind == "classifier" else ""
+    width = flags["classifier_width" if prefix else "num_channels"]
+    size = flags["large_size" if kind == "upsampler" else "image_size"]
+    channels = tuple(int(multiple * width) for multiple in channel_multiples(flags, code_base, kind))
+    if min(channels) < 1:
+        raise ValueError(f"The levels would have {channels} channels; each needs one at least.")
+    resolutions = flags[f"{prefix}attention_resolutions"]
+    try:
+        # Attention by downsampling factor, rounded as the scripts do.
+        factors = {size // int(resolution) for resolution in resolutions.split(",")}
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"`--{prefix}attention_resolutions` is {resolutions!r}; it takes sizes of activations, as in '32,16,8'."
+        ) from None
+    attends = [2**level in factors for level in range(len(channels))]
+    residual = flags.get(f"{prefix}resblock_updown", False)
+
+    config: dict[str, Any] = {
+        "sample_size": size,
+        "in_channels": in_channels,
+        "block_out_channels": channels,
+        "layers_per_block": flags["classifier_depth" if prefix else "num_res_blocks"],
+        "down_block_types": _block_types("Down", attends, residual),
+        "downsample_type": "resnet" if residual else "conv",
+        "resnet_time_scale_shift": "scale_shift" if flags[f"{prefix}use_scale_shift_norm"] else "default",
+    }
+    if channels[0] != width:
+        # The time embedding keeps the width of `num_channels` where the first level is narrower or wider.
+        config |= {"time_proj_dim": width, "time_embedding_dim": 4 * width}
+    if flags["rescale_timesteps"] and flags["diffusion_steps"] != 1000:
+        config["timestep_scale"] = 1000.0 / flags["diffusion_steps"]
+
+    if kind == "classifier":
+        config |= {
+            "num_classes": out_channels,
+            "attention_head_dim": CLASSIFIER_HEAD_CHANNELS,
+            "pool": flags["classifier_pool"],
+        }
+    else:
+        config |= {
+            "out_channels": out_channels,
+            "up_block_types": _block_types("Up", attends[::-1], residual),
+            "upsample_type": config["downsample_type"],
+            "dropout": flags["dropout"],
+            "attn_norm_num_groups": 32,
+            "num_class_embeds": num_classes if flags["class_cond"] else None,
+        }
+        heads, heads_up = flags["num_heads"], flags["num_heads_upsample"]
+        head_channels = flags.get("num_head_channels", -1)
+        if head_channels == -1:
+            config |= {"num_attention_heads": heads, "attention_head_dim": None}
+            if heads_up not in (-1, heads):
+                config["num_attention_heads_up"] = heads_up
+        else:
+            config["attention_head_dim"] = head_channels
+    head_dim = config["attention_head_dim"]
+    attending = {channels[level] for level in range(len(channels)) if attends[level]} | {channels[-1]}
+    if head_dim is not None and (head_dim < 1 or any(number % head_dim for number in attending)):
+        raise ValueError(
+            f"Heads of {head_dim} channels do not divide the levels with attention, which have {sorted(attending)}."
+        )
+    return config
+
+
+def _block_types(way: str, attends: list[bool], residual: bool) -> tuple[str, ...]:
+    plain = f"Resnet{way}sampleBlock2D" if residual else f"{way}Block2D"
+    return tuple(f"Attn{way}Block2D" if attention else plain for attention in attends)
+
+
+def scheduler_config(flags: Flags, code_base: CodeBase) -> dict[str, Any]:
+    """The config of `LearnedVarianceDDPMScheduler` for the diffusion process that a full set of flags describes."""
+    steps = flags["diffusion_steps"]
+    if steps < 1:
+        raise ValueError(f"`--diffusion_steps` is {steps}; it must be positive.")
+    config: dict[str, Any] = {
+        "num_train_timesteps": steps,
+        "prediction_type": "sample" if flags["predict_xstart"] else "epsilon",
+        "clip_sample": flags["clip_denoised"],
+    }
+    if flags["learn_sigma"]:
+        config["variance_type"] = "learned_range"
+    else:
+        config["variance_type"] = "fixed_small" if flags.get("sigma_small") else "fixed_large"
+    if flags["noise_schedule"] == "cosine":
+        config["beta_schedule"] = "squaredcos_cap_v2"
+    elif flags["noise_schedule"] == "linear":
+        # Both code bases stretch the schedule of 1000 steps, so that the last step has about the same noise.
+        config |= {"beta_schedule": "linear", "beta_start": 1000 / steps * 0.0001, "beta_end": 1000 / steps * 0.02}
+    else:
+        raise ValueError(f"`--noise_schedule` is {flags['noise_schedule']!r}; {code_base} has 'linear' and 'cosine'.")
+    return config
+
+
+def format_flags(flags: Mapping[str, Any]) -> str:
+    """As they stand on a command line."""
+    return " ".join(f"--{name} {value}" for name, value in flags.items())

@@ -1,0 +1,83 @@
+"""training/configs/openai/: the published training runs, on the meta device."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from scripts import REPOSITORY, load_script
+
+from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
+from diffusers_adm.conversion import PRESETS
+from diffusers_adm.conversion.openai_flags import default_flags, model_config, parse_flags, scheduler_config
+from diffusers_adm.training import parse_args
+
+
+train_adm = load_script("train_adm")
+CONFIGS = REPOSITORY / "training" / "configs" / "openai"
+ARGUMENT_TYPES = (
+    train_adm.ModelArguments,
+    train_adm.DataArguments,
+    train_adm.DiffusionArguments,
+    train_adm.TrainingArguments,
+)
+
+
+def flags_of(name):
+    preset = PRESETS[name]
+    flags, kind, _ = parse_flags(preset.flags, preset.code_base)
+    return default_flags(preset.code_base, kind) | flags, kind, preset
+
+
+def test_every_published_checkpoint_has_a_recipe_and_every_network_is_used():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PRESETS)
+    used = {yaml.safe_load(path.read_text())["model_config_name_or_path"] for path in CONFIGS.glob("*.yaml")}
+    assert used == {path.relative_to(REPOSITORY).as_posix() for path in CONFIGS.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_network_is_that_of_the_published_checkpoint(name):
+    flags, kind, preset = flags_of(name)
+    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    config = json.loads((REPOSITORY / recipe["model_config_name_or_path"]).read_text())
+    cls = AdaGNClassifierModel if kind == "classifier" else AdaGNUNet2DModel
+    in_channels = 6 if kind == "upsampler" else 3
+    out_channels = 1000 if kind == "classifier" else 6
+    with torch.device("meta"):
+        network = cls.from_config(config)
+        published = cls(
+            **model_config(
+                flags,
+                preset.code_base,
+                kind,
+                in_channels=in_channels,
+                out_channels=out_channels,
+                num_classes=1000,
+            )
+        )
+    assert config["_class_name"] == cls.__name__
+    assert network.to_json_string() == published.to_json_string()
+    assert sum(parameter.numel() for parameter in network.parameters()) == preset.num_parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_training_script_takes_it(name, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
+    flags, kind, preset = flags_of(name)
+    # Classifiers and upsamplers have no script yet; their recipes use the same words.
+    model, data, diffusion, training = parse_args(ARGUMENT_TYPES, ["--config", str(CONFIGS / f"{name}.yaml")])
+    assert (data.label_column is not None) == (kind == "classifier" or flags["class_cond"])
+    process = LearnedVarianceDDPMScheduler(**scheduler_config(flags, preset.code_base))
+    scheduler = train_adm.build_scheduler(model, data, diffusion)
+    torch.testing.assert_close(scheduler.betas, process.betas, rtol=1e-9, atol=0)
+    if kind == "unet":
+        assert scheduler.config.variance_type == process.config.variance_type
+        config = train_adm.load_unet_config(model, data, scheduler)
+        with torch.device("meta"):
+            unet = train_adm.build_unet(model, data, config, 1000 if data.label_column else None)
+        assert sum(parameter.numel() for parameter in unet.parameters()) == preset.num_parameters
+    if kind != "classifier":
+        # LossType of the original: RESCALED_KL, RESCALED_MSE or MSE.
+        expected = "vlb" if flags["use_kl"] else "hybrid" if flags["rescale_learned_sigmas"] else "hybrid_unscaled"
+        assert diffusion.objective == expected
+        assert training.ema_max_decay == 0.9999
