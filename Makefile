@@ -1,4 +1,4 @@
-# make demo | test | lint | format | types | bench | clean | distclean
+# make demo | test | contracts | lint | format | types | bench | clean | distclean
 #
 # Every target sets up what it needs in ./.venv by itself: the first run downloads packages for some minutes, later runs
 # start at once, and a change of pyproject.toml or constraints.txt installs again.
@@ -15,19 +15,21 @@ INPUTS := pyproject.toml constraints.txt
 
 DEMO_ARGS  ?=
 TEST_ARGS  ?=
+BENCH      ?= unet sampling
 BENCH_ARGS ?=
 
-.PHONY: help demo test lint format types bench clean distclean
+.PHONY: help demo test contracts lint format types bench clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two installations into one environment at once would break it
 
 help:
 	@echo 'make demo      train a small model on the embedded emoji, reload it, draw samples'
 	@echo 'make test      run the tests            (TEST_ARGS="-k scheduler" is passed on to pytest)'
+	@echo 'make contracts run the common tests of a checkout of diffusers on our classes (DIFFUSERS_REPO=...)'
 	@echo 'make lint      check style and layout   (changes nothing)'
 	@echo 'make format    repair style and layout'
 	@echo 'make types     check types with mypy'
-	@echo 'make bench     compare speed and memory with diffusers (BENCH_ARGS=...)'
+	@echo 'make bench     compare speed and memory with diffusers (BENCH="unet sampling" BENCH_ARGS=...)'
 	@echo 'make clean     delete what builds and tests leave behind; `make distclean` deletes .venv, too'
 
 demo: $(VENV)/.installed-train
@@ -35,6 +37,14 @@ demo: $(VENV)/.installed-train
 
 test: $(VENV)/.installed-test
 	$(PY) -m pytest -n 2 -q $(TEST_ARGS)
+
+# What diffusers' tests import beyond our own. Aside, so that the environment stays what the pins say.
+contracts: $(VENV)/.installed-test
+	@test -n "$(DIFFUSERS_REPO)" || { echo 'error: say where a checkout of diffusers is: DIFFUSERS_REPO=...' >&2; exit 1; }
+	$(PY) -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target $(VENV)/contracts \
+	  parameterized requests-mock
+	PYTHONPATH="$(VENV)/contracts" DIFFUSERS_REPO="$(DIFFUSERS_REPO)" \
+	  $(PY) -m pytest -n 2 -q tests/diffusers_contracts $(TEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
@@ -48,7 +58,9 @@ types: $(VENV)/.installed-dev
 	$(PY) -m mypy
 
 bench: $(VENV)/.installed-test
-	$(PY) benchmarks/bench_unet.py $(BENCH_ARGS)
+	@failed=0; for name in $(BENCH); do \
+	  $(PY) benchmarks/bench_$$name.py $(BENCH_ARGS) || failed=1; \
+	done; exit $$failed
 
 # Each of these holds the ones before it (see pyproject.toml), so installing it counts for them as well.
 HELD_train := train

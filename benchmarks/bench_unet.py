@@ -11,18 +11,16 @@ Peak memory is the resident size (on CUDA: allocated memory) of a process that r
 import argparse
 import itertools
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from measuring import alternate, describe_machine, ratios, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_adm import AdaGNUNet2DModel
@@ -93,16 +91,6 @@ def run(model: torch.nn.Module, arguments: tuple, backward: bool) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def seconds(function, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def convolution_rate(dtype: str, device: str) -> float:
     """The best rate in FLOP/s over both layouts of the 3x3 convolutions that make up most of the networks."""
     best = 0.0
@@ -116,12 +104,6 @@ def convolution_rate(dtype: str, device: str) -> float:
     return best
 
 
-def bootstrap_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    draws = np.random.default_rng(0).choice(values, size=(10_000, len(values)))
-    low, high = np.quantile(np.median(draws, axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def bench_row(
     network: str, dtype: str, memory_format: str, backward: bool, args: argparse.Namespace, rates: dict[str, float]
 ) -> dict:
@@ -129,30 +111,23 @@ def bench_row(
     arguments = inputs(network, args.batch_size, dtype, memory_format, args.device)
     with FlopCounterMode(display=False) as counter:
         run(models["ours"], arguments, backward)
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for pair in range(args.pairs + 1):
-        # Alternating order, so that neither always runs on the caches the other left; the first pair warms up.
-        for which in ("ours", "theirs") if pair % 2 else ("theirs", "ours"):
-            elapsed = seconds(lambda m=models[which]: run(m, arguments, backward), args.device)
-            if pair:
-                times[which].append(elapsed)
-    ratios = [a / b for a, b in zip(times["ours"], times["theirs"], strict=True)]
-    low, high = bootstrap_interval(ratios)
-    ours, theirs = (statistics.median(times[which]) for which in ("ours", "theirs"))
+    times = alternate(
+        lambda: run(models["ours"], arguments, backward),
+        lambda: run(models["theirs"], arguments, backward),
+        args.pairs,
+        args.device,
+    )
+    row = ratios(times)
     flops = counter.get_total_flops()
     return {
         "network": network,
         "dtype": dtype,
         "format": memory_format,
         "mode": "forward+backward" if backward else "forward",
-        "ours_ms": 1000 * ours,
-        "theirs_ms": 1000 * theirs,
-        "ratio": statistics.median(ratios),
-        "low": low,
-        "high": high,
-        "ours_of_conv_rate": flops / ours / rates[dtype],
-        "theirs_of_conv_rate": flops / theirs / rates[dtype],
-        "passed": low <= TIME_LIMITS[dtype],
+        **row,
+        "ours_of_conv_rate": 1000 * flops / row["ours_ms"] / rates[dtype],
+        "theirs_of_conv_rate": 1000 * flops / row["theirs_ms"] / rates[dtype],
+        "passed": row["low"] <= TIME_LIMITS[dtype],
     }
 
 
@@ -212,8 +187,8 @@ def main() -> int:
         measure_memory(args)
         return 0
 
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; batch size {args.batch_size}")
+    machine = describe_machine(args.device)
+    print(f"{machine}; batch size {args.batch_size}")
     rates = {dtype: convolution_rate(dtype, args.device) for dtype in DTYPES}
     print("Best 3x3 convolution: " + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()))
     print("\nratio = ours / theirs [95% interval]; then the share of that convolution rate reached by ours and theirs")
@@ -246,9 +221,7 @@ def main() -> int:
             )
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(
-                {"device": device, "torch": torch.__version__, "time": rows, "memory": memory_rows}, file, indent=2
-            )
+            json.dump({"machine": machine, "time": rows, "memory": memory_rows}, file, indent=2)
     return 0 if all(row["passed"] for row in rows + memory_rows) else 1
 
 

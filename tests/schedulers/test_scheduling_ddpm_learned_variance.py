@@ -93,8 +93,20 @@ class TestSchedules:
         scheduler = LearnedVarianceDDPMScheduler(3, trained_betas=betas)
         assert scheduler.betas.tolist() == betas
         assert_close(scheduler.alphas_cumprod.tolist(), [0.9, 0.9 * 0.7, 0.9 * 0.7 * 0.8], rtol=1e-15, atol=0)
-        with pytest.raises(ValueError, match=r"shape \(2,\) but `num_train_timesteps` is 3"):
-            LearnedVarianceDDPMScheduler(3, trained_betas=[0.1, 0.2])
+
+    def test_number_of_trained_betas_is_the_length_of_the_chain(self):
+        """diffusers' schedulers accept any number of them next to the default of 1000 timesteps, too."""
+        scheduler = LearnedVarianceDDPMScheduler(trained_betas=np.array([0.1, 0.3]))
+        assert len(scheduler) == scheduler.config.num_train_timesteps == 2
+        assert scheduler.timesteps.tolist() == [1, 0]
+        scheduler.set_timesteps(2)
+        with pytest.raises(ValueError, match="timesteps are numbers of the full chain, 0 to 1"):
+            scheduler.add_noise(randn(*SHAPE), randn(*SHAPE), 2)
+
+    @pytest.mark.parametrize("betas", [0.1, [], [[0.1, 0.2]]])
+    def test_trained_betas_that_are_no_list(self, betas):
+        with pytest.raises(ValueError, match=r"`trained_betas` has shape .*; pass a list"):
+            LearnedVarianceDDPMScheduler(trained_betas=betas)
 
     @pytest.mark.parametrize("bad", [0.0, -0.1, 1.0, 1.5, math.nan])
     def test_betas_that_are_no_variances(self, bad):
@@ -241,6 +253,13 @@ class TestConfigs:
         answered = LearnedVarianceDDPMScheduler.from_config(config, variance_type="learned_range")
         assert answered.config.variance_type == "learned_range"
 
+    @pytest.mark.parametrize("values", [{}, {"variance_type": "fixed_small", "clip_sample": False}], ids=str)
+    def test_config_is_equal_after_each_compatible_class(self, values):
+        ours = LearnedVarianceDDPMScheduler(**values)
+        for other in ours.compatibles:
+            back = LearnedVarianceDDPMScheduler.from_config(other.from_config(ours.config).config)
+            assert {k: v for k, v in back.config.items() if k in ours.config} == dict(ours.config), other
+
     @pytest.mark.parametrize("betas", [None, [0.1, 0.2, 0.3], np.array([0.1, 0.2, 0.3])])
     def test_saved_and_loaded(self, tmp_path, betas):
         scheduler = LearnedVarianceDDPMScheduler(
@@ -249,6 +268,8 @@ class TestConfigs:
         scheduler.save_pretrained(tmp_path)
         loaded = LearnedVarianceDDPMScheduler.from_pretrained(tmp_path)
         assert loaded.betas.tolist() == scheduler.betas.tolist()
+        # What is loaded was given, all of it: nothing is left for another class's defaults.
+        assert "_use_default_values" not in loaded.config
         assert loaded.config.beta_schedule == "squaredcos_cap_v2"
         assert loaded.config.variance_type == "learned_log"
         assert loaded.config.clip_sample is False
@@ -387,6 +408,9 @@ class TestTimesteps:
         scheduler.set_timesteps(timesteps=[900, 77, 3])
         assert scheduler.timesteps.tolist() == [900, 77, 3]
         assert [scheduler.previous_timestep(t) for t in (900, 77, 3)] == [77, 3, -1]
+        previous = [scheduler.previous_timestep(t) for t in scheduler.timesteps]
+        assert [t.item() for t in previous] == [77, 3, -1]
+        assert all(t.dtype == torch.int64 and t.shape == () for t in previous)
         scheduler.set_timesteps(timesteps=torch.tensor([5, 2]))
         assert scheduler.timesteps.tolist() == [5, 2]
         for bad in ([3, 77], [3, 3], [1000, 3], [3, -1], []):
@@ -734,14 +758,19 @@ class TestStep:
         with pytest.raises(ValueError, match="`eta` is -0.1"):
             scheduler.step(outputs_for(scheduler), 3, randn(*SHAPE), eta=-0.1)
 
-    def test_guidance_gradient_ancestral(self):
-        """ADM, algorithm 1: the mean moves by Sigma g; x_0 as the network said."""
-        scheduler = LearnedVarianceDDPMScheduler()
+    @pytest.mark.parametrize("variance_type", get_args(VarianceType))
+    def test_guidance_gradient_ancestral(self, variance_type):
+        """
+        ADM, algorithm 1: the mean moves by Sigma g; x_0 as the network said. The variance of `fixed_small`, beta_tilde,
+        is 0 at the last step; `log_variance`, whose exponential was once taken for it, is that of the step before.
+        """
+        scheduler = LearnedVarianceDDPMScheduler(variance_type=variance_type)
         x, output, gradient = randn(*SHAPE), outputs_for(scheduler), randn(*SHAPE, seed=7)
         noise = randn(*SHAPE, seed=8)
         for t in TIMESTEPS:
             mean, log_variance, x_0 = scheduler.predicted_distribution(output, t, x)
-            expected = mean + log_variance.exp() * gradient + (t > 0) * (0.5 * log_variance).exp() * noise
+            variance = full(chain()[2][t]) if variance_type == "fixed_small" else log_variance.exp()
+            expected = mean + variance * gradient + (t > 0) * (0.5 * log_variance).exp() * noise
             step = scheduler.step(output, t, x, guidance_gradient=gradient, variance_noise=noise)
             assert_close(step.prev_sample, expected, rtol=0, atol=1e-12)
             assert_close(step.pred_original_sample, x_0, rtol=0, atol=0)
@@ -765,6 +794,67 @@ class TestStep:
             step = scheduler.step(output, t, x, eta=eta, guidance_gradient=gradient, variance_noise=noise)
             assert_close(step.prev_sample, expected, rtol=0, atol=1e-10)
             assert_close(step.pred_original_sample, x_0, rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize("form", ["int", "per example"])
+    @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+    def test_guided_ddim_rounds_like_the_formulas_in_float32(self, eta, form):
+        """
+        ADM, algorithm 2, and DDIM, eqs. 12 and 16, word by word in float32, as the papers' code computes them. At the
+        end of a long cosine chain 1 - bar alpha has few digits left in float32. Coefficients computed in float64 and
+        rounded afterwards are nearer to the truth and end far from the samples of that code: known wrong.
+        """
+        scheduler = LearnedVarianceDDPMScheduler(4000, beta_schedule="cosine", prediction_type="sample")
+        scheduler.set_timesteps(timestep_respacing="25")
+        kept = scheduler.timesteps.tolist()
+        bar_alpha = chain(cosine_betas(4000), range(4000))[0] | {-1: 1.0}
+        variance_output = randn(*SHAPE, seed=1, dtype=torch.float32)
+
+        def network(x):
+            return 0.5 * torch.tanh(x), torch.sin(1.7 * x) - 0.4 * x  # x_0 and the gradient
+
+        def formulas(x, t, previous, noise, precision):
+            a, b = (torch.tensor(bar_alpha[s], dtype=torch.float64) for s in (t, previous))
+            recip, recipm1 = (1 / a).sqrt().float(), (1 / a - 1).sqrt().float()
+            a, b = a.to(precision), b.to(precision)
+            sigma = eta * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
+            coefficients = b.sqrt(), (1 - b - sigma**2).clamp(min=0).sqrt(), sigma, (1 - a).sqrt()
+            signal, direction, sigma, std = (coefficient.float() for coefficient in coefficients)
+            x_0, gradient = network(x)
+            eps = (recip * x - x_0) / recipm1 - std * gradient
+            x_0 = recip * x - recipm1 * eps
+            eps = (recip * x - x_0) / recipm1
+            return x_0 * signal + direction * eps + sigma * noise
+
+        start = randn(*SHAPE, dtype=torch.float32)
+        ours, expected, wrong = start, start, start
+        for t, previous in zip(kept, [*kept[1:], -1], strict=True):
+            noise = randn(*SHAPE, seed=t, dtype=torch.float32)
+            expected = formulas(expected, t, previous, noise, torch.float32)
+            wrong = formulas(wrong, t, previous, noise, torch.float64)
+            x_0, gradient = network(ours)
+            timestep = t if form == "int" else torch.full((len(ours),), t)
+            ours = scheduler.step(
+                torch.cat([x_0, variance_output], dim=1),
+                timestep,
+                ours,
+                eta=eta,
+                guidance_gradient=gradient,
+                variance_noise=noise,
+            ).prev_sample
+        scale = expected.abs().max().item()
+        assert_close(ours, expected, rtol=0, atol=1e-6 * scale)
+        assert (wrong - expected).abs().max() > 2e-5 * scale
+
+    def test_eta_and_dtype_may_change_from_step_to_step(self):
+        """The tables of an eta are kept for the next step; no other eta must get them, and no other dtype."""
+        scheduler, x, noise = LearnedVarianceDDPMScheduler(), randn(*SHAPE), randn(*SHAPE, seed=9)
+        output = outputs_for(scheduler)
+        for eta in (0.5, 0.0, 1.0, 0.5):
+            for dtype in (torch.float32, torch.float64):
+                arguments = output.to(dtype), 500, x.to(dtype)
+                step = scheduler.step(*arguments, eta=eta, variance_noise=noise)
+                alone = LearnedVarianceDDPMScheduler().step(*arguments, eta=eta, variance_noise=noise)
+                assert torch.equal(step.prev_sample, alone.prev_sample)
 
     def test_list_of_generators(self):
         """One per example: each gets what it would get alone."""
@@ -931,8 +1021,7 @@ class TestNoSynchronisation:
         """What a device does with a timestep that the chain does not keep, here on the CPU, behind the check."""
         scheduler = LearnedVarianceDDPMScheduler()
         scheduler.set_timesteps(timestep_respacing="25")
-        for name in scheduler._chain.NAMES:
-            values = scheduler._chain.lookup([name], torch.tensor([0, 1, 999, 2]), randn(*SHAPE), torch.float64)[0]
+        for values in scheduler._chain.lookup(torch.tensor([0, 1, 999, 2]), randn(*SHAPE), torch.float64):
             assert values.shape == (4, 1, 1, 1)
             assert values.flatten().isnan().tolist() == [False, True, False, True]
 

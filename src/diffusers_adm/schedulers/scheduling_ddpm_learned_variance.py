@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -33,17 +33,17 @@ TimestepSpacing = Literal["linspace", "leading", "trailing"]
 # Other words for the same: the `_log` ones differ in how diffusers computes the same number.
 VARIANCE_TYPE_ALIASES = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}
 BETA_SCHEDULE_ALIASES = {"cosine": "squaredcos_cap_v2"}
-# What the mean and variance of a reverse step are made of.
-PREDICTION_TABLES = (
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "posterior_log_variance_clipped",
-    "log_betas",
-    "fixed_large_log_variance",
+# What the network was trained on. `from_config` lets a class put its own default in place of what was not given; for
+# these that would be another process (the default betas of some of diffusers' schedulers are Stable Diffusion's).
+PROCESS_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "variance_type",
+    "prediction_type",
+    "rescale_betas_zero_snr",
 )
 # A probability below this is raised to it before its logarithm, as in the code of the papers.
 MIN_PROBABILITY = 1e-12
@@ -176,32 +176,43 @@ def mean_per_example(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).mean(dim=1)
 
 
+class ChainEntries(NamedTuple):
+    """
+    What a chain knows about a timestep. Numbers for a timestep known on the host, else tensors `(batch_size, 1, ...)`.
+    """
+
+    sqrt_alphas_cumprod: float | torch.Tensor
+    sqrt_one_minus_alphas_cumprod: float | torch.Tensor
+    sqrt_recip_alphas_cumprod: float | torch.Tensor
+    sqrt_recipm1_alphas_cumprod: float | torch.Tensor
+    posterior_mean_coef1: float | torch.Tensor  # of x_0 in the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7
+    posterior_mean_coef2: float | torch.Tensor  # of x_t
+    posterior_log_variance_clipped: float | torch.Tensor
+    log_betas: float | torch.Tensor
+    fixed_large_log_variance: float | torch.Tensor
+    nonzero: float | torch.Tensor  # 0.0 at the last step of sampling, where no noise is added, else 1.0
+
+
+class DDIMEntries(NamedTuple):
+    """What a DDIM step takes beside [`ChainEntries`], for one eta."""
+
+    sqrt_alphas_cumprod_prev: float | torch.Tensor
+    sqrt_one_minus_alphas_cumprod: float | torch.Tensor
+    std: float | torch.Tensor  # sigma, DDIM eq. 16
+    direction: float | torch.Tensor  # of the predicted noise, DDIM eq. 12
+
+
 class DiffusionChain:
     """
-    Tables of a chain that keeps `timesteps` (ascending) of the full one: float64, computed once, one upload a device.
+    Tables of a chain that keeps `timesteps` (ascending) of the full one: computed once, one upload a device.
 
     A timestep is looked up by its position in the chain. On a device, where checking would stall, one that the chain
     does not keep has a position behind the end, which is NaN in every table: it cannot pass for a number.
     """
 
-    NAMES = (
-        "sqrt_alphas_cumprod",
-        "sqrt_one_minus_alphas_cumprod",
-        "sqrt_recip_alphas_cumprod",
-        "sqrt_recipm1_alphas_cumprod",
-        "posterior_mean_coef1",  # of x_0 in the mean of q(x_{t-1} | x_t, x_0), DDPM eq. 7
-        "posterior_mean_coef2",  # of x_t
-        "posterior_log_variance_clipped",
-        "log_betas",
-        "fixed_large_log_variance",
-        "sqrt_alphas_cumprod_prev",
-        "one_minus_alphas_cumprod_prev",
-        "ddim_std",  # sigma of DDIM at eta = 1, DDIM eq. 16
-        "nonzero",  # 0.0 at the last step of sampling, where no noise is added, else 1.0
-    )
-
     def __init__(self, full_alphas_cumprod: np.ndarray, timesteps: Sequence[int] | np.ndarray):
         self.timesteps = np.asarray(timesteps, dtype=np.int64)
+        # A timestep's column in the tables; -1 for one that the chain does not keep.
         self.positions = np.full(len(full_alphas_cumprod), -1, dtype=np.int64)
         self.positions[self.timesteps] = np.arange(len(self.timesteps))
 
@@ -215,7 +226,7 @@ class DiffusionChain:
         first = posterior_variance[1] if len(betas) > 1 else betas[0]
         with np.errstate(divide="ignore"):  # bar alpha_T = 0 with zero terminal SNR; those entries are not used then
             recip = 1 / alphas_cumprod
-        self.tables = {
+        tables = {
             "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
             "sqrt_one_minus_alphas_cumprod": np.sqrt(one_minus),
             "sqrt_recip_alphas_cumprod": np.sqrt(recip),
@@ -225,37 +236,67 @@ class DiffusionChain:
             "posterior_log_variance_clipped": np.log(np.append(first, posterior_variance[1:])),
             "log_betas": np.log(betas),
             "fixed_large_log_variance": np.log(np.append(first, betas[1:])),
-            "sqrt_alphas_cumprod_prev": np.sqrt(alphas_cumprod_prev),
-            "one_minus_alphas_cumprod_prev": 1 - alphas_cumprod_prev,
-            "ddim_std": np.sqrt(posterior_variance),
             "nonzero": (np.arange(len(betas)) > 0).astype(np.float64),
         }
-        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._alphas_cumprod, self._alphas_cumprod_prev = alphas_cumprod, alphas_cumprod_prev
+        # Each `(names, steps)`: of `ChainEntries` under `None`, of `DDIMEntries` under eta and dtype.
+        self._tables: dict[tuple[float, torch.dtype] | None, np.ndarray] = {
+            None: np.stack([tables[name] for name in ChainEntries._fields])
+        }
+        self._uploads: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def on_device(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(tables, positions)`: `(len(NAMES), steps + 1)` with a last column of NaN, and `(num_train_timesteps,)`."""
-        if device not in self._on_device:
-            rows = np.stack([np.append(self.tables[name], np.nan) for name in self.NAMES])
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            tables = torch.from_numpy(rows).to(dtype).to(device)
-            positions = np.where(self.positions < 0, len(self.timesteps), self.positions)
-            self._on_device[device] = tables, torch.from_numpy(positions).to(device)
-        return self._on_device[device]
+    def lookup(self, timestep: int | torch.Tensor, like: torch.Tensor, dtype: torch.dtype) -> ChainEntries:
+        """Entries at `timestep`; tensors have `dtype` and as many dimensions as `like`."""
+        return ChainEntries(*self._columns(None, timestep, like, dtype))
 
-    def lookup(
-        self, names: Sequence[str], timestep: int | torch.Tensor, like: torch.Tensor, dtype: torch.dtype
-    ) -> list[float | torch.Tensor]:
-        """Entries at `timestep`: numbers for a timestep known on the host, else `(batch_size, 1, ...)` in `dtype`."""
+    def lookup_ddim(
+        self, eta: float, timestep: int | torch.Tensor, like: torch.Tensor, dtype: torch.dtype
+    ) -> DDIMEntries:
+        """The same for DDIM, from tables that are computed once for each `eta`, *in* `dtype`."""
+        if (eta, dtype) not in self._tables:
+            # In the working precision and the order of guided-diffusion's code. At small t 1 - bar alpha loses digits
+            # in float32; from tables of float64 guided samples came out different by up to 1%.
+            precision = np.float32 if dtype == torch.float32 else np.float64
+            alpha, alpha_prev = self._alphas_cumprod.astype(precision), self._alphas_cumprod_prev.astype(precision)
+            std = eta * np.sqrt((1 - alpha_prev) / (1 - alpha)) * np.sqrt(1 - alpha / alpha_prev)
+            tables = {
+                "sqrt_alphas_cumprod_prev": np.sqrt(alpha_prev),
+                "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha),
+                "std": std,
+                # Rounding can leave a small negative number where eta = 1 takes all of the variance.
+                "direction": np.sqrt(np.maximum(1 - alpha_prev - std**2, 0)),
+            }
+            self._tables[eta, dtype] = np.stack([tables[name] for name in DDIMEntries._fields])
+        return DDIMEntries(*self._columns((eta, dtype), timestep, like, dtype))
+
+    def _columns(
+        self,
+        key: tuple[float, torch.dtype] | None,
+        timestep: int | torch.Tensor,
+        like: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> Sequence[float | torch.Tensor]:
+        """From the tables `key`, one entry a name."""
         if isinstance(timestep, int):
-            position = self.positions[timestep]
-            return [float(self.tables[name][position]) for name in names]
-        tables, positions = self.on_device(like.device)
+            return self._tables[key][:, self.positions[timestep]].tolist()
+        tables, positions = self.on_device(key, like.device)
         # `index_select` by a vector: indexing by a tensor without dimensions would read it on the host.
         columns = positions.index_select(0, timestep.reshape(-1))
-        # Row by row: a list of row numbers as an index would be uploaded at every call.
-        rows = [self.NAMES.index(name) for name in names]
-        entries = torch.stack([tables[row] for row in rows]).index_select(1, columns).to(dtype)
-        return list(entries.reshape(len(names), -1, *[1] * (like.ndim - 1)))
+        # All rows at once, however few are asked for: what costs time on a device is the number of operations.
+        entries = tables.index_select(1, columns).to(dtype)
+        return entries.reshape(len(tables), -1, *[1] * (like.ndim - 1)).unbind()
+
+    def on_device(
+        self, key: tuple[float, torch.dtype] | None, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(tables, positions)`: `(names, steps + 1)` with a last column of NaN, and `(num_train_timesteps,)`."""
+        if (key, device) not in self._uploads:
+            tables = torch.from_numpy(np.pad(self._tables[key], ((0, 0), (0, 1)), constant_values=np.nan))
+            if device.type == "mps":  # which has no float64
+                tables = tables.float()
+            positions = np.where(self.positions < 0, len(self.timesteps), self.positions)
+            self._uploads[key, device] = tables.to(device), torch.from_numpy(positions).to(device)
+        return self._uploads[key, device]
 
 
 class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
@@ -263,8 +304,9 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
     DDPM with a fixed or learned variance: forward process, reverse step (ancestral or DDIM), distributions and bound.
 
     Configs go to and from diffusers' `DDPMScheduler` with `from_config`; arguments that both know have its names and
-    defaults, except `variance_type`. Tables are float64; results are at least float32 inside and have the dtype of the
-    samples outside. Nothing in `step` waits for the device.
+    defaults, except `variance_type`. What defines the process (betas, prediction, variance) counts as given in both
+    directions; the rest (clipping, spacing) counts only where it was given. Tables are float64; results are at least
+    float32 inside and have the dtype of the samples outside. Nothing in `step` waits for the device.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): Length T of the full chain.
@@ -273,7 +315,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule (`str`, defaults to `"linear"`): `"linear"`, `"scaled_linear"` (linear in sqrt(beta)),
             `"quadratic"` (the same under DDPM's name), `"squaredcos_cap_v2"` (cosine; also accepted as `"cosine"`) or
             `"sigmoid"`.
-        trained_betas (list of `float`, *optional*): The betas themselves, `num_train_timesteps` of them.
+        trained_betas (list of `float`, *optional*): The betas themselves. Their number becomes `num_train_timesteps`.
         variance_type (`str`, defaults to `"learned_range"`): Variance of p(x_{t-1} | x_t).
             `"learned_range"`: `v log beta + (1 - v) log beta_tilde`, `v = (output + 1) / 2` (Improved DDPM, eq. 15);
             `"learned_log"`: the output is the log-variance; `"fixed_small"`: beta_tilde; `"fixed_large"`: beta.
@@ -330,23 +372,31 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             ("timestep_spacing", timestep_spacing, get_args(TimestepSpacing)),
         ):
             if value not in choices:
-                raise ValueError(f"`{name}` is {value!r}; it must be one of {list(choices)}.")
-        # `from_config` lets a class fill in its own default for what was not given. The two classes' defaults of
-        # `variance_type` differ, so here it counts as given.
-        left_to_defaults = [k for k in self.config.get("_use_default_values", []) if k != "variance_type"]
-        self.register_to_config(
-            variance_type=variance_type, beta_schedule=beta_schedule, _use_default_values=left_to_defaults
-        )
+                hint = ""
+                if name == "variance_type" and value is None:  # the default of several solvers of diffusers
+                    hint = (
+                        " The config of a solver need not say what the network predicts: pass "
+                        "`variance_type='learned_range'` to `from_config` if it has twice as many output as input "
+                        "channels, `variance_type='fixed_small'` otherwise."
+                    )
+                raise ValueError(f"`{name}` is {value!r}; it must be one of {list(choices)}.{hint}")
+        settled = {"variance_type": variance_type, "beta_schedule": beta_schedule}
+        if "_use_default_values" in self.config:  # not where all values were given, as in a saved config
+            # Sorted: diffusers' order is that of a set, and two equal schedulers shall have equal configs.
+            settled["_use_default_values"] = sorted(set(self.config["_use_default_values"]) - set(PROCESS_KEYS))
+        self.register_to_config(**settled)
 
         if num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` is {num_train_timesteps}; it must be at least 1.")
         if trained_betas is not None:
             betas = np.asarray(trained_betas, dtype=np.float64)
-            if betas.shape != (num_train_timesteps,):
+            if betas.ndim != 1 or len(betas) == 0:
                 raise ValueError(
-                    f"`trained_betas` has shape {betas.shape} but `num_train_timesteps` is {num_train_timesteps}. Pass "
-                    "one beta for each timestep."
+                    f"`trained_betas` has shape {betas.shape}; pass a list with one beta for each timestep."
                 )
+            # diffusers' schedulers take betas of any number; here the config tells the number that results.
+            num_train_timesteps = len(betas)
+            self.register_to_config(num_train_timesteps=num_train_timesteps)
         else:
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         # After a beta of 1 no signal is left and the tables are 0 / 0. (`rescale_betas_zero_snr` makes the last one 1.)
@@ -373,9 +423,9 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers, except that the config's `variance_type` holds even where its class chose it by default."""
-        if isinstance(config, dict) and "variance_type" in config.get("_use_default_values", []):
-            left_to_defaults = [k for k in config["_use_default_values"] if k != "variance_type"]
+        """As in diffusers, but the config's process holds even where its class chose it by default (`PROCESS_KEYS`)."""
+        if isinstance(config, dict):
+            left_to_defaults = [k for k in config.get("_use_default_values", []) if k not in PROCESS_KEYS]
             config = {**config, "_use_default_values": left_to_defaults}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -449,16 +499,20 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(ascending)
         self.timesteps = torch.from_numpy(ascending[::-1].copy()).to(device)
 
-    def previous_timestep(self, timestep: int) -> int:
-        """The timestep that `step` reaches from `timestep`; -1 is the clean sample."""
+    def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
+        """
+        The timestep that `step` reaches from `timestep`; -1 is the clean sample. A tensor for a tensor of one element,
+        which is read on the host.
+        """
         position = self._chain.positions[self._host_timestep(timestep, self._chain)]
-        return int(self._chain.timesteps[position - 1]) if position > 0 else -1
+        previous = int(self._chain.timesteps[position - 1]) if position > 0 else -1
+        return torch.full_like(timestep, previous) if torch.is_tensor(timestep) else previous
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """Returns `sample`: this process does not scale what the network sees. Schedulers of diffusers may."""
         return sample
 
-    def _host_timestep(self, timestep: int, chain: DiffusionChain) -> int:
+    def _host_timestep(self, timestep: int | torch.Tensor, chain: DiffusionChain) -> int:
         if int(timestep) != timestep:
             raise ValueError(f"`timestep` is {timestep}; timesteps of this process are integers.")
         timestep = int(timestep)
@@ -525,17 +579,18 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(sample.dtype, torch.float32)
         return (signal * noise.to(dtype) - std * sample.to(dtype)).to(sample.dtype)
 
-    def _signal_and_std(self, sample: torch.Tensor, timesteps: int | torch.Tensor) -> list[float | torch.Tensor]:
-        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+    def _signal_and_std(
+        self, sample: torch.Tensor, timesteps: int | torch.Tensor
+    ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         timesteps = self._check_timesteps(timesteps, self._full_chain, sample)
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        return self._full_chain.lookup(names, timesteps, sample, dtype)
+        entries = self._full_chain.lookup(timesteps, sample, dtype)
+        return entries.sqrt_alphas_cumprod, entries.sqrt_one_minus_alphas_cumprod
 
     def signal_to_noise_ratio(self, timesteps: torch.Tensor) -> torch.Tensor:
         """bar alpha / (1 - bar alpha) at `timesteps` `(batch_size,)` of the full chain: `(batch_size,)`, float32."""
-        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        signal, std = self._full_chain.lookup(names, timesteps, like=timesteps, dtype=torch.float32)
-        return torch.as_tensor(signal / std).square()
+        entries = self._full_chain.lookup(timesteps, like=timesteps, dtype=torch.float32)
+        return torch.as_tensor(entries.sqrt_alphas_cumprod / entries.sqrt_one_minus_alphas_cumprod).square()
 
     def posterior_distribution(
         self,
@@ -570,10 +625,9 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         timesteps: int | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.promote_types(noisy_samples.dtype, torch.float32)
-        names = ("posterior_mean_coef1", "posterior_mean_coef2", "posterior_log_variance_clipped")
-        coef1, coef2, log_variance = chain.lookup(names, timesteps, noisy_samples, dtype)
-        mean = coef1 * original_samples.to(dtype) + coef2 * noisy_samples.to(dtype)
-        return mean, _expand(log_variance, mean)
+        at = chain.lookup(timesteps, noisy_samples, dtype)
+        mean = at.posterior_mean_coef1 * original_samples.to(dtype) + at.posterior_mean_coef2 * noisy_samples.to(dtype)
+        return mean, _expand(at.posterior_log_variance_clipped, mean)
 
     # The reverse process
 
@@ -620,40 +674,50 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(sample.dtype, torch.float32)
         sample = sample.to(dtype)
         prediction, variance_output = self.split_model_output(model_output, sample)
-        prediction = prediction.to(dtype)
+        at = chain.lookup(timestep, sample, dtype)
+        pred_original_sample = self._predict_original_sample(at, prediction, sample, clip_sample)
+        mean, log_variance = self._predict_mean_and_log_variance(at, pred_original_sample, variance_output, sample)
+        return mean, log_variance, pred_original_sample
 
-        # 1. x_0
-        (
-            signal,
-            std,
-            sqrt_recip,
-            sqrt_recipm1,
-            coef1,
-            coef2,
-            min_log,
-            max_log,
-            fixed_large_log,
-        ) = chain.lookup(PREDICTION_TABLES, timestep, sample, dtype)
+    def _predict_original_sample(
+        self, at: ChainEntries, prediction: torch.Tensor, sample: torch.Tensor, clip_sample: bool | None
+    ) -> torch.Tensor:
+        prediction = prediction.to(sample.dtype)
         if self.config.prediction_type == "epsilon":
-            pred_original_sample = sqrt_recip * sample - sqrt_recipm1 * prediction
+            pred_original_sample = at.sqrt_recip_alphas_cumprod * sample - at.sqrt_recipm1_alphas_cumprod * prediction
         elif self.config.prediction_type == "sample":
             pred_original_sample = prediction
         else:
-            pred_original_sample = signal * sample - std * prediction
+            pred_original_sample = at.sqrt_alphas_cumprod * sample - at.sqrt_one_minus_alphas_cumprod * prediction
         if clip_sample is None or clip_sample:
             pred_original_sample = self._clip(pred_original_sample, force=clip_sample is True)
+        return pred_original_sample
 
-        # 2. mean (DDPM, eq. 7) and log-variance
-        mean = coef1 * pred_original_sample + coef2 * sample
+    def _predict_mean_and_log_variance(
+        self,
+        at: ChainEntries,
+        pred_original_sample: torch.Tensor,
+        variance_output: torch.Tensor | None,
+        sample: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = at.posterior_mean_coef1 * pred_original_sample + at.posterior_mean_coef2 * sample  # DDPM, eq. 7
         if self.config.variance_type == "learned_range":
-            fraction = (variance_output.to(dtype) + 1) / 2
-            log_variance = fraction * max_log + (1 - fraction) * min_log
+            # In this order, like the papers' code: the bound is a difference of such logarithms, nearly the same ones.
+            fraction = (variance_output.to(sample.dtype) + 1) / 2
+            log_variance = fraction * at.log_betas + (1 - fraction) * at.posterior_log_variance_clipped
         elif self.config.variance_type == "learned_log":
-            log_variance = variance_output.to(dtype)
+            log_variance = variance_output.to(sample.dtype)
+        elif self.config.variance_type == "fixed_small":
+            log_variance = _expand(at.posterior_log_variance_clipped, mean)
         else:
-            fixed = min_log if self.config.variance_type == "fixed_small" else fixed_large_log
-            log_variance = _expand(fixed, mean)
-        return mean, log_variance, pred_original_sample
+            log_variance = _expand(at.fixed_large_log_variance, mean)
+        return mean, log_variance
+
+    def _epsilon(self, at: ChainEntries, original_sample: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The noise that leads from `original_sample` to `sample`."""
+        if self.config.rescale_betas_zero_snr:  # x_T carries no signal: nothing can be divided by it
+            return (sample - at.sqrt_alphas_cumprod * original_sample) / at.sqrt_one_minus_alphas_cumprod
+        return (at.sqrt_recip_alphas_cumprod * sample - original_sample) / at.sqrt_recipm1_alphas_cumprod
 
     def split_model_output(
         self, model_output: torch.Tensor, sample: torch.Tensor
@@ -728,13 +792,22 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         chain = self._chain
         timestep = self._check_timesteps(timestep, chain, sample)
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        mean, log_variance, pred_original_sample = self._predict(chain, model_output, timestep, sample, None)
+        at = chain.lookup(timestep, sample, dtype)
+        sample_in = sample.to(dtype)
+        prediction, variance_output = self.split_model_output(model_output, sample)
+        pred_original_sample = self._predict_original_sample(at, prediction, sample_in, None)
 
         if eta is None:
+            mean, log_variance = self._predict_mean_and_log_variance(
+                at, pred_original_sample, variance_output, sample_in
+            )
             if guidance_gradient is not None:
-                mean = mean + torch.exp(log_variance) * guidance_gradient.to(dtype)
-            (nonzero,) = chain.lookup(("nonzero",), timestep, sample, dtype)
-            std = nonzero * torch.exp(0.5 * log_variance)
+                variance = torch.exp(log_variance)
+                if self.config.variance_type == "fixed_small":
+                    # beta_tilde is 0 at the last step; only its logarithm has the next one in its place.
+                    variance = at.nonzero * variance
+                mean = mean + variance * guidance_gradient.to(dtype)
+            std = torch.exp(0.5 * log_variance)
         else:
             if eta < 0:
                 raise ValueError(
@@ -745,30 +818,30 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                     "DDIM steps cannot take `guidance_gradient` with `rescale_betas_zero_snr`: x_T carries no signal, "
                     "so the shifted noise gives no x_0 there. Use ancestral steps (`eta=None`)."
                 )
-            names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-            signal, noise_std = chain.lookup(names, timestep, sample, dtype)
-            names = ("sqrt_alphas_cumprod_prev", "one_minus_alphas_cumprod_prev", "ddim_std")
-            signal_prev, variance_prev, ddim_std = chain.lookup(names, timestep, sample, dtype)
-            sample_in = sample.to(dtype)
-            pred_epsilon = (sample_in - signal * pred_original_sample) / noise_std
+            ddim = chain.lookup_ddim(eta, timestep, sample, dtype)
             if guidance_gradient is not None:
-                pred_epsilon = pred_epsilon - noise_std * guidance_gradient.to(dtype)
-                pred_original_sample = (sample_in - noise_std * pred_epsilon) / signal
-            std = eta * ddim_std
-            direction = variance_prev - std**2
-            # Rounding can leave a small negative number where eta = 1 takes all of the variance.
-            direction = max(direction, 0.0) ** 0.5 if isinstance(direction, float) else direction.clamp(min=0).sqrt()
-            mean = signal_prev * pred_original_sample + direction * pred_epsilon
+                pred_epsilon = self._epsilon(at, pred_original_sample, sample_in)
+                pred_epsilon = pred_epsilon - ddim.sqrt_one_minus_alphas_cumprod * guidance_gradient.to(dtype)
+                pred_original_sample = (
+                    at.sqrt_recip_alphas_cumprod * sample_in - at.sqrt_recipm1_alphas_cumprod * pred_epsilon
+                )
+            pred_epsilon = self._epsilon(at, pred_original_sample, sample_in)
+            std = ddim.std
+            mean = pred_original_sample * ddim.sqrt_alphas_cumprod_prev + ddim.direction * pred_epsilon  # DDIM, eq. 12
 
         prev_sample = mean
-        # At the last step, too, where its factor is 0: on a device the host does not know which step it is, and a
+        # Drawn at the last step, too, which adds none: on a device the host does not know which step it is, and a
         # generator on the CPU must be left in the same state by both.
         if eta is None or eta > 0:
             if variance_noise is None:
                 variance_noise = randn_tensor(
                     sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype
                 )
-            prev_sample = mean + std * variance_noise.to(dtype)
+            noise = std * variance_noise.to(dtype)
+            if isinstance(at.nonzero, float):
+                prev_sample = mean + noise if at.nonzero else mean
+            else:
+                prev_sample = mean + at.nonzero * noise
         prev_sample, pred_original_sample = prev_sample.to(sample.dtype), pred_original_sample.to(sample.dtype)
         if not return_dict:
             return prev_sample, pred_original_sample
