@@ -1,0 +1,117 @@
+"""`ADMPipeline` under the common pipeline tests of diffusers' repository."""
+
+import unittest
+import unittest.mock
+
+import diffusers_checkout
+from toy_models import CONDITIONAL, random_unet
+
+from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+
+
+mixins = diffusers_checkout.load("pipelines.testing_utils")
+legacy = diffusers_checkout.load("pipelines.test_pipelines_common")
+
+OFFLOADING_TESTS = (
+    "test_cpu_offload_forward_pass_twice",
+    "test_model_cpu_offload_forward_pass",
+    "test_sequential_cpu_offload_forward_pass",
+    "test_sequential_offload_forward_pass_twice",
+)
+NEEDS_ACCELERATOR = "offloads from an accelerator to the CPU"
+
+
+def components(**config) -> dict:
+    absent = dict.fromkeys(ADMPipeline._optional_components)
+    return {"unet": random_unet(**config), "scheduler": LearnedVarianceDDPMScheduler(), **absent}
+
+
+class ClassConditional(mixins.BasePipelineTesterConfig):
+    pipeline_class = ADMPipeline
+    required_input_params_in_call_signature = frozenset(["class_labels", "height", "width", "guidance_scale"])
+    # `num_images_per_prompt` belongs to prompts, which the pipeline does not take yet.
+    optional_input_params = mixins.BasePipelineTesterConfig.optional_input_params - {"num_images_per_prompt"}
+    batch_input_params = frozenset(["class_labels"])
+    output_shape = (3, 8, 8)
+
+    def get_dummy_components(self) -> dict:
+        return components(**CONDITIONAL)
+
+    def get_dummy_inputs(self) -> dict:
+        return {
+            "class_labels": 1,
+            "guidance_scale": 2.0,
+            "num_inference_steps": 2,
+            "generator": self.get_generator(0),
+            "output_type": "pt",
+        }
+
+
+class Unconditional(ClassConditional):
+    required_input_params_in_call_signature = frozenset(["batch_size"])
+    batch_input_params = frozenset()
+
+    def get_dummy_components(self) -> dict:
+        return components()
+
+    def get_dummy_inputs(self) -> dict:
+        return {
+            "batch_size": 1,
+            "num_inference_steps": 2,
+            "generator": self.get_generator(0),
+            "output_type": "pt",
+        }
+
+
+class TestClassConditional(ClassConditional, mixins.PipelineTesterMixin):
+    pass
+
+
+@diffusers_checkout.skip("test_cfg", "test_callback_cfg", reason="guidance without classes is refused")
+class TestUnconditional(Unconditional, mixins.PipelineTesterMixin):
+    pass
+
+
+@diffusers_checkout.skip(*OFFLOADING_TESTS, reason=NEEDS_ACCELERATOR, only_without_accelerator=True)
+class TestMemoryClassConditional(ClassConditional, mixins.MemoryTesterMixin):
+    pass
+
+
+@diffusers_checkout.skip(*OFFLOADING_TESTS, reason=NEEDS_ACCELERATOR, only_without_accelerator=True)
+@diffusers_checkout.skip("test_multi_vae", reason="there is no VAE")
+@diffusers_checkout.skip(
+    "test_group_offloading_inference",
+    reason="would offload the text encoder, which is None; the newer mixin's test of that name knows None",
+)
+class TestLegacy(
+    legacy.PipelineTesterMixin,
+    legacy.PipelineLatentTesterMixin,
+    legacy.PipelineKarrasSchedulerTesterMixin,
+    unittest.TestCase,
+):
+    """The older testers, which most pipelines of diffusers still have."""
+
+    pipeline_class = ADMPipeline
+    params = ClassConditional.required_input_params_in_call_signature
+    required_optional_params = ClassConditional.optional_input_params
+    batch_params = ClassConditional.batch_input_params
+    image_params = image_latents_params = frozenset()
+    test_layerwise_casting = test_group_offloading = True
+
+    def get_dummy_components(self) -> dict:
+        return components(**CONDITIONAL)
+
+    def get_dummy_inputs(self, device, seed: int = 0) -> dict:
+        return {
+            "class_labels": 1,
+            "guidance_scale": 2.0,
+            "num_inference_steps": 2,
+            "generator": self.get_generator(seed),
+            "output_type": "np",
+        }
+
+    def test_karras_schedulers_shape(self):
+        """All but one: `EDMEulerScheduler` has no betas, so it reverses another process, and is refused."""
+        kept = [e for e in legacy.KarrasDiffusionSchedulers if e.name != "EDMEulerScheduler"]
+        with unittest.mock.patch.object(legacy, "KarrasDiffusionSchedulers", kept):
+            super().test_karras_schedulers_shape()
