@@ -131,7 +131,8 @@ def main() -> int:
 
     machine = describe_machine(args.device)
     print(f"{machine}; batch size {args.batch_size}")
-    print("\n`step`, ms a step; ratio = ours / theirs [95% interval]")
+    if args.pairs:
+        print("\n`step`, ms a step; ratio = ours / theirs [95% interval]")
     rows, overhead_rows = [], []
     cases = [(method, "tensor", part) for method in METHODS for part in PARTS] + [("ancestral", "int", "250-steps")]
     for method, form, part in cases:

@@ -57,18 +57,27 @@ def test_what_was_left_aside_is_said(tmp_path, capsys):
     assert "left aside: --batch_size, --classifier_width." in main(capsys, *arguments)
 
 
-@pytest.mark.parametrize("name, cls", [("upsampler", "AdaGNUNet2DModel"), ("adaptive-pool", "AdaGNClassifierModel")])
-def test_how_to_load_other_kinds_is_said(name, cls, tmp_path, capsys):
-    network, folder = NETWORKS[name], tmp_path / "out"
-    output = main(
-        capsys, "--checkpoint", network.save(tmp_path), "--model_flags", network.flags, "--output_dir", folder
-    )
+@pytest.mark.parametrize(
+    "name, flags, cls",
+    [
+        ("grey-five-classes", "--diffusion_steps 40", "ADMPipeline"),
+        ("upsampler", "", "AdaGNUNet2DModel"),
+        ("adaptive-pool", "", "AdaGNClassifierModel"),
+    ],
+)
+def test_how_to_load_it_is_said_and_works(name, flags, cls, tmp_path, capsys):
+    network = NETWORKS[name]
+    arguments = ("--checkpoint", network.save(tmp_path), "--output_dir", tmp_path / "out")
+    output = main(capsys, *arguments, f"--model_flags={network.flags} {flags}")
     instructions = output[output.index("Load it with\n") + len("Load it with\n") :]
     assert cls in instructions
     loaded = {}
     exec("\n".join(line.strip() for line in instructions.splitlines()), loaded)
-    assert type(loaded["classifier" if network.kind == "classifier" else "unet"]).__name__ == cls
-    assert loaded["scheduler"].config.num_train_timesteps == 1000
+    if cls == "ADMPipeline":
+        assert loaded["image"].size == (16, 16)
+    else:
+        assert type(loaded["classifier" if network.kind == "classifier" else "unet"]).__name__ == cls
+        assert loaded["scheduler"].config.num_train_timesteps == 1000
 
 
 def test_presets_are_listed(capsys):

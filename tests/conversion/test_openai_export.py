@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from docstrings import check_documented_arguments
 from openai_networks import NETWORKS
 from toy_models import fill_randomly
 
@@ -194,3 +195,7 @@ def test_files_and_folders(tmp_path):
         export_openai(tmp_path, tmp_path / "back.pt")
     export_openai(build(), tmp_path / "deep" / "back.pt")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["back.pt"]
+
+
+def test_documented_arguments():
+    check_documented_arguments(export_openai.__doc__, export_openai)

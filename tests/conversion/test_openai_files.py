@@ -6,10 +6,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from docstrings import check_documented_arguments
 from openai_networks import NETWORKS
 
 from diffusers_adm import AdaGNUNet2DModel
-from diffusers_adm.conversion import convert_openai, openai_checkpoints
+from diffusers_adm.conversion import ConvertedCheckpoint, convert_openai, openai_checkpoints
 
 
 NETWORK = NETWORKS["defaults"]
@@ -303,3 +304,8 @@ def test_an_interruption_leaves_nothing_behind(error, tmp_path, monkeypatch):
         convert_openai(file, tmp_path / "out", model_flags=NETWORK.flags)
     assert number == 20
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_documented_arguments():
+    for function in (convert_openai, ConvertedCheckpoint):
+        check_documented_arguments(function.__doc__, function)

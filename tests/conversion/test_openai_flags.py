@@ -119,6 +119,7 @@ def test_flags_that_cannot_be_read(flags, message):
 
 def test_flags_of_the_other_code_base():
     assert parse_flags("--sigma_small True", "improved-diffusion")[0] == {"sigma_small": True}
+    assert parse_flags("--use_fp16 True", "improved-diffusion")[0] == {"use_fp16": True}
     with pytest.raises(ValueError, match="--sigma_small, which guided-diffusion does not have"):
         parse_flags("--sigma_small True", "guided-diffusion")
     for flag in ("--resblock_updown True", "--classifier_width 64", "--channel_mult 1,2"):

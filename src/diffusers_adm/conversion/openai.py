@@ -101,7 +101,7 @@ def describe(result: ConvertedCheckpoint) -> str:
             "pass its --model_flags; attention heads and diffusion process cannot be told from a file."
         )
     if result.ignored:
-        lines.append(f"Not about the network, left aside: {', '.join(f'--{name}' for name in result.ignored)}.")
+        lines.append(f"Not about this network, left aside: {', '.join(f'--{name}' for name in result.ignored)}.")
     if result.assumed:
         lines.append(
             "WARNING: neither the file nor you told these; a wrong one gives wrong images without any error. Check "
@@ -109,7 +109,8 @@ def describe(result: ConvertedCheckpoint) -> str:
         )
     folder = str(result.output_dir)
     if result.kind == "unet":
-        sampling = 'timestep_respacing="250"' + (", class_labels=[207]" if result.flags["class_cond"] else "")
+        steps = min(250, result.flags["diffusion_steps"])
+        sampling = f'timestep_respacing="{steps}"' + (", class_labels=[0]" if result.flags["class_cond"] else "")
         lines += [
             "Load it with",
             "  from diffusers_adm import ADMPipeline",

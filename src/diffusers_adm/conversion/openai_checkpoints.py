@@ -60,12 +60,13 @@ class ConvertedCheckpoint:
 
     Args:
         output_dir (`Path`): The folder.
+        code_base (`str`): `"guided-diffusion"` or `"improved-diffusion"`.
         kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
         preset (`str`, *optional*): The published checkpoint that it is.
         recognised (`bool`): Whether `preset` was found by the layout of the file, and not given.
         flags (`dict`): All flags of network and process, by the code base's names.
         assumed (`dict`): Those of them that neither the caller nor the file said.
-        ignored (`list[str]`): Given flags that describe a run and not the network.
+        ignored (`list[str]`): Given flags that describe a run or another network.
         num_parameters (`int`), dtypes (`list[str]`): Of the network.
     """
 

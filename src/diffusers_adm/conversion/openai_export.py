@@ -218,7 +218,7 @@ def _check_expressible(
             other = LearnedVarianceDDPMScheduler(**scheduler_config(full, "guided-diffusion"))
             if (
                 other.config.num_train_timesteps != scheduler.config.num_train_timesteps
-                or not torch.allclose(other.betas, scheduler.betas, rtol=1e-9)
+                or not torch.allclose(other.betas, scheduler.betas, rtol=1e-9, atol=0)
                 or other.config.prediction_type != scheduler.config.prediction_type
             ):
                 problems.append("the betas or the prediction type of the scheduler are none of its own")

@@ -38,10 +38,11 @@ NETWORK_DEFAULTS: Flags = {
     "dropout": 0.0,
     "class_cond": False,
     "use_checkpoint": False,
+    "use_fp16": False,
     "use_scale_shift_norm": True,
 }
 # What guided-diffusion added.
-GUIDED_NETWORK_DEFAULTS: Flags = {"num_head_channels": -1, "resblock_updown": False, "use_fp16": False}
+GUIDED_NETWORK_DEFAULTS: Flags = {"num_head_channels": -1, "resblock_updown": False}
 UPSAMPLER_DEFAULTS: Flags = {"large_size": 256, "small_size": 64}
 CLASSIFIER_DEFAULTS: Flags = {
     "image_size": 64,

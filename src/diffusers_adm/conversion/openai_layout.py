@@ -61,8 +61,7 @@ def _unsqueeze(tensor: torch.Tensor, dims: int) -> torch.Tensor:
 
 def _split_qkv(tensor: torch.Tensor, heads: int, heads_first: bool, dims: int) -> tuple[torch.Tensor, ...]:
     """Rows ordered (head, qkv, channel in head), or (qkv, head, channel): to three tensors ordered (head, channel)."""
-    if dims:
-        tensor = tensor.flatten(-1 - dims)
+    (tensor,) = _squeeze(tensor, dims)
     if heads_first:
         tensor = tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     return tensor.chunk(3)
@@ -72,17 +71,13 @@ def _join_qkv(*tensors: torch.Tensor, heads: int, heads_first: bool, dims: int) 
     tensor = torch.cat(tensors)
     if heads_first:
         tensor = tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
-    return tensor.reshape(*tensor.shape, *[1] * dims)
+    return _unsqueeze(tensor, dims)
 
 
 def _module(source: str, target: str, dims: int = 0) -> Iterator[TensorRule]:
     """A weight and a bias; `dims`: how many dimensions of size 1 their weight (a convolution's) has and ours not."""
-    if dims:
-        yield TensorRule(
-            f"{source}.weight", (f"{target}.weight",), partial(_squeeze, dims=dims), partial(_unsqueeze, dims=dims)
-        )
-    else:
-        yield TensorRule(f"{source}.weight", (f"{target}.weight",), _keep, _same)
+    squeeze, unsqueeze = partial(_squeeze, dims=dims), partial(_unsqueeze, dims=dims)
+    yield TensorRule(f"{source}.weight", (f"{target}.weight",), squeeze, unsqueeze)
     yield TensorRule(f"{source}.bias", (f"{target}.bias",), _keep, _same)
 
 
