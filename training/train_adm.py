@@ -250,6 +250,11 @@ def load_unet_config(
             else:
                 load = AdaGNUNet2DModel.load_config
                 config = from_subfolder_or_root(load, from_scratch, "unet", cache_dir=data_args.cache_dir)
+        if config.get("_class_name") == "AdaGNClassifierModel" or config.get("in_channels") == 6:
+            raise ValueError(
+                f"The config {from_scratch} is that of a classifier or an upsampler. This script trains networks that "
+                "draw images from noise alone; there is none yet for the others."
+            )
         known = list(inspect.signature(AdaGNUNet2DModel.__init__).parameters)
         for key in config:
             if key not in known and not key.startswith("_"):  # diffusers would pass over it

@@ -199,3 +199,22 @@ def test_files_and_folders(tmp_path):
 
 def test_documented_arguments():
     check_documented_arguments(export_openai.__doc__, export_openai)
+
+
+def test_a_damaged_folder(tmp_path):
+    build().save_pretrained(tmp_path / "unet")
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors is damaged or cut short"):
+        export_openai(tmp_path, tmp_path / "back.pt")
+
+
+def test_what_flags_cannot_say_is_said(tmp_path, caplog):
+    model = build(num_class_embeds=11, null_class_id=10)
+    scheduler = LearnedVarianceDDPMScheduler(variance_type="fixed_small", clip_sample=False)
+    flags = export_openai(model, tmp_path / "back.pt", scheduler=scheduler)
+    assert flags["clip_denoised"] is False
+    assert "Change the numbers in its script_util.py to 11; label 10 means no class" in caplog.text
+    assert "with the larger fixed variance, this scheduler with the smaller one" in caplog.text
+    with pytest.raises(ValueError, match="`variance_type` is 'learned_log'"):
+        export_openai(model, tmp_path / "b.pt", scheduler=LearnedVarianceDDPMScheduler(variance_type="learned_log"))

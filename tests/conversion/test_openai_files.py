@@ -199,7 +199,7 @@ def test_a_wrong_flag_is_named(flag, refused):
     name = flag.split()[0]
     if name == "--image_size":  # which changes what the other one means
         name = "--attention_resolutions"
-    message = rf"are not those described, a U-Net of guided-diffusion:(.|\n)*Other than given: .*{name}"
+    message = rf"are not those described, a U-Net of guided-diffusion:(.|\n)*Other than given or by default: .*{name}"
     refused(weights(), message, model_flags=f"{NETWORK.flags} {flag}")
 
 

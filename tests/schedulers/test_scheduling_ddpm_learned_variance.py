@@ -1144,3 +1144,12 @@ def test_prior_of_a_shorter_chain_ends_where_the_chain_ends():
     )
     expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).mean() / np.log(2)
     assert torch.allclose(scheduler.prior_bits_per_dim(original, timestep_respacing="ddim50"), expected, rtol=1e-10)
+
+
+def test_ddim_with_betas_that_vanish_in_float32():
+    """1 - bar alpha is 0 in float32 at the first timesteps; 0 / 0 must not reach the sample."""
+    scheduler = LearnedVarianceDDPMScheduler(trained_betas=[1e-9, 1e-9, 0.1, 0.2], variance_type="fixed_small")
+    sample = torch.full((1, 1, 2, 2), 0.5)
+    for timestep in (3, 2, 1, 0):
+        sample = scheduler.step(torch.zeros_like(sample), timestep, sample, eta=1.0).prev_sample
+    assert sample.isfinite().all()

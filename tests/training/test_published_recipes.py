@@ -76,6 +76,9 @@ def test_the_training_script_takes_it(name, monkeypatch):
         with torch.device("meta"):
             unet = train_adm.build_unet(model, data, config, 1000 if data.label_column else None)
         assert sum(parameter.numel() for parameter in unet.parameters()) == preset.num_parameters
+    else:
+        with pytest.raises(ValueError, match="that of a classifier or an upsampler"):
+            train_adm.load_unet_config(model, data, scheduler)
     if kind != "classifier":
         # LossType of the original: RESCALED_KL, RESCALED_MSE or MSE.
         expected = "vlb" if flags["use_kl"] else "hybrid" if flags["rescale_learned_sigmas"] else "hybrid_unscaled"

@@ -311,8 +311,6 @@ def _observe(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: C
     observed = observed_flags(shapes, code_base, kind)
     size_name = "large_size" if kind == "upsampler" else "image_size"
     if size_name in given:
-        if given[size_name] in CHANNEL_MULT[code_base, kind]:
-            observed.pop("channel_mult", None)  # the size says it
         name = "classifier_attention_resolutions" if kind == "classifier" else "attention_resolutions"
         seen_from = observed.get(size_name, default_flags(code_base, kind)[size_name])
         sizes = [int(size) * given[size_name] // seen_from for size in observed[name].split(",")]
@@ -324,7 +322,10 @@ def _complete(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: 
     """All flags, and those of them that nobody has told: the caller's win, then the file's."""
     flags = default_flags(code_base, kind)
     try:
-        told = _observe(given, kind, shapes, code_base) | given
+        observed = _observe(given, kind, shapes, code_base)
+        if given.get("image_size") in CHANNEL_MULT[code_base, kind]:
+            observed.pop("channel_mult", None)  # the size says it
+        told = observed | given
     except ValueError:
         if not given:
             raise
@@ -365,6 +366,11 @@ def _contradictions(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_
         observed = _observe(given, kind, shapes, code_base)
     except ValueError as error:
         return str(error)
-    other = {name: value for name, value in observed.items() if name in given and given[name] != value}
+    given = default_flags(code_base, kind) | given
+    size, multiples = given.get("image_size"), observed.get("channel_mult")
+    usual = CHANNEL_MULT[code_base, kind].get(size)
+    if multiples and not given["channel_mult"] and usual == tuple(float(number) for number in multiples.split(",")):
+        del observed["channel_mult"]  # as its size says
+    other = {name: value for name, value in observed.items() if given[name] != value}
     text = f"The file looks like: {format_flags(observed)}."
-    return f"{text} Other than given: {', '.join(f'--{name}' for name in other)}." if other else text
+    return f"{text} Other than given or by default: {', '.join(f'--{name}' for name in other)}." if other else text

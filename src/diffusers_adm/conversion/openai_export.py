@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import uuid
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..schedulers import LearnedVarianceDDPMScheduler
@@ -22,6 +23,10 @@ from .openai_flags import CHANNEL_MULT, Flags, Kind, default_flags, scheduler_co
 from .openai_layout import differences, expected_shapes, tensor_rules
 
 
+logger = logging.getLogger(__name__)
+
+# A constant of OpenAI's scripts.
+NUM_CLASSES = 1000
 # Arguments that change what a network computes and not the shapes of its tensors; OpenAI's code has one value for each.
 FIXED_ARGUMENTS = {
     "center_input_sample": False,
@@ -83,6 +88,9 @@ def export_openai(
     flags |= {"use_new_attention_order": True} if new_attention_order else {}
     _check_expressible(model, kind, flags, scheduler)
 
+    for note in _notes(model, scheduler):
+        logger.warning(note)
+
     tensors = {name: tensor.to("cpu", dtypes.get(name)) for name, tensor in model.state_dict().items()}
     state_dict = {
         rule.source: rule.join(*(tensors.pop(target) for target in rule.targets)).contiguous()
@@ -96,6 +104,28 @@ def export_openai(
     finally:
         unfinished.unlink(missing_ok=True)
     return flags
+
+
+def _notes(model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None) -> list[str]:
+    """What flags cannot say: to be changed in OpenAI's code, or at sampling."""
+    config, notes = model.config, []
+    is_classifier = isinstance(model, AdaGNClassifierModel)
+    classes = config.num_classes if is_classifier else config.num_class_embeds
+    if classes not in (None, NUM_CLASSES):
+        null = "" if config.get("null_class_id") is None else f"; label {config.null_class_id} means no class"
+        notes.append(
+            f"guided-diffusion has {NUM_CLASSES} classes. Change the numbers in its script_util.py to {classes}{null}."
+        )
+    if config.in_channels not in ((3,) if is_classifier else (3, 6)):
+        notes.append(
+            f"guided-diffusion has images of 3 channels. Change that in script_util.py for {config.in_channels}."
+        )
+    if scheduler is not None and scheduler.config.variance_type == "fixed_small":
+        notes.append(
+            "guided-diffusion's scripts sample with the larger fixed variance, this scheduler with the smaller one; "
+            "improved-diffusion has `--sigma_small True` for it."
+        )
+    return notes
 
 
 def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[str, torch.dtype]]:
@@ -113,8 +143,11 @@ def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[s
     # One file, or `...-00001-of-00002.safetensors` and so on; not the variants beside them.
     stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
     for file in (*folder.glob(SAFETENSORS_WEIGHTS_NAME), *folder.glob(f"{stem}-*-of-*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            dtypes |= {name: by_name[tensors.get_slice(name).get_dtype()] for name in tensors.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                dtypes |= {name: by_name[tensors.get_slice(name).get_dtype()] for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut short: {error}") from error
     # The widest of them holds the others exactly.
     dtype = functools.reduce(torch.promote_types, dtypes.values(), torch.float16) if dtypes else torch.float32
     return cls.from_pretrained(folder, dtype=dtype), dtypes
@@ -171,6 +204,8 @@ def _flags_of(model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None)
         flags["diffusion_steps"] = process.num_train_timesteps
         flags["noise_schedule"] = "cosine" if process.beta_schedule == "squaredcos_cap_v2" else "linear"
         flags["predict_xstart"] = process.prediction_type == "sample"
+        if not process.clip_sample:
+            flags["clip_denoised"] = False
         if is_classifier:
             flags["learn_sigma"] = scheduler.has_learned_variance
     if config.timestep_scale != 1.0:
@@ -222,6 +257,8 @@ def _check_expressible(
                 or other.config.prediction_type != scheduler.config.prediction_type
             ):
                 problems.append("the betas or the prediction type of the scheduler are none of its own")
+            if scheduler.config.variance_type == "learned_log":
+                problems.append("the scheduler's `variance_type` is 'learned_log'; it reads such channels differently")
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"guided-diffusion cannot build this network:\n  {lines}")

@@ -258,7 +258,9 @@ class DiffusionChain:
             # in float32; from tables of float64 guided samples came out different by up to 1%.
             precision = np.float32 if dtype == torch.float32 else np.float64
             alpha, alpha_prev = self._alphas_cumprod.astype(precision), self._alphas_cumprod_prev.astype(precision)
-            std = eta * np.sqrt((1 - alpha_prev) / (1 - alpha)) * np.sqrt(1 - alpha / alpha_prev)
+            # Betas below 1e-8 vanish in float32; where no noise is left before a step there is none in it.
+            share = np.divide(1 - alpha_prev, 1 - alpha, out=np.zeros_like(alpha), where=alpha_prev < 1)
+            std = eta * np.sqrt(share) * np.sqrt(1 - alpha / alpha_prev)
             tables = {
                 "sqrt_alphas_cumprod_prev": np.sqrt(alpha_prev),
                 "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha),
