@@ -250,11 +250,8 @@ def load_unet_config(
             else:
                 load = AdaGNUNet2DModel.load_config
                 config = from_subfolder_or_root(load, from_scratch, "unet", cache_dir=data_args.cache_dir)
-        if config.get("_class_name") == "AdaGNClassifierModel" or config.get("in_channels") == 6:
-            raise ValueError(
-                f"The config {from_scratch} is that of a classifier or an upsampler. This script trains networks that "
-                "draw images from noise alone; there is none yet for the others."
-            )
+        if config.get("_class_name") == "AdaGNClassifierModel":
+            raise ValueError(f"{from_scratch} is the config of a classifier; this script trains U-Nets.")
         known = list(inspect.signature(AdaGNUNet2DModel.__init__).parameters)
         for key in config:
             if key not in known and not key.startswith("_"):  # diffusers would pass over it
@@ -263,6 +260,11 @@ def load_unet_config(
                 raise ValueError(f"The config {from_scratch} holds {key!r}, which `AdaGNUNet2DModel` has not.{hint}")
     # Defaults of the constructor, for a config written by hand that leaves them out.
     in_channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    if in_channels != 3:
+        raise ValueError(
+            f"The U-Net takes {in_channels} channels; this script trains on RGB images: 3. (Upsamplers, with 6, it "
+            "cannot train.)"
+        )
     expected = in_channels * (2 if scheduler.has_learned_variance else 1)
     if out_channels != expected:
         raise ValueError(
@@ -270,8 +272,6 @@ def load_unet_config(
             f"{scheduler.config.variance_type!r} needs {expected}. Change `out_channels` in its config, or pass "
             "`--variance_type fixed_small --objective simple` for a network without learned variance."
         )
-    if in_channels != 3:
-        raise ValueError(f"The U-Net takes {in_channels} channels; this script trains on RGB images: 3.")
     return config
 
 

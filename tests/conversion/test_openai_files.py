@@ -112,9 +112,10 @@ def test_a_damaged_file_is_refused(tmp_path, refused):
 def test_an_archive_without_checksums_is_converted(tmp_path, convert):
     torch.serialization.set_crc32_options(False)
     try:
-        convert(weights())
+        result = convert(weights())
     finally:
         torch.serialization.set_crc32_options(True)
+    assert (result.output_dir / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04", b"PK\x03\x04" + bytes(999), bytes(5000), b"\x80\x02}."])

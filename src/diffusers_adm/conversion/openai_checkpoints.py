@@ -307,9 +307,12 @@ def _settle_kind(given: Flags, shapes: Mapping[str, tuple], code_base: CodeBase)
 
 
 def _observe(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: CodeBase) -> Flags:
-    """What the file tells, seen from the image size that was given."""
+    """What the file tells, seen from the image size that was given, without channels per level that the size says."""
     observed = observed_flags(shapes, code_base, kind)
     size_name = "large_size" if kind == "upsampler" else "image_size"
+    usual = CHANNEL_MULT[code_base, kind].get(given.get(size_name, observed.get(size_name)), ())
+    if observed.get("channel_mult") == ",".join(f"{multiple:g}" for multiple in usual):
+        del observed["channel_mult"]
     if size_name in given:
         name = "classifier_attention_resolutions" if kind == "classifier" else "attention_resolutions"
         seen_from = observed.get(size_name, default_flags(code_base, kind)[size_name])
@@ -324,7 +327,7 @@ def _complete(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: 
     try:
         observed = _observe(given, kind, shapes, code_base)
         if given.get("image_size") in CHANNEL_MULT[code_base, kind]:
-            observed.pop("channel_mult", None)  # the size says it
+            observed.pop("channel_mult", None)  # the size settles it, even if it says otherwise than the file
         told = observed | given
     except ValueError:
         if not given:
@@ -367,10 +370,6 @@ def _contradictions(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_
     except ValueError as error:
         return str(error)
     given = default_flags(code_base, kind) | given
-    size, multiples = given.get("image_size"), observed.get("channel_mult")
-    usual = CHANNEL_MULT[code_base, kind].get(size)
-    if multiples and not given["channel_mult"] and usual == tuple(float(number) for number in multiples.split(",")):
-        del observed["channel_mult"]  # as its size says
     other = {name: value for name, value in observed.items() if given[name] != value}
     text = f"The file looks like: {format_flags(observed)}."
     return f"{text} Other than given or by default: {', '.join(f'--{name}' for name in other)}." if other else text

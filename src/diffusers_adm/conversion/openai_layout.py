@@ -188,10 +188,8 @@ def _pool(model: Any) -> Iterator[TensorRule]:
         yield from _qkv("out.2.qkv_proj", "head", model.head.num_heads, heads_first=False)
         yield from _module("out.2.c_proj", "head.to_out", dims=1)
     else:
-        yield from _module("out.0", "head.0")
-        if pool == "spatial_v2":
-            yield from _module("out.1", "head.1")
-        yield from _module("out.3" if pool == "spatial_v2" else "out.2", "head.3" if pool == "spatial_v2" else "head.2")
+        for layer in (0, 1, 3) if pool == "spatial_v2" else (0, 2):
+            yield from _module(f"out.{layer}", f"head.{layer}")
 
 
 def expected_shapes(model: ModelMixin, rules: Sequence[TensorRule]) -> dict[str, tuple[int, ...]]:

@@ -169,17 +169,7 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         self.time_embedding = TimestepEmbedding(time_proj_dim, time_embed_dim)
 
         # 2. encoder and middle
-        factory = BlockFactory(
-            block_out_channels,
-            temb_channels=time_embed_dim,
-            norm_num_groups=norm_num_groups,
-            norm_eps=norm_eps,
-            act_fn=act_fn,
-            time_injection=resnet_time_scale_shift,
-            dropout=dropout,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-        )
+        factory = BlockFactory(self.config, time_embed_dim)
         self.down_blocks, skip_channels = factory.down_blocks(down_block_types, layers_per_block, downsample_type)
         self.mid_block = factory.mid_block(add_attention=True, groups=norm_num_groups)
 

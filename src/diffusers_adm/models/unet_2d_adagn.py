@@ -242,38 +242,24 @@ class BlockFactory:
     Builds the blocks of one network: what U-Net and classifier share. Levels count from the highest resolution.
 
     Args:
-        block_out_channels (`tuple[int]`): Channels per level.
+        config (`FrozenDict`): Of the network; the arguments that both have mean the same.
         temb_channels (`int`): Width of the conditioning vector.
-        attention_head_dim (`int`, *optional*): Channels of an attention head; `None`: one head.
-        num_attention_heads (`int` or `tuple[int]`, *optional*): Number of heads, for all levels or per level; wins.
     """
 
-    def __init__(
-        self,
-        block_out_channels: tuple[int, ...],
-        *,
-        temb_channels: int,
-        norm_num_groups: int,
-        norm_eps: float,
-        act_fn: AdaGNActivation,
-        time_injection: TimeInjection,
-        dropout: float,
-        attention_head_dim: int | None,
-        num_attention_heads: int | tuple[int, ...] | None,
-    ):
-        self.block_out_channels = block_out_channels
-        self.norm_num_groups = norm_num_groups
-        self.norm_eps = norm_eps
-        self.attention_head_dim = attention_head_dim
-        self.num_attention_heads = num_attention_heads
+    def __init__(self, config: Any, temb_channels: int):
+        self.block_out_channels = config.block_out_channels
+        self.norm_num_groups = config.norm_num_groups
+        self.norm_eps = config.norm_eps
+        self.attention_head_dim = config.attention_head_dim
+        self.num_attention_heads = config.num_attention_heads
         self.res_block = functools.partial(
             ResBlock,
             temb_channels=temb_channels,
-            groups=norm_num_groups,
-            eps=norm_eps,
-            act_fn=act_fn,
-            time_injection=time_injection,
-            dropout=dropout,
+            groups=config.norm_num_groups,
+            eps=config.norm_eps,
+            act_fn=config.act_fn,
+            time_injection=config.resnet_time_scale_shift,
+            dropout=config.dropout,
         )
 
     def heads(self, level: int, num_heads: int | None = None) -> tuple[int, int]:
@@ -558,17 +544,7 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         else:
             self.class_embedding = None
 
-        factory = BlockFactory(
-            block_out_channels,
-            temb_channels=time_embed_dim,
-            norm_num_groups=norm_num_groups,
-            norm_eps=norm_eps,
-            act_fn=act_fn,
-            time_injection=resnet_time_scale_shift,
-            dropout=dropout,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-        )
+        factory = BlockFactory(self.config, time_embed_dim)
 
         # 3. down
         self.down_blocks, skip_channels = factory.down_blocks(
