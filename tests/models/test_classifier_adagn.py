@@ -164,7 +164,7 @@ def test_mean_of_the_attention_pool_is_a_place_of_its_own():
         nn.init.zeros_(linear.bias)
         nn.init.zeros_(linear.weight) if linear in (pool.to_q, pool.to_k) else nn.init.eye_(linear.weight)
     x = images(2, 4, 2, 3)
-    assert_close(pool(x), x.mean(dim=(2, 3)) + pool.positional_embedding.mean(dim=0))
+    assert_close(pool(x)[0], x.mean(dim=(2, 3)) + pool.positional_embedding.mean(dim=0))
 
 
 @pytest.mark.parametrize("heads, width", [((2, 4), 4), (1, None)])
@@ -191,6 +191,17 @@ def test_pools_without_positions_take_every_divisible_size(pool):
     # The size counts: another mean of other places, not one cut to what `sample_size` says.
     larger = F.pad(images(), (0, 4, 0, 4), value=3.0)
     assert relative_error(classify(model, larger), classify(model)) > 0.01
+
+
+@pytest.mark.parametrize("pool, width", [("attention", 16), ("adaptive", 16), ("spatial", 2048), ("spatial_v2", 2048)])
+def test_features_are_what_the_logits_are_linear_in(pool, width):
+    model = random_classifier(pool=pool)
+    output = model(images(), 5)
+    assert output.features.shape == (2, width)
+    weights = [p for name, p in model.named_parameters() if name.startswith("head.")][-2:]  # weight and bias
+    assert_close(output.features @ weights[0].T + weights[1], output.logits)
+    gradient = torch.autograd.grad(output.logits[:, 3].sum(), output.features)[0]
+    assert torch.equal(gradient, weights[0][3].expand(2, width))
 
 
 # Initialisation
@@ -368,7 +379,8 @@ def test_scores_of_the_attention_pool_are_float32():
     x = torch.tensor([[16.0, 16.0], [0.0, 1.0]]).reshape(1, 2, 1, 2)
     weights = torch.softmax(torch.tensor([256.0, 256.5, 257.0], dtype=torch.float64) / 2**0.5, dim=0)
     expected = weights @ torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    assert relative_error(pool.bfloat16()(x.bfloat16())[0, 1], expected) <= 2**-8
+    logits, _ = pool.bfloat16()(x.bfloat16())
+    assert relative_error(logits[0, 1], expected) <= 2**-8
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from docstrings import check_documented_arguments, parameters_of
@@ -48,6 +48,15 @@ SAMPLE = (2, 3, 8, 8)
 
 def images(*shape):
     return torch.randn(*(shape or SAMPLE), generator=torch.Generator().manual_seed(3))
+
+
+TINY_CONDITION_MODEL = {
+    "block_out_channels": (4, 4, 4, 4),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 4,
+    "norm_num_groups": 2,
+}
 
 
 def fresh_unet(**config):
@@ -506,7 +515,8 @@ def test_repeated_blocks_are_the_residual_blocks(monkeypatch):
 
 
 def test_modules_not_to_split_exist():
-    names = {type(m).__name__ for m in fresh_unet().modules()}
+    with_text = AdaGNUNet2DModel.from_config({"_class_name": "UNet2DConditionModel", **TINY_CONDITION_MODEL})
+    names = {type(m).__name__ for unet in (fresh_unet(), with_text) for m in unet.modules()}
     assert set(AdaGNUNet2DModel._no_split_modules) <= names
 
 
@@ -543,19 +553,19 @@ def test_examples_of_a_batch_do_not_touch_each_other():
         ({"up_block_types": ("UpBlock2D",) * 3}, r"`up_block_types` has 3 entries .* but `block_out_channels` has 2"),
         ({"block_out_channels": (8, 8, 8)}, r"`down_block_types` has 2 entries .* has 3 \(8, 8, 8\)"),
         (
-            {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")},
-            r"`down_block_types` is 'CrossAttnDownBlock2D'; it must be one of \['DownBlock2D', 'AttnDownBlock2D'",
+            {"down_block_types": ("DownBlock2D", "SkipDownBlock2D")},
+            r"`down_block_types` is 'SkipDownBlock2D'; it must be one of \['DownBlock2D', 'AttnDownBlock2D'",
         ),
         ({"up_block_types": ("DownBlock2D", "UpBlock2D")}, "`up_block_types` is 'DownBlock2D'; it must be one of"),
         (
-            {"mid_block_type": "UNetMidBlock2DCrossAttn"},
-            "`mid_block_type` is 'UNetMidBlock2DCrossAttn'; it must be one",
+            {"mid_block_type": "UNetMidBlock3D"},
+            "`mid_block_type` is 'UNetMidBlock3D'; it must be one",
         ),
         ({"time_embedding_type": "sinusoidal"}, "`time_embedding_type` is 'sinusoidal'; it must be one of"),
         ({"resnet_time_scale_shift": "ada_group"}, "`resnet_time_scale_shift` is 'ada_group'; it must be one of"),
         ({"downsample_type": "pool"}, "`downsample_type` is 'pool'; it must be one of"),
         ({"upsample_type": "bilinear"}, "`upsample_type` is 'bilinear'; it must be one of"),
-        ({"class_embed_type": "projection"}, "`class_embed_type` is 'projection'; it must be one of"),
+        ({"class_embed_type": "simple_projection"}, "`class_embed_type` is 'simple_projection'; it must be one of"),
         ({"act_fn": "tanh"}, "`act_fn` is 'tanh'; it must be one of"),
         ({"norm_num_groups": 3}, r"`norm_num_groups` is 3, but every entry of `block_out_channels` \(8, 16\)"),
         ({"norm_num_groups": 0}, "`norm_num_groups` is 0"),
@@ -603,28 +613,6 @@ def test_arguments_without_effect_at_a_level_are_not_checked():
         attn_norm_num_groups=3,
     )
     assert unet.attn_processors == {}
-
-
-def test_config_of_a_cross_attention_net_is_refused(tmp_path):
-    from diffusers import UNet2DConditionModel
-
-    message = "config of a `UNet2DConditionModel`, which has cross-attention.*Load it with"
-    with pytest.raises(ValueError, match=message):
-        AdaGNUNet2DModel.from_config({"_class_name": "UNet2DConditionModel"})
-    theirs = UNet2DConditionModel(
-        block_out_channels=(4, 4),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=4,
-        attention_head_dim=2,
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
-    with pytest.raises(ValueError, match="`down_block_types` is 'CrossAttnDownBlock2D'"):
-        AdaGNUNet2DModel.from_config(theirs.config)  # a model in memory does not carry its class in the config
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        AdaGNUNet2DModel.from_pretrained(tmp_path)
 
 
 THREE_LEVELS = {
@@ -686,6 +674,11 @@ def test_constructor_takes_every_argument_of_unet2dmodel():
     ours, theirs = parameters_of(AdaGNUNet2DModel.__init__), parameters_of(UNet2DModel.__init__)
     assert list(ours)[: len(theirs)] == list(theirs)  # in the same order, for who passes them by position
     assert {name: ours[name].default for name in theirs} == {name: p.default for name, p in theirs.items()}
+
+
+def test_constructor_takes_every_argument_of_unet2dconditionmodel():
+    ours, theirs = parameters_of(AdaGNUNet2DModel.__init__), parameters_of(UNet2DConditionModel.__init__)
+    assert not theirs.keys() - ours.keys()
 
 
 def test_forward_takes_every_argument_of_unet2dmodel():

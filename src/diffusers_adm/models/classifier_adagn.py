@@ -47,9 +47,13 @@ class AdaGNClassifierOutput(BaseOutput):
     """
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_classes)`): Before the softmax.
+        features (`torch.Tensor` of shape `(batch_size, channels)`): What the last linear layer makes the logits of: a
+            description of the image, which samples are compared by. As many channels as the last level has, or the
+            2048 of the hidden layer of a spatial pool.
     """
 
     logits: torch.Tensor
+    features: torch.Tensor
 
 
 class AttentionPool2D(nn.Module):
@@ -69,22 +73,26 @@ class AttentionPool2D(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Linear(channels, out_dim)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         places = hidden_states.flatten(2).transpose(1, 2)  # (B, H*W, C)
         tokens = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1)
         tokens = tokens + self.positional_embedding.to(tokens.dtype)
         # What the places themselves would attend to is not used, so the mean is the only query.
         query, key, value = self.to_q(tokens[:, 0])[:, None], self.to_k(tokens), self.to_v(tokens)
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value))
-        pooled = dispatch_attention_fn(query, key, value)  # (B, 1, heads, C / heads)
-        return self.to_out(pooled.flatten(1))  # (B, out_dim)
+        pooled = dispatch_attention_fn(query, key, value).flatten(1)  # (B, 1, heads, C / heads) -> (B, C)
+        return self.to_out(pooled), pooled  # (B, out_dim), (B, C)
 
 
 class SpatialPool(nn.Sequential):
     """Layers on joined vectors. They are joined in here, where a model that is split over devices has them on one."""
 
-    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
-        return super().forward(torch.cat(features, dim=1))
+    def forward(self, means: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        features = torch.cat(means, dim=1)
+        *hidden_layers, to_out = self
+        for layer in hidden_layers:
+            features = layer(features)
+        return to_out(features), features  # (B, out_dim), (B, SPATIAL_POOL_HIDDEN_DIM)
 
 
 class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -171,7 +179,7 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         # 2. encoder and middle
         factory = BlockFactory(self.config, time_embed_dim)
         self.down_blocks, skip_channels = factory.down_blocks(down_block_types, layers_per_block, downsample_type)
-        self.mid_block = factory.mid_block(add_attention=True, groups=norm_num_groups)
+        self.mid_block = factory.mid_block("self", norm_num_groups)
 
         # 3. pool
         channels = block_out_channels[-1]
@@ -198,9 +206,10 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         check_levels(config, config.down_block_types)
         if config.pool not in get_args(PoolKind):
             raise ValueError(f"`pool` is {config.pool!r}; it must be one of {list(get_args(PoolKind))}.")
-        attends = [DOWN_BLOCK_TYPES[block_type].attention is not None for block_type in config.down_block_types]
-        attends[-1] = True  # the middle block, and the attention pool
-        check_heads(config, attends)
+        kinds = [DOWN_BLOCK_TYPES[block_type].attention for block_type in config.down_block_types]
+        if set(kinds) - {None, "self"}:
+            raise ValueError(f"`down_block_types` is {tuple(config.down_block_types)}; a classifier reads no text.")
+        check_heads(config, [*kinds[:-1], "self"])  # the last level's are those of the middle and the attention pool
         channels, head_dim = config.block_out_channels[-1], config.attention_head_dim
         if config.pool == "attention" and config.num_attention_heads is None and channels % (head_dim or channels):
             raise ValueError(
@@ -217,7 +226,7 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
-    ) -> AdaGNClassifierOutput | tuple[torch.Tensor]:
+    ) -> AdaGNClassifierOutput | tuple[torch.Tensor, torch.Tensor]:
         r"""
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Noisy images x_t.
@@ -226,7 +235,8 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
             return_dict (`bool`, defaults to `True`): Return an [`AdaGNClassifierOutput`] instead of a tuple.
 
         Returns:
-            [`AdaGNClassifierOutput`] or `tuple`: `.logits` of shape `(batch_size, num_classes)`.
+            [`AdaGNClassifierOutput`] or `tuple`: `.logits` of shape `(batch_size, num_classes)` and `.features`, what
+            the last linear layer made them of, of shape `(batch_size, channels)`.
 
         Raises:
             ValueError: For a wrong number of channels, a size that the network or its attention pool cannot take, and
@@ -261,14 +271,15 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
                 means += [skip.mean(dim=(2, 3)) for skip in skips]
         hidden_states = self.mid_block(hidden_states, emb)
 
-        # 3. pool -> (B, num_classes)
+        # 3. pool -> (B, num_classes), (B, C)
         if config.pool == "attention":
-            logits = self.head(self.conv_norm_out(hidden_states))
+            logits, features = self.head(self.conv_norm_out(hidden_states))
         elif config.pool == "adaptive":
-            logits = self.head(self.conv_norm_out(hidden_states).mean(dim=(2, 3)))
+            features = self.conv_norm_out(hidden_states).mean(dim=(2, 3))
+            logits = self.head(features)
         else:
-            logits = self.head([*means, hidden_states.mean(dim=(2, 3))])
+            logits, features = self.head([*means, hidden_states.mean(dim=(2, 3))])
 
         if not return_dict:
-            return (logits,)
-        return AdaGNClassifierOutput(logits=logits)
+            return logits, features
+        return AdaGNClassifierOutput(logits=logits, features=features)

@@ -1,0 +1,197 @@
+"""
+From captions to what a U-Net with cross-attention takes: the one place where training and sampling agree on padding.
+
+Two kinds of text encoder are told apart. CLIP's (https://huggingface.co/papers/2103.00020, as Stable Diffusion uses it)
+and GLIDE's (https://huggingface.co/papers/2112.10741) were trained, or the U-Nets on top of them were, with every
+caption padded to one fixed length, whose padding is read like words: they get just that, and the U-Net no mask. All
+others (T5, BERT, ...) are padded to the longest caption of a batch, and encoder and U-Net get a mask that hides it.
+Either way the padding of one caption does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+# Where neither tokenizer nor encoder names a limit. T5, which needs none, was trained with this many tokens.
+DEFAULT_MAX_LENGTH = 512
+
+
+class TextConditioning(NamedTuple):
+    """
+    Encoded captions.
+
+    Attributes:
+        hidden_states (`torch.Tensor` of shape `(batch_size, length, width)`): One state a token.
+        attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): 1 for the tokens that
+            cross-attention sees, 0 for padding; `None`: it sees all.
+        pooled (`torch.Tensor` of shape `(batch_size, pooled_width)`, *optional*): One vector a caption, where the
+            encoder gives one.
+    """
+
+    hidden_states: torch.Tensor
+    attention_mask: torch.Tensor | None
+    pooled: torch.Tensor | None
+
+
+def _is_clip(text_encoder: torch.nn.Module) -> bool:
+    return str(getattr(text_encoder.config, "model_type", "")).startswith("clip")
+
+
+def pads_to_max(text_encoder: torch.nn.Module, unet_config: Mapping[str, Any]) -> bool:
+    """
+    Whether captions are padded to `max_prompt_length` and seen with their padding, instead of masked: for CLIP, for
+    encoders with the attribute `attends_to_padding`, and where the U-Net pools all states, which a mask would not reach
+    (`addition_embed_type="text"`, DeepFloyd IF).
+    """
+    reads_padding = _is_clip(text_encoder) or getattr(text_encoder, "attends_to_padding", False)
+    return reads_padding or unet_config.get("addition_embed_type") == "text"
+
+
+def max_prompt_length(tokenizer: Any, text_encoder: torch.nn.Module) -> int:
+    """Number of tokens, special ones included, that both can take."""
+    limits = [tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None)]
+    # "No limit" is a number like 1e30.
+    known = [limit for limit in limits if limit is not None and 0 < limit < 1_000_000]
+    return min(known, default=DEFAULT_MAX_LENGTH)
+
+
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], *, max_length: int, pad_to_max: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Token numbers of captions. What an over-long one loses is logged as a warning.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Of transformers, with a padding token.
+        prompts (sequence of `str`): Captions; empty ones are allowed.
+        max_length (`int`): Number of tokens, special ones included, after which a caption is cut.
+        pad_to_max (`bool`): Pad to `max_length`; else to the longest of these captions.
+
+    Returns:
+        `tuple` of two `torch.LongTensor` of shape `(len(prompts), length)`: Token numbers, and a mask that is 1 for
+        tokens and 0 for padding. At least one token of each caption is 1: attention to nothing is undefined.
+
+    Raises:
+        ValueError: If the tokenizer has no padding token.
+    """
+    if getattr(tokenizer, "pad_token_id", 0) is None:
+        raise ValueError(
+            f"`tokenizer` ({type(tokenizer).__name__}) has no padding token, so captions of different lengths cannot "
+            "share a batch. Give it one, e.g. `tokenizer.pad_token = tokenizer.eos_token`, and save it."
+        )
+    for prompt, lost in cut_off(tokenizer, prompts, max_length).items():
+        logger.warning(
+            f"The prompt {prompt!r} has more than {max_length} tokens; this part of it is not read: {lost!r}"
+        )
+    encoded = tokenizer(
+        list(prompts),
+        padding="max_length" if pad_to_max else "longest",
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=True,
+    )
+    input_ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
+    attention_mask = torch.tensor(encoded["attention_mask"], dtype=torch.long)
+    if input_ids.shape[1] == 0:  # empty captions, and a tokenizer without special tokens
+        input_ids = torch.full((len(prompts), 1), tokenizer.pad_token_id)
+        attention_mask = torch.ones_like(input_ids)
+    empty = attention_mask.sum(dim=1, keepdim=True) == 0
+    # Where padding is on the left, the last position is as good as the first: all of them are padding.
+    attention_mask[:, :1] |= empty
+    return input_ids, attention_mask
+
+
+def cut_off(tokenizer: Any, prompts: Sequence[str], max_length: int) -> dict[str, str]:
+    """What `max_length` tokens do not hold of each caption that is longer."""
+    room = max_length - tokenizer.num_special_tokens_to_add()
+    # Once more without special tokens: they would come back in the decoded rest. `verbose` would warn without a text.
+    lengths = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    return {
+        prompt: tokenizer.decode(ids[room:]) for prompt, ids in zip(prompts, lengths, strict=True) if len(ids) > room
+    }
+
+
+def encode_tokens(
+    text_encoder: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, pad_to_max: bool
+) -> TextConditioning:
+    r"""
+    Runs the text encoder. Gradients flow.
+
+    Args:
+        text_encoder (`torch.nn.Module`): An encoder of transformers, or one that returns `(hidden_states, pooled)`;
+            also wrapped for distributed training.
+        input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`): From [`tokenize`].
+        pad_to_max (`bool`): As given to [`tokenize`]; then cross-attention sees padding as well.
+    """
+    unwrapped = getattr(text_encoder, "module", text_encoder)
+    # CLIP's text encoder is causal and was trained without a mask; Stable Diffusion gives it one only if told so.
+    passes_mask = not _is_clip(unwrapped) or getattr(unwrapped.config, "use_attention_mask", False)
+    output = text_encoder(input_ids, attention_mask=attention_mask if passes_mask else None)
+    if isinstance(output, tuple):
+        hidden_states, pooled = output
+    else:
+        hidden_states = output.last_hidden_state
+        pooled = output.get("text_embeds", output.get("pooler_output"))
+    return TextConditioning(hidden_states, None if pad_to_max else attention_mask, pooled)
+
+
+def text_model_kwargs(conditioning: TextConditioning, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the U-Net's `forward`."""
+    kwargs: dict[str, Any] = {
+        "encoder_hidden_states": conditioning.hidden_states,
+        "encoder_attention_mask": conditioning.attention_mask,
+    }
+    if unet_config.get("addition_embed_type") == "text_embeds":
+        kwargs["added_cond_kwargs"] = {"text_embeds": conditioning.pooled}
+    return kwargs
+
+
+def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, unet_config: Mapping[str, Any]) -> None:
+    r"""
+    Raises:
+        ValueError: If the states of the text encoder do not fit the U-Net's cross-attention, its pooled vectors the
+            time embedding, or one of encoder and tokenizer is missing.
+    """
+    if tokenizer is None:
+        raise ValueError("`text_encoder` was given without a `tokenizer`. Pass the tokenizer that it was trained with.")
+    name = type(text_encoder).__name__
+    width, wanted = getattr(text_encoder.config, "hidden_size", None), cross_attention_width(unet_config)
+    if wanted is None:
+        raise ValueError(
+            f"`text_encoder` is a {name}, but `unet` has no cross-attention that could read its states. Pass "
+            "`text_encoder=None` and `tokenizer=None`, or a U-Net with a cross-attention block type."
+        )
+    if width is not None and width != wanted:
+        raise ValueError(
+            f"`text_encoder` ({name}) gives states of width {width}, but `unet` takes {wanted} (`encoder_hid_dim` or "
+            "`cross_attention_dim` in its config). Build the U-Net with `encoder_hid_dim="
+            f'{width}, encoder_hid_dim_type="text_proj"`, which projects them, or take another encoder.'
+        )
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    rows = getattr(text_encoder.config, "vocab_size", None)
+    if size is not None and rows is not None and size > rows:
+        raise ValueError(
+            f"`tokenizer` has {size} tokens, but the embedding of `text_encoder` ({name}) has {rows} rows. Pass the "
+            "tokenizer that it was trained with, or build the encoder with a `vocab_size` of at least "
+            f"{size}."
+        )
+
+
+def cross_attention_width(unet_config: Mapping[str, Any]) -> int | None:
+    """Width of the encoder states that a U-Net takes; `None` for one without cross-attention."""
+    kinds = [
+        *unet_config.get("down_block_types", ()),
+        *unet_config.get("up_block_types", ()),
+        unet_config.get("mid_block_type"),
+    ]
+    if not any("CrossAttn" in kind for kind in kinds if kind):
+        return None
+    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim")
+    return width[0] if isinstance(width, (list, tuple)) else width
