@@ -1,0 +1,110 @@
+"""
+What adaptive group normalisation is worth: the network of `make demo`, trained with it and without, on held-out images.
+
+    python benchmarks/ablate_adagn.py [--seeds 0 1 2] [--output_dir outputs/adagn_ablation] [--json results.json]
+
+The networks differ in `resnet_time_scale_shift` alone: "scale_shift" is AdaGN, "default" adds the time embedding before
+the second norm of a residual block, as DDPM does. Everything else, data, steps and seeds, is the recipe
+`training/configs/emoji_32.yaml`; training is the real script. A folder that holds a finished run is not trained again.
+
+Reported for the averaged weights on the test images, with their classes: the hybrid loss (uniform t), and the bound in
+bits per dimension over the whole chain. Both are sums over t; each image gets one random t out of every stratum of
+timesteps, so the estimate is unbiased, and all networks see the same images, timesteps and noise.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from measuring import describe_machine
+
+from diffusers_adm import ADMPipeline
+from diffusers_adm.training import ImageDataset, training_losses
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPE = "training/configs/emoji_32.yaml"
+NETWORK = "training/configs/unet_emoji_32.json"
+TEST_IMAGES = "data/noto-emoji-32/test.parquet"
+INJECTIONS = {"AdaGN": "scale_shift", "addition": "default"}
+NUM_STRATA = 40
+
+
+def train(folder: Path, injection: str, seed: int, arguments: list[str]) -> None:
+    config = json.loads((REPOSITORY / NETWORK).read_text()) | {"resnet_time_scale_shift": injection}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "unet.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(REPOSITORY / "training/configs/accelerate_single_process.yaml")]
+    command += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    command += [str(REPOSITORY / "training/train_adm.py"), "--config", RECIPE, "--output_dir", str(folder.resolve())]
+    command += ["--model_config_name_or_path", str((folder / "unet.json").resolve()), "--seed", str(seed), *arguments]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+
+
+def strata(num_timesteps: int) -> list[tuple[int, int]]:
+    """Ranges of timesteps `[start, end)`: single ones where most of the bound lies, wide ones at the noisy end."""
+    edges = sorted({round(math.expm1(i / NUM_STRATA * math.log1p(num_timesteps))) for i in range(NUM_STRATA + 1)})
+    return list(zip(edges, edges[1:], strict=False))
+
+
+@torch.no_grad()
+def evaluate(folder: Path) -> dict[str, float]:
+    pipeline = ADMPipeline.from_pretrained(folder)
+    unet, scheduler = pipeline.unet.eval(), pipeline.scheduler
+    images = datasets.load_dataset("parquet", data_files=str(REPOSITORY / TEST_IMAGES), split="train")
+    dataset = ImageDataset(images.select_columns(["image", "label"]), unet.config.sample_size, True, False)
+    pixels = torch.stack([dataset[i]["images"] for i in range(len(dataset))])
+    labels = torch.tensor(images["label"])
+    num_timesteps = scheduler.config.num_train_timesteps
+    generator = torch.Generator().manual_seed(0)
+    bits, hybrid = scheduler.prior_bits_per_dim(pixels).double().mean().item(), 0.0
+    for start, end in strata(num_timesteps):
+        timesteps = torch.randint(start, end, (len(pixels),), generator=generator)
+        noise = torch.randn(pixels.shape, generator=generator)
+        noisy = scheduler.add_noise(pixels, noise, timesteps)
+        output = unet(noisy, timesteps, class_labels=labels)
+        # Both from one pass: in the bound the predicted image is clipped, as when sampling; in the loss it is not.
+        terms = training_losses(lambda *_, output=output: output, scheduler, pixels, timesteps, noise=noise)
+        bound = scheduler.variational_bound(output.sample, pixels, noisy, timesteps)
+        bits += (end - start) * bound.double().mean().item()
+        hybrid += (end - start) / num_timesteps * terms.loss.double().mean().item()
+    return {"hybrid": hybrid, "bits_per_dim": bits, "parameters": sum(p.numel() for p in unet.parameters())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/adagn_ablation"))
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    args, training_arguments = parser.parse_known_args()
+
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    for name, injection in INJECTIONS.items():
+        for seed in args.seeds:
+            folder = args.output_dir / f"{injection}-{seed}"
+            if not (folder / "model_index.json").exists():
+                train(folder, injection, seed, training_arguments)
+            results.setdefault(name, {})[seed] = evaluate(folder)
+            print(name, seed, results[name][seed], flush=True)
+
+    print(f"\n{describe_machine('cpu')}\n\n| time embedding | parameters | held-out hybrid loss | bits/dim |")
+    print("|---|---|---|---|")
+    for name, by_seed in results.items():
+        columns = [f"{next(iter(by_seed.values()))['parameters'] / 1e6:.2f}M"]
+        for key in ("hybrid", "bits_per_dim"):
+            values = [figures[key] for figures in by_seed.values()]
+            columns.append(f"{statistics.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})")
+        print(f"| {name} | {' | '.join(columns)} |")
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
