@@ -1,21 +1,44 @@
 """
-ADMPipeline: draws images from an ablated diffusion model, unconditionally or by class.
+ADMPipeline: draws images from an ablated diffusion model, by class, by prompt, by both or by neither.
 
-Classifier-free guidance (Ho & Salimans 2022, https://huggingface.co/papers/2207.12598) through a null class, its
-rescaling (Lin et al. 2023, https://huggingface.co/papers/2305.08891, section 3.4) and its limitation to an interval of
-the steps (Kynkäänniemi et al. 2024, https://huggingface.co/papers/2404.07724).
+Classifier-free guidance (Ho & Salimans 2022, https://huggingface.co/papers/2207.12598) through a null class or an empty
+or negative prompt, its rescaling (Lin et al. 2023, https://huggingface.co/papers/2305.08891, section 3.4) and its
+limitation to an interval of the steps (Kynkäänniemi et al. 2024, https://huggingface.co/papers/2404.07724). Classifier
+guidance (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, section 4). Pixels, or the latents of an
+autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
 """
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DModel
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from ..text_encoding import (
+    TextConditioning,
+    check_text_encoder,
+    cross_attention_width,
+    encode_tokens,
+    max_prompt_length,
+    pads_to_max,
+    text_model_kwargs,
+    tokenize,
+)
 
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -45,6 +68,16 @@ SCHEDULERS_WITHOUT_SAMPLE_PREDICTION = (
 )
 DDPM_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 
+# What is read in the configs of components.
+NEEDED_OF_COMPONENTS = {
+    "vae": ("AutoencoderKL", ("latent_channels", "block_out_channels", "scaling_factor")),
+    "classifier": ("AdaGNClassifierModel", ("in_channels", "sample_size", "num_classes")),
+}
+
+# Multiplies a classifier's log-probability before its gradient is taken, and divides the gradient. For single pixels of
+# 64 x 64 images that is around 1e-5, where float16 has only steps of 6e-8. A power of two changes no other dtype.
+GRADIENT_SCALE = 2.0**7
+
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: float = 0.0) -> torch.Tensor:
     r"""
@@ -66,60 +99,164 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: float
     return guided
 
 
-class ADMPipeline(DiffusionPipeline):
+def log_probability_gradient(
+    classifier: torch.nn.Module, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+) -> torch.Tensor:
     r"""
-    Draws images from an ablated diffusion model, unconditionally or by class, with classifier-free guidance.
+    The gradient of log p(y | x_t) with respect to x_t (ADM, section 4.1).
 
     Args:
-        unet (`AdaGNUNet2DModel` or [`UNet2DModel`]): Predicts the noise, and with twice the channels of its input a
-            variance as well.
+        classifier (`AdaGNClassifierModel`): Its output has `.logits`. May be half precision; the softmax never is.
+        sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
+        timestep (`torch.Tensor` of shape `()`): Of the full training chain.
+        class_labels (`torch.LongTensor` of shape `(batch_size,)`): y.
+
+    Returns:
+        `torch.Tensor`: Of the shape and dtype of `sample`.
+    """
+    with torch.enable_grad():
+        sample_in = sample.detach().to(classifier.dtype).requires_grad_()
+        logits = classifier(sample_in, timestep).logits
+        log_probabilities = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+        chosen = log_probabilities.gather(1, class_labels[:, None])
+        (gradient,) = torch.autograd.grad(GRADIENT_SCALE * chosen.sum(), sample_in)
+    return gradient.to(sample.dtype) / GRADIENT_SCALE
+
+
+def signal_and_std(
+    scheduler: SchedulerMixin, timestep: torch.Tensor, alphas_cumprod: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    `(signal, std)` of what the network sees in the coming step of a scheduler of diffusers: signal * x_0 + std * noise.
+
+    Solvers may stand between two timesteps, or round them, so their noise levels count where they have them. No number
+    is read from the device.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): After `set_timesteps` and `set_begin_index(0)`.
+        timestep (`torch.Tensor` of shape `()`): The coming one.
+        alphas_cumprod (`torch.Tensor` of shape `(num_train_timesteps,)`): Of the scheduler, on the device.
+    """
+    if not hasattr(scheduler, "sigmas"):
+        alpha = alphas_cumprod.index_select(0, timestep.reshape(1)).reshape(())
+        return alpha.sqrt(), (1 - alpha).sqrt()
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # samples are signal * x_0 + std * noise, sigma is std / signal
+        sigma = scheduler.sigmas[scheduler.step_index or 0].double()
+        signal = (1 + sigma**2).rsqrt()
+        return signal, sigma * signal
+    # Samples are x_0 + sigma * noise, and divided by sqrt(1 + sigma^2) for the network. Which sigma comes next, in the
+    # middle of a second-order step or not, the scheduler knows best.
+    signal = scheduler.scale_model_input(torch.ones((), dtype=torch.float64), timestep)
+    return signal, (1 - signal**2).sqrt()
+
+
+def shift_prediction(
+    prediction: torch.Tensor, score: torch.Tensor, signal: torch.Tensor, std: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    r"""
+    The prediction of a network whose score, the gradient of log p(x_t), has `score` added to it (ADM, algorithm 2).
+
+    Args:
+        prediction (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Mean channels.
+        score (`torch.Tensor` of that shape): With respect to x_t = signal * x_0 + std * noise.
+        signal, std (`torch.Tensor` of shape `()`): sqrt(bar alpha_t) and sqrt(1 - bar alpha_t).
+        prediction_type (`str`): `"epsilon"`, `"sample"` (x_0) or `"v_prediction"`.
+    """
+    # The score is -epsilon / std. x_0 = (x_t - std * epsilon) / signal and v = signal * epsilon - std * x_0 follow.
+    if prediction_type == "epsilon":
+        return prediction - std * score
+    if prediction_type == "sample":
+        return prediction + std**2 / signal * score
+    return prediction - std / signal * score
+
+
+def map_text(text: TextConditioning, function: Callable[[torch.Tensor], torch.Tensor]) -> TextConditioning:
+    """`function` of each tensor that there is."""
+    return TextConditioning(*(None if tensor is None else function(tensor) for tensor in text))
+
+
+def join_texts(*texts: TextConditioning) -> TextConditioning:
+    """All in one batch, as long as the longest; a mask hides what is added to the others."""
+    length = max(text.hidden_states.shape[1] for text in texts)
+    is_masked = any(text.attention_mask is not None or text.hidden_states.shape[1] < length for text in texts)
+    states, masks, pooled = [], [], [text.pooled for text in texts if text.pooled is not None]
+    for text in texts:
+        missing = length - text.hidden_states.shape[1]
+        mask = text.attention_mask
+        if mask is None:
+            mask = torch.ones(text.hidden_states.shape[:2], dtype=torch.long, device=text.hidden_states.device)
+        states.append(F.pad(text.hidden_states, (0, 0, 0, missing)))
+        masks.append(F.pad(mask, (0, missing)))
+    return TextConditioning(
+        torch.cat(states), torch.cat(masks) if is_masked else None, torch.cat(pooled) if pooled else None
+    )
+
+
+class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    r"""
+    Draws images from an ablated diffusion model: by class, by prompt, by both or by neither, with classifier-free and
+    classifier guidance, in pixels or in the latents of an autoencoder.
+
+    LoRA weights of U-Net and text encoder come and go with `load_lora_weights`, `set_adapters`, `fuse_lora`,
+    `unfuse_lora` and `unload_lora_weights`, and are written with `save_lora_weights`.
+
+    Args:
+        unet (`AdaGNUNet2DModel`, [`UNet2DModel`] or [`UNet2DConditionModel`]): Predicts the noise, and with twice the
+            channels of its input a variance as well.
         scheduler ([`SchedulerMixin`]): `LearnedVarianceDDPMScheduler`, or a scheduler of diffusers made with
             `from_config` (docs/samplers.md compares them). Only the former and `DDPMScheduler` with
             `variance_type="learned_range"` use a learned variance; the others get the mean channels alone. One that
             has inherited a learned `variance_type` and would cut the channels itself is copied for each call, and so is
             `DPMSolverSDEScheduler`: `pipe.scheduler.timesteps` is then not what was stepped through.
-        vae, text_encoder, tokenizer, classifier: Not supported yet. Pass `None`.
+        vae ([`AutoencoderKL`], *optional*): Decodes the samples, which are then latents, to images.
+        text_encoder ([`~transformers.PreTrainedModel`], *optional*), tokenizer
+            ([`~transformers.PreTrainedTokenizerBase`], *optional*): Any text encoder of transformers (CLIP, T5, BERT
+            and their kin) for a U-Net with cross-attention. Prompts need both; without them, such a pipeline takes
+            `prompt_embeds`.
+        classifier (`AdaGNClassifierModel`, *optional*): Tells the class of a noisy sample, for classifier guidance. It
+            may steer an unconditional U-Net, too.
         id2label (`dict[int, str]`, *optional*): Names of the classes, saved with the pipeline.
 
     Raises:
-        ValueError: If `vae`, `text_encoder`, `tokenizer` or `classifier` is not `None`, just one of `unet` and
-            `scheduler` has a learned variance, or `scheduler` cannot reverse the process of such a network.
+        ValueError: If just one of `unet` and `scheduler` has a learned variance, `scheduler` cannot reverse the process
+            of such a network, or `vae`, `text_encoder` or `classifier` does not fit `unet`.
     """
 
-    model_cpu_offload_seq = "unet"
+    # The classifier is left out: it takes turns with the U-Net, so neither may send the other away.
+    model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "classifier"]
     _callback_tensor_inputs = ["latents"]
 
     # None of these has a default: with one, `DiffusionPipeline.from_pretrained(..., classifier=None)` would load the
-    # repository's classifier all the same. The class of the U-Net is added to the hints when the package is imported,
-    # because this file also has to work without it.
+    # repository's classifier all the same. Classes of this package are added to the hints when it is imported, because
+    # this file also has to work without it.
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        vae: ModelMixin | None,
+        vae: AutoencoderKL | None,
         text_encoder: torch.nn.Module | None,
         tokenizer: object | None,
         classifier: ModelMixin | None,
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
-        optional = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "classifier": classifier}
-        for name, component in optional.items():
-            if component is not None:
-                raise ValueError(
-                    f"`{name}` is a {type(component).__name__}, but `ADMPipeline` does not support a {name} yet. Pass "
-                    f"`{name}=None`."
-                )
-        self.register_modules(unet=unet, scheduler=scheduler, **optional)
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            classifier=classifier,
+        )
         if id2label is not None:
             id2label = {str(label): name for label, name in id2label.items()}  # as JSON gives them back
         self.register_to_config(id2label=id2label)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._check_components()
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
-        self._check_components()
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -128,9 +265,26 @@ class ADMPipeline(DiffusionPipeline):
         return None if names is None else {int(label): name for label, name in names.items()}
 
     @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of an image for one of a sample, along each side."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the U-Net has cross-attention."""
+        return cross_attention_width(self.unet.config) is not None
+
+    @property
     def guidance_scale(self) -> float:
-        """Strength of the classifier-free guidance in the latest call; 1.0 is off."""
+        """
+        Strength of the classifier-free guidance in the latest call; 1.0 is off. A callback may set it for the steps
+        that follow.
+        """
         return self._guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        self._guidance_scale = scale
 
     @property
     def num_timesteps(self) -> int:
@@ -142,23 +296,76 @@ class ADMPipeline(DiffusionPipeline):
         """A callback that sets `pipe._interrupt = True` ends the sampling after the current step."""
         return self._interrupt
 
+    def encode_prompt(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
+    ) -> tuple[TextConditioning, TextConditioning]:
+        r"""
+        Prompts and negative prompts, encoded in one run of the text encoder. Gradients flow unless they are off.
+
+        Args:
+            prompt (`str` or list of `str`): What to draw.
+            negative_prompt (`str` or list of `str`, *optional*): What to guide away from: one for all prompts, or one
+                for each. `None`: the empty prompt.
+
+        Returns:
+            `tuple` of two `TextConditioning`, one row a prompt: `.hidden_states`, `.attention_mask` and `.pooled`,
+            which `__call__` takes as `prompt_embeds`, `prompt_attention_mask` and `pooled_prompt_embeds` (the second
+            one's with `negative_` before).
+
+        Raises:
+            ValueError: Without a text encoder, or for another number of negative prompts than of prompts.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negative_prompt = "" if negative_prompt is None else negative_prompt
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("This pipeline has no text encoder and tokenizer. Load it with both.")
+        if len(negatives) != len(prompts):
+            raise ValueError(
+                f"`negative_prompt` holds {len(negatives)} prompts, but there are {len(prompts)} of `prompt`. Pass one "
+                "for all, or one for each."
+            )
+        pad_to_max = pads_to_max(self.text_encoder, self.unet.config)
+        unique = list(dict.fromkeys([*prompts, *negatives]))
+        input_ids, attention_mask = tokenize(
+            self.tokenizer,
+            unique,
+            max_length=max_prompt_length(self.tokenizer, self.text_encoder),
+            pad_to_max=pad_to_max,
+        )
+        device = self._execution_device
+        encoded = encode_tokens(
+            self.text_encoder, input_ids.to(device), attention_mask.to(device), pad_to_max=pad_to_max
+        )
+        rows, negative_rows = ([unique.index(text) for text in texts] for texts in (prompts, negatives))
+        return map_text(encoded, lambda x: x[rows]), map_text(encoded, lambda x: x[negative_rows])
+
     @torch.no_grad()
     def __call__(
         self,
-        *,
+        prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         batch_size: int = 1,
+        num_images_per_prompt: int = 1,
         num_inference_steps: int = DEFAULT_NUM_INFERENCE_STEPS,
         timestep_respacing: str | int | Sequence[int] | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
+        classifier_guidance_scale: float = 0.0,
+        negative_prompt: str | Sequence[str] | None = None,
         eta: float | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -168,37 +375,54 @@ class ADMPipeline(DiffusionPipeline):
         Draws a batch of images.
 
         Args:
+            prompt (`str` or list of `str`, *optional*): What to draw, for a model that reads text: one for all images,
+                or one for each. `None`: the empty prompt. What a text encoder is too short for is cut, with a warning.
             class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Classes to draw, by number or by
-                name (see `pipe.id2label`): one for all images, or one for each image, whose number is then that of the
-                images. `None`: the null class of a model that has one, no class for an unconditional model.
-            batch_size (`int`, defaults to 1): Number of images. Need not be given where `class_labels` holds one label
-                for each image; where both are given they must agree.
+                name (see `pipe.id2label`): one for all images, or one for each. `None`: the null class of a model that
+                has one, no class for an unconditional model. They are the classes of the classifier as well.
+            batch_size (`int`, defaults to 1): Number of different images. Need not be given where `prompt` or
+                `class_labels` holds one entry for each; all that are given must agree.
+            num_images_per_prompt (`int`, defaults to 1): How often each of these is drawn, one after the other.
             num_inference_steps (`int`, defaults to 50): Number of steps, chosen by the scheduler's `timestep_spacing`.
             timestep_respacing (`str`, `int` or list of `int`, *optional*): The published forms `"250"`, `"ddim50"`,
                 `"10,10,15"`, in place of `num_inference_steps`; with `LearnedVarianceDDPMScheduler`.
-            guidance_scale (`float`, defaults to 1.0): `uncond + guidance_scale * (cond - uncond)` takes the place of
-                the predicted mean; 1.0 is off. It needs `class_labels` and a model with a null class. The variance is
-                that of the conditional prediction.
+            guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: `uncond + guidance_scale * (cond -
+                uncond)` takes the place of the predicted mean; 1.0 is off. `uncond` is the prediction for the null
+                class, where the model has one, and the negative prompt, where it reads text; both are predicted in one
+                batch. The variance is that of the conditional prediction.
             guidance_rescale (`float`, defaults to 0.0): In [0, 1], for guided steps; pulls the standard deviation of
                 the guided prediction towards that of the conditional one.
             guidance_start, guidance_end (`float`, default to 0.0 and 1.0): Fractions of the steps between which
-                guidance acts. Step `i` of `n` is guided if `guidance_start <= i / n` and `(i + 1) / n <= guidance_end`.
+                both kinds of guidance act. Step `i` of `n` is guided if `guidance_start <= i / n` and `(i + 1) / n <=
+                guidance_end`.
+            classifier_guidance_scale (`float`, defaults to 0.0): Classifier guidance: s times the gradient g of the
+                classifier's log p(`class_labels` | x_t) steers each step; 0.0 is off and costs nothing. With
+                `LearnedVarianceDDPMScheduler`, ancestral steps add variance * s * g to their mean (ADM, algorithm 1)
+                and DDIM steps, like every other scheduler's, take s * g as a part of the score (algorithm 2).
+            negative_prompt (`str` or list of `str`, *optional*): What to guide away from: one for all prompts, or one
+                for each. `None`: the empty prompt. It acts where `guidance_scale` does.
             eta (`float`, *optional*): Noise of DDIM steps, from 0 (deterministic) to 1 (as much as DDPM). `None`:
                 ancestral steps with `LearnedVarianceDDPMScheduler`, the scheduler's own default elsewhere.
-            height, width (`int`, *optional*): Of the images, divisible by the total downsampling of the U-Net. `None`:
-                its `sample_size`.
+            height, width (`int`, *optional*): Of the images, in pixels, divisible by the total downsampling of U-Net
+                and `vae`. `None`: the U-Net's `sample_size`, times what the `vae` enlarges.
             generator (`torch.Generator` or list of them, *optional*): Source of all noise; with one for each image, an
                 image does not depend on the batch it is drawn in. Generators on the CPU give the same noise on every
                 device.
-            latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*): Standard normal
-                noise to start from instead of drawing it.
+            latents (`torch.Tensor` of shape `(number of images, in_channels, height, width)`, *optional*): Standard
+                normal noise to start from instead of drawing it; of the size of the samples, not of decoded images.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(number of prompts, length, width)`,
+                *optional*): Encoded prompts in place of `prompt` and `negative_prompt`; see `encode_prompt`.
+            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(number of prompts,
+                length)`, *optional*): 1 where cross-attention sees these states, 0 for padding. `None`: it sees all.
+            pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of shape `(number of prompts, width)`,
+                *optional*): One vector a prompt, for a U-Net with `addition_embed_type="text_embeds"`.
             output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"`: `(batch_size, height, width, channels)` in
                 [0, 1]; `"pt"`: `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: the last sample as it
-                is, about [-1, 1].
+                is, not decoded; about [-1, 1] for pixels.
             return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each step as `callback(pipe, step, timestep,
                 callback_kwargs)`; `latents` in the dictionary it returns replaces the sample. It may set
-                `pipe._guidance_scale` for the steps that follow, if there are `class_labels` and a null class.
+                `pipe.guidance_scale` for the steps that follow, if there is something to guide towards and away from.
             callback_on_step_end_tensor_inputs (sequence of `str`, defaults to `("latents",)`): What `callback_kwargs`
                 holds, out of `pipe._callback_tensor_inputs`.
 
@@ -214,32 +438,56 @@ class ADMPipeline(DiffusionPipeline):
         # 1. check
         default_height, default_width = self._default_size()
         height, width = default_height if height is None else height, default_width if width is None else width
-        class_labels, batch_size = self._prepare_class_labels(class_labels, batch_size)
+        class_labels = self._prepare_class_labels(class_labels)
+        num_prompts = self._number_of_prompts(prompt, prompt_embeds, class_labels, batch_size)
+        if class_labels is not None and class_labels.ndim == 0:
+            class_labels = class_labels.expand(num_prompts)
         self.check_inputs(
+            prompt=prompt,
             class_labels=class_labels,
-            batch_size=batch_size,
+            num_prompts=num_prompts,
+            num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             timestep_respacing=timestep_respacing,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             guidance_start=guidance_start,
             guidance_end=guidance_end,
+            classifier_guidance_scale=classifier_guidance_scale,
+            negative_prompt=negative_prompt,
             eta=eta,
             height=height,
             width=width,
             generator=generator,
             latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device
+        batch_size = num_prompts * num_images_per_prompt
         # A thousand roundings of the sample to bfloat16 would add up: whatever the dtype of the network, the sample and
         # the noise are float32 at least.
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
 
-        # 2. timesteps
+        # 2. encode
+        given = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
+        negative_given = TextConditioning(
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
+        )
+        text, negative_text = self._prepare_text(prompt, negative_prompt, given, negative_given, num_prompts)
+        if class_labels is not None:
+            class_labels = class_labels.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        conditional, both = self._conditions(class_labels, text, negative_text, num_images_per_prompt)
+
+        # 3. timesteps
         scheduler = self._scheduler_for_call(generator, batch_size)
         if timestep_respacing is not None:
             scheduler.set_timesteps(timestep_respacing=timestep_respacing, device=device)
@@ -257,41 +505,50 @@ class ADMPipeline(DiffusionPipeline):
             )
         self._num_timesteps = len(timesteps)
         step_kwargs = self._step_kwargs(scheduler, generator, eta)
+        steers, takes_gradient = classifier_guidance_scale != 0.0, self._takes_gradient(scheduler)
+        alphas_cumprod = scheduler.alphas_cumprod.to(device) if steers and not takes_gradient else None
 
-        # 3. noise
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        # 4. noise
+        channels = self.unet.config.in_channels
+        shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
 
-        # 4. classes; the null class goes first where guidance needs both
-        all_labels, null_class_id = None, self.unet.config.get("null_class_id")
-        if class_labels is not None:
-            class_labels = class_labels.to(device)
-            if null_class_id is not None:
-                all_labels = torch.cat([torch.full_like(class_labels, null_class_id), class_labels])
-
         # 5. denoise
-        channels = self.unet.config.in_channels
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     continue
                 started, ended = i / self._num_timesteps >= guidance_start, (i + 1) / self._num_timesteps > guidance_end
-                model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                is_guided = started and not ended
+                scaled_latents = scheduler.scale_model_input(latents, t)
+                model_input = scaled_latents.to(self.unet.dtype)
+
                 # A callback may have changed it, also from or to "off".
                 guidance_scale = self._guidance_scale
-                if guidance_scale != 1.0 and all_labels is not None and started and not ended:
-                    model_output = self.unet(torch.cat([model_input] * 2), t, class_labels=all_labels).sample
-                    uncond, cond = model_output.to(dtype).chunk(2)
+                if is_guided and guidance_scale != 1.0 and both is not None:
+                    uncond, cond = self.unet(torch.cat([model_input] * 2), t, **both).sample.to(dtype).chunk(2)
                     mean = guide(cond[:, :channels], uncond[:, :channels], guidance_scale, guidance_rescale)
                     model_output = torch.cat([mean, cond[:, channels:]], dim=1)
                 else:
-                    model_output = self.unet(model_input, t, class_labels=class_labels).sample.to(dtype)
+                    model_output = self.unet(model_input, t, **conditional).sample.to(dtype)
                 if not self._takes_variance(scheduler):
                     model_output = model_output[:, :channels]
 
-                latents = scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+                steering = {}
+                if is_guided and steers:
+                    gradient = log_probability_gradient(self.classifier, scaled_latents, t, class_labels)
+                    score = classifier_guidance_scale * gradient
+                    if takes_gradient:
+                        steering["guidance_gradient"] = score
+                    else:
+                        mean, variance = model_output[:, :channels], model_output[:, channels:]
+                        at = signal_and_std(scheduler, t, alphas_cumprod)
+                        mean = shift_prediction(mean, score, *at, scheduler.config.prediction_type)
+                        model_output = torch.cat([mean, variance], dim=1)
+
+                latents = scheduler.step(model_output, t, latents, **step_kwargs, **steering).prev_sample
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
@@ -300,6 +557,9 @@ class ADMPipeline(DiffusionPipeline):
                 progress_bar.update()
 
         # 6. decode
+        if self.vae is not None and output_type != "latent":
+            latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
+            latents = self.vae.decode(latents.to(self.vae.dtype)).sample
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -308,23 +568,34 @@ class ADMPipeline(DiffusionPipeline):
 
     def check_inputs(
         self,
+        *,
+        prompt: str | Sequence[str] | None,
         class_labels: torch.Tensor | None,
-        batch_size: int,
+        num_prompts: int,
+        num_images_per_prompt: int,
         num_inference_steps: int,
         timestep_respacing: str | int | Sequence[int] | None,
         guidance_scale: float,
         guidance_rescale: float,
         guidance_start: float,
         guidance_end: float,
+        classifier_guidance_scale: float,
+        negative_prompt: str | Sequence[str] | None,
         eta: float | None,
         height: int | None,
         width: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        negative_prompt_attention_mask: torch.Tensor | None,
+        pooled_prompt_embeds: torch.Tensor | None,
+        negative_pooled_prompt_embeds: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        """Raises a `ValueError` for what `__call__` could not do. `class_labels`: one for each image, or `None`."""
+        """Raises a `ValueError` for what `__call__` could not do. `class_labels`: one a prompt, or `None`."""
         self._check_components()
         config, scheduler = self.unet.config, type(self.scheduler).__name__
 
@@ -360,18 +631,44 @@ class ADMPipeline(DiffusionPipeline):
             if eta > 1 and scheduler == "TCDScheduler":
                 raise ValueError(f"`eta` is {eta}; a TCDScheduler takes 0 (deterministic) to 1 (all noise is new).")
 
+        # text
+        given = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
+        negative_given = TextConditioning(
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
+        )
+        self._check_text(prompt, given, num_prompts, "")
+        self._check_text(negative_prompt, negative_given, num_prompts, "negative_")
+        if self.reads_text and self.text_encoder is None and prompt_embeds is None:
+            raise ValueError(
+                "`prompt_embeds` are missing: this model reads text, but the pipeline has no text encoder. Pass them, "
+                "or load it with a text encoder and tokenizer."
+            )
+
         # guidance
         if guidance_scale != 1.0:
-            if config.get("null_class_id") is None:
+            null_class_id = config.get("null_class_id")
+            if null_class_id is None and not self.reads_text:
                 raise ValueError(
                     f"`guidance_scale` is {guidance_scale}, but this model has no null class (`null_class_id` in its "
-                    "config) to guide away from. Leave it at 1.0, or train a model with class dropout."
+                    "config) and reads no text, so there is nothing to guide away from. Leave it at 1.0, train a model "
+                    "with class dropout, or steer this one with a classifier (`classifier_guidance_scale`)."
                 )
-            if class_labels is None:
+            towards_class = class_labels is not None and null_class_id is not None
+            texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+            if not towards_class and all(text is None for text in texts):
+                missing = ["`class_labels`"] * (null_class_id is not None) + ["`prompt`"] * self.reads_text
                 raise ValueError(
-                    f"`guidance_scale` is {guidance_scale}, but there are no `class_labels` to guide towards. Pass "
-                    "them, or leave `guidance_scale` at 1.0."
+                    f"`guidance_scale` is {guidance_scale}, but there are no {' and no '.join(missing)} to guide "
+                    "towards. Pass them, or leave `guidance_scale` at 1.0."
                 )
+            if self.reads_text and self.text_encoder is None and negative_prompt_embeds is None:
+                raise ValueError(
+                    f"`guidance_scale` is {guidance_scale}, but there are no `negative_prompt_embeds` to guide away "
+                    "from, and the pipeline has no text encoder. Pass those of the empty prompt, or load it with a "
+                    "text encoder and tokenizer."
+                )
+        if classifier_guidance_scale != 0.0:
+            self._check_classifier_guidance(classifier_guidance_scale, class_labels, eta, height, width)
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` is {guidance_rescale}; it must lie in [0, 1].")
         if not 0 <= guidance_start <= guidance_end <= 1:
@@ -386,21 +683,25 @@ class ADMPipeline(DiffusionPipeline):
                 "This model's config has no `sample_size`, so the size of the images is unknown. Pass `height` and "
                 "`width`."
             )
-        factor = 2 ** (len(config.block_out_channels) - 1)
+        factor = self.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1)
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(
                 f"`height` and `width` are {height} and {width}; both must be positive and divisible by {factor}, the "
                 "total downsampling of this model."
             )
-        if isinstance(generator, list) and len(generator) != batch_size:
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; pass an integer of at least 1.")
+        num_images = num_prompts * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(
-                f"`generator` is a list of {len(generator)} for {batch_size} images. Pass one generator for each "
+                f"`generator` is a list of {len(generator)} for {num_images} images. Pass one generator for each "
                 "image, or a single one."
             )
-        shape = (batch_size, config.in_channels, height, width)
+        shape = (num_images, config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)}, but `batch_size`, `height` and `width` ask for {shape}."
+                f"`latents` has shape {tuple(latents.shape)}, but the number of images, `height` and `width` ask for "
+                f"{shape}."
             )
 
         # output
@@ -412,9 +713,160 @@ class ADMPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` holds {unknown}; it may hold {self._callback_tensor_inputs}."
             )
 
+    def _check_text(
+        self, prompt: str | Sequence[str] | None, given: TextConditioning, num_prompts: int, prefix: str
+    ) -> None:
+        """Raises a `ValueError` for prompts, or precomputed states of them, that the U-Net could not read."""
+        name, embeds_name = f"`{prefix}prompt`", f"`{prefix}prompt_embeds`"
+        if prompt is None and all(tensor is None for tensor in given):
+            return
+        if not self.reads_text:
+            raise ValueError(
+                f"{name if prompt is not None else embeds_name} was given, but this model reads no text: its U-Net has "
+                "no cross-attention. Leave it out."
+            )
+        if prompt is not None and given.hidden_states is not None:
+            raise ValueError(f"Both {name} and {embeds_name} were given. Pass one of them.")
+        if given.hidden_states is None and any(tensor is not None for tensor in given):
+            raise ValueError(
+                f"`{prefix}prompt_attention_mask` and `{prefix}pooled_prompt_embeds` belong to {embeds_name}, which is "
+                "missing. Pass it, or leave them out."
+            )
+        if prompt is not None:
+            texts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name} is {prompt!r}; pass a string, or a list of strings.")
+            if self.text_encoder is None:
+                raise ValueError(
+                    f"{name} was given, but the pipeline has no text encoder to read it. Pass {embeds_name}, or load "
+                    "the pipeline with a text encoder and tokenizer."
+                )
+            if not isinstance(prompt, str) and len(prompt) != num_prompts:
+                raise ValueError(
+                    f"{name} holds {len(prompt)} prompts for {num_prompts} of them. Pass one for all, or one for each."
+                )
+        else:
+            states, mask, pooled = given
+            width = cross_attention_width(self.unet.config)
+            if states.ndim != 3 or states.shape[0] != num_prompts or states.shape[2] != width:
+                raise ValueError(
+                    f"{embeds_name} has shape {tuple(states.shape)}; {num_prompts} prompts of this model have "
+                    f"({num_prompts}, length, {width})."
+                )
+            if mask is not None and mask.shape != states.shape[:2]:
+                raise ValueError(
+                    f"`{prefix}prompt_attention_mask` has shape {tuple(mask.shape)}, but {embeds_name} needs "
+                    f"{tuple(states.shape[:2])}."
+                )
+            if (self.unet.config.get("addition_embed_type") == "text_embeds") != (pooled is not None):
+                raise ValueError(
+                    f"`{prefix}pooled_prompt_embeds` go with {embeds_name} for a U-Net with "
+                    "`addition_embed_type='text_embeds'`, and with no other; this one has "
+                    f"{self.unet.config.get('addition_embed_type')!r}."
+                )
+
+    def _check_classifier_guidance(
+        self,
+        classifier_guidance_scale: float,
+        class_labels: torch.Tensor | None,
+        eta: float | None,
+        height: int | None,
+        width: int | None,
+    ) -> None:
+        """Raises a `ValueError` where no classifier could steer."""
+        given = f"`classifier_guidance_scale` is {classifier_guidance_scale}"
+        if self.classifier is None:
+            raise ValueError(
+                f"{given}, but this pipeline has no classifier. Leave it at 0.0, or make the pipeline with one "
+                "(training/train_classifier.py trains it)."
+            )
+        if class_labels is None:
+            raise ValueError(
+                f"{given}, but there are no `class_labels` to steer towards. Pass them, or leave it at 0.0."
+            )
+        if self.unet.config.get("class_embed_type") is not None:
+            raise ValueError(
+                f"{given}, but the `class_labels` of this U-Net are no class numbers (`class_embed_type="
+                f"{self.unet.config.class_embed_type!r}`). Leave it at 0.0."
+            )
+        num_classes, highest = self.classifier.config.num_classes, int(class_labels.max())
+        if highest >= num_classes:
+            raise ValueError(
+                f"{given}, but `class_labels` hold {highest}, and the classifier knows the classes 0 to "
+                f"{num_classes - 1}: nothing can be steered towards the null class."
+            )
+        sizes = [size // self.vae_scale_factor for size in (height, width) if size is not None]
+        expected = self.classifier.config.sample_size
+        expected = [expected, expected] if isinstance(expected, int) else list(expected)
+        if sizes and sizes != expected:
+            raise ValueError(
+                f"{given}, but the classifier was made for samples of {expected[0]} x {expected[1]}, and `height` and "
+                f"`width` ask for {' x '.join(map(str, sizes))}. Ask for its size, or leave it at 0.0."
+            )
+        is_ancestral = self._takes_gradient(self.scheduler) and eta is None
+        if self.scheduler.config.get("rescale_betas_zero_snr", False) and not is_ancestral:
+            raise ValueError(
+                f"{given}, but with `rescale_betas_zero_snr` x_T carries no signal, so a changed score gives no x_0 "
+                "there. Use ancestral steps of `LearnedVarianceDDPMScheduler` (`eta=None`)."
+            )
+
     def _check_components(self) -> None:
-        """Raises a `ValueError` for a scheduler that does not fit, or where just one of the two learned a variance."""
+        """Raises a `ValueError` for components that do not fit each other."""
         self._check_scheduler()
+        self._check_variance()
+        for name, (cls, keys) in NEEDED_OF_COMPONENTS.items():
+            component = getattr(self, name)
+            missing = [] if component is None else [key for key in keys if key not in component.config]
+            if missing:
+                raise ValueError(
+                    f"`{name}` is a {type(component).__name__}, whose config names no {', '.join(missing)}. Pass an "
+                    f"`{cls}`, or a model like it."
+                )
+        unet = self.unet.config
+        if self.vae is not None and self.vae.config.latent_channels != unet.in_channels:
+            raise ValueError(
+                f"`vae` has latents of {self.vae.config.latent_channels} channels, but `unet` has `in_channels="
+                f"{unet.in_channels}`. Take a U-Net that was trained on the latents of this autoencoder."
+            )
+        if self.text_encoder is not None:
+            check_text_encoder(self.text_encoder, self.tokenizer, unet)
+        if self.classifier is not None:
+            self._check_classifier()
+
+    def _check_classifier(self) -> None:
+        """Raises a `ValueError` for a classifier of other samples or classes than the U-Net's."""
+        unet, classifier = self.unet.config, self.classifier.config
+        if classifier.in_channels != unet.in_channels:
+            raise ValueError(
+                f"`classifier` has `in_channels={classifier.in_channels}`, but `unet` has `in_channels="
+                f"{unet.in_channels}`. Train the classifier on the samples of this U-Net."
+            )
+        sizes = [
+            tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+            for size in (classifier.sample_size, unet.sample_size)
+        ]
+        if unet.sample_size is not None and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`classifier` has `sample_size={classifier.sample_size}`, but `unet` has `sample_size="
+                f"{unet.sample_size}`. Train the classifier on samples of that size."
+            )
+        rows, null_class_id = unet.get("num_class_embeds"), unet.get("null_class_id")
+        if rows is None:
+            return
+        num_classes = rows - (null_class_id is not None)
+        if classifier.num_classes != num_classes:
+            raise ValueError(
+                f"`classifier` has `num_classes={classifier.num_classes}`, but `unet` has {num_classes} classes "
+                f"(`num_class_embeds={rows}`, `null_class_id={null_class_id}`). Train the classifier on these classes."
+            )
+        if null_class_id not in (None, num_classes):
+            raise ValueError(
+                f"`unet` has `null_class_id={null_class_id}`, but beside a `classifier` it must be the last one, "
+                f"{num_classes}: the others have the same numbers in both then."
+            )
+
+    def _check_variance(self) -> None:
+        """Raises a `ValueError` where just one of U-Net and scheduler has a learned variance."""
         config, scheduler = self.unet.config, type(self.scheduler).__name__
         variance_type = self.scheduler.config.get("variance_type")
         if config.out_channels not in (config.in_channels, 2 * config.in_channels):
@@ -493,6 +945,11 @@ class ADMPipeline(DiffusionPipeline):
             return scheduler.config.variance_type == "learned_range"
         return getattr(scheduler, "has_learned_variance", False)
 
+    @staticmethod
+    def _takes_gradient(scheduler: SchedulerMixin) -> bool:
+        """Whether `scheduler.step` steers by itself."""
+        return "guidance_gradient" in inspect.signature(scheduler.step).parameters
+
     def _scheduler_for_call(
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
     ) -> SchedulerMixin:
@@ -524,49 +981,44 @@ class ADMPipeline(DiffusionPipeline):
         return kwargs if eta is None else {**kwargs, "eta": eta}
 
     def _default_size(self) -> tuple[int | None, int | None]:
+        """In pixels."""
         sample_size = self.unet.config.sample_size
-        if sample_size is None or isinstance(sample_size, int):
-            return sample_size, sample_size
-        return tuple(sample_size)
+        if sample_size is None:
+            return None, None
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     def _prepare_class_labels(
-        self, class_labels: int | str | Sequence[int | str] | torch.Tensor | None, batch_size: int
-    ) -> tuple[torch.Tensor | None, int]:
-        """Checked labels, one for each image and where they came from (or `None`), and the number of images."""
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size!r}; pass an integer of at least 1.")
+        self, class_labels: int | str | Sequence[int | str] | torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Checked labels where they came from, one for all images (without dimensions) or one for each; or `None`."""
         config = self.unet.config
         embed_type, num_classes = config.get("class_embed_type"), config.get("num_class_embeds")
-        is_conditional = embed_type is not None or num_classes is not None
         if class_labels is None:
-            if is_conditional and config.get("null_class_id") is None:
+            if self._is_class_conditional and config.get("null_class_id") is None:
                 raise ValueError(
                     "`class_labels` are missing: this model is class-conditional and its config names no "
                     "`null_class_id`. Pass one label, or one for each image."
                 )
-            return None, batch_size
-        if not is_conditional:
-            raise ValueError(
-                f"`class_labels` is {class_labels}, but this model is unconditional. Leave them out, or use a model "
-                "with `num_class_embeds`."
-            )
+            return None
+        if not self._is_class_conditional:
+            if self.classifier is None:
+                raise ValueError(
+                    f"`class_labels` is {class_labels}, but this model is unconditional. Leave them out, use a model "
+                    "with `num_class_embeds`, or add a classifier that steers this one."
+                )
+            num_classes = self.classifier.config.num_classes
 
         if isinstance(class_labels, str):
             class_labels = self._label_number(class_labels)
         elif isinstance(class_labels, (list, tuple)):
             class_labels = [self._label_number(c) if isinstance(c, str) else c for c in class_labels]
         class_labels = torch.as_tensor(class_labels)
-        if class_labels.ndim == 0:
-            class_labels = class_labels.expand(batch_size)
-        if class_labels.ndim != (2 if embed_type == "identity" else 1) or len(class_labels) == 0:
+        is_embedding = embed_type in ("identity", "projection")
+        if class_labels.ndim not in ((2,) if is_embedding else (0, 1)) or class_labels.shape[:1] == (0,):
             raise ValueError(
                 f"`class_labels` has shape {tuple(class_labels.shape)}; pass one "
-                f"{'embedding' if embed_type == 'identity' else 'label'} for each image."
-            )
-        if batch_size not in (1, len(class_labels)):
-            raise ValueError(
-                f"`class_labels` holds {len(class_labels)} labels, but `batch_size` is {batch_size}. Leave "
-                "`batch_size` out to draw one image for each label, or pass an `int` to draw all images of one class."
+                f"{'embedding' if is_embedding else 'label'} for each image."
             )
         if embed_type is None:
             if class_labels.is_floating_point() or class_labels.dtype == torch.bool:
@@ -578,7 +1030,106 @@ class ADMPipeline(DiffusionPipeline):
                     f"`class_labels` reach from {low} to {high}; this model has the classes 0 to {num_classes - 1}."
                 )
             class_labels = class_labels.long()
-        return class_labels, len(class_labels)
+        return class_labels
+
+    @property
+    def _is_class_conditional(self) -> bool:
+        config = self.unet.config
+        return config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None
+
+    @staticmethod
+    def _number_of_prompts(
+        prompt: str | Sequence[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        class_labels: torch.Tensor | None,
+        batch_size: int,
+    ) -> int:
+        """How many different images all these ask for."""
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size!r}; pass an integer of at least 1.")
+        asked = []
+        if isinstance(prompt, (list, tuple)):
+            asked.append((len(prompt), f"`prompt` holds {len(prompt)} prompts"))
+        if prompt_embeds is not None:
+            asked.append((len(prompt_embeds), f"`prompt_embeds` holds {len(prompt_embeds)} prompts"))
+        if class_labels is not None and class_labels.ndim > 0:
+            asked.append((len(class_labels), f"`class_labels` holds {len(class_labels)} labels"))
+        if batch_size != 1 or not asked:
+            asked.append((batch_size, f"`batch_size` is {batch_size}"))
+        (number, first), *others = asked
+        for other_number, other in others:
+            if other_number != number:
+                raise ValueError(
+                    f"{first}, but {other}. Pass as many of each, or one for all images: a `prompt` that is a string, "
+                    "`class_labels` that are one `int`; and leave `batch_size` out where a list tells the number."
+                )
+        if number == 0:
+            raise ValueError(f"{first}; pass at least one.")
+        return number
+
+    def _prepare_text(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None,
+        given: TextConditioning,
+        negative_given: TextConditioning,
+        num_prompts: int,
+    ) -> tuple[TextConditioning | None, TextConditioning | None]:
+        """
+        Conditional and unconditional text, a row a prompt. The latter is `None` where it was not given, and the text
+        encoder would have to run for it alone without need.
+        """
+        if not self.reads_text:
+            return None, None
+        text = given if given.hidden_states is not None else None
+        negative_text = negative_given if negative_given.hidden_states is not None else None
+        wants_negative = self._guidance_scale != 1.0 or negative_prompt is not None
+        if text is None or (negative_text is None and wants_negative):
+            prompts = [prompt or ""] * num_prompts if prompt is None or isinstance(prompt, str) else prompt
+            encoded, negative_encoded = self.encode_prompt(prompts, negative_prompt)
+            text, negative_text = text or encoded, negative_text or negative_encoded
+        return text, negative_text
+
+    def _conditions(
+        self,
+        class_labels: torch.Tensor | None,
+        text: TextConditioning | None,
+        negative_text: TextConditioning | None,
+        num_images_per_prompt: int,
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """
+        Keyword arguments of the U-Net: for the conditional pass alone, and for both in one batch, the unconditional
+        one first; `None` where there is nothing to guide away from.
+        """
+        null_class_id = self.unet.config.get("null_class_id")
+        if not self._is_class_conditional:
+            class_labels = None  # they are the classifier's
+        conditional, both = {"class_labels": class_labels}, {"class_labels": None}
+        can_guide = class_labels is not None and null_class_id is not None
+        if class_labels is not None:
+            null_labels = class_labels if null_class_id is None else torch.full_like(class_labels, null_class_id)
+            both["class_labels"] = torch.cat([null_labels, class_labels])
+        if text is not None:
+            text = self._text_for_unet(text, num_images_per_prompt)
+            conditional |= text_model_kwargs(text, self.unet.config)
+            can_guide = negative_text is not None
+            if negative_text is not None:
+                lengths = [states.shape[1] for states in (text.hidden_states, negative_text.hidden_states)]
+                if self.unet.config.get("addition_embed_type") == "text" and lengths[0] != lengths[1]:
+                    raise ValueError(
+                        f"`prompt_embeds` and `negative_prompt_embeds` have {lengths[0]} and {lengths[1]} states. This "
+                        "U-Net pools them, padding included, so they must be equally many. Encode both with "
+                        "`encode_prompt`."
+                    )
+                negative_text = self._text_for_unet(negative_text, num_images_per_prompt)
+                both |= text_model_kwargs(join_texts(negative_text, text), self.unet.config)
+        return conditional, both if can_guide else None
+
+    def _text_for_unet(self, text: TextConditioning, num_images_per_prompt: int) -> TextConditioning:
+        """On the device and in the dtype of the U-Net, a row an image."""
+        device, dtype = self._execution_device, self.unet.dtype
+        text = map_text(text, lambda x: x.to(device, dtype if x.is_floating_point() else None))
+        return map_text(text, lambda x: x.repeat_interleave(num_images_per_prompt, dim=0))
 
     def _label_number(self, name: str) -> int:
         numbers = {known: label for label, known in (self.id2label or {}).items()}

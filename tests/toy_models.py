@@ -1,7 +1,18 @@
 """Real networks of toy size, filled with random numbers: as constructed they predict 0, and no test could fail."""
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel
 
@@ -29,6 +40,25 @@ TOY_CLASSIFIER_CONFIG = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
+# Both kinds of cross-attention; text states are `TEXT_WIDTH` wide.
+TEXT_WIDTH = 16
+TEXT_CONFIGS = {
+    "transformer": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 2,
+        "cross_attention_dim": TEXT_WIDTH,
+    },
+    "added_kv": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "cross_attention_dim": TEXT_WIDTH,
+    },
+}
+WORDS = ("a", "the", "red", "green", "cat", "dog", "on", "mat", "with", "hat")
+MAX_PROMPT_LENGTH = 12
 
 
 def fill_randomly(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -37,7 +67,7 @@ def fill_randomly(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            parameter.data = 0.1 * noise + ("norm" in name and name.endswith("weight"))
+            parameter.data = 0.1 * noise + ("norm" in name.lower() and name.endswith("weight"))
         elif "class_embedding" in name:
             parameter.data = noise
         else:
@@ -55,3 +85,53 @@ def random_classifier(seed: int = 0, **config) -> AdaGNClassifierModel:
 
 def random_diffusers_unet(seed: int = 0, **config) -> UNet2DModel:
     return fill_randomly(UNet2DModel(**{**TOY_CONFIG, **config}), seed)
+
+
+def random_text_unet(kind: str = "transformer", seed: int = 0, **config) -> AdaGNUNet2DModel:
+    return random_unet(seed, **{**TEXT_CONFIGS[kind], **config})
+
+
+def random_diffusers_text_unet(kind: str = "transformer", seed: int = 0, **config) -> UNet2DConditionModel:
+    config = {**TOY_CONFIG, **TEXT_CONFIGS[kind], **config}
+    del config["attn_norm_num_groups"]
+    return fill_randomly(UNet2DConditionModel(**config), seed)
+
+
+def toy_tokenizer(kind: str = "clip", max_length: int = MAX_PROMPT_LENGTH) -> PreTrainedTokenizerFast:
+    """One token a word of `WORDS`, between the special tokens of CLIP, BERT or T5."""
+    before, after, padding = {
+        "clip": ("<start>", "<end>", "<end>"),
+        "bert": ("[CLS]", "[SEP]", "[PAD]"),
+        "t5": (None, "</s>", "<pad>"),
+    }[kind]
+    special = [token for token in dict.fromkeys((padding, before, after, "<unknown>")) if token]
+    vocabulary = {token: number for number, token in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A {after}" if before else f"$A {after}",
+        special_tokens=[(token, vocabulary[token]) for token in (before, after) if token],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        pad_token=padding,
+        bos_token=before,
+        eos_token=after,
+        unk_token="<unknown>",
+    )
+
+
+def random_text_encoder(kind: str = "clip", seed: int = 0, width: int = TEXT_WIDTH) -> PreTrainedModel:
+    """For `toy_tokenizer(kind)`: states that depend on every token they see."""
+    size = len(toy_tokenizer(kind))
+    common = {"vocab_size": size, "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
+    common |= {"num_hidden_layers": 2, "max_position_embeddings": MAX_PROMPT_LENGTH}
+    if kind == "clip":
+        model = CLIPTextModel(CLIPTextConfig(**common, bos_token_id=1, eos_token_id=0, pad_token_id=0))
+    elif kind == "bert":
+        model = BertModel(BertConfig(**common))
+    else:
+        config = T5Config(vocab_size=size, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2)
+        model = T5EncoderModel(config)
+    return fill_randomly(model, seed)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """
-Trains an ablated diffusion model with a learned variance, from scratch or from a pretrained one.
+Trains an ablated diffusion model with a learned variance, from scratch or from a pretrained one: unconditional, by
+class, by caption, or both; all of its weights, or a low-rank adapter beside them.
 
     accelerate launch training/train_adm.py --config training/configs/emoji_32.yaml --output_dir runs/emoji
 
@@ -12,89 +13,89 @@ line; `--help` lists them.
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
-import logging
 import math
 import os
-import sys
-import time
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-import transformers
-import yaml
-from accelerate import Accelerator, skip_first_batches
+from accelerate import skip_first_batches
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
-from tqdm.auto import tqdm
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.text_encoding import check_text_encoder, cross_attention_width, pads_to_max, text_model_kwargs
 from diffusers_adm.training import (
+    CaptionEmbeddings,
+    CaptionTokens,
+    DataArguments,
+    DiffusionArguments,
     EpochShuffleSampler,
     ImageDataset,
     LossMetrics,
     LossSecondMomentTimestepSampler,
-    MetricsHistory,
+    TrainingLog,
     TrainingProgress,
     UniformTimestepSampler,
+    add_lora,
+    arg,
+    build_ema,
+    build_lr_scheduler,
+    build_optimizer,
+    build_text_encoder,
+    check_at_least,
     check_batch_fits,
+    check_config_keys,
     check_images,
     check_objective,
-    delete_checkpoints,
-    ema_weights,
-    find_latest_checkpoint,
+    checkpoint_adapter_alone,
+    choose_resolution,
+    drop_captions,
+    encode_captions,
+    evaluation_weights,
+    freeze_unused_parameters,
     from_subfolder_or_root,
     labelled_grid,
     load_image_dataset,
+    load_model_config,
+    load_noise_scheduler,
+    load_text_encoder,
+    load_tokenizer,
     parse_args,
     plot_loss_curves,
+    prepare_output_dir,
     reading,
     resume_checkpoint,
     save_checkpoint,
+    save_lora,
     seed_step,
+    start_accelerator,
+    stored_conditioning,
     training_losses,
 )
+from diffusers_adm.training import ModelArguments as BaseModelArguments
+from diffusers_adm.training import TrainingArguments as BaseTrainingArguments
 
 
 logger = get_logger("train_adm")
 
 TIMESTEP_SAMPLERS = {"uniform": UniformTimestepSampler, "loss-second-moment": LossSecondMomentTimestepSampler}
-
-
-def arg(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
-def check_at_least(arguments: object, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"`{name}` is {value}; it must be at least {minimum}.")
+DEFAULT_VALIDATION_PROMPTS = 4
 
 
 @dataclass
-class ModelArguments:
-    pretrained_model_name_or_path: str | None = arg(
-        None, "Fine-tune: a pipeline on the Hub or in a folder, of which `unet` and `scheduler` are read."
-    )
-    revision: str | None = arg(None, "Of the pretrained pipeline: a branch, a tag or a commit.")
-    variant: str | None = arg(None, "Of the pretrained weights, e.g. fp16.")
-    model_config_name_or_path: str | None = arg(
-        None, "From scratch: the config of the U-Net (a JSON file, or a folder or Hub repository that holds one)."
-    )
+class ModelArguments(BaseModelArguments):
+    """
+    `pretrained_model_name_or_path` names a pipeline, of which `unet` and `scheduler` are read, and with captions also
+    `text_encoder` and `tokenizer`.
+    """
+
     class_dropout_prob: float = arg(
         0.1, "Share of the labels replaced by the null class, so that the model can be guided without a classifier."
     )
-    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass to save memory.")
-    channels_last: bool = arg(False, "Keep weights and images in channels-last memory format.")
 
     def __post_init__(self):
         if not 0 <= self.class_dropout_prob <= 1:
@@ -102,127 +103,85 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    dataset_name: str | None = arg(None, "A dataset on the Hub, or the path of a local copy.")
-    dataset_config_name: str | None = arg(None, "Its configuration.")
-    train_data_dir: str | None = arg(None, "A folder of images; the names of its subfolders are the labels.")
-    data_files: list[str] | None = arg(None, "Parquet files.")
-    split: str = arg("train", "The split to train on.")
-    image_column: str = arg("image", "The column of the images.")
-    label_column: str | None = arg(None, "The column of the labels; none: train without classes.")
-    cache_dir: str | None = arg(None, "Where datasets and pretrained models are cached.")
-    max_train_samples: int | None = arg(None, "Train on a random subset of this size.")
-    resolution: int | None = arg(None, "Pixels; none: the `sample_size` of the model.")
-    center_crop: bool = arg(False, "Crop at the centre instead of at random.")
-    random_flip: bool = arg(False, "Mirror half of the images. Not for text, flags or anatomy.")
-    min_image_size: int | None = arg(None, "Leave out images whose shorter side is below; none: half the resolution.")
-    dataloader_num_workers: int = arg(0, "Processes that load images; 0: the training process itself.")
-    image_check_num_proc: int | None = arg(None, "Processes that check the images before training.")
+class TextArguments:
+    caption_column: str | None = arg(None, "The column of the captions; none: train without text.")
+    text_encoder_name_or_path: str | None = arg(
+        None, "A text encoder of transformers (CLIP, T5, BERT, ...) on the Hub or in a folder, or a pipeline's."
+    )
+    tokenizer_name_or_path: str | None = arg(None, "Its tokenizer; none: that of the same repository.")
+    text_encoder_config_name_or_path: str | None = arg(
+        None, "A JSON file with `model_type` and sizes, for a text encoder that is trained from scratch."
+    )
+    train_text_encoder: bool = arg(False, "Train the text encoder together with the U-Net.")
+    caption_dropout_prob: float = arg(
+        0.1, "Share of the captions replaced by the empty one, so that the model can be guided; independent of classes."
+    )
+    precompute_text_embeddings: bool = arg(
+        False, "Encode each distinct caption once, before training, and keep the result on disk."
+    )
+    validation_prompts: list[str] | None = arg(None, "The prompts of a grid; none: the first captions of the data.")
 
     def __post_init__(self):
-        check_at_least(self, 1, "resolution", "image_check_num_proc")
-        check_at_least(self, 0, "min_image_size", "dataloader_num_workers")
+        if not 0 <= self.caption_dropout_prob <= 1:
+            raise ValueError(f"`caption_dropout_prob` is {self.caption_dropout_prob}; it must lie in [0, 1].")
+        if self.caption_column is None:
+            needing = ("text_encoder_name_or_path", "tokenizer_name_or_path", "text_encoder_config_name_or_path")
+            needing += ("train_text_encoder", "precompute_text_embeddings", "validation_prompts")
+            for name in needing:
+                if getattr(self, name):
+                    raise ValueError(f"`{name}` was given without a `caption_column`. Name the column of the captions.")
+        if self.text_encoder_config_name_or_path is not None:
+            if self.text_encoder_name_or_path is not None:
+                raise ValueError("Pass either `text_encoder_name_or_path` or `text_encoder_config_name_or_path`.")
+            if self.tokenizer_name_or_path is None:
+                raise ValueError(
+                    "`text_encoder_config_name_or_path` builds a text encoder from scratch, for which there is no "
+                    "tokenizer. Pass `tokenizer_name_or_path`; `python -m diffusers_adm.training.tokenizer` makes one."
+                )
+            if not self.train_text_encoder:
+                raise ValueError(
+                    "`text_encoder_config_name_or_path` gives a text encoder random weights. Pass "
+                    "`--train_text_encoder`, or name a trained one with `text_encoder_name_or_path`."
+                )
+        if self.precompute_text_embeddings and self.train_text_encoder:
+            raise ValueError(
+                "`precompute_text_embeddings` and `train_text_encoder` exclude each other: the embeddings change while "
+                "their encoder is trained. Drop one."
+            )
 
 
 @dataclass
-class DiffusionArguments:
-    """None: what the pretrained scheduler says, or the default in parentheses."""
-
-    ddpm_num_steps: int | None = arg(None, "Length of the noising chain (1000).")
-    ddpm_beta_schedule: (
-        Literal["linear", "scaled_linear", "quadratic", "cosine", "squaredcos_cap_v2", "sigmoid"] | None
-    ) = arg(None, "How the noise grows (linear); cosine and squaredcos_cap_v2 are the same.")
-    beta_start: float | None = arg(None, "First beta (0.0001).")
-    beta_end: float | None = arg(None, "Last beta (0.02).")
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = arg(None, "What is predicted (epsilon).")
-    variance_type: Literal["learned_range", "learned_log", "fixed_small", "fixed_large"] | None = arg(
-        None, "The variance of a reverse step (learned_range)."
-    )
-    objective: Literal["simple", "hybrid", "hybrid_unscaled", "vlb"] = arg(
-        "hybrid", "The loss: simple (squared error), hybrid (with the bound, for the variance), or vlb (the bound)."
-    )
-    snr_gamma: float | None = arg(None, "Min-SNR weighting of the squared error; 5.0 is usual.")
-    timestep_sampler: Literal["uniform", "loss-second-moment"] = arg(
-        "uniform", "How timesteps are drawn; loss-second-moment is meant for vlb."
+class LoraArguments:
+    lora_rank: int | None = arg(None, "Train an adapter of this rank (4 to 64) instead of the weights.")
+    lora_alpha: float | None = arg(None, "The adapter counts `lora_alpha / lora_rank`-fold; none: once.")
+    lora_target_modules: list[str] | None = arg(
+        None, "Layers to adapt, e.g. to_q to_v conv1 time_emb_proj; none: the projections of attention."
     )
 
     def __post_init__(self):
-        check_at_least(self, 1, "ddpm_num_steps")
+        check_at_least(self, 1, "lora_rank")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
+            raise ValueError("`lora_alpha` and `lora_target_modules` need a `lora_rank`. Pass it, e.g. 8.")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"`lora_alpha` is {self.lora_alpha}; it must be positive.")
 
 
 @dataclass
-class TrainingArguments:
-    output_dir: str = arg("adm-model", "Where the pipeline, checkpoints, curves and grids go.")
-    seed: int = arg(0, "Of everything random.")
-    train_batch_size: int = arg(16, "Images per process and forward pass.")
-    num_train_epochs: int = arg(100, "Passes over the images, unless `max_train_steps` is given.")
-    max_train_steps: int | None = arg(None, "Optimizer steps.")
-    gradient_accumulation_steps: int = arg(1, "Forward passes per optimizer step.")
-    learning_rate: float = arg(1e-4, "After warm-up.")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = arg(
-        "constant_with_warmup", "How the learning rate changes."
-    )
-    lr_warmup_steps: int = arg(500, "Optimizer steps of warm-up.")
-    adam_beta1: float = arg(0.9, "Of AdamW.")
-    adam_beta2: float = arg(0.999, "Of AdamW.")
-    adam_weight_decay: float = arg(0.0, "Of AdamW.")
-    adam_epsilon: float = arg(1e-8, "Of AdamW.")
-    max_grad_norm: float = arg(1.0, "Gradients are scaled down to this norm.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "None: as configured for Accelerate.")
-    allow_tf32: bool = arg(False, "Let float32 matrix products run in TF32, as PyTorch's convolutions do anyway.")
-    use_ema: bool = arg(True, "Keep an exponential moving average of the weights; samples and the result use it.")
-    ema_max_decay: float = arg(0.9999, "The decay that the average warms up to.")
-    ema_inv_gamma: float = arg(1.0, "Of the warm-up, decay = 1 - (1 + step / inv_gamma) ** -power.")
-    ema_power: float = arg(3 / 4, "Of the warm-up.")
-    checkpointing_steps: int = arg(1000, "Optimizer steps between checkpoints.")
-    checkpoints_total_limit: int | None = arg(None, "Keep this many; none: all.")
-    resume_from_checkpoint: str | None = arg(None, "`latest`, or a checkpoint folder.")
-    overwrite_output_dir: bool = arg(False, "Start anew where another run left checkpoints, and delete those.")
-    logging_steps: int = arg(20, "Optimizer steps between rows of the curves.")
-    logging_dir: str = arg("logs", "For TensorBoard, below `output_dir`.")
-    report_to: Literal["tensorboard", "none"] = arg("tensorboard", "Where curves and grids go beside the PNG files.")
+class TrainingArguments(BaseTrainingArguments):
     validation_steps: int | None = arg(None, "Optimizer steps between sample grids; none: only at the end.")
-    num_validation_images: int = arg(16, "Images in a grid; with classes they go through the labels.")
+    num_validation_images: int = arg(16, "Images in a grid; they go through the prompts, or else the classes.")
     validation_num_inference_steps: int = arg(50, "Sampling steps of a grid.")
     validation_guidance_scale: float = arg(1.0, "Classifier-free guidance of a grid; 1 is off.")
 
     def __post_init__(self):
-        check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
-        check_at_least(self, 1, "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps")
+        super().__post_init__()
         check_at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
-        check_at_least(self, 0, "lr_warmup_steps")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive.")
-        if not 0 <= self.ema_max_decay < 1:
-            raise ValueError(f"`ema_max_decay` is {self.ema_max_decay}; it must lie in [0, 1).")
 
 
 def build_scheduler(
     model_args: ModelArguments, data_args: DataArguments, diffusion_args: DiffusionArguments
 ) -> LearnedVarianceDDPMScheduler:
-    arguments = {
-        "num_train_timesteps": diffusion_args.ddpm_num_steps,
-        "beta_schedule": diffusion_args.ddpm_beta_schedule,
-        "beta_start": diffusion_args.beta_start,
-        "beta_end": diffusion_args.beta_end,
-        "prediction_type": diffusion_args.prediction_type,
-        "variance_type": diffusion_args.variance_type,
-    }
-    given = {name: value for name, value in arguments.items() if value is not None}
-    pretrained = model_args.pretrained_model_name_or_path
-    if pretrained is None:
-        scheduler = LearnedVarianceDDPMScheduler(**given)
-    else:
-        with reading("pretrained_model_name_or_path", pretrained):
-            scheduler = from_subfolder_or_root(
-                LearnedVarianceDDPMScheduler.from_pretrained,
-                pretrained,
-                "scheduler",
-                revision=model_args.revision,
-                cache_dir=data_args.cache_dir,
-                **given,
-            )
+    scheduler = load_noise_scheduler(model_args, data_args, diffusion_args)
     check_objective(scheduler, diffusion_args.objective, diffusion_args.snr_gamma)
     if scheduler.has_learned_variance and diffusion_args.objective == "simple":
         logger.warning("`objective` simple does not train the variance; pass hybrid, or `variance_type` fixed_small.")
@@ -233,33 +192,15 @@ def load_unet_config(
     model_args: ModelArguments, data_args: DataArguments, scheduler: LearnedVarianceDDPMScheduler
 ) -> dict[str, Any]:
     """The config of the network, read before any data, since it may not fit the scheduler."""
-    pretrained, from_scratch = model_args.pretrained_model_name_or_path, model_args.model_config_name_or_path
-    if pretrained is not None:
-        with reading("pretrained_model_name_or_path", pretrained):
-            config = from_subfolder_or_root(
-                AdaGNUNet2DModel.load_config,
-                pretrained,
-                "unet",
-                revision=model_args.revision,
-                cache_dir=data_args.cache_dir,
-            )
-    else:
-        with reading("model_config_name_or_path", from_scratch):
-            if os.path.isfile(from_scratch):
-                config = AdaGNUNet2DModel.load_config(from_scratch)
-            else:
-                load = AdaGNUNet2DModel.load_config
-                config = from_subfolder_or_root(load, from_scratch, "unet", cache_dir=data_args.cache_dir)
+    config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
+    if model_args.pretrained_model_name_or_path is None:
+        source = model_args.model_config_name_or_path
         if config.get("_class_name") == "AdaGNClassifierModel":
-            raise ValueError(f"{from_scratch} is the config of a classifier; this script trains U-Nets.")
-        known = list(inspect.signature(AdaGNUNet2DModel.__init__).parameters)
-        for key in config:
-            if key not in known and not key.startswith("_"):  # diffusers would pass over it
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f" Did you mean `{close[0]}`?" if close else ""
-                raise ValueError(f"The config {from_scratch} holds {key!r}, which `AdaGNUNet2DModel` has not.{hint}")
-    # Defaults of the constructor, for a config written by hand that leaves them out.
-    in_channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
+            raise ValueError(f"{source} is the config of a classifier; this script trains U-Nets.")
+        check_config_keys(config, AdaGNUNet2DModel, source)
+    # For a config written by hand that leaves them out; with cross-attention it is read as `UNet2DConditionModel`'s.
+    default = 3 if cross_attention_width(config) is None else 4
+    in_channels, out_channels = config.get("in_channels", default), config.get("out_channels", default)
     if in_channels != 3:
         raise ValueError(
             f"The U-Net takes {in_channels} channels; this script trains on RGB images: 3. (Upsamplers, with 6, it "
@@ -323,6 +264,76 @@ def build_unet(
     return unet
 
 
+def load_text(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    text_args: TextArguments,
+    unet_config: Mapping[str, Any],
+    seed: int,
+) -> tuple[torch.nn.Module | None, Any | None]:
+    """Text encoder and tokenizer, or two None without captions; refuses what does not fit the U-Net."""
+    width, column = cross_attention_width(unet_config), text_args.caption_column
+    if column is None:
+        if width is not None:
+            raise ValueError(
+                "The U-Net has cross-attention, so it needs captions, but no `caption_column` was named. Name it, or "
+                "take a U-Net without `CrossAttn` in its block types."
+            )
+        return None, None
+    if width is None:
+        raise ValueError(
+            f"`caption_column` is {column!r}, but the U-Net has no cross-attention that could read captions. Take "
+            "block types such as `SimpleCrossAttnDownBlock2D` or `CrossAttnDownBlock2D`, or leave `caption_column` out."
+        )
+    argument, source = "text_encoder_name_or_path", text_args.text_encoder_name_or_path
+    hub = {"cache_dir": data_args.cache_dir}
+    if source is None and text_args.text_encoder_config_name_or_path is None:
+        argument, source = "pretrained_model_name_or_path", model_args.pretrained_model_name_or_path
+        hub["revision"] = model_args.revision
+        if source is None:
+            raise ValueError(
+                f"`caption_column` is {column!r}, but no text encoder was named. Pass `text_encoder_name_or_path`, or "
+                "`text_encoder_config_name_or_path` and `tokenizer_name_or_path` to train one from scratch."
+            )
+    if text_args.tokenizer_name_or_path is not None:
+        name = text_args.tokenizer_name_or_path
+        tokenizer = load_tokenizer("tokenizer_name_or_path", name, cache_dir=data_args.cache_dir)
+    else:
+        tokenizer = load_tokenizer(argument, source, **hub)
+    if source is None:
+        text_encoder = build_text_encoder(text_args.text_encoder_config_name_or_path, tokenizer, seed)
+    else:
+        if argument == "pretrained_model_name_or_path":
+            hub["variant"] = model_args.variant
+        text_encoder = load_text_encoder(argument, source, trained=text_args.train_text_encoder, **hub)
+    check_text_encoder(text_encoder, tokenizer, unet_config)
+    return text_encoder, tokenizer
+
+
+def choose_prompts(
+    text_args: TextArguments, images: datasets.Dataset, null_class_id: int | None
+) -> list[tuple[str, int | None]]:
+    """What grids show: prompts, each with the class of the first image of that caption, or else the null class."""
+    captions = images["caption"][:]
+    labels = images["label"][:] if "label" in images.column_names else None
+    first = {caption: index for index, caption in reversed(list(enumerate(captions)))}
+    prompts = text_args.validation_prompts
+    if prompts is None:
+        prompts = [caption for caption in dict.fromkeys(captions) if caption][:DEFAULT_VALIDATION_PROMPTS]
+    chosen = []
+    for prompt in prompts:
+        label = None
+        if labels is not None:
+            label = labels[first[prompt]] if prompt in first and labels[first[prompt]] >= 0 else null_class_id
+            if label is None:
+                raise ValueError(
+                    f"`validation_prompts` holds {prompt!r}, which is no caption of the data, so its class is unknown, "
+                    "and the U-Net has no null class. Choose among the captions."
+                )
+        chosen.append((prompt, label))
+    return chosen
+
+
 def warn_of_other_classes(model_args: ModelArguments, data_args: DataArguments, id2label: dict[int, str]) -> None:
     """One class folder less moves the numbers of those that follow: each would be trained as its neighbour."""
     with contextlib.suppress(OSError):  # a folder without `model_index.json` names no classes
@@ -344,80 +355,66 @@ def sample_grid(
     scheduler: LearnedVarianceDDPMScheduler,
     id2label: dict[int, str] | None,
     training_args: TrainingArguments,
+    text_encoder: torch.nn.Module | None = None,
+    tokenizer: Any | None = None,
+    prompts: list[tuple[str, int | None]] | None = None,
 ) -> Image.Image:
-    """Validation images from fixed noise, so that grids of different steps can be compared. One row per class."""
+    """
+    Validation images from fixed noise, so that grids of different steps can be compared. One row per prompt (with its
+    class, if the model has classes), or else per class.
+    """
     total = training_args.num_validation_images
-    classes = sorted(id2label)[:total] if id2label is not None else None
-    rows = len(classes) if classes else math.ceil(math.sqrt(total))
+    if prompts is not None:
+        conditions, row_labels = prompts[:total], [prompt for prompt, _ in prompts[:total]]
+    elif id2label is not None:
+        conditions = [(None, label) for label in sorted(id2label)[:total]]
+        row_labels = [id2label[label] for _, label in conditions]
+    else:
+        conditions, row_labels = [(None, None)], None
+    rows = len(conditions) if row_labels else math.ceil(math.sqrt(total))
     cols = math.ceil(total / rows)
+    drawn = [condition for condition in conditions for _ in range(cols if row_labels else total)][:total]
     pipeline = ADMPipeline(
         unet=unet,
         # A copy: sampling chooses timesteps, and a component that is shared with training must not change.
         scheduler=LearnedVarianceDDPMScheduler.from_config(scheduler.config),
         vae=None,
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
         classifier=None,
     )
     pipeline.set_progress_bar_config(disable=True)
-    labels = [label for label in classes for _ in range(cols)][:total] if classes else None
     images = []
     for start in range(0, total, training_args.train_batch_size):
-        count = min(training_args.train_batch_size, total - start)
+        batch = drawn[start : start + training_args.train_batch_size]
+        condition = {}
+        for name, values in zip(("prompt", "class_labels"), zip(*batch, strict=True), strict=True):
+            if values[0] is not None:
+                condition[name] = list(values)
         images += pipeline(
-            class_labels=labels[start : start + count] if labels else None,
-            batch_size=count,
+            **condition or {"batch_size": len(batch)},
             num_inference_steps=training_args.validation_num_inference_steps,
-            guidance_scale=training_args.validation_guidance_scale if labels else 1.0,
-            generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(count)],
+            guidance_scale=training_args.validation_guidance_scale if condition else 1.0,
+            generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
         ).images
-    row_labels = [id2label[label] for label in classes] if classes else None
     return labelled_grid(images, rows, cols, row_labels=row_labels, scale=max(1, 64 // images[0].width))
 
 
 def main(argv: list[str] | None = None) -> None:
-    types = (ModelArguments, DataArguments, DiffusionArguments, TrainingArguments)
-    model_args, data_args, diffusion_args, training_args = parse_args(types, argv, description=__doc__)
-    if (model_args.pretrained_model_name_or_path is None) == (model_args.model_config_name_or_path is None):
-        raise ValueError(
-            "Pass either `--model_config_name_or_path` (from scratch) or `--pretrained_model_name_or_path` (fine-tune)."
-        )
+    types = (ModelArguments, DataArguments, DiffusionArguments, TrainingArguments, TextArguments, LoraArguments)
+    all_args = parse_args(types, argv, description=__doc__)
+    model_args, data_args, diffusion_args, training_args, text_args, lora_args = all_args
+    model_args.check_source()
+    if lora_args.lora_rank is not None:
+        if model_args.pretrained_model_name_or_path is None:
+            raise ValueError("`lora_rank` adapts a trained model. Name it with `--pretrained_model_name_or_path`.")
+        if text_args.train_text_encoder:
+            raise ValueError("`lora_rank` adapts the U-Net alone. Drop `train_text_encoder`, or train all weights.")
     output_dir = training_args.output_dir
 
     # 1. processes, logging, trackers
-    accelerator = Accelerator(
-        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
-        cpu=not torch.accelerator.is_available(),
-        gradient_accumulation_steps=training_args.gradient_accumulation_steps,
-        mixed_precision=training_args.mixed_precision,
-        log_with=None if training_args.report_to == "none" else training_args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=output_dir, logging_dir=os.path.join(output_dir, training_args.logging_dir)
-        ),
-        # The others wait while the main process checks the images or draws a grid; NCCL would give up after 10 minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
-    )
-    if accelerator.is_main_process:  # not of the libraries, which report each file of a checkpoint and each download
-        for name in ("train_adm", "diffusers_adm"):
-            logging.getLogger(name).setLevel(logging.INFO)
-    datasets.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    if not accelerator.is_main_process:
-        datasets.disable_progress_bars()
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"Accelerate is configured for {accelerator.distributed_type.value}, which splits the weights over "
-            "processes; the averaged weights and checkpoints of this script need them whole. Use `multi_gpu`."
-        )
-    if training_args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    settings = {k: v for a in (model_args, data_args, diffusion_args, training_args) for k, v in vars(a).items()}
-    logger.info(accelerator.state, main_process_only=True)
+    accelerator = start_accelerator(training_args, "train_adm")
+    settings = {name: value for arguments in all_args for name, value in vars(arguments).items()}
 
     # 2. diffusion process and data: the cheap checks first
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
@@ -428,47 +425,28 @@ def main(argv: list[str] | None = None) -> None:
             f"chain (`ddpm_num_steps`) has {chain} steps. Pass `--validation_num_inference_steps {chain}` or less."
         )
     unet_config = load_unet_config(model_args, data_args, noise_scheduler)
-    if training_args.validation_guidance_scale != 1 and data_args.label_column is None:
+    has_text = text_args.caption_column is not None
+    if training_args.validation_guidance_scale != 1 and data_args.label_column is None and not has_text:
         raise ValueError(
             f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but without a `label_column` "
-            "there are no classes to guide towards. Leave it at 1."
+            "there are no classes to guide towards, and without a `caption_column` no text. Leave it at 1."
         )
+    text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, training_args.seed)
     with accelerator.main_process_first():
         images, id2label = load_image_dataset(
-            dataset_name=data_args.dataset_name,
-            dataset_config_name=data_args.dataset_config_name,
-            train_data_dir=data_args.train_data_dir,
-            data_files=data_args.data_files,
-            split=data_args.split,
-            image_column=data_args.image_column,
-            label_column=data_args.label_column,
-            cache_dir=data_args.cache_dir,
-            max_train_samples=data_args.max_train_samples,
-            seed=training_args.seed,
+            **data_args.source(), caption_column=text_args.caption_column, seed=training_args.seed
         )
         num_classes = len(id2label) if id2label is not None else None
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
         null_class_id = unet.config.null_class_id
-        if num_classes and null_class_id is None and training_args.validation_guidance_scale != 1:
+        if num_classes and null_class_id is None and training_args.validation_guidance_scale != 1 and not has_text:
             raise ValueError(
                 f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but the U-Net has no null "
                 "class to guide away from. Leave it at 1, or train with `--class_dropout_prob 0.1`."
             )
-        resolution = data_args.resolution or unet.config.sample_size
-        if not isinstance(resolution, int):
-            raise ValueError(
-                f"The resolution is {resolution!r}: the U-Net's `sample_size` does not name a square size. Pass "
-                "`--resolution`."
-            )
-        downsampling = 2 ** (len(unet.config.block_out_channels) - 1)
-        if resolution % downsampling:
-            raise ValueError(
-                f"The resolution is {resolution}; this U-Net halves images {len(unet.config.block_out_channels) - 1} "
-                f"times, so it must be divisible by {downsampling}. Pass e.g. `--resolution "
-                f"{math.ceil(resolution / downsampling) * downsampling}`."
-            )
+        resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
         unet.register_to_config(sample_size=resolution)
         images, _ = check_images(
             images,
@@ -478,11 +456,30 @@ def main(argv: list[str] | None = None) -> None:
             num_proc=data_args.image_check_num_proc,
             output_dir=output_dir if accelerator.is_main_process else None,
         )
+        captions, prompts = None, None
+        if has_text:
+            prompts = choose_prompts(text_args, images, null_class_id)
+            captions = CaptionTokens(
+                images["caption"][:], tokenizer, text_encoder, pads_to_max(text_encoder, unet.config)
+            )
+            text_encoder.to(accelerator.device)
+            if text_args.train_text_encoder:
+                freeze_unused_parameters(text_encoder, captions, unet.config)
+            else:
+                text_encoder.requires_grad_(False).eval()
+            if text_args.precompute_text_embeddings:
+                captions = CaptionEmbeddings(captions, text_encoder, data_args.cache_dir)
+                text_encoder.to("cpu")  # from here on it draws grids only
     if id2label is not None and model_args.pretrained_model_name_or_path is not None:
         warn_of_other_classes(model_args, data_args, id2label)
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     train_dataset = ImageDataset(
-        images, resolution, data_args.center_crop, data_args.random_flip, seed=training_args.seed
+        images,
+        resolution,
+        data_args.center_crop,
+        data_args.random_flip,
+        seed=training_args.seed,
+        captions=captions,
     )
     train_dataloader = torch.utils.data.DataLoader(
         train_dataset,
@@ -493,114 +490,78 @@ def main(argv: list[str] | None = None) -> None:
         drop_last=True,
     )
 
-    # 3. optimizer, learning rate, average
+    # 3. what is trained; optimizer, learning rate, average
+    if lora_args.lora_rank is not None:
+        add_lora(unet, lora_args.lora_rank, lora_args.lora_alpha, lora_args.lora_target_modules)
+        checkpoint_adapter_alone(accelerator)
     if model_args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if model_args.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=training_args.learning_rate,
-        betas=(training_args.adam_beta1, training_args.adam_beta2),
-        weight_decay=training_args.adam_weight_decay,
-        eps=training_args.adam_epsilon,
-    )
+    trained_models = torch.nn.ModuleList([unet, text_encoder] if text_args.train_text_encoder else [unet])
+    trained_parameters = [p for p in trained_models.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained_parameters, training_args)
     unet, optimizer, train_dataloader = accelerator.prepare(unet, optimizer, train_dataloader)
+    prepared_models = [unet]
+    if text_args.train_text_encoder:
+        text_encoder = accelerator.prepare(text_encoder)
+        prepared_models.append(text_encoder)
     steps_per_epoch = math.ceil(len(train_dataloader) / training_args.gradient_accumulation_steps)
     max_train_steps = training_args.max_train_steps or training_args.num_train_epochs * steps_per_epoch
-    # Not prepared: Accelerate would step it once per process, for examples instead of optimizer steps.
-    lr_scheduler = get_scheduler(
-        training_args.lr_scheduler,
-        optimizer=optimizer.optimizer,
-        num_warmup_steps=training_args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-    )
-    ema = None
-    if training_args.use_ema:
-        ema = EMAModel(
-            accelerator.unwrap_model(unet).parameters(),
-            decay=training_args.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=training_args.ema_inv_gamma,
-            power=training_args.ema_power,
-            foreach=True,
-        )
+    lr_scheduler = build_lr_scheduler(optimizer, training_args, max_train_steps)
+    ema = build_ema(trained_parameters, training_args)
     timestep_sampler = TIMESTEP_SAMPLERS[diffusion_args.timestep_sampler](noise_scheduler.config.num_train_timesteps)
     progress = TrainingProgress()
     accelerator.register_for_checkpointing(lr_scheduler, timestep_sampler, progress, *([ema] if ema else []))
 
     # 4. resume
-    if training_args.resume_from_checkpoint is None and find_latest_checkpoint(output_dir) is not None:
-        # A new run would mix with it: `latest` finds the highest step, whoever wrote it.
-        if not training_args.overwrite_output_dir:
-            raise ValueError(
-                f"`output_dir` {output_dir!r} holds {os.path.basename(find_latest_checkpoint(output_dir))} of another "
-                "run. Pass `--resume_from_checkpoint latest` to go on with it, `--overwrite_output_dir` to delete its "
-                "checkpoints and start anew, or another `--output_dir`."
-            )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            delete_checkpoints(output_dir)
-        accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.makedirs(output_dir, exist_ok=True)
-        # Reads back as a recipe: `--config <output_dir>/train_args.yaml`.
-        with open(os.path.join(output_dir, "train_args.yaml"), "w", encoding="utf-8") as file:
-            yaml.safe_dump(settings, file, sort_keys=False)
+    prepare_output_dir(accelerator, training_args, settings)
     resume_checkpoint(accelerator, output_dir, training_args.resume_from_checkpoint)
     if ema is not None:
         ema.to(accelerator.device)
     metrics = LossMetrics(noise_scheduler.config.num_train_timesteps, accelerator.device)
-    history = MetricsHistory(os.path.join(output_dir, "metrics.jsonl"))
-    if accelerator.is_main_process:
-        history.rewind(progress.global_step)
-    accelerator.init_trackers(
-        "train",
-        config={k: str(v) for k, v in settings.items()},
-        # TensorBoard, too, drops what this run writes again.
-        init_kwargs={"tensorboard": {"purge_step": progress.global_step + 1}},
-    )
 
     total_batch_size = (
         training_args.train_batch_size * accelerator.num_processes * training_args.gradient_accumulation_steps
     )
+    num_trained = sum(p.numel() for p in trained_parameters)
+    num_frozen = (
+        sum(p.numel() for model in (unet, text_encoder) if model is not None for p in model.parameters()) - num_trained
+    )
     logger.info(
-        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {len(images)} images"
+        f"{num_trained / 1e6:.2f}M parameters"
+        + (f" beside {num_frozen / 1e6:.2f}M frozen ones" if num_frozen else "")
+        + f", {len(images)} images"
         + (f" in {num_classes} classes" if num_classes else "")
+        + (f" with {len(captions.texts) - 1} captions" if has_text else "")
         + f" at {resolution} x {resolution}, {total_batch_size} per optimizer step; steps {progress.global_step} to "
         f"{max_train_steps}, {steps_per_epoch} an epoch"
     )
+    log = TrainingLog(accelerator, output_dir, settings, progress.global_step, max_train_steps, total_batch_size)
 
     def validate() -> None:
         """Grid and curves, on the main process; the others wait for it."""
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            model = accelerator.unwrap_model(unet)
-            averaged = ema_weights(ema, model.parameters()) if ema is not None else contextlib.nullcontext()
-            model.eval()
-            try:
-                with averaged, accelerator.autocast():
-                    grid = sample_grid(model, noise_scheduler, id2label, training_args)
-            finally:
-                model.train()
+            model, encoder = accelerator.unwrap_model(unet), text_encoder
+            if has_text:
+                encoder = accelerator.unwrap_model(text_encoder).to(accelerator.device)
+            with evaluation_weights(trained_models, ema, trained_parameters), accelerator.autocast():
+                grid = sample_grid(model, noise_scheduler, id2label, training_args, encoder, tokenizer, prompts)
+            if text_args.precompute_text_embeddings:
+                encoder.to("cpu")
             grid.save(os.path.join(output_dir, f"samples-{progress.global_step:07d}.png"))
-            if history.rows():
-                plot_loss_curves(history.rows(), os.path.join(output_dir, "loss_curves.png"))
+            if log.history.rows():
+                plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
             for tracker in accelerator.trackers:
                 if tracker.name == "tensorboard":
                     tracker.writer.add_image("samples", np.asarray(grid), progress.global_step, dataformats="HWC")
         accelerator.wait_for_everyone()
 
     # 5. train
-    progress_bar = tqdm(
-        total=max_train_steps,
-        initial=progress.global_step,
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file keeps every update
-    )
-    window_start, window_step = time.perf_counter(), progress.global_step
-    unet.train()
+    trained_models.train()
+    if has_text:
+        empty_caption = {name: value.to(accelerator.device) for name, value in captions.empty.items()}
     while progress.global_step < max_train_steps:
         if progress.batch_in_epoch >= len(train_dataloader):  # also: resumed with larger batches, or fewer of them
             progress.epoch, progress.batch_in_epoch = progress.epoch + 1, 0
@@ -611,7 +572,7 @@ def main(argv: list[str] | None = None) -> None:
         epoch_dataloader.set_epoch(progress.epoch)
         for batch in epoch_dataloader:
             seed_step(training_args.seed, accelerator.process_index, progress.micro_step)
-            with accelerator.accumulate(unet):
+            with accelerator.accumulate(*prepared_models):
                 pixels = batch["images"]  # (B, 3, H, W) in [-1, 1]
                 if model_args.channels_last:
                     pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -622,6 +583,15 @@ def main(argv: list[str] | None = None) -> None:
                         dropped = torch.rand(class_labels.shape, device=pixels.device) < model_args.class_dropout_prob
                         class_labels = class_labels.masked_fill(dropped | (class_labels < 0), null_class_id)
                     model_kwargs["class_labels"] = class_labels
+                if has_text:
+                    dropped = torch.rand(pixels.shape[0], device=pixels.device) < text_args.caption_dropout_prob
+                    caption = drop_captions(batch, empty_caption, dropped)
+                    if text_args.precompute_text_embeddings:
+                        conditioning = stored_conditioning(caption)
+                    else:
+                        with torch.set_grad_enabled(text_args.train_text_encoder), accelerator.autocast():
+                            conditioning = encode_captions(text_encoder, caption, pad_to_max=captions.pad_to_max)
+                    model_kwargs |= text_model_kwargs(conditioning, unet_config)
                 timesteps, weights = timestep_sampler.sample(pixels.shape[0], device=pixels.device)
                 terms = training_losses(
                     unet,
@@ -638,7 +608,7 @@ def main(argv: list[str] | None = None) -> None:
                 metrics.update(timesteps, terms.loss.detach(), terms.mse.detach(), vb, weights)
                 accelerator.backward((terms.loss * weights).mean())
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(unet.parameters(), training_args.max_grad_norm)
+                    accelerator.clip_grad_norm_(trained_parameters, training_args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             progress.micro_step += 1
@@ -649,9 +619,9 @@ def main(argv: list[str] | None = None) -> None:
             if not accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
                 lr_scheduler.step()
             if ema is not None:
-                ema.step(accelerator.unwrap_model(unet).parameters())
+                ema.step(trained_parameters)
             progress.global_step += 1
-            progress_bar.update()
+            log.advance()
             is_last = progress.global_step == max_train_steps
             save_now = progress.global_step % training_args.checkpointing_steps == 0 or is_last
 
@@ -659,20 +629,7 @@ def main(argv: list[str] | None = None) -> None:
             if progress.global_step % training_args.logging_steps == 0 or save_now:
                 values = metrics.compute(accelerator)  # collective, and the one place that waits for the device
                 metrics.reset()
-                if not math.isfinite(values["loss"]):
-                    raise RuntimeError(
-                        f"The loss is {values['loss']} at step {progress.global_step}. Resume an earlier checkpoint "
-                        "with a lower `--learning_rate`, or with `--mixed_precision bf16` or `no` instead of fp16."
-                    )
-                now = time.perf_counter()
-                images_per_second = (progress.global_step - window_step) * total_batch_size / (now - window_start)
-                window_start, window_step = now, progress.global_step
-                values |= {"lr": lr_scheduler.get_last_lr()[0], "images_per_second": images_per_second}
-                accelerator.log({f"train/{k}": v for k, v in values.items()}, step=progress.global_step)
-                if accelerator.is_main_process:
-                    history.append(progress.global_step, values)
-                shown = {"loss": f"{values['loss']:.4f}", "images_per_s": f"{images_per_second:.1f}"}
-                progress_bar.set_postfix(shown, refresh=False)
+                log.write(progress.global_step, values, lr_scheduler.get_last_lr()[0])
 
             if save_now:
                 save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
@@ -680,26 +637,31 @@ def main(argv: list[str] | None = None) -> None:
                 break
             if training_args.validation_steps and progress.global_step % training_args.validation_steps == 0:
                 validate()
-                window_start, window_step = time.perf_counter(), progress.global_step
-    progress_bar.close()
+                log.start_clock(progress.global_step)
+    log.close()
 
-    # 6. the result: a pipeline with the averaged weights
+    # 6. the result: a pipeline, or an adapter, with the averaged weights
     validate()
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(unet)
         if ema is not None:
-            ema.copy_to(model.parameters())
-        pipeline = ADMPipeline(
-            unet=model,
-            scheduler=noise_scheduler,
-            vae=None,
-            text_encoder=None,
-            tokenizer=None,
-            classifier=None,
-            id2label=id2label,
-        )
-        pipeline.save_pretrained(output_dir)
-        logger.info(f"Saved the pipeline, its samples and loss_curves.png to {output_dir}")
+            ema.copy_to(trained_parameters)
+        if lora_args.lora_rank is not None:
+            save_lora(model, output_dir)
+            saved = "adapter"
+        else:
+            pipeline = ADMPipeline(
+                unet=model,
+                scheduler=noise_scheduler,
+                vae=None,
+                text_encoder=accelerator.unwrap_model(text_encoder) if has_text else None,
+                tokenizer=tokenizer,
+                classifier=None,
+                id2label=id2label,
+            )
+            pipeline.save_pretrained(output_dir)
+            saved = "pipeline"
+        logger.info(f"Saved the {saved}, its samples and loss_curves.png to {output_dir}")
     accelerator.end_training()
 
 

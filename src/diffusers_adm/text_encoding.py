@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Where neither tokenizer nor encoder names a limit. T5, which needs none, was trained with this many tokens.
 DEFAULT_MAX_LENGTH = 512
+# Of the U-Net, for configs that leave it out.
+DEFAULT_CROSS_ATTENTION_DIM = 1280
 
 
 class TextConditioning(NamedTuple):
@@ -63,16 +65,17 @@ def max_prompt_length(tokenizer: Any, text_encoder: torch.nn.Module) -> int:
 
 
 def tokenize(
-    tokenizer: Any, prompts: Sequence[str], *, max_length: int, pad_to_max: bool
+    tokenizer: Any, prompts: Sequence[str], *, max_length: int, pad_to_max: bool, warn: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Token numbers of captions. What an over-long one loses is logged as a warning.
+    Token numbers of captions.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Of transformers, with a padding token.
         prompts (sequence of `str`): Captions; empty ones are allowed.
         max_length (`int`): Number of tokens, special ones included, after which a caption is cut.
         pad_to_max (`bool`): Pad to `max_length`; else to the longest of these captions.
+        warn (`bool`, defaults to `True`): Log what each over-long caption loses.
 
     Returns:
         `tuple` of two `torch.LongTensor` of shape `(len(prompts), length)`: Token numbers, and a mask that is 1 for
@@ -86,7 +89,7 @@ def tokenize(
             f"`tokenizer` ({type(tokenizer).__name__}) has no padding token, so captions of different lengths cannot "
             "share a batch. Give it one, e.g. `tokenizer.pad_token = tokenizer.eos_token`, and save it."
         )
-    for prompt, lost in cut_off(tokenizer, prompts, max_length).items():
+    for prompt, lost in cut_off(tokenizer, prompts, max_length).items() if warn else ():
         logger.warning(
             f"The prompt {prompt!r} has more than {max_length} tokens; this part of it is not read: {lost!r}"
         )
@@ -143,12 +146,23 @@ def encode_tokens(
 
 
 def text_model_kwargs(conditioning: TextConditioning, unet_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the U-Net's `forward`."""
+    """
+    Keyword arguments of the U-Net's `forward`.
+
+    Raises:
+        ValueError: If the U-Net adds a pooled text to its time embedding, and the encoder gave none.
+    """
     kwargs: dict[str, Any] = {
         "encoder_hidden_states": conditioning.hidden_states,
         "encoder_attention_mask": conditioning.attention_mask,
     }
     if unet_config.get("addition_embed_type") == "text_embeds":
+        if conditioning.pooled is None:
+            raise ValueError(
+                '`unet` adds a pooled text to its time embedding (`addition_embed_type="text_embeds"`), but this text '
+                "encoder gives states alone. Take an encoder with `text_embeds` or `pooler_output`, such as "
+                "`CLIPTextModelWithProjection`."
+            )
         kwargs["added_cond_kwargs"] = {"text_embeds": conditioning.pooled}
     return kwargs
 
@@ -156,8 +170,8 @@ def text_model_kwargs(conditioning: TextConditioning, unet_config: Mapping[str, 
 def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, unet_config: Mapping[str, Any]) -> None:
     r"""
     Raises:
-        ValueError: If the states of the text encoder do not fit the U-Net's cross-attention, its pooled vectors the
-            time embedding, or one of encoder and tokenizer is missing.
+        ValueError: If the states of the text encoder do not fit the U-Net's cross-attention, or the tokenizer is
+            missing or has more tokens than the encoder knows.
     """
     if tokenizer is None:
         raise ValueError("`text_encoder` was given without a `tokenizer`. Pass the tokenizer that it was trained with.")
@@ -193,5 +207,5 @@ def cross_attention_width(unet_config: Mapping[str, Any]) -> int | None:
     ]
     if not any("CrossAttn" in kind for kind in kinds if kind):
         return None
-    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim")
+    width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", DEFAULT_CROSS_ATTENTION_DIM)
     return width[0] if isinstance(width, (list, tuple)) else width

@@ -60,6 +60,37 @@ class ADMConfig(DDPMConfig):
         return {**super().get_dummy_inputs(height, width), "class_labels": torch.tensor([1, 4], device=torch_device)}
 
 
+class TransformerTextConfig(DDPMConfig):
+    """A net like Stable Diffusion's: transformer blocks attend to a text."""
+
+    config = {
+        **DDPMConfig.config,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 12,
+        "attention_head_dim": 4,
+    }
+    checkpointed = {"DownBlock", "MidBlock", "UpBlock", "Transformer2DModel"}
+
+    def get_dummy_inputs(self, height: int = 16, width: int = 16) -> dict:
+        states = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
+        return {**super().get_dummy_inputs(height, width), "encoder_hidden_states": states.to(torch_device)}
+
+
+class AddedKVTextConfig(TransformerTextConfig):
+    """A net like GLIDE's: keys and values added for the text, residual blocks resample, AdaGN."""
+
+    config = {
+        **TransformerTextConfig.config,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    checkpointed = DDPMConfig.checkpointed
+
+
 class ClassifierConfig(DDPMConfig):
     model_class = AdaGNClassifierModel
     output_shape = (5,)
@@ -80,6 +111,14 @@ class TestModelClassifier(ClassifierConfig, mixins.ModelTesterMixin):
     pass
 
 
+class TestModelTransformerText(TransformerTextConfig, mixins.ModelTesterMixin):
+    pass
+
+
+class TestModelAddedKVText(AddedKVTextConfig, mixins.ModelTesterMixin):
+    pass
+
+
 class Training(mixins.TrainingTesterMixin):
     def test_gradient_checkpointing_is_applied(self):
         super().test_gradient_checkpointing_is_applied(expected_set=self.checkpointed)
@@ -94,6 +133,14 @@ class TestTrainingADM(ADMConfig, Training):
 
 
 class TestTrainingClassifier(ClassifierConfig, Training):
+    pass
+
+
+class TestTrainingTransformerText(TransformerTextConfig, Training):
+    pass
+
+
+class TestTrainingAddedKVText(AddedKVTextConfig, Training):
     pass
 
 
@@ -135,6 +182,14 @@ class TestMemoryClassifier(ClassifierConfig, Memory):
     pass
 
 
+class TestMemoryTransformerText(TransformerTextConfig, Memory):
+    pass
+
+
+class TestMemoryAddedKVText(AddedKVTextConfig, Memory):
+    pass
+
+
 class TestAttentionDDPM(DDPMConfig, mixins.AttentionTesterMixin):
     pass
 
@@ -144,6 +199,17 @@ class TestAttentionADM(ADMConfig, mixins.AttentionTesterMixin):
 
 
 class TestAttentionClassifier(ClassifierConfig, mixins.AttentionTesterMixin):
+    pass
+
+
+class TestAttentionTransformerText(TransformerTextConfig, mixins.AttentionTesterMixin):
+    pass
+
+
+@diffusers_checkout.skip(
+    "test_fuse_unfuse_qkv_projections", reason="diffusers refuses to fuse projections where there are added ones"
+)
+class TestAttentionAddedKVText(AddedKVTextConfig, mixins.AttentionTesterMixin):
     pass
 
 
@@ -159,6 +225,14 @@ class TestLoraClassifier(ClassifierConfig, mixins.LoraTesterMixin):
     pass
 
 
+class TestLoraTransformerText(TransformerTextConfig, mixins.LoraTesterMixin):
+    pass
+
+
+class TestLoraAddedKVText(AddedKVTextConfig, mixins.LoraTesterMixin):
+    pass
+
+
 class HotSwap(OnACPU, mixins.LoraHotSwappingForModelTesterMixin):
     pass
 
@@ -168,6 +242,14 @@ class TestLoraHotSwapDDPM(DDPMConfig, HotSwap):
 
 
 class TestLoraHotSwapADM(ADMConfig, HotSwap):
+    pass
+
+
+class TestLoraHotSwapTransformerText(TransformerTextConfig, HotSwap):
+    pass
+
+
+class TestLoraHotSwapAddedKVText(AddedKVTextConfig, HotSwap):
     pass
 
 
@@ -186,4 +268,12 @@ class TestCompileADM(ADMConfig, Compile):
 
 
 class TestCompileClassifier(ClassifierConfig, Compile):
+    pass
+
+
+class TestCompileTransformerText(TransformerTextConfig, Compile):
+    pass
+
+
+class TestCompileAddedKVText(AddedKVTextConfig, Compile):
     pass

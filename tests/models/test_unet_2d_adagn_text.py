@@ -243,8 +243,12 @@ class TestPooledText:
                 sample, timestep, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled}
             ).sample
         assert_close(output, expected, rtol=0, atol=0)
-        with pytest.raises(ValueError, match=r"`added_cond_kwargs` lack `text_embeds`.*\(batch_size, 64\)"):
+        with pytest.raises(ValueError, match=r"`added_cond_kwargs` lack `text_embeds`.*\(3, 64\)"):
             with_pooled(sample, timestep, encoder_hidden_states=states)
+        with pytest.raises(ValueError, match=r"hold \(3, 60\) as `text_embeds`.*\(3, 64\)"):
+            with_pooled(
+                sample, timestep, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled[:, :60]}
+            )
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

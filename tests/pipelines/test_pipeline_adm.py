@@ -84,6 +84,19 @@ class TestSampling:
             sample = scheduler.step(output, t, sample, generator=generator, eta=eta).prev_sample
         return sample
 
+    def test_several_images_of_each_class(self, conditional_pipe):
+        recorder = Recorder(conditional_pipe)
+        arguments = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+        generators = [seeded(i) for i in range(4)]
+        images = conditional_pipe(
+            class_labels=[3, 1], num_images_per_prompt=2, generator=generators, **arguments
+        ).images
+        assert recorder.labels == [[4, 4, 4, 4, 3, 3, 1, 1]] * 2
+        generators = [seeded(i) for i in range(4)]
+        assert torch.equal(
+            images, conditional_pipe(class_labels=[3, 3, 1, 1], generator=generators, **arguments).images
+        )
+
     @pytest.mark.parametrize("eta", [None, 0.0, 0.5])
     @pytest.mark.parametrize("timesteps", [{"num_inference_steps": 7}, {"timestep_respacing": "3,2"}], ids=str)
     def test_equals_a_loop_written_by_hand(self, pipe, eta, timesteps):
@@ -358,10 +371,12 @@ class TestCallback:
         assert len(recorder.calls) == 7
         assert not pipe.interrupt
 
-    def test_switches_guidance_on_and_off(self, conditional_pipe):
+    # The second is what callbacks written for pipelines of diffusers set.
+    @pytest.mark.parametrize("name", ["guidance_scale", "_guidance_scale"])
+    def test_switches_guidance_on_and_off(self, conditional_pipe, name):
         def switch_to(scale):
             def callback(pipeline, step, timestep, kwargs):
-                pipeline._guidance_scale = scale
+                setattr(pipeline, name, scale)
                 return kwargs
 
             return callback
@@ -496,7 +511,11 @@ class TestBadInput:
             ({"batch_size": 0}, "`batch_size` is 0"),
             ({"batch_size": 2.0}, "`batch_size` is 2.0"),
             ({"class_labels": 1}, "this model is unconditional"),
-            ({"guidance_scale": 2.0}, "has no null class"),
+            ({"guidance_scale": 2.0}, "has no null class (`null_class_id` in its config) and reads no text"),
+            ({"prompt": "a cat"}, "`prompt` was given, but this model reads no text"),
+            ({"negative_prompt_embeds": noise()}, "`negative_prompt_embeds` was given, but this model reads no text"),
+            ({"classifier_guidance_scale": 1.0}, "but this pipeline has no classifier"),
+            ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
             ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
             ({"num_inference_steps": 1001}, "`num_inference_steps` is 1001"),
             ({"num_inference_steps": None}, "`num_inference_steps` is None"),
@@ -582,10 +601,16 @@ class TestBadInput:
         with pytest.raises(ValueError, match="`in_channels=3` and `out_channels=4`"):
             make_pipeline(out_channels=4)
 
-    @pytest.mark.parametrize("name", ADMPipeline._optional_components)
-    def test_components_that_are_not_supported_yet(self, name):
-        components = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None, name: random_unet()}
-        with pytest.raises(ValueError, match=f"`{name}` is a AdaGNUNet2DModel, but `ADMPipeline` does not support"):
+    @pytest.mark.parametrize(
+        "name, message",
+        [
+            ("vae", "`vae` is a AdaGNUNet2DModel, whose config names no latent_channels, scaling_factor"),
+            ("classifier", "`classifier` is a AdaGNUNet2DModel, whose config names no num_classes"),
+        ],
+    )
+    def test_components_of_another_kind(self, name, message):
+        components = {**dict.fromkeys(ADMPipeline._optional_components), name: random_unet()}
+        with pytest.raises(ValueError, match=message):
             ADMPipeline(unet=random_unet(), scheduler=LearnedVarianceDDPMScheduler(), **components)
 
 

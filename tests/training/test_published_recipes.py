@@ -10,10 +10,10 @@ from scripts import REPOSITORY, load_script
 from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.conversion import PRESETS
 from diffusers_adm.conversion.openai_flags import model_config, scheduler_config
-from diffusers_adm.training import parse_args
+from diffusers_adm.training import load_noise_scheduler, parse_args
 
 
-train_adm = load_script("train_adm")
+train_adm, train_classifier = load_script("train_adm"), load_script("train_classifier")
 CONFIGS = REPOSITORY / "training" / "configs" / "openai"
 ARGUMENT_TYPES = (
     train_adm.ModelArguments,
@@ -60,11 +60,12 @@ def test_the_training_script_takes_it(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
     preset = PRESETS[name]
     kind, flags = preset.settle()
-    # Classifiers and upsamplers have no script yet; their recipes use the same words.
-    model, data, diffusion, training = parse_args(ARGUMENT_TYPES, ["--config", str(CONFIGS / f"{name}.yaml")])
+    # Upsamplers have no script yet; their recipes use the same words.
+    types = train_classifier.ARGUMENT_TYPES if kind == "classifier" else ARGUMENT_TYPES
+    model, data, diffusion, training = parse_args(types, ["--config", str(CONFIGS / f"{name}.yaml")])
     assert (data.label_column is not None) == (kind == "classifier" or flags["class_cond"])
     process = LearnedVarianceDDPMScheduler(**scheduler_config(flags, preset.code_base))
-    scheduler = train_adm.build_scheduler(model, data, diffusion)
+    scheduler = load_noise_scheduler(model, data, diffusion)
     torch.testing.assert_close(scheduler.betas, process.betas, rtol=1e-9, atol=0)
     if kind == "unet":
         assert scheduler.config.variance_type == process.config.variance_type
@@ -72,8 +73,17 @@ def test_the_training_script_takes_it(name, monkeypatch):
         with torch.device("meta"):
             unet = train_adm.build_unet(model, data, config, 1000 if data.label_column else None)
         assert sum(parameter.numel() for parameter in unet.parameters()) == preset.num_parameters
+    elif kind == "classifier":
+        config = train_classifier.load_classifier_config(model, data)
+        with torch.device("meta"):
+            classifier = train_classifier.build_classifier(model, data, config, dict.fromkeys(range(1000), ""))
+        assert sum(parameter.numel() for parameter in classifier.parameters()) == preset.num_parameters
+        assert training.noised
+        assert not training.use_ema
+        with pytest.raises(ValueError, match="the config of a classifier; this script trains U-Nets"):
+            train_adm.load_unet_config(model, data, scheduler)
     else:
-        with pytest.raises(ValueError, match="the config of a classifier; this|takes 6 channels; this"):
+        with pytest.raises(ValueError, match="takes 6 channels; this"):
             train_adm.load_unet_config(model, data, scheduler)
     if kind != "classifier":
         # LossType of the original: RESCALED_KL, RESCALED_MSE or MSE.

@@ -2,39 +2,42 @@
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from processes import run_distributed, start_distributed
+from runs import (
+    CONFIGS,
+    EMOJI,
+    assert_same_checkpoint,
+    assert_same_state,
+    flags,
+    launch,
+    own_process_state,
+    read_metrics,
+    reset_accelerate,
+)
 from safetensors.torch import load_file
 from scripts import REPOSITORY, load_script
-from toy_models import CONDITIONAL, TOY_CONFIG, random_diffusers_unet, random_unet
+from toy_models import CONDITIONAL, TOY_CONFIG, random_diffusers_unet, random_unet, toy_tokenizer
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.training import find_latest_checkpoint, parse_args
+from diffusers_adm.text_encoding import check_text_encoder
+from diffusers_adm.training import build_text_encoder, find_latest_checkpoint, parse_args
 
 
-CONFIGS = REPOSITORY / "training" / "configs"
-RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if not path.name.startswith("accelerate_"))
-EMOJI = str(REPOSITORY / "data" / "noto-emoji-32" / "test.parquet")  # 163 images in 9 classes
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if not path.name.startswith(("accelerate_", "classifier_")))
 
 
 train_adm = load_script("train_adm")
@@ -43,35 +46,21 @@ ARGUMENT_TYPES = (
     train_adm.DataArguments,
     train_adm.DiffusionArguments,
     train_adm.TrainingArguments,
+    train_adm.TextArguments,
+    train_adm.LoraArguments,
 )
 
 
 @pytest.fixture(autouse=True)
-def own_process_state(monkeypatch):
-    """`main` runs in this process: Accelerate's singletons and the verbosity of libraries are put back."""
+def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    levels = {name: logging.getLogger(name).level for name in ("train_adm", "diffusers_adm")}
-    verbosity = datasets.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    datasets.utils.logging.set_verbosity(verbosity[0])
-    transformers.utils.logging.set_verbosity(verbosity[1])
-
-
-def flags(**arguments):
-    words = []
-    for name, value in arguments.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    with own_process_state("train_adm"):
+        yield
 
 
 def train(**arguments):
     """One run in this process."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     train_adm.main(flags(**arguments))
 
 
@@ -117,43 +106,13 @@ def save_pipeline(folder, unet, id2label=None, **scheduler):
     return folder
 
 
-def read_metrics(folder, without=("images_per_second",)):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in without} for row in rows]
-
-
 def saved_weights(folder):
     return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def assert_same_state(first, second, path=""):
-    """Bit by bit, through dicts and lists."""
-    assert type(first) is type(second), path
-    if torch.is_tensor(first):
-        assert torch.equal(first, second), path
-    elif isinstance(first, dict):
-        assert list(first) == list(second), path
-        for key in first:
-            assert_same_state(first[key], second[key], f"{path}/{key}")
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), path
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            assert_same_state(*pair, f"{path}/{index}")
-    else:
-        assert first == second, path
-
-
 def assert_same_run(first, second, step):
     """The checkpoints of `step` (weights, optimizer, learning rate, sampler, EMA), the metrics and the result."""
-    one, two = (Path(folder) / f"checkpoint-{step}" for folder in (first, second))
-    files = sorted(path.name for path in one.iterdir())
-    assert files == sorted(path.name for path in two.iterdir())
-    assert_same_state(load_file(one / "model.safetensors"), load_file(two / "model.safetensors"))
-    for name in files:
-        # The states of generators are no matter: each micro-step seeds them anew.
-        if name.endswith((".bin", ".pkl")) and not name.startswith("random_states"):
-            states = [torch.load(folder / name, weights_only=False) for folder in (one, two)]
-            assert_same_state(*states, name)
+    assert_same_checkpoint(*(Path(folder) / f"checkpoint-{step}" for folder in (first, second)))
     assert read_metrics(first) == read_metrics(second)
     assert_same_state(saved_weights(first), saved_weights(second))
     grids = [(Path(folder) / f"samples-{step:07d}.png").read_bytes() for folder in (first, second)]
@@ -217,16 +176,8 @@ def launched(tmp_path_factory):
         "train_data_dir": write_messy_folder(folder / "images"),
         "output_dir": str(folder / "run"),
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    command += ["--config_file", str(CONFIGS / "accelerate_two_cpu_processes.yaml")]
-    command += [str(REPOSITORY / "training" / "train_adm.py"), *flags(**arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "run", result.stdout + result.stderr, arguments
+    output = launch("train_adm", arguments, folder)
+    return folder / "run", output, arguments
 
 
 class TestLaunched:
@@ -518,7 +469,7 @@ class TestRecipes:
     @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
     def test_each_parses_and_its_model_builds(self, recipe, monkeypatch):
         monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
-        model, data, diffusion, training = parse_args(ARGUMENT_TYPES, ["--config", str(recipe)])
+        model, data, diffusion, _, text, _ = parse_args(ARGUMENT_TYPES, ["--config", str(recipe)])
         scheduler = train_adm.build_scheduler(model, data, diffusion)
         config = train_adm.load_unet_config(model, data, scheduler)
         with torch.device("meta"):
@@ -526,6 +477,11 @@ class TestRecipes:
         assert (data.resolution or unet.config.sample_size) % 2 ** (len(unet.config.block_out_channels) - 1) == 0
         for path in data.data_files or []:
             assert Path(path).is_file()
+        assert (text.caption_column is not None) == unet.reads_text
+        if unet.reads_text:
+            tokenizer = toy_tokenizer("clip")
+            text_encoder = build_text_encoder(text.text_encoder_config_name_or_path, tokenizer, 0)
+            check_text_encoder(text_encoder, tokenizer, unet.config)
 
     def test_the_command_line_wins(self):
         recipe = ["--config", str(CONFIGS / "emoji_32.yaml")]

@@ -837,7 +837,7 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         # `act_fn` reaches further in nets with text than in those without.
         embedding_act_fn = act_fn if self.reads_text else "silu"
 
-        time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
+        self.time_embed_dim = time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
         time_proj_dim = time_proj_dim or block_out_channels[0]
 
         # 1. input
@@ -1180,11 +1180,13 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
                     f"`encoder_hidden_states` has shape {tuple(states.shape)} for {sample.shape[0]} examples; this "
                     f"model takes ({sample.shape[0]}, length, {widths[0]})."
                 )
-        if config.addition_embed_type == "text_embeds" and "text_embeds" not in (added_cond_kwargs or {}):
-            raise ValueError(
-                "`added_cond_kwargs` lack `text_embeds`: this model adds a pooled text, (batch_size, "
-                f"{self.time_embedding.linear_2.out_features}), to the time embedding."
-            )
+        if config.addition_embed_type == "text_embeds":
+            pooled, expected = (added_cond_kwargs or {}).get("text_embeds"), (len(sample), self.time_embed_dim)
+            if pooled is None or tuple(pooled.shape) != expected:
+                raise ValueError(
+                    f"`added_cond_kwargs` {'lack' if pooled is None else f'hold {tuple(pooled.shape)} as'} "
+                    f"`text_embeds`: this model adds a pooled text, {expected}, to the time embedding."
+                )
 
     def _check_class_labels(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
         config = self.config

@@ -1,7 +1,8 @@
 """
 Command-line arguments of the training scripts: dataclasses, filled from a YAML recipe and the command line.
 
-`--config recipe.yaml` is read first; anything given on the command line wins over it.
+`--config recipe.yaml` is read first; anything given on the command line wins over it. The dataclasses below hold what
+the scripts have in common; a script adds its own by subclassing them.
 """
 
 import argparse
@@ -10,14 +11,184 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
 
 # The words for None in a recipe. The empty one is a key with nothing after its colon.
 NULL_WORDS = ("", "~", "null", "none")
+
+
+# 1. What the scripts have in common
+
+
+def arg(default: Any, help: str) -> Any:
+    """A field of a dataclass of arguments, with what `--help` says of it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def check_at_least(arguments: object, minimum: int, *names: str) -> None:
+    """
+    Raises:
+        ValueError: If one of the named attributes is below `minimum`; None passes.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"`{name}` is {value}; it must be at least {minimum}.")
+
+
+@dataclass
+class ModelArguments:
+    """Where the weights come from, and how the network runs."""
+
+    pretrained_model_name_or_path: str | None = arg(None, "Fine-tune: a pretrained model, on the Hub or in a folder.")
+    revision: str | None = arg(None, "Of the pretrained model: a branch, a tag or a commit.")
+    variant: str | None = arg(None, "Of the pretrained weights, e.g. fp16.")
+    model_config_name_or_path: str | None = arg(
+        None, "From scratch: the config of the network (a JSON file, or a folder or Hub repository that holds one)."
+    )
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass to save memory.")
+    channels_last: bool = arg(False, "Keep weights and images in channels-last memory format.")
+
+    def check_source(self) -> None:
+        """
+        Raises:
+            ValueError: Unless exactly one of the two sources of a network is given.
+        """
+        if (self.pretrained_model_name_or_path is None) == (self.model_config_name_or_path is None):
+            raise ValueError(
+                "Pass either `--model_config_name_or_path` (from scratch) or `--pretrained_model_name_or_path` "
+                "(fine-tune)."
+            )
+
+
+@dataclass
+class DataArguments:
+    """The images, and what becomes of them."""
+
+    dataset_name: str | None = arg(None, "A dataset on the Hub, or the path of a local copy.")
+    dataset_config_name: str | None = arg(None, "Its configuration.")
+    train_data_dir: str | None = arg(None, "A folder of images; the names of its subfolders are the labels.")
+    data_files: list[str] | None = arg(None, "Parquet files.")
+    split: str = arg("train", "The split to train on.")
+    image_column: str = arg("image", "The column of the images.")
+    label_column: str | None = arg(None, "The column of the labels; none: train without classes.")
+    cache_dir: str | None = arg(None, "Where datasets and pretrained models are cached.")
+    max_train_samples: int | None = arg(None, "Train on a random subset of this size.")
+    resolution: int | None = arg(None, "Pixels; none: the `sample_size` of the model.")
+    center_crop: bool = arg(False, "Crop at the centre instead of at random.")
+    random_flip: bool = arg(False, "Mirror half of the images. Not for text, flags or anatomy.")
+    min_image_size: int | None = arg(None, "Leave out images whose shorter side is below; none: half the resolution.")
+    dataloader_num_workers: int = arg(0, "Processes that load images; 0: the training process itself.")
+    image_check_num_proc: int | None = arg(None, "Processes that check the images before training.")
+
+    def __post_init__(self):
+        check_at_least(self, 1, "resolution", "image_check_num_proc")
+        check_at_least(self, 0, "min_image_size", "dataloader_num_workers")
+
+    def source(self) -> dict[str, Any]:
+        """What `load_image_dataset` is to load: its keyword arguments, but for the seed."""
+        names = ("dataset_name", "dataset_config_name", "train_data_dir", "data_files", "split")
+        names += ("image_column", "label_column", "cache_dir", "max_train_samples")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class NoiseArguments:
+    """The noising chain. None: what the pretrained scheduler says, or the default in parentheses."""
+
+    ddpm_num_steps: int | None = arg(None, "Length of the noising chain (1000).")
+    ddpm_beta_schedule: (
+        Literal["linear", "scaled_linear", "quadratic", "cosine", "squaredcos_cap_v2", "sigmoid"] | None
+    ) = arg(None, "How the noise grows (linear); cosine and squaredcos_cap_v2 are the same.")
+    beta_start: float | None = arg(None, "First beta (0.0001).")
+    beta_end: float | None = arg(None, "Last beta (0.02).")
+
+    def __post_init__(self):
+        check_at_least(self, 1, "ddpm_num_steps")
+
+    def given(self) -> dict[str, Any]:
+        """What was given, by the names of `LearnedVarianceDDPMScheduler`'s arguments."""
+        arguments = {
+            "num_train_timesteps": self.ddpm_num_steps,
+            "beta_schedule": self.ddpm_beta_schedule,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
+
+
+@dataclass
+class DiffusionArguments(NoiseArguments):
+    """The noising chain, what the network predicts, and the loss."""
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = arg(None, "What is predicted (epsilon).")
+    variance_type: Literal["learned_range", "learned_log", "fixed_small", "fixed_large"] | None = arg(
+        None, "The variance of a reverse step (learned_range)."
+    )
+    objective: Literal["simple", "hybrid", "hybrid_unscaled", "vlb"] = arg(
+        "hybrid", "The loss: simple (squared error), hybrid (with the bound, for the variance), or vlb (the bound)."
+    )
+    snr_gamma: float | None = arg(None, "Min-SNR weighting of the squared error; 5.0 is usual.")
+    timestep_sampler: Literal["uniform", "loss-second-moment"] = arg(
+        "uniform", "How timesteps are drawn; loss-second-moment is meant for vlb."
+    )
+
+    def given(self) -> dict[str, Any]:
+        arguments = {"prediction_type": self.prediction_type, "variance_type": self.variance_type}
+        return super().given() | {name: value for name, value in arguments.items() if value is not None}
+
+
+@dataclass
+class TrainingArguments:
+    """Steps, optimizer, average, checkpoints and logs."""
+
+    output_dir: str = arg("adm-model", "Where the result, checkpoints and curves go.")
+    seed: int = arg(0, "Of everything random.")
+    train_batch_size: int = arg(16, "Images per process and forward pass.")
+    num_train_epochs: int = arg(100, "Passes over the images, unless `max_train_steps` is given.")
+    max_train_steps: int | None = arg(None, "Optimizer steps.")
+    gradient_accumulation_steps: int = arg(1, "Forward passes per optimizer step.")
+    learning_rate: float = arg(1e-4, "After warm-up.")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = arg(
+        "constant_with_warmup", "How the learning rate changes."
+    )
+    lr_warmup_steps: int = arg(500, "Optimizer steps of warm-up.")
+    adam_beta1: float = arg(0.9, "Of AdamW.")
+    adam_beta2: float = arg(0.999, "Of AdamW.")
+    adam_weight_decay: float = arg(0.0, "Of AdamW.")
+    adam_epsilon: float = arg(1e-8, "Of AdamW.")
+    max_grad_norm: float = arg(1.0, "Gradients are scaled down to this norm.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "None: as configured for Accelerate.")
+    allow_tf32: bool = arg(False, "Let float32 matrix products run in TF32, as PyTorch's convolutions do anyway.")
+    use_ema: bool = arg(True, "Keep an exponential moving average of the weights; validation and the result use it.")
+    ema_max_decay: float = arg(0.9999, "The decay that the average warms up to.")
+    ema_inv_gamma: float = arg(1.0, "Of the warm-up, decay = 1 - (1 + step / inv_gamma) ** -power.")
+    ema_power: float = arg(3 / 4, "Of the warm-up.")
+    checkpointing_steps: int = arg(1000, "Optimizer steps between checkpoints.")
+    checkpoints_total_limit: int | None = arg(None, "Keep this many; none: all.")
+    resume_from_checkpoint: str | None = arg(None, "`latest`, or a checkpoint folder.")
+    overwrite_output_dir: bool = arg(False, "Start anew where another run left checkpoints, and delete those.")
+    logging_steps: int = arg(20, "Optimizer steps between rows of the curves.")
+    logging_dir: str = arg("logs", "For TensorBoard, below `output_dir`.")
+    report_to: Literal["tensorboard", "none"] = arg("tensorboard", "Where curves go beside the files.")
+
+    def __post_init__(self):
+        check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
+        check_at_least(self, 1, "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps")
+        check_at_least(self, 0, "lr_warmup_steps")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive.")
+        if not 0 <= self.ema_max_decay < 1:
+            raise ValueError(f"`ema_max_decay` is {self.ema_max_decay}; it must lie in [0, 1).")
+
+
+# 2. From recipe and command line to dataclasses
 
 
 def parse_args(

@@ -1,5 +1,6 @@
 """
-Images and labels for the training scripts: where they come from, which are usable, and how one becomes a tensor.
+Images, labels and captions for the training scripts: where they come from, which are usable, and how one becomes a
+tensor. (How captions become numbers is in captions.py.)
 
 Three steps, in this order: `load_image_dataset` finds the images and maps labels to class ids; `check_images` decodes
 every image once, before training, and leaves out what cannot be used; `ImageDataset` crops, flips and normalises one
@@ -30,6 +31,8 @@ from .seeding import derive_seed
 if TYPE_CHECKING:
     # `datasets` comes with the `train` extra; the losses beside this module must be importable without it.
     import datasets
+
+    from .captions import Captions
 
 
 logger = logging.getLogger(__name__)
@@ -62,9 +65,11 @@ def load_image_dataset(
     cache_dir: str | None = None,
     max_train_samples: int | None = None,
     seed: int = 0,
+    caption_column: str | None = None,
 ) -> tuple[datasets.Dataset, dict[int, str] | None]:
     """
-    Loads images, and labels if asked for, from exactly one of `dataset_name`, `train_data_dir` and `data_files`.
+    Loads images, and labels and captions if asked for, from exactly one of `dataset_name`, `train_data_dir` and
+    `data_files`.
 
     Safe inside `accelerator.main_process_first()`: what the first process prepares, the others find in the cache.
 
@@ -85,16 +90,43 @@ def load_image_dataset(
         max_train_samples (`int`, *optional*): Keep a random subset of that size, in order; the classes stay those of
             the whole dataset.
         seed (`int`, defaults to 0): Selects the subset.
+        caption_column (`str`, *optional*): Text. None loads no captions.
 
     Returns:
         `tuple` of the dataset and `id2label`. The dataset has the columns `image` (not decoded: a dict of `bytes` and
         `path`), `row` (the index in the source) and, with `label_column`, `label`: an int64 in `[0, len(id2label))`, or
-        -1 for an example without a label (None, NaN, -1 or empty text). `id2label` (`dict[int, str]`) is None without
-        `label_column`. Class names keep their ids; integers and text get ids in sorted order.
+        -1 for an example without a label (None, NaN, -1 or empty text); with `caption_column`, `caption`: text, "" for
+        a missing one. `id2label` (`dict[int, str]`) is None without `label_column`. Class names keep their ids;
+        integers and text get ids in sorted order.
 
     Raises:
         ValueError: If not exactly one source is given, it does not exist or is empty, the split or a column is missing,
             or a column cannot hold what it is meant to.
+    """
+    if max_train_samples is not None and max_train_samples < 1:
+        raise ValueError(f"`max_train_samples` is {max_train_samples}. Pass at least 1, or None for all examples.")
+    dataset, source = load_source(
+        dataset_name, dataset_config_name, train_data_dir, data_files, split, cache_dir, label_column
+    )
+    dataset, id2label = _standardise_columns(dataset, source, image_column, label_column, caption_column)
+    if max_train_samples is not None and max_train_samples < len(dataset):
+        chosen = random.Random(derive_seed(seed, "max_train_samples")).sample(range(len(dataset)), max_train_samples)
+        dataset = dataset.select(sorted(chosen))
+    return dataset, id2label
+
+
+def load_source(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    data_files: str | Sequence[str] | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+    label_column: str | None = None,
+) -> tuple[datasets.Dataset, str]:
+    """
+    The dataset as it is, from exactly one of `dataset_name`, `train_data_dir` and `data_files`, and what error messages
+    call it. Arguments and errors are those of [`load_image_dataset`].
     """
     sources = {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "data_files": data_files}
     given = [name for name, value in sources.items() if value]
@@ -105,24 +137,13 @@ def load_image_dataset(
         )
     if dataset_config_name is not None and dataset_name is None:
         raise ValueError(f"`dataset_config_name` ({dataset_config_name!r}) only applies to `dataset_name`. Drop it.")
-    if max_train_samples is not None and max_train_samples < 1:
-        raise ValueError(f"`max_train_samples` is {max_train_samples}. Pass at least 1, or None for all examples.")
 
     if dataset_name:
-        dataset = _load_hub_dataset(dataset_name, dataset_config_name, split, cache_dir)
-        source = dataset_name
-    elif train_data_dir:
-        dataset = _load_image_folder(train_data_dir, split, label_column, cache_dir)
-        source = train_data_dir
-    else:
-        dataset = _load_parquet_files(data_files, split, cache_dir)
-        source = ", ".join([data_files] if isinstance(data_files, str) else data_files)
-
-    dataset, id2label = _standardise_columns(dataset, source, image_column, label_column)
-    if max_train_samples is not None and max_train_samples < len(dataset):
-        chosen = random.Random(derive_seed(seed, "max_train_samples")).sample(range(len(dataset)), max_train_samples)
-        dataset = dataset.select(sorted(chosen))
-    return dataset, id2label
+        return _load_hub_dataset(dataset_name, dataset_config_name, split, cache_dir), dataset_name
+    if train_data_dir:
+        return _load_image_folder(train_data_dir, split, label_column, cache_dir), train_data_dir
+    source = ", ".join([data_files] if isinstance(data_files, str) else data_files)
+    return _load_parquet_files(data_files, split, cache_dir), source
 
 
 def _load_hub_dataset(name: str, config_name: str | None, split: str, cache_dir: str | None) -> datasets.Dataset:
@@ -229,19 +250,21 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _standardise_columns(
-    dataset: datasets.Dataset, source: str, image_column: str, label_column: str | None
+    dataset: datasets.Dataset,
+    source: str,
+    image_column: str,
+    label_column: str | None,
+    caption_column: str | None = None,
 ) -> tuple[datasets.Dataset, dict[int, str] | None]:
     import datasets
     import pyarrow
 
-    for argument, column in (("image_column", image_column), ("label_column", label_column)):
-        if column is not None and column not in dataset.column_names:
-            raise ValueError(
-                f"`{argument}` is {column!r}, but {source} has the columns {', '.join(dataset.column_names)}. "
-                "Pass one of them."
-            )
+    check_column(dataset, source, "image_column", image_column)
+    if label_column is not None:
+        check_column(dataset, source, "label_column", label_column)
     if image_column == label_column:
         raise ValueError(f"`image_column` and `label_column` are both {image_column!r}. Name two columns.")
+    captions = None if caption_column is None else read_captions(dataset, source, caption_column)
     ids, id2label = None, None
     if label_column is not None:
         feature = dataset.features[label_column]
@@ -261,7 +284,43 @@ def _standardise_columns(
     images = images.add_column("row", np.arange(len(images)))
     if ids is not None:
         images = images.add_column("label", np.array(ids, dtype=np.int64))
+    if captions is not None:
+        images = images.add_column("caption", captions)
     return images, id2label
+
+
+def check_column(dataset: datasets.Dataset, source: str, argument: str, column: str) -> None:
+    """Raises a `ValueError` if `dataset`, which `source` names, has no column as `argument` says."""
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`{argument}` is {column!r}, but {source} has the columns {', '.join(dataset.column_names)}. Pass one of "
+            "them."
+        )
+
+
+def read_captions(dataset: datasets.Dataset, source: str, caption_column: str) -> list[str]:
+    """
+    A column of text. Missing captions (None) become "", and are counted in a warning.
+
+    Raises:
+        ValueError: If there is no such column, or it does not hold text.
+    """
+    import datasets
+
+    check_column(dataset, source, "caption_column", caption_column)
+    feature = dataset.features[caption_column]
+    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string", "null"):
+        raise ValueError(
+            f"`caption_column` {caption_column!r} of {source} is of type {feature}, which is not text. Name a column "
+            "that holds one caption an image."
+        )
+    captions = dataset.select_columns(caption_column).with_format("arrow")[:].column(caption_column).to_pylist()
+    missing = sum(not caption for caption in captions)
+    if missing == len(captions):
+        raise ValueError(f"`caption_column` {caption_column!r} of {source} holds no caption at all. Leave it out.")
+    if missing:
+        logger.warning("%d of %d captions are missing and count as empty.", missing, len(captions))
+    return [caption or "" for caption in captions]
 
 
 def _label_ids(values: Sequence[Any], names: Sequence[str] | None, column: str) -> tuple[list[int], dict[int, str]]:
@@ -512,6 +571,8 @@ class ImageDataset(torch.utils.data.Dataset):
         random_flip (`bool`, defaults to False): Mirror half of the images left to right.
         seed (`int`, defaults to 0): The seed of the run.
         background (`tuple[int, int, int]`, defaults to white): RGB behind transparent pixels.
+        captions (`Captions`, *optional*): Of the same examples, in their order: `captions[i]` is a dict of tensors that
+            goes into the example.
     """
 
     def __init__(
@@ -522,6 +583,7 @@ class ImageDataset(torch.utils.data.Dataset):
         random_flip: bool = False,
         seed: int = 0,
         background: tuple[int, int, int] = (255, 255, 255),
+        captions: Captions | None = None,
     ):
         if resolution < 1:
             raise ValueError(f"`resolution` must be at least 1, got {resolution}.")
@@ -536,6 +598,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.random_flip = random_flip
         self.seed = seed
         self.background = background
+        self.captions = captions
         self.has_labels = "label" in dataset.column_names
         # In shared memory, since workers that live on over epochs hold a copy of this object.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -556,8 +619,8 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         Returns:
             `dict`: `images`, float32 of shape `(3, resolution, resolution)` in [-1, 1], where `(images + 1) * 127.5`
-            gives back the 8-bit values; and, if the dataset has labels, `class_labels`, an int64 scalar, -1 for
-            unlabelled.
+            gives back the 8-bit values; if the dataset has labels, `class_labels`, an int64 scalar, -1 for unlabelled;
+            and what `captions` hold.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"Index {index} is out of range for {len(self)} examples.")
@@ -575,6 +638,8 @@ class ImageDataset(torch.utils.data.Dataset):
             result = {"images": self._transform(image, candidate)}
             if self.has_labels:
                 result["class_labels"] = torch.tensor(example["label"], dtype=torch.int64)
+            if self.captions is not None:
+                result |= self.captions[candidate]
             return result
         raise RuntimeError(
             f"{offset + 1} examples in a row, from {_example_name(self.dataset[index], index)} on, became unreadable. "

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights: diffusers' `EMAModel`, and a swap that cannot be forgotten."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -35,3 +35,20 @@ def ema_weights(ema: EMAModel, parameters: Iterable[torch.nn.Parameter]) -> Iter
         yield
     finally:
         ema.restore(parameters)
+
+
+@contextmanager
+def evaluation_weights(
+    model: torch.nn.Module, ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter] | None = None
+) -> Iterator[None]:
+    """
+    `model` in evaluation mode with the averaged weights, if there are any; afterwards as it is trained. The average is
+    of `parameters`; None: of all those of `model`.
+    """
+    model.eval()
+    try:
+        averaged = model.parameters() if parameters is None else parameters
+        with ema_weights(ema, averaged) if ema is not None else nullcontext():
+            yield
+    finally:
+        model.train()

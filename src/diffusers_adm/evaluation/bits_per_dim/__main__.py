@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,8 +28,9 @@ from ... import __version__
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from ...training.arguments import parse_args
-from ...training.data import METADATA_FILES, SPLIT_FOLDERS, ImageDataset, check_images, load_image_dataset
+from ...training.data import ImageDataset, check_images, load_image_dataset
 from ...training.repositories import from_subfolder_or_root, reading
+from ..data import find_dataset, match_classes, num_real_classes
 from .bound import bits_per_dim
 
 
@@ -144,54 +144,11 @@ def check_network(args: Arguments, config: Any, scheduler: LearnedVarianceDDPMSc
         )
 
 
-def find_dataset(args: Arguments) -> dict[str, Any]:
-    """What `--dataset` and `--split` mean to `load_image_dataset`."""
-    if any(name.lower().endswith(".parquet") for name in args.dataset):
-        return {"data_files": args.dataset, "split": args.split or "train"}
-    if len(args.dataset) > 1:
-        raise ValueError(f"`dataset` is {args.dataset}. Several are only taken if they are parquet files.")
-    (name,) = args.dataset
-    if os.path.isdir(name) and all(path.name in METADATA_FILES for path in Path(name).rglob("*.parquet")):
-        folders = sorted(entry.name for entry in Path(name).iterdir() if entry.is_dir())
-        if args.split is None and folders and all(folder in SPLIT_FOLDERS for folder in folders):
-            raise ValueError(f"{name} has the splits {', '.join(folders)}. Name one with `--split`.")
-        return {"train_data_dir": name, "split": args.split or "train"}
-    if args.split is None:
-        raise ValueError(f"`dataset` is {name!r}, a dataset of one or more splits. Name one with `--split`, e.g. test.")
-    return {"dataset_name": name, "dataset_config_name": args.dataset_config_name, "split": args.split}
-
-
-def match_classes(id2label: dict[int, str], learned: dict[str, str] | None, config: Any) -> list[int]:
-    """
-    For each class of the data, the network's class: the one of the same name. A test set that lacks a class would give
-    those after it other numbers than the training set did, and each image would be evaluated as its neighbour's.
-    """
-    room = None if config.num_class_embeds is None else config.num_class_embeds - (config.null_class_id is not None)
-    names = {name: int(number) for number, name in (learned or {}).items()}
-    if all((learned or {}).get(str(number)) == name for number, name in id2label.items()):
-        return list(id2label)
-    if all(name in names for name in id2label.values()):
-        return [names[name] for name in id2label.values()]
-    if room is not None and len(id2label) != room:
-        unknown = [name for name in id2label.values() if name not in names]
-        raise ValueError(
-            f"The data has {len(id2label)} classes and the network {room}, and they cannot be matched by name: the "
-            + (f"model does not know {unknown[0]!r}." if learned else "model names no classes.")
-            + " Give the data the names, or all of the classes, that the model was trained with."
-        )
-    if learned:
-        logger.warning(
-            f"The data's class names are not the model's ({id2label[0]!r}, {learned.get('0')!r}, ...). Their numbers "
-            "are taken for the same classes."
-        )
-    return list(id2label)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_args(Arguments, argv, description=__doc__)
     for module in ("datasets", "matplotlib"):
         if importlib.util.find_spec(module) is None:
-            raise ImportError(f"This command needs {module}. Install the extra: `pip install diffusers-adm[train]`.")
+            raise ImportError(f"This command needs {module}. Install the extra: `pip install diffusers-adm[eval]`.")
     import datasets
 
     accelerator = Accelerator(
@@ -218,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. data
     with accelerator.main_process_first():
         images, id2label = load_image_dataset(
-            **find_dataset(args),
+            **find_dataset(args.dataset, args.dataset_config_name, args.split),
             image_column=args.image_column,
             label_column=args.label_column,
             cache_dir=args.cache_dir,
@@ -226,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=args.seed,
         )
         if id2label is not None:
-            to_class = match_classes(id2label, index.get("id2label"), unet.config)
+            to_class = match_classes(id2label, index.get("id2label"), num_real_classes(unet.config))
             labels = [to_class[label] if label >= 0 else label for label in images["label"][:]]
             images = images.remove_columns("label").add_column("label", labels)
         images, _ = check_images(

@@ -1,0 +1,142 @@
+"""
+What guidance does to samples, in numbers: accuracy and diversity against its scale, for both kinds.
+
+    python benchmarks/measure_guidance.py --model DIR --classifier DIR --judge DIR --output_dir DIR
+
+`--model` is a class-conditional pipeline with a null class, `--classifier` the noisy-image classifier that steers, and
+`--judge` a classifier that was trained by itself (other seed, other width) and never steers: it tells how often a
+sample shows its class, and its penultimate layer how far samples lie apart, over all samples and within a class.
+Classes are drawn in turn, so uniformly, and every cell starts from the same noise. Samples are kept in `--output_dir`,
+where an interrupted run goes on, beside the table (`guidance.json`), the curves (`guidance.png`) and a picture of some
+samples (`samples.png`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diffusers_adm import AdaGNClassifierModel, ADMPipeline
+from diffusers_adm.evaluation.frechet import ClassifierFeatures, mean_pairwise_distance
+from diffusers_adm.evaluation.sample import sample_images
+from diffusers_adm.training import labelled_grid
+
+
+KINDS = ("classifier-free", "classifier", "middle")
+OFF = "off"
+# Of the steps, between which "middle" guides (classifier-free).
+INTERVAL = {"guidance_start": 0.2, "guidance_end": 0.8}
+STYLES = {"classifier-free": ("#1f77b4", "o"), "classifier": ("#d62728", "s"), "middle": ("#2ca02c", "^")}
+NAMES = {
+    "classifier-free": "classifier-free",
+    "classifier": "classifier",
+    "middle": "classifier-free, steps 20% to 80%",
+}
+MEASURES = {
+    "accuracy": "accuracy under the judge",
+    "diversity": "mean distance of features",
+    "diversity_within_class": "mean distance within a class",
+}
+
+
+def options_of(kind: str, scale: float) -> dict[str, float]:
+    if kind == "classifier":
+        return {"classifier_guidance_scale": scale}
+    return {"guidance_scale": scale} | (INTERVAL if kind == "middle" else {})
+
+
+def measure(folder: Path, labels: torch.Tensor, judge: ClassifierFeatures) -> dict[str, float]:
+    paths = [folder / f"{i:06d}.png" for i in range(len(labels))]
+    images = torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths])
+    outputs = [judge(batch) for batch in images.permute(0, 3, 1, 2).split(64)]
+    features, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
+    diversity, diversity_error = mean_pairwise_distance(features)
+    within = [mean_pairwise_distance(features[labels == label]) for label in labels.unique()]
+    return {
+        "num_images": len(labels),
+        "accuracy": accuracy,
+        "accuracy_error": math.sqrt(accuracy * (1 - accuracy) / len(labels)),
+        "diversity": diversity,
+        "diversity_error": diversity_error,
+        "diversity_within_class": sum(mean for mean, _ in within) / len(within),
+        "diversity_within_class_error": math.sqrt(sum(error**2 for _, error in within)) / len(within),
+    }
+
+
+def plot(cells: dict[str, dict[str, float]], scales: list[float], kinds: list[str], path: Path) -> None:
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (measure_name, title) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+        for kind in kinds:
+            color, marker = STYLES[kind]
+            rows = [cells[OFF]] + [cells[f"{kind}-{scale:g}"] for scale in scales]
+            # Off is a scale of 1 for the one, and of 0 for the other.
+            positions = [0 if kind == "classifier" else 1, *scales]
+            values = [row[measure_name] for row in rows]
+            errors = [2 * row[f"{measure_name}_error"] for row in rows]
+            axes.errorbar(positions, values, errors, color=color, marker=marker, capsize=3, label=NAMES[kind])
+        axes.set(title=title, xlabel="scale")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--classifier", required=True, help="A folder with the subfolder `classifier`.")
+    parser.add_argument("--judge", required=True, help="The same.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--scales", type=float, nargs="+", default=[2.0, 4.0, 8.0])
+    parser.add_argument("--images_per_class", type=int, default=34)
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--batch_size", type=int, default=34)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    pipe = ADMPipeline.from_pretrained(args.model)
+    pipe.register_modules(classifier=AdaGNClassifierModel.from_pretrained(args.classifier, subfolder="classifier"))
+    pipe.set_progress_bar_config(disable=True)
+    judge = ClassifierFeatures(AdaGNClassifierModel.from_pretrained(args.judge, subfolder="classifier"))
+    num_classes = judge.classifier.config.num_classes
+    labels = torch.arange(num_classes).repeat(args.images_per_class)
+
+    cells = {OFF: {}} | {f"{kind}-{scale:g}": options_of(kind, scale) for kind in args.kinds for scale in args.scales}
+    results = {}
+    for name, options in cells.items():
+        folder = sample_images(
+            pipe,
+            len(labels),
+            args.output_dir / name,
+            class_labels=list(range(num_classes)),
+            batch_size=args.batch_size,
+            seed=args.seed,
+            pipeline_options={"num_inference_steps": args.num_inference_steps, **options},
+        )
+        results[name] = measure(folder, labels, judge)
+        print(
+            f"{name:20}",
+            *(f"{key} {results[name][key]:.3f} ({results[name][f'{key}_error']:.3f})" for key in MEASURES),
+            flush=True,
+        )
+
+    (args.output_dir / "guidance.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot(results, args.scales, args.kinds, args.output_dir / "guidance.png")
+    images = [Image.open(args.output_dir / name / f"{i:06d}.png") for i in range(num_classes) for name in cells]
+    class_names = [(pipe.id2label or {}).get(label, str(label)) for label in range(num_classes)]
+    grid = labelled_grid(images, num_classes, len(cells), row_labels=class_names, col_labels=list(cells), scale=2)
+    grid.save(args.output_dir / "samples.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What the commands of this folder read: images from wherever they lie, and the numbers of their classes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..training.data import (
+    METADATA_FILES,
+    SPLIT_FOLDERS,
+    ImageDataset,
+    check_images,
+    decode_rgb,
+    load_image_dataset,
+)
+from ..training.seeding import derive_seed
+from .sample.images import IMAGE_NAME, NPZ_NAME, SETTINGS_NAME
+
+
+logger = logging.getLogger(__name__)
+
+
+def find_dataset(dataset: Sequence[str], dataset_config_name: str | None, split: str | None) -> dict[str, Any]:
+    """
+    What `--dataset`, `--dataset_config_name` and `--split` mean to [`load_image_dataset`].
+
+    Raises:
+        ValueError: For several that are not all parquet files, and where it is not clear which split is meant.
+    """
+    if any(name.lower().endswith(".parquet") for name in dataset):
+        return {"data_files": dataset, "split": split or "train"}
+    if len(dataset) > 1:
+        raise ValueError(f"`dataset` is {dataset}. Several are only taken if they are parquet files.")
+    (name,) = dataset
+    if os.path.isdir(name) and all(path.name in METADATA_FILES for path in Path(name).rglob("*.parquet")):
+        folders = sorted(entry.name for entry in Path(name).iterdir() if entry.is_dir())
+        if split is None and folders and all(folder in SPLIT_FOLDERS for folder in folders):
+            raise ValueError(f"{name} has the splits {', '.join(folders)}. Name one with `--split`.")
+        return {"train_data_dir": name, "split": split or "train"}
+    if split is None:
+        raise ValueError(f"`dataset` is {name!r}, a dataset of one or more splits. Name one with `--split`, e.g. test.")
+    return {"dataset_name": name, "dataset_config_name": dataset_config_name, "split": split}
+
+
+def num_real_classes(config: Any) -> int | None:
+    """How many classes a U-Net has, the null class not counted; None where it has no table of them."""
+    if config.num_class_embeds is None:
+        return None
+    return config.num_class_embeds - (config.get("null_class_id") is not None)
+
+
+def match_classes(id2label: Mapping[int, str], learned: Mapping[str, str] | None, num_classes: int | None) -> list[int]:
+    """
+    For each class of the data, the network's class: the one of the same name. A test set that lacks a class would give
+    those after it other numbers than the training set did, and each image would be evaluated as its neighbour's.
+
+    Args:
+        id2label (mapping): Number -> name in the data, in the order of the numbers.
+        learned (mapping, *optional*): The same of the network; its numbers as text, as in JSON.
+        num_classes (`int`, *optional*): Of the network.
+
+    Raises:
+        ValueError: If the classes can be matched neither by name nor by number.
+    """
+    names = {name: int(number) for number, name in (learned or {}).items()}
+    if all((learned or {}).get(str(number)) == name for number, name in id2label.items()):
+        return list(id2label)
+    if all(name in names for name in id2label.values()):
+        return [names[name] for name in id2label.values()]
+    if num_classes is not None and len(id2label) != num_classes:
+        unknown = [name for name in id2label.values() if name not in names]
+        raise ValueError(
+            f"The data has {len(id2label)} classes and the network {num_classes}, and they cannot be matched by name: "
+            "the "
+            + (f"model does not know {unknown[0]!r}." if learned else "model names no classes.")
+            + " Give the data the names, or all of the classes, that the model was trained with."
+        )
+    if learned:
+        logger.warning(
+            f"The data's class names are not the model's ({id2label[0]!r}, {learned.get('0')!r}, ...). Their numbers "
+            "are taken for the same classes."
+        )
+    return list(id2label)
+
+
+class ArrayImages:
+    """
+    Images of a `.npz` file, as guided-diffusion keeps samples and reference batches, for an [`ImageDataset`].
+
+    Args:
+        path (`str` or `os.PathLike`): With `arr_0`: uint8 of shape `(N, height, width, channels)`, 1 or 3 channels; and
+            perhaps `arr_1`: N class numbers. It is read into memory.
+        to_class (mapping, *optional*): Other numbers for the classes.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike, to_class: Mapping[int, int] | None = None):
+        with np.load(path) as arrays:
+            if "arr_0" not in arrays:
+                raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no `arr_0`, the images.")
+            self.pixels = arrays["arr_0"]
+            self.labels = arrays.get("arr_1")
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or self.pixels.shape[3] not in (1, 3):
+            raise ValueError(
+                f"`arr_0` of {path} is {self.pixels.dtype} of shape {self.pixels.shape}. It must be uint8 of shape (N, "
+                "height, width, channels) with 1 or 3 channels."
+            )
+        if self.labels is not None and self.labels.shape != self.pixels.shape[:1]:
+            raise ValueError(
+                f"`arr_1` of {path} has shape {self.labels.shape} for {len(self.pixels)} images. It must hold one "
+                "class number for each."
+            )
+        self.to_class = to_class or {}
+        self.indices = np.arange(len(self.pixels))
+        self.column_names = ["image"] if self.labels is None else ["image", "label"]
+
+    def select(self, indices: Sequence[int]) -> ArrayImages:
+        """Keeps these images only."""
+        self.indices = self.indices[list(indices)]
+        return self
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.indices[index]
+        pixels = self.pixels[row]
+        example = {"image": Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)}
+        if self.labels is None:
+            return example
+        label = int(self.labels[row])
+        return {**example, "label": self.to_class.get(label, label)}
+
+
+def run_of_sample(source: Sequence[str]) -> dict[str, Any] | None:
+    """
+    The settings that the command `sample` has left in a folder; None for anything else.
+
+    Raises:
+        ValueError: If images are missing yet.
+    """
+    folder = Path(source[0])
+    if len(source) > 1 or not (folder / SETTINGS_NAME).is_file():
+        return None
+    run = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
+    num_images = sum(IMAGE_NAME.fullmatch(path.name) is not None for path in folder.iterdir())
+    if not (folder / NPZ_NAME).exists() and num_images != run["num_images"]:
+        raise ValueError(
+            f"{source[0]!r} holds {num_images} of {run['num_images']} images. Run the command that draws them again: "
+            "it goes on where it was interrupted."
+        )
+    return run
+
+
+def read_images(
+    source: Sequence[str],
+    resolution: int | None,
+    *,
+    to_class: Mapping[int, int] | None = None,
+    dataset_config_name: str | None = None,
+    split: str | None = None,
+    image_column: str = "image",
+    num_images: int | None = None,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> ImageDataset:
+    """
+    Images, resized and cropped at the centre; with labels where the source has class numbers beside them, which are
+    `.npz` files and folders of the command `sample`.
+
+    Args:
+        source (sequence of `str`): A `.npz` file, a folder of images, the folder of a run of `sample`, parquet files,
+            or a dataset on the Hub.
+        resolution (`int`, *optional*): Pixels; `None`: the shorter side of the first image.
+        to_class (mapping, *optional*): Other numbers for the classes.
+        dataset_config_name (`str`, *optional*): Of a dataset on the Hub: its configuration.
+        split (`str`, *optional*): Of a dataset that has several.
+        image_column (`str`, defaults to "image"): Of a dataset.
+        num_images (`int`, *optional*): A random choice of this size, if there are more.
+        seed (`int`, defaults to 0): Of that choice.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it prepares.
+
+    Raises:
+        ValueError: If the images cannot be read, or belong to a run of `sample` that is not finished.
+    """
+    images: Any
+    run = run_of_sample(source)
+    if run is not None and (Path(source[0]) / NPZ_NAME).exists():
+        source = [str(Path(source[0]) / NPZ_NAME)]
+    if len(source) == 1 and source[0].endswith(".npz"):
+        images = ArrayImages(source[0], to_class)
+    elif run is not None and run["settings"]["class_labels"] is not None:
+        images, id2label = load_image_dataset(train_data_dir=source[0], label_column="label", cache_dir=cache_dir)
+        # Numbers that do not occur have been left out of the count.
+        numbers = {label: int(name) for label, name in id2label.items()}
+        labels = [(to_class or {}).get(numbers[label], numbers[label]) for label in images["label"][:]]
+        images = images.remove_columns("label").add_column("label", labels)
+    else:
+        where = find_dataset(source, dataset_config_name, split)
+        images, _ = load_image_dataset(**where, image_column=image_column, cache_dir=cache_dir)
+    if num_images is not None and num_images < len(images):
+        chosen = random.Random(derive_seed(seed, "num_images")).sample(range(len(images)), num_images)
+        images = images.select(sorted(chosen))
+    if resolution is None:
+        resolution = min(decode_rgb(images[0]["image"]).size)
+    if not isinstance(images, ArrayImages):
+        images, _ = check_images(images, resolution)
+    return ImageDataset(images, resolution, center_crop=True)

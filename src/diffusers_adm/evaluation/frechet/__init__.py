@@ -1,0 +1,28 @@
+"""
+How near a set of samples is to a set of images, by the features of a network: the measures, the networks, and
+`python -m diffusers_adm.evaluation.frechet`.
+"""
+
+from .comparison import ImageSetComparison, compare_image_sets
+from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
+from .measures import (
+    GaussianStatistics,
+    frechet_distance,
+    inception_score,
+    mean_pairwise_distance,
+    precision_recall,
+)
+
+
+__all__ = [
+    "ClassifierFeatures",
+    "FeatureNetwork",
+    "GaussianStatistics",
+    "ImageSetComparison",
+    "InceptionFeatures",
+    "compare_image_sets",
+    "frechet_distance",
+    "inception_score",
+    "mean_pairwise_distance",
+    "precision_recall",
+]

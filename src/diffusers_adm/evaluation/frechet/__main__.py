@@ -1,0 +1,132 @@
+"""
+Measures how near samples are to images: Frechet distance, inception score, precision, recall, diversity, accuracy.
+
+    python -m diffusers_adm.evaluation.frechet --samples samples --reference path/to/images \\
+      --features classifier:runs/classifier
+
+Samples are a folder of `python -m diffusers_adm.evaluation.sample`, or any other images.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import diffusers
+import torch
+
+from ... import __version__
+from ...models.classifier_adagn import AdaGNClassifierModel
+from ...training.arguments import arg, check_at_least, parse_args
+from ...training.classification import load_id2label
+from ...training.repositories import from_subfolder_or_root, reading
+from ..data import match_classes, read_images, run_of_sample
+from .comparison import compare_image_sets
+from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
+
+
+@dataclass
+class Arguments:
+    samples: list[str] = field(
+        metadata={
+            "help": "A folder that the command `sample` has drawn into, or any folder of images; a .npz file with "
+            "`arr_0` (and `arr_1`, the classes); or parquet files."
+        }
+    )
+    reference: list[str] = field(metadata={"help": "The images to compare with: the same, or a dataset on the Hub."})
+    features: str = field(
+        metadata={
+            "help": "classifier:PATH, an `AdaGNClassifierModel` that had no part in making the samples, in a folder or "
+            "on the Hub; inception, or inception:FILE with weights in torch-fidelity's format."
+        }
+    )
+    dataset_config_name: str | None = arg(None, "Of a reference on the Hub: its configuration.")
+    split: str | None = arg(None, "Of the reference, where it has several.")
+    image_column: str = arg("image", "Of the reference: the column of the images.")
+    resolution: int | None = arg(None, "Pixels; none: what the classifier takes, or the samples have.")
+    num_images: int | None = arg(None, "Take a random choice of this size from both.")
+    k: int = arg(3, "Of precision and recall: which nearest neighbour a ball reaches to.")
+    splits: int = arg(10, "Of the inception score.")
+    batch_size: int = arg(64, "Images per forward pass.")
+    seed: int = arg(0, "Of the choices, and of the order of the samples for the inception score.")
+    cache_dir: str | None = arg(None, "Where datasets and models are cached.")
+    json: bool = arg(False, "Print JSON, with the settings and versions.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "resolution", "num_images", "k", "splits", "batch_size")
+
+
+def load_features(
+    features: str, cache_dir: str | None, device: torch.device
+) -> tuple[FeatureNetwork, dict[int, str] | None]:
+    """The network, and the names of its classes as far as they are known."""
+    kind, _, path = features.partition(":")
+    if kind == "inception":
+        return InceptionFeatures(path or None, device), None
+    if kind != "classifier" or not path:
+        raise ValueError(f"`features` is {features!r}; it must be classifier:PATH, inception or inception:FILE.")
+
+    def load(repository: str, **kwargs: str) -> tuple[AdaGNClassifierModel, dict[int, str] | None]:
+        return AdaGNClassifierModel.from_pretrained(repository, **kwargs), load_id2label(repository, **kwargs)
+
+    with reading("features", path):
+        classifier, id2label = from_subfolder_or_root(load, path, "classifier", cache_dir=cache_dir)
+    return ClassifierFeatures(classifier.to(device)), id2label
+
+
+def renumber_classes(
+    samples: Sequence[str], network: FeatureNetwork, id2label: dict[int, str] | None
+) -> dict[int, int]:
+    """From the classes that the samples were drawn for to the classifier's of the same names; empty: as they are."""
+    run = run_of_sample(samples)
+    if run is None or run["settings"]["class_labels"] is None or run["id2label"] is None:
+        return {}
+    if not isinstance(network, ClassifierFeatures):
+        return {}
+    names = {int(number): name for number, name in run["id2label"].items()}
+    learned = None if id2label is None else {str(number): name for number, name in id2label.items()}
+    return dict(zip(names, match_classes(names, learned, network.classifier.config.num_classes), strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (args,) = parse_args(Arguments, argv, description=__doc__)
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError("This command needs datasets. Install the extra: `pip install diffusers-adm[eval]`.")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+    # 1. network
+    network, id2label = load_features(args.features, args.cache_dir, device)
+    resolution = args.resolution or network.resolution
+
+    # 2. images
+    common = {"num_images": args.num_images, "seed": args.seed, "cache_dir": args.cache_dir}
+    samples = read_images(
+        args.samples, resolution, to_class=renumber_classes(args.samples, network, id2label), **common
+    )
+    reference = read_images(
+        args.reference,
+        samples.resolution,
+        dataset_config_name=args.dataset_config_name,
+        split=args.split,
+        image_column=args.image_column,
+        **common,
+    )
+
+    # 3. measures
+    result = compare_image_sets(
+        network, samples, reference, k=args.k, splits=args.splits, batch_size=args.batch_size, seed=args.seed
+    )
+    if not args.json:
+        print(result)
+        return
+    settings = vars(args) | {"resolution": samples.resolution}
+    versions = {"diffusers_adm": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+    print(json.dumps({**result.to_dict(), "settings": settings, "versions": versions}, indent=1, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()

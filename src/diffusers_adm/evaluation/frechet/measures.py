@@ -1,0 +1,265 @@
+"""
+Measures of sets of samples, from feature vectors or class probabilities alone. All is computed in float64.
+
+Frechet distance (Heusel et al. 2017, https://huggingface.co/papers/1706.08500, eq. 6; Dowson & Landau 1982), inception
+score (Salimans et al. 2016, https://huggingface.co/papers/1606.03498, section 4), improved precision and recall
+(Kynkäänniemi et al. 2019, https://huggingface.co/papers/1904.06991, section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+# Distances in memory at a time: 128 MB in float64.
+MAX_DISTANCES = 2**24
+# How far a row of probabilities may be from adding up to 1: what float16 does to a thousand classes.
+PROBABILITY_TOLERANCE = 1e-2
+
+ArrayLike = torch.Tensor | np.ndarray
+
+
+class GaussianStatistics:
+    """
+    Mean and covariance of vectors that arrive in chunks, without keeping them (Chan et al. 1979, eq. 2.1): the result
+    does not suffer where the mean is large against the spread, as that of sums of squares would.
+
+    Attributes:
+        count (`int`): Vectors so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: torch.Tensor | None = None
+        self._scatter: torch.Tensor | None = None
+
+    def update(self, vectors: ArrayLike) -> None:
+        """
+        Adds vectors, `(n, dim)`.
+
+        Raises:
+            ValueError: If they are no such matrix, or not as long as those before.
+        """
+        vectors = _matrix("vectors", vectors)
+        if self.count and vectors.shape[1] != len(self._mean):
+            raise ValueError(f"`vectors` have {vectors.shape[1]} entries; those before had {len(self._mean)}.")
+        n = len(vectors)
+        if n == 0:
+            return
+        mean = vectors.mean(dim=0)
+        centred = vectors - mean
+        scatter = centred.T @ centred
+        if self.count == 0:
+            self._mean, self._scatter = mean, scatter
+        else:
+            delta, total = mean - self._mean, self.count + n
+            self._scatter = self._scatter + scatter + torch.outer(delta, delta) * (self.count * n / total)
+            self._mean = self._mean + delta * (n / total)
+        self.count += n
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """`(dim,)`, float64."""
+        self._check_count(1)
+        return self._mean
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """`(dim, dim)`, float64; unbiased: divided by the number of vectors less 1."""
+        self._check_count(2)
+        return self._scatter / (self.count - 1)
+
+    def _check_count(self, minimum: int) -> None:
+        if self.count < minimum:
+            raise ValueError(f"There are {self.count} vectors; {minimum} at least are needed.")
+
+
+def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike) -> float:
+    r"""
+    Squared Frechet (2-Wasserstein) distance of two Gaussians: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
+
+    The trace of the root is the sum of the singular values of `C1^(1/2) C2^(1/2)`. So nothing needs to be inverted, and
+    covariances of fewer samples than dimensions, which are singular, do no harm.
+
+    Args:
+        mean1, cov1 (`torch.Tensor` or `np.ndarray` of shape `(dim,)` and `(dim, dim)`): Mean and covariance of one of
+            them; the covariance symmetric, without negative eigenvalues.
+        mean2, cov2 (`torch.Tensor` or `np.ndarray` of shape `(dim,)` and `(dim, dim)`): Of the other.
+
+    Returns:
+        `float`: At least 0. FID is this number for Inception features; not its root.
+
+    Raises:
+        ValueError: For shapes that do not fit, values that are not finite, and matrices that are no covariances.
+    """
+    means = [_float64(mean) for mean in (mean1, mean2)]
+    covariances = [_float64(cov) for cov in (cov1, cov2)]
+    dim = means[0].numel()
+    for name, value, shape in (
+        ("mean1", means[0], (dim,)),
+        ("mean2", means[1], (dim,)),
+        ("cov1", covariances[0], (dim, dim)),
+        ("cov2", covariances[1], (dim, dim)),
+    ):
+        if tuple(value.shape) != shape:
+            raise ValueError(f"`{name}` has shape {tuple(value.shape)}; it must be {shape}, after `mean1`.")
+        if not value.isfinite().all():
+            raise ValueError(f"`{name}` holds values that are not finite.")
+    roots = [_matrix_root(name, cov) for name, cov in zip(("cov1", "cov2"), covariances, strict=True)]
+    trace_of_root = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    traces = covariances[0].trace() + covariances[1].trace()
+    distance = (means[0] - means[1]).square().sum() + traces - 2 * trace_of_root
+    return max(distance.item(), 0.0)  # of equal Gaussians, rounding leaves a little on either side
+
+
+def _matrix_root(name: str, covariance: torch.Tensor) -> torch.Tensor:
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    # Rounding of a singular matrix gives eigenvalues of about this size in place of 0, whose roots are not so small.
+    rounding = len(covariance) * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
+    asymmetry = (covariance - covariance.T).abs().max()
+    scale = covariance.abs().max()
+    if asymmetry > 1e-6 * scale or eigenvalues[0] < -1e-6 * scale:
+        raise ValueError(
+            f"`{name}` is no covariance: it differs from its transpose by up to {asymmetry:.3g}, and its smallest "
+            f"eigenvalue is {eigenvalues[0]:.3g}."
+        )
+    roots = torch.where(eigenvalues > rounding, eigenvalues, 0).sqrt()
+    return (vectors * roots) @ vectors.T
+
+
+def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, float]:
+    r"""
+    `exp(mean of KL(p(y | x) || p(y)))`: from 1, if all images look alike to the classifier, to the number of classes,
+    if it is sure of each image and finds all classes equally often.
+
+    Args:
+        probabilities (`torch.Tensor` or `np.ndarray` of shape `(num_images, num_classes)`): Of the classes, for each
+            image: after the softmax. In random order, since each split is a run of neighbours.
+        splits (`int`, defaults to 10): Parts, as equal as can be, that are scored one by one; p(y) is the mean over a
+            part.
+
+    Returns:
+        `tuple[float, float]`: Mean and standard deviation over the parts; the latter is 0 for one.
+
+    Raises:
+        ValueError: If there are fewer images than parts, or rows do not add up to 1.
+    """
+    probabilities = _matrix("probabilities", probabilities)
+    if not 1 <= splits <= len(probabilities):
+        raise ValueError(f"`splits` is {splits}; it must lie between 1 and {len(probabilities)}, the number of images.")
+    sums = probabilities.sum(dim=1)
+    if (probabilities < 0).any() or (sums - 1).abs().max() > PROBABILITY_TOLERANCE:
+        raise ValueError(
+            f"`probabilities` have sums from {sums.min():.4g} to {sums.max():.4g} and values from "
+            f"{probabilities.min():.4g} on. Pass probabilities, the softmax of the logits."
+        )
+    scores = []
+    for part in probabilities.tensor_split(splits):
+        marginal = part.mean(dim=0, keepdim=True)
+        divergences = (torch.xlogy(part, part) - torch.xlogy(part, marginal)).sum(dim=1)
+        scores.append(divergences.mean().exp())
+    scores_ = torch.stack(scores)
+    return scores_.mean().item(), scores_.std(correction=0).item()
+
+
+def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[float, float]:
+    r"""
+    Improved precision and recall: a set is taken for the union of balls around its points, each of which reaches to the
+    point's k-th nearest neighbour in the set.
+
+    Both depend on the numbers of points (more points, smaller balls) and on k: compare figures of the same numbers
+    only.
+
+    Args:
+        real, fake (`torch.Tensor` or `np.ndarray` of shape `(num, dim)`): Features of images and of samples.
+        k (`int`, defaults to 3): As in the paper.
+
+    Returns:
+        `tuple[float, float]`: Precision, the share of `fake` within the balls of `real`; and recall, the share of
+        `real` within the balls of `fake`.
+
+    Raises:
+        ValueError: For features of different widths, and sets of no more than k points.
+    """
+    real, fake = _matrix("real", real), _matrix("fake", fake)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"`real` has {real.shape[1]} features and `fake` {fake.shape[1]}. They must come from one network."
+        )
+    for name, points in (("real", real), ("fake", fake)):
+        if not 1 <= k < len(points):
+            raise ValueError(
+                f"`k` is {k} and `{name}` has {len(points)} points; there must be more, and `k` at least 1."
+            )
+    precision = _share_covered(fake, real, _neighbour_radii(real, k))
+    recall = _share_covered(real, fake, _neighbour_radii(fake, k))
+    return precision, recall
+
+
+def _neighbour_radii(points: torch.Tensor, k: int) -> torch.Tensor:
+    # The nearest of all points is the point itself, so the k-th neighbour is number k + 1.
+    return torch.cat([rows.kthvalue(k + 1, dim=1).values for _, rows in _distances(points, points)])
+
+
+def _share_covered(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
+    covered = [(rows <= radii).any(dim=1) for _, rows in _distances(points, centres)]
+    return torch.cat(covered).double().mean().item()
+
+
+def mean_pairwise_distance(features: ArrayLike) -> tuple[float, float]:
+    r"""
+    Mean Euclidean distance of all pairs of different points, a measure of diversity; and its standard error.
+
+    The standard error is the jackknife's. Leaving point i out changes the mean by an amount that is linear in r_i, the
+    sum of the distances from i, so that it needs no further pass. It holds for independent points; of samples that take
+    their classes in turn it is, if anything, too large.
+
+    Args:
+        features (`torch.Tensor` or `np.ndarray` of shape `(num, dim)`): At least 2; with 2 the error is NaN.
+
+    Returns:
+        `tuple[float, float]`: Mean and standard error.
+
+    Raises:
+        ValueError: For fewer than 2 points.
+    """
+    features = _matrix("features", features)
+    n = len(features)
+    if n < 2:
+        raise ValueError(f"`features` has {n} points; pairs need 2 at least.")
+    sums = []
+    for start, rows in _distances(features, features):
+        rows.diagonal(start).zero_()  # the distance to itself is not 0 after rounding
+        sums.append(rows.sum(dim=1))
+    from_each = torch.cat(sums)
+    mean = from_each.sum().item() / (n * (n - 1))
+    if n == 2:
+        return mean, math.nan
+    # Without point i: (sum of all - 2 r_i) / ((n - 1) (n - 2)).
+    left_out = 2 * from_each / ((n - 1) * (n - 2))
+    variance = (n - 1) * left_out.var(correction=0)
+    return mean, variance.sqrt().item()
+
+
+def _distances(points: torch.Tensor, others: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows of the matrix of distances, some at a time: number of the first, and `(rows, len(others))`."""
+    size = max(1, MAX_DISTANCES // len(others))
+    for start in range(0, len(points), size):
+        yield start, torch.cdist(points[start : start + size], others)
+
+
+def _matrix(name: str, values: ArrayLike) -> torch.Tensor:
+    values = _float64(values)
+    if values.ndim != 2:
+        raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be a matrix, one row for each image.")
+    if not values.isfinite().all():
+        raise ValueError(f"`{name}` holds values that are not finite.")
+    return values
+
+
+def _float64(values: ArrayLike) -> torch.Tensor:
+    return torch.as_tensor(values).detach().to(torch.float64)

@@ -1,0 +1,237 @@
+"""
+Draws many images from a saved model into a folder, or a `.npz` file.
+
+    python -m diffusers_adm.evaluation.sample --model runs/mine --num_images 1000 --output_dir samples \\
+      --class_labels uniform --guidance_scale 2
+
+`accelerate launch -m diffusers_adm.evaluation.sample ...` shares the images between processes. The same command goes on
+where it was interrupted. Images depend on the seed and on their number alone, not on batches and processes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from ...models.classifier_adagn import AdaGNClassifierModel
+from ...pipelines import ADMPipeline
+from ...training.arguments import arg, check_at_least, parse_args
+from ...training.data import UNLABELLED, load_image_dataset
+from ...training.repositories import from_subfolder_or_root, reading
+from ...training.seeding import derive_seed
+from ..data import find_dataset, match_classes, num_real_classes
+from .images import OutputFormat, sample_images
+
+
+logger = logging.getLogger(__name__)
+
+# Arguments of the command that are handed to the pipeline as they are; None: its own default.
+PIPELINE_OPTIONS = (
+    "negative_prompt",
+    "num_inference_steps",
+    "timestep_respacing",
+    "guidance_scale",
+    "guidance_rescale",
+    "guidance_start",
+    "guidance_end",
+    "classifier_guidance_scale",
+    "eta",
+)
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "A pipeline, on the Hub or in a folder."})
+    num_images: int = field(metadata={"help": "In all, over all processes."})
+    output_dir: str = field(metadata={"help": "Where they go; of a run that was interrupted, to go on with it."})
+    output_format: OutputFormat = arg("png", "Single files, or samples.npz as guided-diffusion's scripts expect it.")
+    seed: int = arg(0, "Of the noise of all images.")
+    batch_size: int = arg(32, "Images per process at a time.")
+
+    class_labels: str | None = arg(
+        None,
+        "uniform: all classes in turn; data: as often as in `--dataset`; or the number or name of one. None: no label, "
+        "for which the network needs a null class if it has any.",
+    )
+    dataset: list[str] | None = arg(
+        None, "For `--class_labels data`: a folder of images, parquet files, or a dataset on the Hub."
+    )
+    dataset_config_name: str | None = arg(None, "Of a dataset on the Hub: its configuration.")
+    split: str | None = arg(None, "Of the dataset, where it has several.")
+    label_column: str = arg("label", "Of the dataset: the column of the labels.")
+    prompt: list[str] | None = arg(None, "One or more, in turn.")
+    prompts_file: str | None = arg(None, "Or a text file, one prompt a line, in turn; blank lines are passed over.")
+    negative_prompt: str | None = arg(None, "To be guided away from, in place of the empty prompt.")
+
+    num_inference_steps: int | None = arg(None, "None: the pipeline's default.")
+    timestep_respacing: str | None = arg(None, "In its place: 250, ddim50, or 10,10,15.")
+    eta: float | None = arg(None, "Noise of DDIM steps, 0 to 1. None: ancestral steps with the model's own scheduler.")
+    scheduler: str | None = arg(
+        None, "Name of another scheduler of diffusers, made from the config of the model's own."
+    )
+    guidance_scale: float | None = arg(None, "Classifier-free guidance; 1 is off.")
+    guidance_start: float | None = arg(None, "Fraction of the steps from which on it acts.")
+    guidance_end: float | None = arg(None, "Fraction of the steps up to which it acts.")
+    guidance_rescale: float | None = arg(None, "0 to 1: against overexposure by it.")
+    classifier_guidance_scale: float | None = arg(None, "Guidance by a classifier; 0 is off.")
+    classifier: str | None = arg(None, "Which one, on the Hub or in a folder. None: the one saved with the model.")
+
+    revision: str | None = arg(None, "Of the model: a branch, a tag or a commit.")
+    variant: str | None = arg(None, "Of its weights, e.g. fp16.")
+    cache_dir: str | None = arg(None, "Where models and datasets are cached.")
+    dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "What the weights are held in.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "None: as configured for Accelerate.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "num_images", "batch_size")
+        if self.prompt is not None and self.prompts_file is not None:
+            raise ValueError(
+                f"`prompt` is {self.prompt} and `prompts_file` is {self.prompts_file!r}. Pass one of them."
+            )
+        if (self.class_labels == "data") != (self.dataset is not None):
+            raise ValueError(
+                f"`class_labels` is {self.class_labels!r} and `dataset` is {self.dataset}. `--class_labels data` needs "
+                "a `--dataset` to count the classes of, and nothing else does."
+            )
+
+
+def load_pipeline(args: Arguments) -> ADMPipeline:
+    dtype = getattr(torch, args.dtype)
+    given = {}
+    if args.classifier is not None:
+        with reading("classifier", args.classifier):
+            given["classifier"] = from_subfolder_or_root(
+                AdaGNClassifierModel.from_pretrained,
+                args.classifier,
+                "classifier",
+                cache_dir=args.cache_dir,
+                dtype=dtype,
+            )
+    with reading("model", args.model):
+        pipe = ADMPipeline.from_pretrained(
+            args.model,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+            **given,
+        )
+    if args.scheduler is not None:
+        known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+        if args.scheduler not in known:
+            close = difflib.get_close_matches(args.scheduler, known)
+            raise ValueError(
+                f"`scheduler` is {args.scheduler!r}, which diffusers does not know. Pass the name of a class, e.g. "
+                f"{' or '.join(close) or 'DPMSolverMultistepScheduler'}."
+            )
+        pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def choose_classes(args: Arguments, pipe: ADMPipeline) -> list[int] | None:
+    """The classes that the images take in turn; None for no labels."""
+    if args.class_labels is None:
+        return None
+    config, names = pipe.unet.config, pipe.id2label or {}
+    num_classes = num_real_classes(config)
+    if args.class_labels in ("uniform", "data") and (num_classes is None or config.get("class_embed_type") is not None):
+        raise ValueError(
+            f"`class_labels` is {args.class_labels!r}, but the network has no table of classes. Leave `--class_labels` "
+            "out."
+        )
+    if args.class_labels == "uniform":
+        return [label for label in range(config.num_class_embeds) if label != config.get("null_class_id")]
+    if args.class_labels == "data":
+        return shuffled_data_classes(args, pipe)
+    if args.class_labels.isdecimal():
+        return [int(args.class_labels)]
+    numbers = {name: number for number, name in names.items()}
+    if args.class_labels not in numbers:
+        raise ValueError(
+            f"`class_labels` is {args.class_labels!r}. It must be uniform, data, none, a number, or one of the classes "
+            f"of the model: {', '.join(numbers) or 'it names none'}."
+        )
+    return [numbers[args.class_labels]]
+
+
+def shuffled_data_classes(args: Arguments, pipe: ADMPipeline) -> list[int]:
+    """
+    The classes of the images of a dataset, in random order by the seed. Each lends its class once before any does so
+    twice: as many images as the dataset has are of exactly its proportions.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError("This needs datasets. Install the extra: `pip install diffusers-adm[eval]`.")
+    images, id2label = load_image_dataset(
+        **find_dataset(args.dataset, args.dataset_config_name, args.split),
+        label_column=args.label_column,
+        cache_dir=args.cache_dir,
+    )
+    learned = None if pipe.id2label is None else {str(number): name for number, name in pipe.id2label.items()}
+    to_class = match_classes(id2label, learned, num_real_classes(pipe.unet.config))
+    classes = [to_class[label] for label in images["label"][:] if label != UNLABELLED]
+    random.Random(derive_seed(args.seed, "classes of the data")).shuffle(classes)
+    return classes
+
+
+def read_prompts(args: Arguments) -> list[str] | None:
+    if args.prompts_file is None:
+        return args.prompt
+    with reading("prompts_file", args.prompts_file):
+        lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"`prompts_file` {args.prompts_file!r} holds no prompts. Write one a line.")
+    return prompts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (args,) = parse_args(Arguments, argv, description=__doc__)
+    accelerator = Accelerator(
+        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        # The others wait at the end for the slowest, or for the one that packs the images.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
+    )
+    # The bars of diffusers and transformers while they load would be one more set of lines per process.
+    diffusers.utils.logging.disable_progress_bar()
+
+    with accelerator.main_process_first():  # the others find downloads in the cache
+        pipe = load_pipeline(args)
+        class_labels, prompts = choose_classes(args, pipe), read_prompts(args)
+    path = sample_images(
+        pipe.to(accelerator.device),
+        args.num_images,
+        args.output_dir,
+        class_labels=class_labels,
+        prompts=prompts,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        output_format=args.output_format,
+        pipeline_options={name: getattr(args, name) for name in PIPELINE_OPTIONS if getattr(args, name) is not None},
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        print(f"{args.num_images} images in {path}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""
+Many images from one pipeline, over processes and interruptions, each the same whatever it is drawn together with.
+
+Every image has a seed of its own. What is finished is on the disk at once, so that a run that was killed goes on where
+it stood.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ... import __version__
+from ...training.seeding import derive_seed
+
+
+OutputFormat = Literal["png", "npz"]
+
+# What the settings, the labels and the finished arrays are called in the folder of the images.
+SETTINGS_NAME, METADATA_NAME, NPZ_NAME = "sampling.json", "metadata.jsonl", "samples.npz"
+IMAGE_NAME = re.compile(r"(\d{6,})\.png")
+# A file under this name is not finished; a hidden one, for whoever reads the folder meanwhile.
+WRITING_PREFIX = ".writing-"
+# Arguments of the pipeline that are not options of a run: they are made for each batch, or differ in nothing but form.
+RESERVED = (
+    "prompt",
+    "class_labels",
+    "batch_size",
+    "num_images_per_prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+)
+# Characters of a value that an error message shows.
+SHOWN_LENGTH = 80
+
+
+def sample_images(
+    pipe: Any,
+    num_images: int,
+    output_dir: str | os.PathLike,
+    *,
+    class_labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    output_format: OutputFormat = "png",
+    pipeline_options: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+    progress_bar: bool = True,
+) -> Path:
+    r"""
+    Draws images into a folder, in as many processes as Accelerate has joined, and goes on where a run was interrupted.
+
+    All noise of image i comes from a generator on the CPU that is seeded with a hash of `seed` and i. So neither the
+    batch size nor the number of processes, nor which images were there before, changes an image (but by rounding, where
+    the device computes batches of another size in another order), and a larger `num_images` adds to the smaller set.
+
+    Args:
+        pipe ([`ADMPipeline`]): On the device it shall run on; in each process.
+        num_images (`int`): In all.
+        output_dir (`str` or `os.PathLike`): The same for all processes. Images are `000000.png` and so on, each there
+            as soon as it is finished. At the end there is `metadata.jsonl`, if there are labels or prompts: `file_name`
+            and, as far as they are there, `label`, `label_name` and `text` of each image, as the `imagefolder` of
+            `datasets` reads it. `sampling.json` holds the settings.
+        class_labels (sequence of `int`, *optional*): Image i is of class `class_labels[i % len(class_labels)]`.
+        prompts (sequence of `str`, *optional*): Image i is drawn for `prompts[i % len(prompts)]`.
+        batch_size (`int`, defaults to 32): Images that a process draws at a time.
+        seed (`int`, defaults to 0): Of the noise.
+        output_format (`str`, defaults to `"png"`): `"npz"`: at the end the images are put into `samples.npz`, as
+            guided-diffusion's scripts expect (`arr_0`: uint8 of shape `(num_images, height, width, channels)`;
+            `arr_1`: the class labels, if any), and the single files are deleted.
+        pipeline_options (mapping, *optional*): Further arguments of the pipeline's call, the same for all images; plain
+            values.
+        accelerator (`accelerate.Accelerator`, *optional*): Whose processes share the images, and whose precision the
+            networks run in. Every process must call.
+        progress_bar (`bool`, defaults to `True`): Show one on the main process, of its share of the images.
+
+    Returns:
+        `Path`: The folder, or the `.npz` file in it.
+
+    Raises:
+        ValueError: If the folder holds images of other settings (what differs is named) or more than `num_images`; for
+            arguments out of range; and whatever the pipeline does not take.
+        RuntimeError: If an image holds a value that is not a number, or the pipeline gives no pictures of 1 or 3
+            channels.
+    """
+    # 1. check
+    options = dict(pipeline_options or {})
+    _check_arguments(pipe, num_images, class_labels, prompts, batch_size, output_format, options)
+    rank, num_processes, autocast = 0, 1, contextlib.nullcontext
+    if accelerator is not None:
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        autocast = accelerator.autocast
+
+    # 2. which images are missing; one process looks, before any draws
+    folder = Path(output_dir)
+    plan: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            settings = {
+                "seed": seed,
+                "output_format": output_format,
+                "class_labels": None if class_labels is None else [int(label) for label in class_labels],
+                "prompts": None if prompts is None else list(prompts),
+                "mixed_precision": "no" if accelerator is None else accelerator.mixed_precision,
+                **_pipeline_settings(pipe, options),
+            }
+            # As they come back from the file: tuples are lists there.
+            plan[0] = _find_missing(folder, num_images, json.loads(json.dumps(settings)), pipe)
+        except (TypeError, ValueError) as error:
+            plan[1] = str(error)
+    if num_processes > 1:
+        broadcast_object_list(plan)
+    missing, refusal = plan
+    if refusal is not None:
+        raise ValueError(refusal)
+
+    # 3. draw
+    mine = missing[rank::num_processes]
+    quiet = rank > 0 or not progress_bar
+    bar = tqdm(
+        total=len(mine),
+        desc="Sampling" if num_processes == 1 else f"Sampling (process 1 of {num_processes})",
+        unit="image",
+        disable=quiet,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file keeps every update
+    )
+    with bar, _bar_of_steps(pipe, show=not quiet and sys.stderr.isatty()):
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
+            inputs: dict[str, Any] = {
+                "generator": [torch.Generator().manual_seed(derive_seed(seed, "sample", i)) for i in indices]
+            }
+            if class_labels is not None:
+                inputs["class_labels"] = [int(class_labels[i % len(class_labels)]) for i in indices]
+            if prompts is not None:
+                inputs["prompt"] = [prompts[i % len(prompts)] for i in indices]
+            if class_labels is None and prompts is None:
+                inputs["batch_size"] = len(indices)
+            with autocast():
+                images = pipe(**inputs, **options, output_type="np").images  # (B, H, W, C) in [0, 1]
+            if not np.isfinite(images).all():
+                raise RuntimeError(
+                    f"Among the images from number {indices[0]} on, one holds values that are not finite. Draw them in "
+                    "bfloat16 or float32 instead of float16."
+                )
+            if images.ndim != 4 or images.shape[-1] not in (1, 3):
+                raise RuntimeError(
+                    f"The pipeline gives images of shape {images.shape}. One or three channels can be stored."
+                )
+            for index, pixels in zip(indices, (images * 255).round().astype(np.uint8), strict=True):
+                _write_image(folder / _image_name(index), pixels)
+            bar.update(len(indices))
+
+    # 4. what belongs to all images
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    labels = None if class_labels is None else [int(class_labels[i % len(class_labels)]) for i in range(num_images)]
+    if rank == 0 and output_format == "npz":
+        _pack(folder, num_images, labels)
+    elif rank == 0 and (labels is not None or prompts is not None):
+        _write_metadata(folder, num_images, labels, prompts, getattr(pipe, "id2label", None))
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return folder / NPZ_NAME if output_format == "npz" else folder
+
+
+def _check_arguments(
+    pipe: Any,
+    num_images: int,
+    class_labels: Sequence[int] | None,
+    prompts: Sequence[str] | None,
+    batch_size: int,
+    output_format: str,
+    options: Mapping[str, Any],
+) -> None:
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+    for name, values in (("class_labels", class_labels), ("prompts", prompts)):
+        if values is not None and (isinstance(values, str) or len(values) == 0):
+            raise ValueError(f"`{name}` is {values!r}; pass a list of at least one, or None.")
+    if output_format not in get_args(OutputFormat):
+        raise ValueError(f"`output_format` is {output_format!r}; it must be one of {list(get_args(OutputFormat))}.")
+    tensors = [name for name, value in options.items() if torch.is_tensor(value)]
+    if tensors:
+        raise ValueError(f"`{tensors[0]}` is a tensor; `pipeline_options` are plain values, the same for all images.")
+    parameters = inspect.signature(pipe.__call__).parameters
+    wrong = [name for name in options if name in RESERVED or name not in parameters]
+    if prompts is not None and "prompt" not in parameters:
+        wrong.append("prompt")
+    if wrong:
+        raise ValueError(
+            f"`{wrong[0]}` cannot be passed on to a {type(pipe).__name__}: "
+            + ("it is made for each batch." if wrong[0] in options and wrong[0] in RESERVED else "it does not take it.")
+        )
+
+
+# 1. The settings
+
+
+def _pipeline_settings(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that an image depends on beside its seed, label and prompt, in plain values."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    call = {
+        name: options.get(name, parameter.default) for name, parameter in parameters.items() if name not in RESERVED
+    }
+    scheduler = json.loads(pipe.scheduler.to_json_string())
+    return {
+        **call,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "scheduler": {name: value for name, value in scheduler.items() if name != "_diffusers_version"},
+        "weights": _fingerprint(pipe),
+    }
+
+
+def _fingerprint(pipe: Any) -> str:
+    """A hash of all weights: those of a model that was trained on under the same name are others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, component in sorted(pipe.components.items()):
+        if isinstance(component, torch.nn.Module):
+            for key, tensor in component.state_dict().items():
+                digest.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _find_missing(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) -> list[int]:
+    """The numbers of the images to be drawn. The folder is made, or found to be of a run with the same settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{WRITING_PREFIX}*"):
+        leftover.unlink()
+    matches = [IMAGE_NAME.fullmatch(path.name) for path in folder.iterdir()]
+    existing = {int(match[1]) for match in matches if match}
+    packed = (folder / NPZ_NAME).exists()
+    if existing or packed:
+        if not (folder / SETTINGS_NAME).exists():
+            raise ValueError(
+                f"`output_dir` {str(folder)!r} holds images, but no {SETTINGS_NAME} that tells how they were drawn. "
+                "Choose another folder."
+            )
+        stored = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
+        _check_same_settings(folder, stored["settings"], settings)
+        if packed and stored["num_images"] != num_images:
+            raise ValueError(
+                f"`num_images` is {num_images}, but `output_dir` {str(folder)!r} holds {stored['num_images']} images "
+                f"in {NPZ_NAME}, to which none can be added. Choose another folder."
+            )
+        if packed:
+            return []
+        if max(existing) >= num_images:
+            raise ValueError(
+                f"`num_images` is {num_images}, but `output_dir` {str(folder)!r} holds images up to number "
+                f"{max(existing)}. Ask for at least {max(existing) + 1}, or choose another folder."
+            )
+    missing = [index for index in range(num_images) if index not in existing]
+    if missing:
+        (folder / METADATA_NAME).unlink(missing_ok=True)  # it would name files that are not there, or lack some
+        content = {
+            "num_images": num_images,
+            "settings": settings,
+            "model": getattr(pipe, "name_or_path", None),
+            "id2label": getattr(pipe, "id2label", None),
+            "versions": {"diffusers_adm": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
+        }
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        _write_file(folder / SETTINGS_NAME, text.encode())
+    return missing
+
+
+def _check_same_settings(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    names = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
+    if not names:
+        return
+    differences = []
+    for name in names:
+        before, now = stored.get(name), settings.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            differences += [f"`{name}` had {key}={_short(before.get(key))}, now {_short(now.get(key))}" for key in keys]
+        else:
+            differences.append(f"`{name}` was {_short(before)} and is now {_short(now)}")
+    raise ValueError(
+        f"`output_dir` {str(folder)!r} holds images that were drawn otherwise: {'; '.join(differences)}. Repeat the "
+        "earlier settings to go on with them, or choose another folder."
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 3]}..."
+
+
+# 2. Drawing
+
+
+@contextlib.contextmanager
+def _bar_of_steps(pipe: Any, show: bool) -> Iterator[None]:
+    """The pipeline's own progress bar goes below that of the images, or is hidden; as before afterwards."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    hidden = before.get("disable", False) or not show
+    pipe.set_progress_bar_config(**{**before, "disable": hidden, "desc": "Steps", "position": 1, "leave": False})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+# 3. Files
+
+
+def _image_name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _write_image(path: Path, pixels: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="png")
+    _write_file(path, buffer.getvalue())
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Whole or not at all: killed at any point, there is no half file under this name."""
+    writing = path.with_name(f"{WRITING_PREFIX}{path.name}")
+    with open(writing, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that loses power may keep the name and lose the content
+    os.replace(writing, path)
+
+
+def _write_metadata(
+    folder: Path,
+    num_images: int,
+    labels: Sequence[int] | None,
+    prompts: Sequence[str] | None,
+    id2label: Mapping[int, str] | None,
+) -> None:
+    lines = []
+    for index in range(num_images):
+        row: dict[str, Any] = {"file_name": _image_name(index)}
+        if labels is not None:
+            row["label"] = labels[index]
+            if id2label is not None:
+                row["label_name"] = id2label.get(labels[index])
+        if prompts is not None:
+            row["text"] = prompts[index % len(prompts)]
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    _write_file(folder / METADATA_NAME, "".join(lines).encode())
+
+
+def _pack(folder: Path, num_images: int, labels: Sequence[int] | None) -> None:
+    """Puts the images into one `.npz` file, one at a time: together they may be larger than the memory."""
+    path, files = folder / NPZ_NAME, [folder / _image_name(index) for index in range(num_images)]
+    if not path.exists():
+        with Image.open(files[0]) as first:
+            shape = (num_images, first.height, first.width, len(first.getbands()))
+        writing = path.with_name(f"{WRITING_PREFIX}{path.name}")
+        with zipfile.ZipFile(writing, "w") as archive:  # not compressed, like that of `numpy.savez`
+            with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(array, header)
+                for file in files:
+                    with Image.open(file) as image:
+                        array.write(image.tobytes())
+            if labels is not None:
+                with archive.open("arr_1.npy", "w", force_zip64=True) as array:
+                    np.lib.format.write_array(array, np.array(labels, dtype=np.int64))
+        with open(writing, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(writing, path)
+    for file in files:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,113 @@
+"""
+Low-rank adapters: fine-tuning a few per cent of the weights beside the frozen rest.
+
+Hu et al. 2021 (https://huggingface.co/papers/2106.09685): a weight W becomes W + (alpha / rank) B A, where A has `rank`
+rows, B as many columns and starts at 0. PEFT keeps the adapter, diffusers' writer saves it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from safetensors.torch import load_file
+
+
+# diffusers' names in attention: queries, keys, values, the layer behind, and keys and values of added text.
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # which `load_lora_weights` looks for in a folder
+PREFIX = StableDiffusionLoraLoaderMixin.unet_name
+
+
+def add_lora(unet: ModelMixin, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> None:
+    """
+    Freezes `unet` and adds an adapter, whose weights alone are then trained.
+
+    Args:
+        unet (`ModelMixin`): With PEFT support, such as `AdaGNUNet2DModel`.
+        rank (`int`): Of the adapter, at least 1.
+        alpha (`float`, *optional*): Its output is multiplied by `alpha / rank`; None: by 1.
+        targets (sequence of `str`, *optional*): Names of the layers to adapt, linear or convolutional, or their last
+            parts, such as `conv1` or `time_emb_proj`. None: all of `ATTENTION_TARGETS` that there are.
+
+    Raises:
+        ValueError: If no layer has such a name.
+    """
+    from peft import LoraConfig
+
+    layers = [name for name, module in unet.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+
+    def is_there(target: str) -> bool:
+        return any(name == target or name.endswith(f".{target}") for name in layers)
+
+    if targets is None:
+        targets = [target for target in ATTENTION_TARGETS if is_there(target)]
+        if not targets:
+            raise ValueError(
+                "The U-Net has no attention, whose projections an adapter is added to. Name other layers, e.g. "
+                "`--lora_target_modules conv1 conv2 time_emb_proj`."
+            )
+    for target in targets:
+        if not is_there(target):
+            known = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
+            raise ValueError(
+                f"`lora_target_modules` holds {target!r}, but no linear or convolutional layer of the U-Net has that "
+                f"name. There are: {', '.join(known)}."
+            )
+    unet.add_adapter(  # which turns gradients off for all other weights
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,
+            init_lora_weights="gaussian",  # as diffusers' scripts do: A normal, B zero
+            target_modules=list(targets),
+        )
+    )
+
+
+def save_lora(unet: ModelMixin, folder: str | os.PathLike) -> None:
+    """
+    Writes the adapter of `unet` as `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)` and
+    `unet.load_lora_adapter(folder, prefix="unet", use_safetensors=True)`.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    config = unet.peft_config["default"].to_dict()
+    StableDiffusionLoraLoaderMixin.save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in config.items()},
+    )
+
+
+def checkpoint_adapter_alone(accelerator: Accelerator) -> None:
+    """Makes `accelerator.save_state` and `load_state` write and read the adapter of the U-Net instead of all of it."""
+    from peft import set_peft_model_state_dict
+
+    def save(models: list[torch.nn.Module], weights: list, folder: str) -> None:
+        weights.clear()  # which Accelerate would write itself
+        if accelerator.is_main_process:
+            for model in models:
+                save_lora(accelerator.unwrap_model(model), folder)
+
+    def load(models: list[torch.nn.Module], folder: str) -> None:
+        path = os.path.join(folder, WEIGHTS_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"The checkpoint {folder} holds no adapter ({WEIGHTS_NAME}): it was written by a run without "
+                "`lora_rank`. Resume it without, or start anew."
+            )
+        while models:  # what is left, Accelerate would read itself
+            state = {name.removeprefix(f"{PREFIX}."): value for name, value in load_file(path).items()}
+            result = set_peft_model_state_dict(accelerator.unwrap_model(models.pop()), state)
+            if result.unexpected_keys:
+                raise ValueError(
+                    f"The adapter of {folder} has other layers than this run's, such as {result.unexpected_keys[0]}. "
+                    "Resume with the `lora_target_modules` that it was begun with."
+                )
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

@@ -1,0 +1,331 @@
+"""
+How a training script starts: processes and logging, the network's config and the scheduler, optimizer and average, the
+folder of the run, and the log that it keeps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+from .arguments import DataArguments, ModelArguments, NoiseArguments, TrainingArguments
+from .checkpoints import delete_checkpoints, find_latest_checkpoint
+from .metrics import MetricsHistory
+from .repositories import from_subfolder_or_root, reading
+
+
+# 1. Processes
+
+
+def start_accelerator(training_args: TrainingArguments, script: str) -> Accelerator:
+    """
+    Joins the processes and sets up logging: the main process reports what `script` (the name of its logger) and this
+    package do, the others only errors.
+
+    Raises:
+        ValueError: If Accelerate is configured to split the weights over processes.
+    """
+    import datasets
+
+    accelerator = Accelerator(
+        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_steps=training_args.gradient_accumulation_steps,
+        mixed_precision=training_args.mixed_precision,
+        log_with=None if training_args.report_to == "none" else training_args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=training_args.output_dir,
+            logging_dir=os.path.join(training_args.output_dir, training_args.logging_dir),
+        ),
+        # The others wait while the main process checks the images or draws a grid; NCCL would give up after 10 minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
+    )
+    if accelerator.is_main_process:  # not of the libraries, which report each file of a checkpoint and each download
+        for name in (script, "diffusers_adm"):
+            logging.getLogger(name).setLevel(logging.INFO)
+    datasets.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"Accelerate is configured for {accelerator.distributed_type.value}, which splits the weights over "
+            "processes; the averaged weights and checkpoints of this script need them whole. Use `multi_gpu`."
+        )
+    if training_args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    get_logger(script).info(accelerator.state, main_process_only=True)
+    return accelerator
+
+
+# 2. Network and scheduler
+
+
+def load_noise_scheduler(
+    model_args: ModelArguments, data_args: DataArguments, noise_args: NoiseArguments
+) -> LearnedVarianceDDPMScheduler:
+    """
+    The scheduler of the pretrained model, or the default one; what `noise_args` give takes the place of its values.
+
+    Raises:
+        ValueError: If the pretrained scheduler cannot be read.
+    """
+    pretrained, given = model_args.pretrained_model_name_or_path, noise_args.given()
+    if pretrained is None:
+        return LearnedVarianceDDPMScheduler(**given)
+    with reading("pretrained_model_name_or_path", pretrained):
+        return from_subfolder_or_root(
+            LearnedVarianceDDPMScheduler.from_pretrained,
+            pretrained,
+            "scheduler",
+            revision=model_args.revision,
+            cache_dir=data_args.cache_dir,
+            **given,
+        )
+
+
+def load_model_config(
+    model_class: type, subfolder: str, model_args: ModelArguments, data_args: DataArguments
+) -> dict[str, Any]:
+    """
+    The config of the network to train: that of the pretrained model, or the one named for training from scratch (a
+    file, or a repository that holds it in `subfolder` or in its root).
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    pretrained, from_scratch = model_args.pretrained_model_name_or_path, model_args.model_config_name_or_path
+    load = model_class.load_config  # type: ignore[attr-defined]
+    if pretrained is not None:
+        with reading("pretrained_model_name_or_path", pretrained):
+            return from_subfolder_or_root(
+                load, pretrained, subfolder, revision=model_args.revision, cache_dir=data_args.cache_dir
+            )
+    with reading("model_config_name_or_path", from_scratch):
+        if os.path.isfile(from_scratch):
+            return load(from_scratch)
+        return from_subfolder_or_root(load, from_scratch, subfolder, cache_dir=data_args.cache_dir)
+
+
+def check_config_keys(config: Mapping[str, Any], model_class: type, source: str | None) -> None:
+    """
+    Raises:
+        ValueError: If the config holds a key that is no argument of `model_class`, which diffusers would pass over.
+    """
+    known = list(inspect.signature(model_class.__init__).parameters)  # type: ignore[misc]
+    for key in config:
+        if key not in known and not key.startswith("_"):
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"The config {source} holds {key!r}, which `{model_class.__name__}` has not.{hint}")
+
+
+def choose_resolution(resolution: int | None, config: Any, network: str) -> int:
+    """
+    The training resolution in pixels: `resolution`, or else the `sample_size` of the network.
+
+    Args:
+        resolution (`int`, *optional*): As given by the user.
+        config (`FrozenDict`): Of the network, with `sample_size` and `block_out_channels`.
+        network (`str`): What error messages call it.
+
+    Raises:
+        ValueError: If it is no square size, or one that the network cannot halve as often as it does.
+    """
+    resolution = resolution or config.sample_size
+    if not isinstance(resolution, int):
+        raise ValueError(
+            f"The resolution is {resolution!r}: the {network}'s `sample_size` does not name a square size. Pass "
+            "`--resolution`."
+        )
+    downsampling = 2 ** (len(config.block_out_channels) - 1)
+    if resolution % downsampling:
+        raise ValueError(
+            f"The resolution is {resolution}; this {network} halves images {len(config.block_out_channels) - 1} "
+            f"times, so it must be divisible by {downsampling}. Pass e.g. `--resolution "
+            f"{math.ceil(resolution / downsampling) * downsampling}`."
+        )
+    return resolution
+
+
+# 3. Optimizer, learning rate, average
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], training_args: TrainingArguments) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=training_args.learning_rate,
+        betas=(training_args.adam_beta1, training_args.adam_beta2),
+        weight_decay=training_args.adam_weight_decay,
+        eps=training_args.adam_epsilon,
+    )
+
+
+def build_lr_scheduler(
+    optimizer: Any, training_args: TrainingArguments, max_train_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """
+    To be stepped once an optimizer step. It is not to be prepared: Accelerate would step it once per process, for
+    examples instead of optimizer steps.
+
+    Args:
+        optimizer (`AcceleratedOptimizer`): As prepared.
+    """
+    return get_scheduler(
+        training_args.lr_scheduler,
+        optimizer=optimizer.optimizer,
+        num_warmup_steps=training_args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )
+
+
+def build_ema(parameters: Iterable[torch.nn.Parameter], training_args: TrainingArguments) -> EMAModel | None:
+    """The average of these weights (of models not wrapped for distribution); None if there shall be none."""
+    if not training_args.use_ema:
+        return None
+    return EMAModel(
+        parameters,
+        decay=training_args.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=training_args.ema_inv_gamma,
+        power=training_args.ema_power,
+        foreach=True,
+    )
+
+
+# 4. The folder of the run, and its log
+
+
+def prepare_output_dir(accelerator: Accelerator, training_args: TrainingArguments, settings: Mapping[str, Any]) -> None:
+    """
+    Creates the folder of the run with `train_args.yaml`, which reads back as a recipe. Collective.
+
+    Raises:
+        ValueError: If another run left checkpoints there, and the arguments say neither to go on with it nor to start
+            anew. A new run would mix with it: `latest` finds the highest step, whoever wrote it.
+    """
+    import yaml
+
+    output_dir = training_args.output_dir
+    latest = find_latest_checkpoint(output_dir)
+    if training_args.resume_from_checkpoint is None and latest is not None:
+        if not training_args.overwrite_output_dir:
+            raise ValueError(
+                f"`output_dir` {output_dir!r} holds {os.path.basename(latest)} of another run. Pass "
+                "`--resume_from_checkpoint latest` to go on with it, `--overwrite_output_dir` to delete its "
+                "checkpoints and start anew, or another `--output_dir`."
+            )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            delete_checkpoints(output_dir)
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.makedirs(output_dir, exist_ok=True)
+        with open(os.path.join(output_dir, "train_args.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(dict(settings), file, sort_keys=False)
+
+
+class TrainingLog:
+    """
+    Progress bar, throughput, `metrics.jsonl` (the main process writes it) and trackers of a run. Every process has one
+    and makes every call.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        output_dir (`str`): Its folder.
+        settings (mapping): Its arguments, for the trackers.
+        global_step (`int`): Optimizer steps taken before; rows of later ones, which will be written again, are dropped.
+        max_train_steps (`int`): Optimizer steps of the whole run.
+        total_batch_size (`int`): Images per optimizer step, over all processes.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str,
+        settings: Mapping[str, Any],
+        global_step: int,
+        max_train_steps: int,
+        total_batch_size: int,
+    ):
+        self.accelerator = accelerator
+        self.total_batch_size = total_batch_size
+        self.history = MetricsHistory(os.path.join(output_dir, "metrics.jsonl"))
+        if accelerator.is_main_process:
+            self.history.rewind(global_step)
+        accelerator.init_trackers(
+            "train",
+            config={name: str(value) for name, value in settings.items()},
+            init_kwargs={"tensorboard": {"purge_step": global_step + 1}},
+        )
+        self.progress_bar = tqdm(
+            total=max_train_steps,
+            initial=global_step,
+            desc="Training",
+            disable=not accelerator.is_local_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file keeps every update
+        )
+        self.start_clock(global_step)
+
+    def start_clock(self, global_step: int) -> None:
+        """Begins to measure images per second; call it also after a pause, such as validation."""
+        self._clock_start, self._clock_step = time.perf_counter(), global_step
+
+    def advance(self) -> None:
+        """One optimizer step was taken."""
+        self.progress_bar.update()
+
+    def write(self, step: int, values: Mapping[str, float], learning_rate: float) -> None:
+        """
+        A row of training metrics, `loss` among them, with learning rate and throughput since the last row.
+
+        Raises:
+            RuntimeError: If the loss is not finite.
+        """
+        if not math.isfinite(values["loss"]):
+            raise RuntimeError(
+                f"The loss is {values['loss']} at step {step}. Resume an earlier checkpoint with a lower "
+                "`--learning_rate`, or with `--mixed_precision bf16` or `no` instead of fp16."
+            )
+        images = (step - self._clock_step) * self.total_batch_size
+        images_per_second = images / (time.perf_counter() - self._clock_start)
+        self.start_clock(step)
+        row = {**values, "lr": learning_rate, "images_per_second": images_per_second}
+        self._write(step, row, "train/", "")
+        shown = {"loss": f"{values['loss']:.4f}", "images_per_s": f"{images_per_second:.1f}"}
+        self.progress_bar.set_postfix(shown, refresh=False)
+
+    def write_validation(self, step: int, values: Mapping[str, float]) -> None:
+        """A row of its own, whose names begin with `validation_` (for the trackers: `validation/`)."""
+        self._write(step, values, "validation/", "validation_")
+
+    def _write(self, step: int, values: Mapping[str, float], tracker_prefix: str, file_prefix: str) -> None:
+        self.accelerator.log({f"{tracker_prefix}{name}": value for name, value in values.items()}, step=step)
+        if self.accelerator.is_main_process:
+            self.history.append(step, {f"{file_prefix}{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        self.progress_bar.close()

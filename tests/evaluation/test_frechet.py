@@ -1,0 +1,569 @@
+"""
+Measures of samples: against closed forms, brute force in float64 and cases that can be told on paper; and the command.
+"""
+
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from docstrings import check_documented_arguments
+from PIL import Image
+from scipy.spatial.distance import cdist
+from toy_models import CONDITIONAL, random_classifier, random_unet
+
+from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.evaluation import (
+    ClassifierFeatures,
+    GaussianStatistics,
+    InceptionFeatures,
+    compare_image_sets,
+    frechet_distance,
+    inception_score,
+    mean_pairwise_distance,
+    precision_recall,
+    sample_images,
+)
+from diffusers_adm.evaluation.data import read_images
+from diffusers_adm.evaluation.frechet import measures
+from diffusers_adm.evaluation.frechet.__main__ import main
+from diffusers_adm.training import save_id2label
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def rotation(dim, seed=0):
+    return torch.linalg.qr(normal(dim, dim, seed=seed)).Q
+
+
+def random_covariance(dim, rank=None, seed=0):
+    factors = normal(dim, rank or dim, seed=seed)
+    return factors @ factors.T
+
+
+# 1. Frechet distance
+
+
+class TestFrechetDistance:
+    @pytest.mark.parametrize("dim", [1, 5])
+    def test_commuting_covariances(self, dim):
+        """With common axes: the sum of squared differences of means and of standard deviations."""
+        axes, mean1, mean2 = rotation(dim), normal(dim, seed=1), normal(dim, seed=2)
+        std1, std2 = normal(dim, seed=3).abs(), normal(dim, seed=4).abs()
+        covariances = [axes @ torch.diag(std**2) @ axes.T for std in (std1, std2)]
+        expected = (mean1 - mean2).square().sum() + (std1 - std2).square().sum()
+        found = frechet_distance(mean1, covariances[0], mean2, covariances[1])
+        assert found == pytest.approx(expected.item(), rel=1e-12)
+
+    def test_rotated_covariances_in_the_plane(self):
+        """In two dimensions tr sqrt(A) = sqrt(tr A + 2 sqrt(det A)), by Cayley and Hamilton."""
+        cov1, cov2 = random_covariance(2, seed=1), random_covariance(2, seed=2)
+        product = cov1 @ cov2
+        assert (product - product.T).abs().max() > 0.1  # they do not commute
+        trace_of_root = (product.trace() + 2 * product.det().sqrt()).sqrt()
+        expected = cov1.trace() + cov2.trace() - 2 * trace_of_root
+        zero = torch.zeros(2)
+        assert frechet_distance(zero, cov1, zero, cov2) == pytest.approx(expected.item(), rel=1e-12)
+
+    def test_many_dimensions_as_scipy_has_it(self):
+        cov1, cov2 = random_covariance(40, seed=1), random_covariance(40, seed=2)
+        mean1, mean2 = normal(40, seed=3), normal(40, seed=4)
+        root = scipy.linalg.sqrtm((cov1 @ cov2).numpy()).real
+        expected = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * np.trace(root)
+        assert frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected.item(), rel=1e-9)
+        # Not the root of the product of the roots of the traces, nor the distance itself.
+        assert expected > 1
+
+    def test_optimal_linear_map(self):
+        """A symmetric positive M maps N(0, C) optimally to N(0, M C M): the distance is E|x - M x|^2."""
+        cov1, step = random_covariance(6, seed=1), random_covariance(6, seed=2) / 6
+        cov2 = step @ cov1 @ step
+        difference = torch.eye(6, dtype=torch.float64) - step
+        expected = (difference @ cov1 @ difference).trace().item()
+        assert frechet_distance(torch.zeros(6), cov1, torch.zeros(6), cov2) == pytest.approx(expected, rel=1e-10)
+
+    def test_singular_covariances(self):
+        zero, mean = torch.zeros(5), normal(5)
+        cov = random_covariance(5, rank=2)
+        # A point against a Gaussian: |m|^2 + tr C.
+        expected = mean.square().sum().item() + cov.trace().item()
+        assert frechet_distance(zero, torch.zeros(5, 5), mean, cov) == pytest.approx(expected, rel=1e-12)
+        # On orthogonal subspaces nothing can be saved by coupling them.
+        axes = rotation(6)
+        one, other = axes[:, :2], axes[:, 2:5]
+        cov1, cov2 = one @ torch.diag(torch.tensor([4.0, 1.0]).double()) @ one.T, 9 * other @ other.T
+        assert frechet_distance(torch.zeros(6), cov1, torch.zeros(6), cov2) == pytest.approx(5 + 27, rel=1e-12)
+        # On one subspace: as there alone.
+        cov3 = one @ torch.diag(torch.tensor([9.0, 1.0]).double()) @ one.T
+        assert frechet_distance(torch.zeros(6), cov1, torch.zeros(6), cov3) == pytest.approx(1, rel=1e-10)
+
+    @pytest.mark.parametrize("rank", [40, 3])
+    def test_of_itself_it_is_nothing(self, rank):
+        mean, cov = normal(40), random_covariance(40, rank)
+        assert 0 <= frechet_distance(mean, cov, mean, cov) < 1e-10 * cov.trace()
+
+    def test_a_turn_of_both_changes_nothing(self):
+        mean1, mean2 = normal(8, seed=3), normal(8, seed=4)
+        cov1, cov2, axes = random_covariance(8, seed=1), random_covariance(8, 4, seed=2), rotation(8, seed=5)
+        turned = frechet_distance(axes @ mean1, axes @ cov1 @ axes.T, axes @ mean2, axes @ cov2 @ axes.T)
+        straight = frechet_distance(mean1, cov1, mean2, cov2)
+        assert turned == pytest.approx(straight, rel=1e-10)
+        assert frechet_distance(mean2, cov2, mean1, cov1) == pytest.approx(straight, rel=1e-10)
+
+    def test_arrays_of_numpy(self):
+        found = frechet_distance(np.zeros(2), np.eye(2, dtype=np.float32), np.ones(2), 4 * np.eye(2))
+        assert found == pytest.approx(2 + 2, rel=1e-12)
+
+    @pytest.mark.parametrize(
+        "change,message",
+        [
+            ({"mean2": torch.zeros(3)}, r"`mean2` has shape \(3,\); it must be \(2,\)"),
+            ({"cov1": torch.eye(3)}, r"`cov1` has shape \(3, 3\); it must be \(2, 2\)"),
+            ({"cov2": torch.full((2, 2), math.nan)}, "`cov2` holds values that are not finite"),
+            ({"cov1": torch.tensor([[1.0, 0.5], [0.0, 1.0]])}, "`cov1` is no covariance"),
+            ({"cov2": torch.diag(torch.tensor([1.0, -1.0]))}, "`cov2` is no covariance"),
+        ],
+    )
+    def test_bad_arguments(self, change, message):
+        gaussians = {"mean1": torch.zeros(2), "cov1": torch.eye(2), "mean2": torch.zeros(2), "cov2": torch.eye(2)}
+        with pytest.raises(ValueError, match=message):
+            frechet_distance(**{**gaussians, **change})
+
+
+class TestGaussianStatistics:
+    @pytest.mark.parametrize("offset", [0.0, 1e6])
+    def test_chunks_are_as_good_as_the_whole(self, offset):
+        """Also far from 0, where sums of squares would keep 4 of 16 digits."""
+        vectors = offset + normal(50, 4) @ normal(4, 4, seed=1)
+        statistics = GaussianStatistics()
+        for chunk in vectors.split([1, 20, 0, 3, 26]):
+            statistics.update(chunk)
+        assert statistics.count == 50
+        np.testing.assert_allclose(statistics.mean, vectors.numpy().mean(axis=0), rtol=1e-12)
+        expected = np.cov((vectors - offset).numpy(), rowvar=False)
+        np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-8, atol=1e-8)
+
+    def test_errors(self):
+        statistics = GaussianStatistics()
+        with pytest.raises(ValueError, match="There are 0 vectors; 1"):
+            statistics.mean  # noqa: B018
+        statistics.update(normal(1, 3))
+        with pytest.raises(ValueError, match="There are 1 vectors; 2"):
+            statistics.covariance  # noqa: B018
+        with pytest.raises(ValueError, match="have 2 entries; those before had 3"):
+            statistics.update(normal(1, 2))
+        with pytest.raises(ValueError, match=r"shape \(3,\)"):
+            statistics.update(normal(3))
+
+
+# 2. Inception score
+
+
+class TestInceptionScore:
+    @pytest.mark.parametrize("splits", [1, 4])
+    def test_sure_and_even_is_the_number_of_classes(self, splits):
+        assert inception_score(torch.eye(5).repeat(8, 1), splits) == pytest.approx((5, 0), abs=1e-12)
+
+    def test_sure_of_one_class_and_unsure_of_all_are_1(self):
+        for row in ([1.0, 0, 0], [1 / 3] * 3, [0.2, 0.3, 0.5]):
+            assert inception_score(torch.tensor([row] * 12).double(), 3) == pytest.approx((1, 0), abs=1e-12)
+
+    def test_sure_and_uneven_is_the_perplexity(self):
+        probabilities = np.eye(3)[[0] * 5 + [1] * 3 + [2] * 2]
+        entropy = -(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
+        assert inception_score(probabilities, 1) == pytest.approx((math.exp(entropy), 0), rel=1e-12)
+
+    def test_parts_by_hand(self):
+        probabilities = normal(23, 4).softmax(dim=1)
+        scores = []
+        for part in (probabilities[:8], probabilities[8:16], probabilities[16:]):  # 23 images in 3 parts
+            marginal = sum(part) / len(part)
+            divergences = [sum(p * math.log(p / q) for p, q in zip(row, marginal, strict=True)) for row in part]
+            scores.append(math.exp(sum(divergences) / len(part)))
+        mean = sum(scores) / 3
+        std = math.sqrt(sum((score - mean) ** 2 for score in scores) / 3)
+        assert inception_score(probabilities, 3) == pytest.approx((mean, std), rel=1e-12)
+
+    @pytest.mark.parametrize(
+        "probabilities,splits,message",
+        [
+            (torch.eye(3), 4, "`splits` is 4; it must lie between 1 and 3"),
+            (torch.eye(3), 0, "`splits` is 0"),
+            (normal(5, 3), 1, "the softmax of the logits"),
+            (torch.tensor([[1.5, -0.5]]), 1, "values from -0.5 on"),
+            (torch.ones(3), 1, r"shape \(3,\)"),
+        ],
+    )
+    def test_bad_arguments(self, probabilities, splits, message):
+        with pytest.raises(ValueError, match=message):
+            inception_score(probabilities, splits)
+
+
+# 3. Precision and recall, diversity
+
+
+class TestPrecisionRecall:
+    @staticmethod
+    def by_hand(real, fake, k):
+        """The paper's equations 1 and 2, point by point."""
+
+        def share(points, centres):
+            radii = [
+                sorted(math.dist(c, o) for j, o in enumerate(centres) if j != i)[k - 1] for i, c in enumerate(centres)
+            ]
+            inside = [any(math.dist(p, c) <= r for c, r in zip(centres, radii, strict=True)) for p in points]
+            return sum(inside) / len(points)
+
+        return share(fake, real), share(real, fake)
+
+    @pytest.mark.parametrize("k", [1, 3, 5])
+    @pytest.mark.parametrize("size", [2**24, 100])
+    def test_brute_force(self, k, size, monkeypatch):
+        monkeypatch.setattr(measures, "MAX_DISTANCES", size)  # 100: a few rows at a time
+        real, fake = normal(37, 4), 0.8 * normal(29, 4, seed=1) + 1.2
+        expected = self.by_hand(real.tolist(), fake.tolist(), k)
+        assert len({0, 1, *expected}) == 4
+        assert precision_recall(real, fake, k) == pytest.approx(expected, abs=1e-12)
+
+    def test_limits(self):
+        real = normal(30, 4)
+        assert precision_recall(real, real) == (1, 1)
+        assert precision_recall(real, real + 100) == (0, 0)
+        # Samples of one mode of two: all of them are good, and half of the images are out of their reach.
+        two_modes = torch.cat([real, real + 100])
+        assert precision_recall(two_modes, real) == (1, 0.5)
+        # Samples of two modes, where the images have one.
+        assert precision_recall(real, two_modes) == (0.5, 1)
+
+    @pytest.mark.parametrize(
+        "real,fake,k,message",
+        [
+            (normal(5, 2), normal(5, 3), 3, "`real` has 2 features and `fake` 3"),
+            (normal(3, 2), normal(5, 2), 3, "`k` is 3 and `real` has 3 points"),
+            (normal(5, 2), normal(2, 2), 3, "`k` is 3 and `fake` has 2 points"),
+            (normal(5, 2), normal(5, 2), 0, "`k` is 0"),
+            (normal(5, 2), math.nan * normal(5, 2), 3, "`fake` holds values that are not finite"),
+        ],
+    )
+    def test_bad_arguments(self, real, fake, k, message):
+        with pytest.raises(ValueError, match=message):
+            precision_recall(real, fake, k)
+
+
+class TestMeanPairwiseDistance:
+    @pytest.mark.parametrize("size", [2**24, 100])
+    def test_brute_force_and_jackknife(self, size, monkeypatch):
+        monkeypatch.setattr(measures, "MAX_DISTANCES", size)
+        points = normal(23, 3).numpy()
+
+        def mean_of_pairs(points):
+            return cdist(points, points)[np.triu_indices(len(points), 1)].mean()
+
+        left_out = np.array([mean_of_pairs(np.delete(points, i, axis=0)) for i in range(23)])
+        error = math.sqrt(22 / 23 * ((left_out - left_out.mean()) ** 2).sum())
+        assert mean_pairwise_distance(points) == pytest.approx((mean_of_pairs(points), error), rel=1e-10)
+
+    def test_standard_error_is_that_of_repeated_draws(self):
+        draws = [mean_pairwise_distance(normal(60, 5, seed=seed)) for seed in range(200)]
+        means, errors = np.array(draws).T
+        # The spread of 200 draws is known within 5 percent, and the distance of two 5-dimensional normal vectors is
+        # 2 Gamma(3) / Gamma(5/2).
+        assert errors.mean() == pytest.approx(means.std(), rel=0.15)
+        assert means.mean() == pytest.approx(2 * math.gamma(3) / math.gamma(2.5), abs=4 * means.std() / math.sqrt(200))
+
+    def test_limits(self):
+        assert mean_pairwise_distance(torch.ones(9, 4)) == (0, 0)
+        mean, error = mean_pairwise_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+        assert mean == pytest.approx(5)
+        assert math.isnan(error)
+        with pytest.raises(ValueError, match="has 1 points"):
+            mean_pairwise_distance(torch.ones(1, 4))
+
+
+# 4. Networks
+
+
+def test_classifier_features_are_those_of_clean_images_at_0():
+    classifier = random_classifier().train()
+    pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features, logits = ClassifierFeatures(classifier)(pixels)
+    with torch.no_grad():
+        expected = classifier(2 * (pixels.double() / 255).float() - 1, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(features, expected.features)
+    torch.testing.assert_close(logits, expected.logits)
+    assert not classifier.training
+    half, _ = ClassifierFeatures(classifier.bfloat16())(pixels)
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("config", [{"in_channels": 1}, {"sample_size": (8, 16)}])
+def test_other_classifiers_are_refused(config):
+    with pytest.raises(ValueError, match="RGB images, 3 channels, of a square size"):
+        ClassifierFeatures(random_classifier(**config))
+
+
+def test_inception_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r"torch-fidelity.*diffusers-adm\[inception\]"):
+        InceptionFeatures()
+
+
+# 5. Two sets of images
+
+
+class TestComparison:
+    """With features that are the means of the channels, and logits that are sure of the largest of them."""
+
+    class ChannelMeans:
+        resolution = None
+
+        def __call__(self, images):
+            assert images.dtype == torch.uint8
+            means = images.double().mean(dim=(2, 3))
+            return means, 1e4 * (means - means.amax(dim=1, keepdim=True))
+
+    @staticmethod
+    def images(number, seed=0, label=None):
+        levels = torch.randint(0, 256, (number, 3, 2, 2), generator=torch.Generator().manual_seed(seed))
+        items = [{"images": row / 127.5 - 1} for row in levels]
+        if label is not None:
+            for item, row in zip(items, levels, strict=True):
+                item["class_labels"] = label(row.double().mean(dim=(1, 2)))
+        return items, levels.double().mean(dim=(2, 3))
+
+    def test_all_of_the_measures(self):
+        (samples, fake), (reference, real) = self.images(50), self.images(40, seed=1)
+        result = compare_image_sets(self.ChannelMeans(), samples, reference, batch_size=7, splits=1, progress_bar=False)
+        cov = [torch.cov(points.T) for points in (fake, real)]
+        expected = frechet_distance(fake.mean(dim=0), cov[0], real.mean(dim=0), cov[1])
+        assert (result.num_samples, result.num_reference, result.feature_dim) == (50, 40, 3)
+        assert result.frechet_distance == pytest.approx(expected, rel=1e-5)
+        assert (result.precision, result.recall) == precision_recall(real, fake)
+        assert result.diversity == pytest.approx(mean_pairwise_distance(fake)[0])
+        assert result.reference_diversity == pytest.approx(mean_pairwise_distance(real)[0])
+        shares = np.bincount(fake.argmax(dim=1), minlength=3) / 50
+        assert result.inception_score == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
+        assert result.accuracy is None
+        assert "accuracy" not in str(result)
+
+    def test_accuracy_of_labelled_samples(self):
+        count = iter(range(100))
+        # Right, wrong, right, unlabelled, ...
+        change = [lambda c: c, lambda c: (c + 1) % 3, lambda c: c, lambda c: -1]
+        samples, _ = self.images(40, label=lambda means: change[next(count) % 4](int(means.argmax())))
+        result = compare_image_sets(self.ChannelMeans(), samples, self.images(40)[0], progress_bar=False)
+        assert result.accuracy == pytest.approx(20 / 30)
+        assert result.accuracy_standard_error == pytest.approx(math.sqrt(2 / 9 / 30))
+        assert "accuracy          0.6667" in str(result)
+        wrong, _ = self.images(40, label=lambda means: 3)
+        with pytest.raises(ValueError, match="from 3 to 3, but the network tells 3 classes apart"):
+            compare_image_sets(self.ChannelMeans(), wrong, self.images(40)[0], progress_bar=False)
+
+    def test_splits_do_not_follow_the_order_of_the_samples(self):
+        """Sorted by class, neighbours alone would be of one class: a score of 1."""
+        levels = torch.zeros(60, 3, 2, 2)
+        for row in range(60):
+            levels[row, row // 20] = 255
+        samples = [{"images": row / 127.5 - 1} for row in levels]
+        result = compare_image_sets(self.ChannelMeans(), samples, samples, splits=3, progress_bar=False)
+        assert 2.7 < result.inception_score <= 3
+
+    def test_features_alone(self):
+        class Pixels:
+            resolution = None
+
+            def __call__(self, images):
+                return images.flatten(1).float(), None
+
+        samples, _ = self.images(20, label=lambda means: 0)
+        result = compare_image_sets(Pixels(), samples, self.images(20, seed=1)[0], progress_bar=False)
+        assert result.feature_dim == 12
+        assert result.inception_score is result.accuracy is None
+
+    def test_few_images_are_warned_of(self, caplog):
+        compare_image_sets(self.ChannelMeans(), self.images(10)[0], self.images(10)[0], splits=1, progress_bar=False)
+        assert not caplog.records
+        with caplog.at_level(logging.WARNING):
+            compare_image_sets(
+                self.ChannelMeans(), self.images(4)[0], self.images(3)[0], k=1, splits=1, progress_bar=False
+            )
+        messages = [record.message for record in caplog.records]
+        assert len(messages) == 2
+        assert "`reference` holds 3 images for 3 features" in messages[0]
+        assert "4 samples and 3 images" in messages[1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        frechet_distance,
+        inception_score,
+        precision_recall,
+        mean_pairwise_distance,
+        compare_image_sets,
+        sample_images,
+        read_images,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_documented_arguments(function):
+    check_documented_arguments(function.__doc__, function)
+
+
+# 6. Where images come from, and the command
+
+
+NAMES = {0: "birds", 1: "cats", 2: "dogs", 3: "fish"}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A model's samples in both formats; images to compare with; classifiers with their classes in two orders."""
+    path = tmp_path_factory.mktemp("stock")
+    scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=20, beta_end=0.2)
+    pipe = ADMPipeline(random_unet(**CONDITIONAL), scheduler, None, None, None, None, id2label=NAMES)
+    for output_format in ("png", "npz"):
+        sample_images(
+            pipe,
+            18,
+            path / output_format,
+            class_labels=[3, 1],
+            output_format=output_format,
+            pipeline_options={"num_inference_steps": 2},
+            progress_bar=False,
+        )
+    generator = np.random.default_rng(0)
+    (path / "images").mkdir()
+    pixels = generator.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(path / "images" / f"{index:02d}.png")
+    np.savez(path / "images.npz", pixels)
+    classifier = random_classifier(num_classes=4)
+    classifier.save_pretrained(path / "classifier")
+    classifier.save_pretrained(path / "turned" / "classifier")
+    save_id2label(path / "classifier", NAMES)
+    save_id2label(path / "turned" / "classifier", {0: "fish", 1: "dogs", 2: "cats", 3: "birds"})
+    random_classifier(num_classes=3).save_pretrained(path / "small")
+    return path
+
+
+def measure(capsys, **arguments):
+    words = ["--json"]
+    for name, value in arguments.items():
+        words += [f"--{name}", str(value)]
+    main(words)
+    return json.loads(capsys.readouterr().out)
+
+
+def classified(stock):
+    """What the classifier says to the samples."""
+    dataset = read_images([str(stock / "png")], None)
+    with torch.no_grad():
+        return random_classifier(num_classes=4)(torch.stack([item["images"] for item in dataset]), 0).logits.argmax(1)
+
+
+def test_command_on_every_source(stock, capsys):
+    arguments = {"features": f"classifier:{stock / 'classifier'}", "splits": 2}
+    results = [
+        measure(capsys, samples=samples, reference=reference, **arguments)
+        for samples, reference in (
+            (stock / "png", stock / "images"),
+            (stock / "npz", stock / "images.npz"),
+            (stock / "npz" / "samples.npz", stock / "images.npz"),
+        )
+    ]
+    settings = results[0].pop("settings")
+    assert settings["resolution"] == 8
+    assert settings["k"] == 3
+    assert set(results[0].pop("versions")) == {"diffusers_adm", "diffusers", "torch"}
+    assert results[0]["num_samples"] == 18
+    assert results[0]["num_reference"] == 20
+    assert results[0]["frechet_distance"] > 0.01
+    for other in results[1:]:
+        assert {name: other[name] for name in results[0]} == pytest.approx(results[0], rel=1e-6)
+    right = (classified(stock) == torch.tensor([3, 1]).repeat(9)).double().mean().item()
+    assert results[0]["accuracy"] == pytest.approx(right)
+
+
+def test_classes_are_matched_by_name(stock, capsys):
+    arguments = {"samples": stock / "png", "reference": stock / "images", "splits": 2}
+    result = measure(capsys, features=f"classifier:{stock / 'turned'}", **arguments)
+    right, wrong = (
+        (classified(stock) == torch.tensor(classes).repeat(9)).double().mean().item() for classes in ([0, 2], [3, 1])
+    )
+    assert right != wrong
+    assert result["accuracy"] == pytest.approx(right)
+    with pytest.raises(ValueError, match="4 classes and the network 3"):
+        measure(capsys, features=f"classifier:{stock / 'small'}", **arguments)
+
+
+def test_plain_output_and_subsets(stock, capsys):
+    main(
+        ["--samples", str(stock / "png"), "--reference", str(stock / "images"), "--num_images", "12", "--splits", "1"]
+        + ["--features", f"classifier:{stock / 'classifier'}"]
+    )
+    printed = capsys.readouterr().out
+    assert "12 samples, 12 images, 16 features" in printed
+    assert "Frechet distance" in printed
+    assert "accuracy" in printed
+
+
+def test_other_numbers_for_classes_are_those_of_the_data(stock):
+    for source in ("png", "npz"):
+        plain = read_images([str(stock / source)], None)
+        assert [int(item["class_labels"]) for item in plain] == [3, 1] * 9
+        renumbered = read_images([str(stock / source)], None, to_class={1: 7})
+        assert [int(item["class_labels"]) for item in renumbered] == [3, 7] * 9
+
+
+def test_images_are_resized(stock):
+    for source in ("png", "npz"):
+        assert read_images([str(stock / source)], 4)[0]["images"].shape == (3, 4, 4)
+
+
+def test_unfinished_samples_are_refused(stock, tmp_path, capsys):
+    scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=20, beta_end=0.2)
+    pipe = ADMPipeline(random_unet(), scheduler, None, None, None, None)
+    options = {"pipeline_options": {"num_inference_steps": 1}, "progress_bar": False}
+    sample_images(pipe, 3, tmp_path, **options)
+    (tmp_path / "000001.png").unlink()
+    with pytest.raises(ValueError, match="holds 2 of 3 images"):
+        measure(capsys, samples=tmp_path, reference=stock / "images", features=f"classifier:{stock / 'classifier'}")
+
+
+@pytest.mark.parametrize(
+    "arrays,message",
+    [
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "holds images, but no `arr_0`"),
+        ({"arr_0": np.zeros((2, 8, 8, 3))}, "`arr_0` of .* is float64"),
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"of shape \(2, 3, 8, 8\)"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.zeros(3)}, r"`arr_1` of .* shape \(3,\) for 2 images"),
+    ],
+)
+def test_other_npz_files_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "file.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        read_images([str(tmp_path / "file.npz")], None)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"features": "resnet"}, "`features` is 'resnet'"),
+        ({"features": "classifier:"}, "`features` is 'classifier:'"),
+        ({"features": "classifier:nowhere"}, "`features` is 'nowhere'"),
+        ({"reference": "nowhere"}, "`dataset` is 'nowhere'"),
+        ({"num_images": 3}, "`k` is 3 and `real` has 3 points"),
+        ({"k": 0}, "`k` is 0"),
+    ],
+)
+def test_wrong_arguments(change, message, stock, capsys):
+    arguments = {"samples": stock / "png", "reference": stock / "images"}
+    arguments |= {"features": f"classifier:{stock / 'classifier'}", **change}
+    with pytest.raises(ValueError, match=message):
+        measure(capsys, **arguments)

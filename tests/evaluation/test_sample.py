@@ -1,0 +1,495 @@
+"""Many images: the same whatever they are drawn together with, also after a `kill -9`; the files; the command."""
+
+import json
+import os
+import signal
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMScheduler
+from PIL import Image
+from processes import run_distributed, start
+from toy_models import (
+    CONDITIONAL,
+    random_classifier,
+    random_text_encoder,
+    random_text_unet,
+    random_unet,
+    toy_tokenizer,
+)
+
+from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.evaluation import sample_images
+from diffusers_adm.evaluation.sample.__main__ import main
+from diffusers_adm.training import derive_seed
+
+
+NAMES = {0: "birds", 1: "cats", 2: "dogs", 3: "fish"}
+
+
+@pytest.fixture(autouse=True)
+def own_process_state(monkeypatch):
+    """Accelerate's singletons are put back."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def toy_pipeline(unet=None, id2label=None, **components):
+    scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=20, beta_end=0.2)
+    components = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None, **components}
+    return ADMPipeline(unet or random_unet(), scheduler, **components, id2label=id2label)
+
+
+def class_pipeline():
+    return toy_pipeline(random_unet(**CONDITIONAL), NAMES, classifier=random_classifier(num_classes=4))
+
+
+def text_pipeline():
+    return toy_pipeline(
+        random_text_unet(num_class_embeds=5, null_class_id=4),
+        NAMES,
+        text_encoder=random_text_encoder("bert"),
+        tokenizer=toy_tokenizer("bert"),
+    )
+
+
+FEW_STEPS = {"num_inference_steps": 3}
+
+
+def draw(pipe, num_images, output_dir, **arguments):
+    arguments = {"pipeline_options": FEW_STEPS, "progress_bar": False, **arguments}
+    return sample_images(pipe, num_images, output_dir, **arguments)
+
+
+def read(folder):
+    """`{name: pixels}` of a folder."""
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
+
+
+def assert_same(actual, expected):
+    """
+    Sums in another order, as batches of another size may have them, move a value that lies halfway between two levels
+    to the other one: of a real network 3 of 27648 did. Another seed, or class, changes most of them by many levels.
+    """
+    assert list(actual) == list(expected)
+    differences = [np.abs(actual[name].astype(int) - pixels) for name, pixels in expected.items()]
+    assert np.max(differences) <= 1
+    assert np.mean(differences) <= 1e-3
+
+
+def flags(**arguments):
+    words = []
+    for name, value in arguments.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def run(**arguments):
+    """The command, in this process."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    main(flags(**arguments))
+
+
+def saved(pipe, path):
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """Saved models: one with classes and a classifier, one that reads text as well, one with neither."""
+    path = tmp_path_factory.mktemp("stock")
+    saved(class_pipeline(), path / "classes")
+    saved(text_pipeline(), path / "text")
+    saved(toy_pipeline(), path / "plain")
+    random_classifier(seed=7, num_classes=4).save_pretrained(path / "classifier")
+    return path
+
+
+# 1. What an image depends on
+
+
+def test_each_image_is_the_one_its_generator_gives(tmp_path):
+    """As drawn by hand, one at a time."""
+    pipe = class_pipeline()
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    draw(pipe, 5, tmp_path, class_labels=[2, 0, 1], batch_size=2, seed=9, pipeline_options=options)
+    for i, pixels in enumerate(read(tmp_path).values()):
+        generator = torch.Generator().manual_seed(derive_seed(9, "sample", i))
+        expected = pipe(class_labels=[2, 0, 1][i % 3], generator=generator, **options).images[0]
+        assert np.array_equal(pixels, np.asarray(expected))
+
+
+COMMANDS = {
+    "classes": {"model": "classes", "class_labels": "uniform", "guidance_scale": 2, "classifier_guidance_scale": 1},
+    "prompts": {
+        "model": "text",
+        "class_labels": "dogs",
+        "prompt": ["a red cat", "the dog on the green mat with a hat", "a"],
+        "guidance_scale": 3,
+        "eta": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+def test_batches_and_processes_change_nothing(arguments, stock, tmp_path):
+    arguments = {
+        **arguments,
+        "model": stock / arguments["model"],
+        "num_images": 11,
+        "num_inference_steps": 4,
+        "seed": 3,
+    }
+    run(**arguments, output_dir=tmp_path / "alone", batch_size=5)
+    run_distributed(main, flags(**arguments, output_dir=tmp_path / "two", batch_size=3))
+    alone = read(tmp_path / "alone")
+    assert len(alone) == 11
+    assert len({pixels.tobytes() for pixels in alone.values()}) == 11
+    assert_same(read(tmp_path / "two"), alone)
+    for name in ("metadata.jsonl", "sampling.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    run(**{**arguments, "seed": 4}, output_dir=tmp_path / "seed", batch_size=5)
+    assert all(not np.array_equal(other, alone[name]) for name, other in read(tmp_path / "seed").items())
+
+
+def test_more_images_leave_the_first_as_they_are(tmp_path):
+    draw(toy_pipeline(), 3, tmp_path / "grown")
+    stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "grown").glob("*.png")}
+    draw(toy_pipeline(), 7, tmp_path / "grown")
+    draw(toy_pipeline(), 7, tmp_path / "whole")
+    assert_same(read(tmp_path / "grown"), read(tmp_path / "whole"))
+    assert {name: (tmp_path / "grown" / name).stat().st_mtime_ns for name in stamps} == stamps
+
+
+# 2. Interruption
+
+
+def draw_and_die(output_dir):
+    """Of 16 batches of 2 images, the fourth is half done."""
+    torch.set_num_threads(1)
+    pipe = class_pipeline()
+    forwards = []
+
+    def count(module, args):
+        forwards.append(args)
+        if len(forwards) == 3 * 20 + 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pipe.unet.register_forward_pre_hook(count)
+    draw(pipe, 32, output_dir, class_labels=range(4), batch_size=2, pipeline_options={"num_inference_steps": 20})
+
+
+def test_killed_and_gone_on_with(tmp_path):
+    process = start(draw_and_die, tmp_path / "killed")
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+    survivors = sorted((tmp_path / "killed").glob("*.png"))
+    assert [path.name for path in survivors] == [f"{index:06d}.png" for index in range(6)]
+    assert not (tmp_path / "killed" / "metadata.jsonl").exists()
+    stamps = [path.stat().st_mtime_ns for path in survivors]
+    (tmp_path / "killed" / ".writing-000031.png").write_bytes(b"half of a")
+    survivors[2].unlink()  # a gap, as two processes leave it
+
+    arguments = {"class_labels": range(4), "batch_size": 32, "pipeline_options": {"num_inference_steps": 20}}
+    draw(class_pipeline(), 32, tmp_path / "whole", **arguments)
+    drawn = []
+    pipe = class_pipeline()
+    pipe.unet.register_forward_pre_hook(lambda module, args: drawn.append(len(args[0])))
+    draw(pipe, 32, tmp_path / "killed", **arguments)
+    assert_same(read(tmp_path / "killed"), read(tmp_path / "whole"))
+    assert drawn == [32 - 6 + 1] * 20
+    del stamps[2], survivors[2]
+    assert [path.stat().st_mtime_ns for path in survivors] == stamps
+    assert not list((tmp_path / "killed").glob(".writing-*"))
+    for name in ("metadata.jsonl", "sampling.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def trained_on(pipe):
+    pipe.unet.conv_out.bias.data[0] += 0.001
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"seed": 1}, "`seed` was 0 and is now 1"),
+        ({"class_labels": [3]}, r"`class_labels` was \[0, 1\] and is now \[3\]"),
+        ({"class_labels": None}, r"`class_labels` was \[0, 1\] and is now None"),
+        ({"output_format": "npz"}, "`output_format` was 'png' and is now 'npz'"),
+        (
+            {"pipeline_options": {**FEW_STEPS, "guidance_scale": 4.0, "eta": 0.0}},
+            "`guidance_scale` was 1.0 and is now 4.0; `eta` was None and is now 0.0",
+        ),
+        ({"pipe": trained_on(class_pipeline())}, "`weights` was '[0-9a-f]{32}' and is now '[0-9a-f]{32}'"),
+        ({"pipe": class_pipeline().to(torch.bfloat16)}, "`dtype` was 'float32' and is now 'bfloat16'"),
+    ],
+)
+def test_other_settings_are_refused_and_named(change, message, tmp_path):
+    arguments = {"pipe": class_pipeline(), "num_images": 2, "output_dir": tmp_path, "class_labels": [0, 1]}
+    draw(**arguments)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"drawn otherwise: (.*; )?{message}(;|\. Repeat)"):
+        draw(**{**arguments, "num_images": 4, **change})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    # What an option is by default may be said or left out.
+    draw(**arguments, pipeline_options={**FEW_STEPS, "guidance_scale": 1.0})
+
+
+def test_another_scheduler_is_refused_and_named(tmp_path):
+    pipe = toy_pipeline()
+    draw(pipe, 1, tmp_path)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="`scheduler` had _class_name='LearnedVarianceDDPMScheduler', now 'DDIMSched"):
+        draw(pipe, 2, tmp_path)
+
+
+def test_settings_that_drew_nothing_do_not_bind(tmp_path):
+    """A mistake that the pipeline finds is corrected in the same folder."""
+    with pytest.raises(ValueError, match="no `class_labels`"):
+        draw(class_pipeline(), 2, tmp_path, pipeline_options={"guidance_scale": 2.0})
+    draw(class_pipeline(), 2, tmp_path)
+    assert len(read(tmp_path)) == 2
+
+
+# 3. The files
+
+
+def test_folder_is_an_imagefolder(tmp_path):
+    path = draw(text_pipeline(), 3, tmp_path, class_labels=[3, 1], prompts=["a cat", "the dög"])
+    assert path == tmp_path
+    data = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train", cache_dir=tmp_path / "cache")
+    assert data.column_names == ["image", "label", "label_name", "text"]
+    assert data["label"][:] == [3, 1, 3]
+    assert data["label_name"][:] == ["fish", "cats", "fish"]
+    assert data["text"][:] == ["a cat", "the dög", "a cat"]
+    for image, pixels in zip(data["image"], read(tmp_path).values(), strict=True):
+        assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_npz_is_that_of_guided_diffusion(tmp_path):
+    draw(class_pipeline(), 5, tmp_path / "png", class_labels=range(4))
+    path = draw(class_pipeline(), 5, tmp_path / "npz", class_labels=range(4), output_format="npz")
+    assert path == tmp_path / "npz" / "samples.npz"
+    assert {file.name for file in path.parent.iterdir()} == {"samples.npz", "sampling.json"}
+    with np.load(path) as arrays:
+        assert arrays.files == ["arr_0", "arr_1"]
+        assert arrays["arr_0"].dtype == np.uint8
+        assert np.array_equal(arrays["arr_0"], np.stack(list(read(tmp_path / "png").values())))
+        assert arrays["arr_1"].tolist() == [0, 1, 2, 3, 0]
+
+    stamp = path.stat().st_mtime_ns
+    draw(class_pipeline(), 5, tmp_path / "npz", class_labels=range(4), output_format="npz")  # nothing is left to do
+    assert path.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="`num_images` is 6, but .* holds 5 images in samples.npz"):
+        draw(class_pipeline(), 6, tmp_path / "npz", class_labels=range(4), output_format="npz")
+
+
+@pytest.mark.parametrize("output_format", ["png", "npz"])
+def test_grey_images(output_format, tmp_path):
+    path = draw(toy_pipeline(random_unet(in_channels=1, out_channels=2)), 2, tmp_path, output_format=output_format)
+    if output_format == "npz":
+        with np.load(path) as arrays:
+            assert arrays.files == ["arr_0"]
+            assert arrays["arr_0"].shape == (2, 8, 8, 1)
+    else:
+        assert {Image.open(file).mode for file in tmp_path.glob("*.png")} == {"L"}
+        assert not (tmp_path / "metadata.jsonl").exists()
+
+
+def test_bar_of_the_pipeline_is_as_before(tmp_path, capfd):
+    pipe = toy_pipeline()
+    pipe.set_progress_bar_config(desc="mine")
+    draw(pipe, 3, tmp_path, batch_size=2, progress_bar=True)
+    bars = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line]
+    assert bars
+    assert all("Sampling" in line and "/3" in line for line in bars)
+    assert "3/3" in bars[-1]
+    assert pipe._progress_bar_config == {"desc": "mine"}
+
+
+# 4. Bad input
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"num_images": 0}, "`num_images` is 0"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"class_labels": []}, r"`class_labels` is \[\]"),
+        ({"prompts": "a cat"}, "`prompts` is 'a cat'; pass a list"),
+        ({"output_format": "jpg"}, "`output_format` is 'jpg'"),
+        ({"pipeline_options": {"generator": None}}, "`generator` cannot be passed on .* made for each batch"),
+        ({"pipeline_options": {"strength": 1}}, "`strength` cannot be passed on .* does not take it"),
+        ({"pipeline_options": {"prompt_embeds": torch.zeros(1, 2, 3)}}, "`prompt_embeds` is a tensor"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        draw(**{"pipe": toy_pipeline(), "num_images": 1, "output_dir": tmp_path / "out", **arguments})
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_of_other_images(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "000003.png")
+    with pytest.raises(ValueError, match="holds images, but no sampling.json"):
+        draw(toy_pipeline(), 1, tmp_path)
+
+
+def test_fewer_images_than_there_are(tmp_path):
+    draw(toy_pipeline(), 3, tmp_path)
+    with pytest.raises(ValueError, match="`num_images` is 2, but .* up to number 2. Ask for at least 3"):
+        draw(toy_pipeline(), 2, tmp_path)
+
+
+def test_images_that_are_no_numbers(tmp_path):
+    pipe = toy_pipeline()
+    pipe.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(RuntimeError, match="not finite"):
+        draw(pipe, 1, tmp_path)
+    assert not read(tmp_path)
+
+
+# 5. The command
+
+
+def settings(folder):
+    return json.loads((folder / "sampling.json").read_text())["settings"]
+
+
+def labels(folder):
+    return [json.loads(line).get("label") for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_options_reach_the_pipeline(stock, tmp_path, capsys):
+    options = {
+        "num_inference_steps": 4,
+        "guidance_scale": 2.5,
+        "guidance_start": 0.25,
+        "guidance_end": 0.75,
+        "guidance_rescale": 0.5,
+        "classifier_guidance_scale": 1.5,
+        "eta": 0.5,
+    }
+    run(
+        **options,
+        model=stock / "classes",
+        num_images=2,
+        output_dir=tmp_path,
+        class_labels=2,
+        classifier=stock / "classifier",
+        scheduler="DDIMScheduler",
+    )
+    assert options.items() <= settings(tmp_path).items()
+    assert settings(tmp_path)["scheduler"]["_class_name"] == "DDIMScheduler"
+    assert "2 images in" in capsys.readouterr().out
+    pipe = class_pipeline()
+    pipe.classifier = random_classifier(seed=7, num_classes=4)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    generators = [torch.Generator().manual_seed(derive_seed(0, "sample", i)) for i in range(2)]
+    expected = pipe(class_labels=[2, 2], generator=generators, **options).images
+    for pixels, image in zip(read(tmp_path).values(), expected, strict=True):
+        assert np.array_equal(pixels, np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    "class_labels,expected",
+    [("uniform", [0, 1, 2, 3, 0, 1]), ("dogs", [2] * 6), ("3", [3] * 6)],
+)
+def test_class_labels(class_labels, expected, stock, tmp_path):
+    run(
+        model=stock / "classes",
+        num_images=6,
+        output_dir=tmp_path,
+        class_labels=class_labels,
+        num_inference_steps=1,
+    )
+    assert labels(tmp_path) == expected
+
+
+def test_classes_as_in_the_data(stock, tmp_path):
+    """By name: without "birds" and "cats" the folders alone would make fish the second class."""
+    for name, count in {"fish": 5, "dogs": 2, "elsewhere/birds": 1}.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / f"{index}.png")
+    arguments = {"model": stock / "classes", "class_labels": "data", "dataset": tmp_path / "data"}
+    arguments |= {"num_inference_steps": 1, "num_images": 16}
+    run(**arguments, output_dir=tmp_path / "out")
+    drawn = labels(tmp_path / "out")
+    for once in (drawn[:8], drawn[8:]):
+        assert [once.count(label) for label in range(4)] == [1, 0, 2, 5]
+    assert drawn[:8] == drawn[8:] != sorted(drawn[:8])
+    run(**arguments, output_dir=tmp_path / "other", seed=1)
+    assert labels(tmp_path / "other") != drawn
+
+
+def test_prompts_from_a_file_in_half_precision(stock, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  the dog \n", encoding="utf-8")
+    run(
+        model=stock / "text",
+        num_images=3,
+        output_dir=tmp_path / "out",
+        prompts_file=tmp_path / "prompts.txt",
+        negative_prompt="green",
+        guidance_scale=2,
+        timestep_respacing="ddim2",
+        dtype="bfloat16",
+        output_format="npz",
+    )
+    found = settings(tmp_path / "out")
+    assert found["prompts"] == ["a cat", "the dog"]
+    assert found["dtype"] == "bfloat16"
+    assert found["timestep_respacing"] == "ddim2"
+    assert found["negative_prompt"] == "green"
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (3, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"model": "nowhere"}, "`model` is 'nowhere'"),
+        ({"classifier": "nowhere"}, "`classifier` is 'nowhere'"),
+        ({"num_images": 0}, "`num_images` is 0"),
+        ({"class_labels": "horses"}, "`class_labels` is 'horses'. .* birds, cats, dogs, fish"),
+        ({"class_labels": "data"}, "needs a `--dataset`"),
+        ({"dataset": "here"}, "needs a `--dataset`"),
+        ({"class_labels": "uniform", "model": "{path}/plain"}, "no table of classes"),
+        ({"scheduler": "DDIMSheduler"}, "`scheduler` is 'DDIMSheduler'.*DDIMScheduler"),
+        ({"prompt": "a", "prompts_file": "b"}, "Pass one of them"),
+        ({"prompts_file": "nowhere.txt"}, "`prompts_file` is 'nowhere.txt'"),
+        ({"prompts_file": "{path}/empty.txt"}, "holds no prompts"),
+        ({"guidance_scale": 2}, "`guidance_scale` is 2"),
+    ],
+)
+def test_wrong_arguments(arguments, message, stock, tmp_path):
+    (stock / "empty.txt").write_text("\n")
+    arguments = {"model": "{path}/classes", "num_images": 1, "output_dir": tmp_path / "out", **arguments}
+    arguments = {n: v.format(path=stock) if isinstance(v, str) else v for n, v in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        run(**arguments)
+    assert not read(tmp_path / "out")
+
+
+def test_every_process_says_why(stock, tmp_path):
+    """What the main process finds in the folder ends all of them, with the same words."""
+    run(model=stock / "plain", num_images=1, output_dir=tmp_path, num_inference_steps=1)
+    found = run_distributed(refusal, flags(model=stock / "plain", num_images=1, output_dir=tmp_path, seed=1))
+    assert found[0] == found[1]
+    assert "`seed` was 0 and is now 1" in found[0]
+
+
+def refusal(arguments):
+    try:
+        main(arguments)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,0 +1,98 @@
+"""What the tests of the training scripts do alike: they start runs, and read and compare what these leave behind."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from scripts import REPOSITORY
+
+
+CONFIGS = REPOSITORY / "training" / "configs"
+EMOJI = str(REPOSITORY / "data" / "noto-emoji-32" / "test.parquet")  # 163 images in 9 classes
+
+
+def flags(**arguments):
+    words = []
+    for name, value in arguments.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def reset_accelerate():
+    """A run in this process starts as in a new one, without Accelerate's singletons."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@contextlib.contextmanager
+def own_process_state(script):
+    """For scripts that run in this process: Accelerate's singletons and the verbosity of libraries are put back."""
+    levels = {name: logging.getLogger(name).level for name in (script, "diffusers_adm")}
+    verbosity = datasets.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    try:
+        yield
+    finally:
+        reset_accelerate()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        datasets.utils.logging.set_verbosity(verbosity[0])
+        transformers.utils.logging.set_verbosity(verbosity[1])
+
+
+def launch(script, arguments, folder):
+    """`accelerate launch` of a script, with two processes on the CPU; what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    command += ["--config_file", str(CONFIGS / "accelerate_two_cpu_processes.yaml")]
+    command += [str(REPOSITORY / "training" / f"{script}.py"), *flags(**arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def read_metrics(folder, without=("images_per_second",)):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in without} for row in rows]
+
+
+def assert_same_state(first, second, path=""):
+    """Bit by bit, through dicts and lists."""
+    assert type(first) is type(second), path
+    if torch.is_tensor(first):
+        assert torch.equal(first, second), path
+    elif isinstance(first, dict):
+        assert list(first) == list(second), path
+        for key in first:
+            assert_same_state(first[key], second[key], f"{path}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_same_state(*pair, f"{path}/{index}")
+    else:
+        assert first == second, path
+
+
+def assert_same_checkpoint(first, second):
+    """Two checkpoint folders: weights, optimizer, learning rate, EMA and whatever else is registered."""
+    files = sorted(path.name for path in Path(first).iterdir())
+    assert files == sorted(path.name for path in Path(second).iterdir())
+    for name in files:
+        # The states of generators are no matter: each micro-step seeds them anew.
+        if name.endswith((".bin", ".pkl")) and not name.startswith("random_states"):
+            states = [torch.load(Path(folder, name), weights_only=False) for folder in (first, second)]
+            assert_same_state(*states, name)
+        elif name.endswith(".safetensors"):
+            assert_same_state(*(load_file(Path(folder, name)) for folder in (first, second)), name)

@@ -1,0 +1,238 @@
+"""The training script with `--lora_rank`: the base stays, the adapter is trained, resumed and loaded again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    EMOJI,
+    assert_same_checkpoint,
+    assert_same_state,
+    flags,
+    own_process_state,
+    read_metrics,
+    reset_accelerate,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file
+from scripts import load_script
+from toy_models import random_text_encoder, random_text_unet, random_unet, toy_tokenizer
+
+from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.training import add_lora
+
+
+train_adm = load_script("train_adm")
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(train_adm, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
+    with own_process_state("train_adm"):
+        yield
+
+
+def save_base(folder, unet, kind=None):
+    ADMPipeline(
+        unet=unet,
+        scheduler=LearnedVarianceDDPMScheduler(),
+        vae=None,
+        text_encoder=random_text_encoder(kind) if kind else None,
+        tokenizer=toy_tokenizer(kind) if kind else None,
+        classifier=None,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def short(tmp_path):
+    """Arguments of a run of two steps beside a class-conditional model."""
+    return {
+        "pretrained_model_name_or_path": save_base(
+            tmp_path / "base", random_unet(num_class_embeds=10, null_class_id=9)
+        ),
+        "data_files": EMOJI,
+        "label_column": "label",
+        "resolution": 8,
+        "max_train_samples": 40,
+        "lora_rank": 2,
+        "output_dir": str(tmp_path / "run"),
+        "max_train_steps": 2,
+        "train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 0,
+        "logging_steps": 1,
+        "num_validation_images": 2,
+        "validation_num_inference_steps": 2,
+        "report_to": "none",
+    }
+
+
+@pytest.fixture
+def trained_unets(monkeypatch):
+    """The U-Nets of runs in this process, as they leave them: with the average in the adapter."""
+    unets = []
+    build_unet = train_adm.build_unet
+
+    def keep(*args):
+        unets.append(build_unet(*args))
+        return unets[-1]
+
+    monkeypatch.setattr(train_adm, "build_unet", keep)
+    return unets
+
+
+def train(**arguments):
+    reset_accelerate()
+    train_adm.main(flags(**arguments))
+
+
+def predict(unet, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 3, 8, 8, generator=generator)
+    if unet.reads_text:
+        kwargs["encoder_hidden_states"] = torch.randn(2, 5, 16, generator=generator)
+    with torch.no_grad():
+        return unet.eval()(sample, torch.tensor([3, 700]), **kwargs).sample
+
+
+def without_adapter(unet):
+    return {
+        name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items() if ".lora_" not in name
+    }
+
+
+class TestAdapter:
+    def test_the_base_stays_and_the_adapter_loads(self, short, trained_unets):
+        train(**short, lora_alpha=6)
+        base, folder = short["pretrained_model_name_or_path"], short["output_dir"]
+        trained = trained_unets[0]
+        original = load_file(Path(base) / "unet" / "diffusion_pytorch_model.safetensors")
+        after = without_adapter(trained)
+        assert set(after) == set(original)
+        assert [name for name in original if not torch.equal(original[name], after[name])] == []
+
+        expected = predict(trained)
+        pipeline = ADMPipeline.from_pretrained(base)
+        difference = (predict(pipeline.unet) - expected).abs().max()
+        assert difference > 1e-3
+        pipeline.load_lora_weights(folder)
+        torch.testing.assert_close(predict(pipeline.unet), expected)
+        unet = AdaGNUNet2DModel.from_pretrained(base, subfolder="unet")
+        unet.load_lora_adapter(folder, prefix="unet", use_safetensors=True)
+        torch.testing.assert_close(predict(unet), expected)
+        # W + alpha / rank B A, by hand.
+        weights = load_file(Path(folder) / WEIGHTS)
+        layers = {name.rpartition(".lora_")[0] for name in weights}
+        state = dict(original)
+        for layer in layers:
+            product = weights[f"{layer}.lora_B.weight"] @ weights[f"{layer}.lora_A.weight"]
+            state[f"{layer.removeprefix('unet.')}.weight"] = (
+                original[f"{layer.removeprefix('unet.')}.weight"] + 3 * product
+            )
+        unet = AdaGNUNet2DModel.from_pretrained(base, subfolder="unet")
+        unet.load_state_dict(state)
+        torch.testing.assert_close(predict(unet), expected, rtol=1e-4, atol=1e-5)
+
+    def test_only_the_adapter_is_kept(self, short):
+        train(**short)
+        folder = Path(short["output_dir"])
+        assert not (folder / "unet").exists()
+        assert (folder / "samples-0000002.png").is_file()
+        weights = load_file(folder / WEIGHTS)
+        # One attention on the way down, one in the middle, two on the way up; four projections each.
+        assert len(weights) == 2 * 4 * 4
+        assert all(name.startswith("unet.") and ".lora_" in name for name in weights)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            assert '"unet.r": 2' in file.metadata()["lora_adapter_metadata"]
+        checkpoint = folder / "checkpoint-2"
+        assert not (checkpoint / "model.safetensors").exists()
+        assert set(load_file(checkpoint / WEIGHTS)) == set(weights)
+        optimizer = torch.load(checkpoint / "optimizer.bin")
+        assert len(optimizer["state"]) == len(weights)
+        averages = [
+            state["shadow_params"]
+            for state in (torch.load(path) for path in checkpoint.glob("custom_checkpoint_*.pkl"))
+            if "shadow_params" in state
+        ]
+        assert [len(average) for average in averages] == [len(weights)]
+
+    def test_resumed_exactly(self, short, monkeypatch, tmp_path):
+        arguments = short | {"max_train_steps": 5, "checkpointing_steps": 2}
+        train(**arguments)
+        seed_step = train_adm.seed_step
+
+        def fail_after_step_3(seed, process_index, micro_step):
+            if micro_step == 3:
+                raise RuntimeError("the machine is gone")
+            seed_step(seed, process_index, micro_step)
+
+        monkeypatch.setattr(train_adm, "seed_step", fail_after_step_3)
+        arguments["output_dir"] = str(tmp_path / "resumed")
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            train(**arguments)
+        monkeypatch.setattr(train_adm, "seed_step", seed_step)
+        train(**arguments, resume_from_checkpoint="latest")
+        assert_same_checkpoint(Path(short["output_dir"]) / "checkpoint-5", tmp_path / "resumed" / "checkpoint-5")
+        assert read_metrics(short["output_dir"]) == read_metrics(tmp_path / "resumed")
+        first, second = Path(short["output_dir"]), tmp_path / "resumed"
+        assert_same_state(load_file(first / WEIGHTS), load_file(second / WEIGHTS))
+        grid = "samples-0000005.png"
+        assert (first / grid).read_bytes() == (second / grid).read_bytes()
+
+    def test_beside_a_model_with_text(self, short, tmp_path, trained_unets):
+        del short["label_column"]
+        short["pretrained_model_name_or_path"] = save_base(tmp_path / "text", random_text_unet("added_kv"), "clip")
+        train(**short, caption_column="text", precompute_text_embeddings=True, cache_dir=str(tmp_path / "cache"))
+        weights = load_file(Path(short["output_dir"]) / WEIGHTS)
+        assert any("add_k_proj" in name for name in weights)
+        pipeline = ADMPipeline.from_pretrained(short["pretrained_model_name_or_path"])
+        pipeline.load_lora_weights(short["output_dir"])
+        torch.testing.assert_close(predict(pipeline.unet), predict(trained_unets[0]))
+
+    def test_other_layers(self, short, trained_unets):
+        train(**short, lora_target_modules=["conv1", "time_emb_proj"])
+        weights = load_file(Path(short["output_dir"]) / WEIGHTS)
+        assert {name.split(".lora_")[0].rpartition(".")[2] for name in weights} == {"conv1", "time_emb_proj"}
+        unet = AdaGNUNet2DModel.from_pretrained(short["pretrained_model_name_or_path"], subfolder="unet")
+        base = predict(unet)
+        unet.load_lora_adapter(short["output_dir"], prefix="unet", use_safetensors=True)
+        torch.testing.assert_close(predict(unet), predict(trained_unets[0]))
+        assert (predict(unet) - base).abs().max() > 1e-3
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"lora_rank": 0}, "`lora_rank` is 0; it must be at least 1"),
+            ({"lora_rank": "none", "lora_alpha": 2}, "need a `lora_rank`"),
+            ({"lora_rank": "none", "lora_target_modules": ["to_q"]}, "need a `lora_rank`"),
+            ({"lora_alpha": 0}, "`lora_alpha` is 0.0; it must be positive"),
+            (
+                {"lora_target_modules": ["to_q", "to_w"]},
+                "'to_w', but no linear .* There are: .*conv1, .*time_emb_proj, to_k, to_q, to_v",
+            ),
+            ({"caption_column": "text", "train_text_encoder": True}, "`lora_rank` adapts the U-Net alone"),
+            (
+                {"pretrained_model_name_or_path": "none", "model_config_name_or_path": "x.json"},
+                "`lora_rank` adapts a trained model",
+            ),
+        ],
+    )
+    def test_arguments(self, short, changes, message):
+        with pytest.raises(ValueError, match=message):
+            train(**short | changes)
+
+    def test_a_unet_without_attention(self):
+        blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False}
+        with pytest.raises(ValueError, match="has no attention.*`--lora_target_modules conv1 conv2 time_emb_proj`"):
+            add_lora(random_unet(**blocks), rank=2)
+
+    def test_a_checkpoint_of_a_run_without_adapter(self, short):
+        train(**short | {"lora_rank": "none"})
+        with pytest.raises(ValueError, match="holds no adapter"):
+            train(**short | {"max_train_steps": 3}, resume_from_checkpoint="latest")
