@@ -11,10 +11,11 @@ Either way the padding of one caption does not depend on the others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 logger = logging.getLogger(__name__)
@@ -209,3 +210,25 @@ def cross_attention_width(unet_config: Mapping[str, Any]) -> int | None:
         return None
     width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", DEFAULT_CROSS_ATTENTION_DIM)
     return width[0] if isinstance(width, (list, tuple)) else width
+
+
+def map_text(text: TextConditioning, function: Callable[[torch.Tensor], torch.Tensor]) -> TextConditioning:
+    """`function` of each tensor that there is."""
+    return TextConditioning(*(None if tensor is None else function(tensor) for tensor in text))
+
+
+def join_texts(*texts: TextConditioning) -> TextConditioning:
+    """All in one batch, as long as the longest; a mask hides what is added to the others."""
+    length = max(text.hidden_states.shape[1] for text in texts)
+    is_masked = any(text.attention_mask is not None or text.hidden_states.shape[1] < length for text in texts)
+    states, masks, pooled = [], [], [text.pooled for text in texts if text.pooled is not None]
+    for text in texts:
+        missing = length - text.hidden_states.shape[1]
+        mask = text.attention_mask
+        if mask is None:
+            mask = torch.ones(text.hidden_states.shape[:2], dtype=torch.long, device=text.hidden_states.device)
+        states.append(F.pad(text.hidden_states, (0, 0, 0, missing)))
+        masks.append(F.pad(mask, (0, missing)))
+    return TextConditioning(
+        torch.cat(states), torch.cat(masks) if is_masked else None, torch.cat(pooled) if pooled else None
+    )

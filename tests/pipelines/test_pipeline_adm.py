@@ -19,7 +19,7 @@ from diffusers.callbacks import PipelineCallback
 from toy_models import CONDITIONAL, random_diffusers_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.pipelines.pipeline_adm import guide
+from diffusers_adm.guidance import guide
 
 
 SHAPE = (2, 3, 8, 8)

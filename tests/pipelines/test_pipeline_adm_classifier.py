@@ -24,9 +24,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers_samplers import SAMPLERS, as_parameters
 from toy_models import CONDITIONAL, random_classifier, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
-from diffusers_adm import AdaGNClassifierModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNClassifierModel, ADMPipeline, LearnedVarianceDDPMScheduler, guidance
+from diffusers_adm.guidance import log_probability_gradient, shift_prediction, signal_and_std
 from diffusers_adm.pipelines import pipeline_adm
-from diffusers_adm.pipelines.pipeline_adm import log_probability_gradient, shift_prediction, signal_and_std
 
 
 MEANS, STD = (-0.8, 0.1, 0.6), 0.3
@@ -353,7 +353,7 @@ class TestHalfPrecision:
 
     def test_what_the_scale_prevents(self, monkeypatch):
         """Small gradients vanish in float16."""
-        monkeypatch.setattr(pipeline_adm, "GRADIENT_SCALE", 1.0)
+        monkeypatch.setattr(guidance, "GRADIENT_SCALE", 1.0)
         assert self.relative_errors(torch.float16, 0.01).max() > 0.05
 
     def test_pipeline(self, tmp_path):

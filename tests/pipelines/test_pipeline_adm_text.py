@@ -18,8 +18,7 @@ from toy_models import (
 )
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.pipelines.pipeline_adm import join_texts
-from diffusers_adm.text_encoding import TextConditioning
+from diffusers_adm.text_encoding import TextConditioning, join_texts
 
 
 ENCODERS = ("clip", "bert", "t5")
