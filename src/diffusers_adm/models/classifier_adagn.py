@@ -47,13 +47,14 @@ class AdaGNClassifierOutput(BaseOutput):
     """
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_classes)`): Before the softmax.
-        features (`torch.Tensor` of shape `(batch_size, channels)`): What the last linear layer makes the logits of: a
+        features (`torch.Tensor` of shape `(batch_size, channels)`, *optional*): What the last linear layer makes the logits of: a
             description of the image, which samples are compared by. As many channels as the last level has, or the
             2048 of the hidden layer of a spatial pool.
     """
 
     logits: torch.Tensor
-    features: torch.Tensor
+    # With a default, because Accelerate's mixed precision makes the output anew from a dict.
+    features: torch.Tensor | None = None
 
 
 class AttentionPool2D(nn.Module):
