@@ -183,7 +183,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     def encode_prompt(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
-    ) -> tuple[TextConditioning, TextConditioning]:
+    ) -> tuple[torch.Tensor | None, ...]:
         r"""
         Prompts and negative prompts, encoded in one run of the text encoder. Gradients flow unless they are off.
 
@@ -193,13 +193,31 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 for each. `None`: the empty prompt.
 
         Returns:
-            `tuple` of two `TextConditioning`, one row a prompt: `.hidden_states`, `.attention_mask` and `.pooled`,
-            which `__call__` takes as `prompt_embeds`, `prompt_attention_mask` and `pooled_prompt_embeds` (the second
-            one's with `negative_` before).
+            `tuple` of six tensors, one row a prompt, under whose names `__call__` takes them: `prompt_embeds`,
+            `negative_prompt_embeds`, `pooled_prompt_embeds`, `negative_pooled_prompt_embeds` (both `None` where the
+            U-Net takes none), `prompt_attention_mask`, `negative_prompt_attention_mask` (both `None` where all states
+            are seen).
 
         Raises:
             ValueError: Without a text encoder, or for another number of negative prompts than of prompts.
         """
+        text, negative_text = self._encode_texts(prompt, negative_prompt)
+        prompt_embeds, prompt_attention_mask, pooled_prompt_embeds = text
+        negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds = negative_text
+        if self.unet.config.get("addition_embed_type") != "text_embeds":
+            pooled_prompt_embeds = negative_pooled_prompt_embeds = None
+        return (
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+        )
+
+    def _encode_texts(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None
+    ) -> tuple[TextConditioning, TextConditioning]:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negative_prompt = "" if negative_prompt is None else negative_prompt
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -971,7 +989,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         wants_negative = self._guidance_scale != 1.0 or negative_prompt is not None
         if text is None or (negative_text is None and wants_negative):
             prompts = [prompt or ""] * num_prompts if prompt is None or isinstance(prompt, str) else prompt
-            encoded, negative_encoded = self.encode_prompt(prompts, negative_prompt)
+            encoded, negative_encoded = self._encode_texts(prompts, negative_prompt)
             text, negative_text = text or encoded, negative_text or negative_encoded
         return text, negative_text
 

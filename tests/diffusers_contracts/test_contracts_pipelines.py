@@ -4,7 +4,7 @@ import unittest
 import unittest.mock
 
 import diffusers_checkout
-from toy_models import CONDITIONAL, random_unet
+from toy_models import CONDITIONAL, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 
@@ -29,8 +29,6 @@ def components(**config) -> dict:
 class ClassConditional(mixins.BasePipelineTesterConfig):
     pipeline_class = ADMPipeline
     required_input_params_in_call_signature = frozenset(["class_labels", "height", "width", "guidance_scale"])
-    # `num_images_per_prompt` belongs to prompts, which the pipeline does not take yet.
-    optional_input_params = mixins.BasePipelineTesterConfig.optional_input_params - {"num_images_per_prompt"}
     batch_input_params = frozenset(["class_labels"])
     output_shape = (3, 8, 8)
 
@@ -63,12 +61,51 @@ class Unconditional(ClassConditional):
         }
 
 
+class TextConditional(ClassConditional):
+    required_input_params_in_call_signature = frozenset(
+        ["prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "height", "width", "guidance_scale"]
+    )
+    batch_input_params = frozenset(["prompt", "negative_prompt"])
+
+    def get_dummy_components(self) -> dict:
+        text = {"text_encoder": random_text_encoder(), "tokenizer": toy_tokenizer()}
+        return {**components(), "unet": random_text_unet(), **text}
+
+    def get_dummy_inputs(self) -> dict:
+        return {
+            "prompt": "a red cat",
+            "guidance_scale": 2.0,
+            "num_inference_steps": 2,
+            "generator": self.get_generator(0),
+            "output_type": "pt",
+        }
+
+
+IN_ISOLATION = diffusers_checkout.skip(
+    "test_encode_prompt_works_in_isolation", reason="no pipeline without a U-Net, which says how prompts are padded"
+)
+
+
+@IN_ISOLATION
 class TestClassConditional(ClassConditional, mixins.PipelineTesterMixin):
     pass
 
 
+@IN_ISOLATION
 @diffusers_checkout.skip("test_cfg", "test_callback_cfg", reason="guidance without classes is refused")
+@diffusers_checkout.skip("test_num_images_per_prompt", reason="it goes through lists of prompts or classes")
 class TestUnconditional(Unconditional, mixins.PipelineTesterMixin):
+    pass
+
+
+@IN_ISOLATION
+@diffusers_checkout.skip("test_save_load_optional_components", reason="a prompt needs the text encoder")
+class TestTextConditional(TextConditional, mixins.PipelineTesterMixin):
+    pass
+
+
+@diffusers_checkout.skip(*OFFLOADING_TESTS, reason=NEEDS_ACCELERATOR, only_without_accelerator=True)
+class TestMemoryTextConditional(TextConditional, mixins.MemoryTesterMixin):
     pass
 
 
@@ -78,6 +115,7 @@ class TestMemoryClassConditional(ClassConditional, mixins.MemoryTesterMixin):
 
 
 @diffusers_checkout.skip(*OFFLOADING_TESTS, reason=NEEDS_ACCELERATOR, only_without_accelerator=True)
+@IN_ISOLATION
 @diffusers_checkout.skip("test_multi_vae", reason="there is no VAE")
 @diffusers_checkout.skip(
     "test_group_offloading_inference",

@@ -242,13 +242,9 @@ class TestBatches:
 
 class TestEmbeddings:
     def embeds(self, pipe: ADMPipeline, *prompts) -> dict:
-        names = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds")
-        text, negative = pipe.encode_prompt(*prompts)
-        arguments = {**dict(zip(names, text, strict=True))}
-        arguments |= {f"negative_{name}": tensor for name, tensor in zip(names, negative, strict=True)}
-        if pipe.unet.config.addition_embed_type is None:
-            arguments = {name: tensor for name, tensor in arguments.items() if "pooled" not in name}
-        return arguments
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        names += ("prompt_attention_mask", "negative_prompt_attention_mask")
+        return dict(zip(names, pipe.encode_prompt(*prompts), strict=True))
 
     @pytest.mark.parametrize("encoder", ENCODERS)
     def test_equal_prompts(self, encoder):
