@@ -5,7 +5,8 @@ What adaptive group normalisation is worth: the network of `make demo`, trained 
 
 The networks differ in `resnet_time_scale_shift` alone: "scale_shift" is AdaGN, "default" adds the time embedding before
 the second norm of a residual block, as DDPM does. Everything else, data, steps and seeds, is the recipe
-`training/configs/emoji_32.yaml`; training is the real script. A folder that holds a finished run is not trained again.
+`training/configs/emoji_32.yaml`; training is the real script. A folder that holds a finished run is not trained again,
+whatever it was trained with.
 
 Reported for the averaged weights on the test images, with their classes: the hybrid loss (uniform t), and the bound in
 bits per dimension over the whole chain. Both are sums over t; each image gets one random t out of every stratum of
@@ -61,7 +62,7 @@ def evaluate(folder: Path) -> dict[str, float]:
     images = datasets.load_dataset("parquet", data_files=str(REPOSITORY / TEST_IMAGES), split="train")
     dataset = ImageDataset(images.select_columns(["image", "label"]), unet.config.sample_size, True, False)
     pixels = torch.stack([dataset[i]["images"] for i in range(len(dataset))])
-    labels = torch.tensor(images["label"])
+    labels = torch.tensor(images["label"][:])
     num_timesteps = scheduler.config.num_train_timesteps
     generator = torch.Generator().manual_seed(0)
     bits, hybrid = scheduler.prior_bits_per_dim(pixels).double().mean().item(), 0.0

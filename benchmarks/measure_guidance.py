@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from measuring import describe_machine
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
 from diffusers_adm.evaluation.frechet import ClassifierFeatures, mean_pairwise_distance
 from diffusers_adm.evaluation.sample import sample_images
-from diffusers_adm.training import labelled_grid
+from diffusers_adm.training import labelled_grid, load_id2label
 
 
 KINDS = ("classifier-free", "classifier", "middle")
@@ -108,7 +109,10 @@ def main() -> None:
     pipe.register_modules(classifier=AdaGNClassifierModel.from_pretrained(args.classifier, subfolder="classifier"))
     pipe.set_progress_bar_config(disable=True)
     judge = ClassifierFeatures(AdaGNClassifierModel.from_pretrained(args.judge, subfolder="classifier"))
-    num_classes = judge.classifier.config.num_classes
+    for name in (args.classifier, args.judge):
+        if load_id2label(name, "classifier") != pipe.id2label:
+            raise ValueError(f"The classes of {name} are not those of the model, {pipe.id2label}, in this order.")
+    num_classes = len(pipe.id2label)
     labels = torch.arange(num_classes).repeat(args.images_per_class)
 
     cells = {OFF: {}} | {f"{kind}-{scale:g}": options_of(kind, scale) for kind in args.kinds for scale in args.scales}
@@ -130,11 +134,24 @@ def main() -> None:
             flush=True,
         )
 
-    (args.output_dir / "guidance.json").write_text(json.dumps(results, indent=2) + "\n")
+    print("\nchange against off, in standard errors of the difference")
+    for name in cells:
+        if name == OFF:
+            continue
+        changes = {}
+        for key in MEASURES:
+            error = math.hypot(results[name][f"{key}_error"], results[OFF][f"{key}_error"])
+            changes[key] = (results[name][key] - results[OFF][key]) / error
+        print(f"{name:20}", *(f"{key} {change:+.1f}" for key, change in changes.items()))
+
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    report = {"settings": settings, "machine": describe_machine("cpu"), "cells": results}
+    (args.output_dir / "guidance.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(results, args.scales, args.kinds, args.output_dir / "guidance.png")
     images = [Image.open(args.output_dir / name / f"{i:06d}.png") for i in range(num_classes) for name in cells]
-    class_names = [(pipe.id2label or {}).get(label, str(label)) for label in range(num_classes)]
-    grid = labelled_grid(images, num_classes, len(cells), row_labels=class_names, col_labels=list(cells), scale=2)
+    grid = labelled_grid(
+        images, num_classes, len(cells), row_labels=list(pipe.id2label.values()), col_labels=list(cells), scale=2
+    )
     grid.save(args.output_dir / "samples.png")
 
 

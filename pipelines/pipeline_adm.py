@@ -113,8 +113,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     _callback_tensor_inputs = ["latents"]
 
     # None of these has a default: with one, `DiffusionPipeline.from_pretrained(..., classifier=None)` would load the
-    # repository's classifier all the same. Classes of this package are added to the hints when it is imported, because
-    # this file also has to work without it.
+    # repository's classifier all the same. Classes of this package are added to the hints when it is imported: the file
+    # that the exporter makes of this module has guidance and captions in it, but no network of ours.
     def __init__(
         self,
         unet: UNet2DModel | UNet2DConditionModel,
@@ -295,9 +295,10 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 batch. The variance is that of the conditional prediction.
             guidance_rescale (`float`, defaults to 0.0): In [0, 1], for guided steps; pulls the standard deviation of
                 the guided prediction towards that of the conditional one.
-            guidance_start, guidance_end (`float`, default to 0.0 and 1.0): Fractions of the steps between which
-                both kinds of guidance act. Step `i` of `n` is guided if `guidance_start <= i / n` and `(i + 1) / n <=
-                guidance_end`.
+            guidance_start (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0): Fractions of the steps
+                between which both kinds of guidance act. Step `i` of `n` is guided if `guidance_start <= i / n` and `(i
+                + 1) / n <= guidance_end`. With schedulers of second order these are evaluations of the network, two for
+                most steps.
             classifier_guidance_scale (`float`, defaults to 0.0): Classifier guidance: s times the gradient g of the
                 classifier's log p(`class_labels` | x_t) steers each step; 0.0 is off and costs nothing. With
                 `LearnedVarianceDDPMScheduler`, ancestral steps add variance * s * g to their mean (ADM, algorithm 1)
@@ -570,8 +571,6 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                     "from, and the pipeline has no text encoder. Pass those of the empty prompt, or load it with a "
                     "text encoder and tokenizer."
                 )
-        if classifier_guidance_scale != 0.0:
-            self._check_classifier_guidance(classifier_guidance_scale, class_labels, eta, height, width)
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` is {guidance_rescale}; it must lie in [0, 1].")
         if not 0 <= guidance_start <= guidance_end <= 1:
@@ -586,6 +585,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 "This model's config has no `sample_size`, so the size of the images is unknown. Pass `height` and "
                 "`width`."
             )
+        if classifier_guidance_scale != 0.0:
+            self._check_classifier_guidance(classifier_guidance_scale, class_labels, eta, height, width)
         factor = self.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1)
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(

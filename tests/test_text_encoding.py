@@ -28,6 +28,8 @@ def test_who_reads_padding(kind, expected):
     encoder = random_text_encoder(kind)
     assert pads_to_max(encoder, {}) is expected
     assert pads_to_max(encoder, {"addition_embed_type": "text"}) is True
+    assert pads_to_max(encoder, {"cross_attention_norm": "group_norm"}) is True
+    assert pads_to_max(encoder, {"cross_attention_norm": "layer_norm"}) is expected
     encoder.attends_to_padding = True
     assert pads_to_max(encoder, {}) is True
 
@@ -62,12 +64,19 @@ def test_a_prompt_that_is_too_long_is_cut_and_named(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_on_the_right_whatever_the_tokenizer_says():
+    """On the left it would move the words of a prompt by the length of the others."""
+    tokenizer = toy_tokenizer("bert")
+    expected = tokenize(tokenizer, ["a cat", "the red dog"], max_length=8, pad_to_max=False)
+    tokenizer.padding_side = "left"
+    actual = tokenize(tokenizer, ["a cat", "the red dog"], max_length=8, pad_to_max=False)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("prompts", [["", ""], ["", "a cat"]])
-def test_something_is_seen_of_an_empty_prompt_without_special_tokens(prompts, side):
+def test_something_is_seen_of_an_empty_prompt_without_special_tokens(prompts):
     tokenizer = toy_tokenizer("bert")
     tokenizer.backend_tokenizer.post_processor = None
-    tokenizer.padding_side = side
     input_ids, mask = tokenize(tokenizer, prompts, max_length=8, pad_to_max=False)
     assert input_ids.shape == mask.shape
     assert mask.sum(dim=1).tolist() == [max(1, len(prompt.split())) for prompt in prompts]
@@ -147,6 +156,15 @@ class TestPooled:
 class TestCheck:
     config = TEXT_CONFIGS["added_kv"]
 
+    def test_pooled_width(self):
+        config = CLIPTextConfig(vocab_size=20, hidden_size=TEXT_WIDTH, num_hidden_layers=1, projection_dim=24)
+        config.intermediate_size, config.num_attention_heads = 8, 2
+        encoder, pooled = CLIPTextModelWithProjection(config), {"addition_embed_type": "text_embeds"}
+        unet_config = {**self.config, **pooled, "block_out_channels": (8, 16)}
+        with pytest.raises(ValueError, match=r"pools to a width of 24 .* to a time embedding of 32"):
+            check_text_encoder(encoder, toy_tokenizer("clip"), unet_config)
+        check_text_encoder(encoder, toy_tokenizer("clip"), {**unet_config, "time_embedding_dim": 24})
+
     def test_what_fits(self):
         check_text_encoder(random_text_encoder("clip"), toy_tokenizer("clip"), self.config)
         projected = {**self.config, "cross_attention_dim": 5, "encoder_hid_dim": TEXT_WIDTH}
@@ -187,3 +205,8 @@ class TestCheck:
 )
 def test_width_that_a_config_asks_for(config, width):
     assert cross_attention_width({"down_block_types": ["CrossAttnDownBlock2D"], **config}) == width
+
+
+def test_width_that_a_config_leaves_to_its_class():
+    assert cross_attention_width({"_class_name": "UNet2DConditionModel"}) == 1280
+    assert cross_attention_width({"_class_name": "AdaGNUNet2DModel"}) is None

@@ -75,6 +75,7 @@ from diffusers_adm.training import (
     start_accelerator,
     stored_conditioning,
     training_losses,
+    warn_of_other_classes,
 )
 from diffusers_adm.training import ModelArguments as BaseModelArguments
 from diffusers_adm.training import TrainingArguments as BaseTrainingArguments
@@ -318,8 +319,9 @@ def choose_prompts(
     labels = images["label"][:] if "label" in images.column_names else None
     first = {caption: index for index, caption in reversed(list(enumerate(captions)))}
     prompts = text_args.validation_prompts
-    if prompts is None:
-        prompts = [caption for caption in dict.fromkeys(captions) if caption][:DEFAULT_VALIDATION_PROMPTS]
+    if not prompts:
+        # A random subset may have empty captions alone.
+        prompts = [caption for caption in dict.fromkeys(captions) if caption][:DEFAULT_VALIDATION_PROMPTS] or [""]
     chosen = []
     for prompt in prompts:
         label = None
@@ -334,20 +336,14 @@ def choose_prompts(
     return chosen
 
 
-def warn_of_other_classes(model_args: ModelArguments, data_args: DataArguments, id2label: dict[int, str]) -> None:
-    """One class folder less moves the numbers of those that follow: each would be trained as its neighbour."""
-    with contextlib.suppress(OSError):  # a folder without `model_index.json` names no classes
+def learned_classes(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
+    """The names of the pretrained pipeline's classes; none from a repository without `model_index.json`."""
+    with contextlib.suppress(OSError):
         index = ADMPipeline.load_config(
             model_args.pretrained_model_name_or_path, revision=model_args.revision, cache_dir=data_args.cache_dir
         )
-        learned = index.get("id2label") or {}
-        moved = [i for i, name in id2label.items() if learned.get(str(i), name) != name]
-        if moved:
-            logger.warning(
-                f"{len(moved)} classes of the pretrained model have other names in the data: {moved[0]} is "
-                f"{learned[str(moved[0])]!r} there and {id2label[moved[0]]!r} here. Unless it shall learn new classes, "
-                "give the data the same ones, in the same order."
-            )
+        return {int(number): name for number, name in (index.get("id2label") or {}).items()}
+    return {}
 
 
 def sample_grid(
@@ -471,7 +467,7 @@ def main(argv: list[str] | None = None) -> None:
                 captions = CaptionEmbeddings(captions, text_encoder, data_args.cache_dir)
                 text_encoder.to("cpu")  # from here on it draws grids only
     if id2label is not None and model_args.pretrained_model_name_or_path is not None:
-        warn_of_other_classes(model_args, data_args, id2label)
+        warn_of_other_classes(learned_classes(model_args, data_args), id2label, "model")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     train_dataset = ImageDataset(
         images,
@@ -546,7 +542,8 @@ def main(argv: list[str] | None = None) -> None:
             model, encoder = accelerator.unwrap_model(unet), text_encoder
             if has_text:
                 encoder = accelerator.unwrap_model(text_encoder).to(accelerator.device)
-            with evaluation_weights(trained_models, ema, trained_parameters), accelerator.autocast():
+            # Mixed precision is in the forward of what was prepared; a frozen encoder is exact here as in training.
+            with evaluation_weights(trained_models, ema, trained_parameters):
                 grid = sample_grid(model, noise_scheduler, id2label, training_args, encoder, tokenizer, prompts)
             if text_args.precompute_text_embeddings:
                 encoder.to("cpu")
@@ -589,7 +586,8 @@ def main(argv: list[str] | None = None) -> None:
                     if text_args.precompute_text_embeddings:
                         conditioning = stored_conditioning(caption)
                     else:
-                        with torch.set_grad_enabled(text_args.train_text_encoder), accelerator.autocast():
+                        # Without autocast, as where embeddings are stored; `prepare` gave it to a trained encoder.
+                        with torch.set_grad_enabled(text_args.train_text_encoder):
                             conditioning = encode_captions(text_encoder, caption, pad_to_max=captions.pad_to_max)
                     model_kwargs |= text_model_kwargs(conditioning, unet_config)
                 timesteps, weights = timestep_sampler.sample(pixels.shape[0], device=pixels.device)

@@ -51,7 +51,7 @@ from diffusers_adm.training import (
     load_image_dataset,
     load_model_config,
     load_noise_scheduler,
-    match_labels,
+    match_classes,
     parse_args,
     plot_accuracy_by_timestep,
     plot_classifier_curves,
@@ -63,6 +63,7 @@ from diffusers_adm.training import (
     seed_step,
     start_accelerator,
     timestep_bin_edges,
+    warn_of_other_classes,
 )
 
 
@@ -163,18 +164,11 @@ def build_classifier(
     return classifier
 
 
-def warn_of_other_classes(model_args: ModelArguments, data_args: DataArguments, id2label: dict[int, str]) -> None:
-    """A fine-tuned classifier would learn to exchange classes, if it was trained with them in another order."""
+def learned_classes(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
+    """The names of the pretrained classifier's classes; none where they were not saved."""
     pretrained = model_args.pretrained_model_name_or_path
     kwargs = {} if os.path.isdir(pretrained) else {"revision": model_args.revision, "cache_dir": data_args.cache_dir}
-    learned = load_id2label(pretrained, "classifier", **kwargs) or load_id2label(pretrained, **kwargs) or {}
-    moved = [number for number, name in id2label.items() if learned.get(number, name) != name]
-    if moved:
-        logger.warning(
-            f"{len(moved)} classes of the pretrained classifier have other names in the data: {moved[0]} is "
-            f"{learned[moved[0]]!r} there and {id2label[moved[0]]!r} here. Unless it shall learn new classes, give "
-            "the data the same ones, in the same order."
-        )
+    return load_id2label(pretrained, "classifier", **kwargs) or load_id2label(pretrained, **kwargs) or {}
 
 
 @torch.no_grad()
@@ -192,7 +186,8 @@ def evaluate(
     Loss and accuracy on held-out images, each seen once in every bin of timesteps; without a scheduler, as they are.
 
     Timestep (uniform in the bin) and noise are functions of seed, image and bin alone, so that validations can be
-    compared, and neither the batch size nor the number of processes changes them. Collective.
+    compared, and neither the batch size nor the number of processes changes them. Collective. The classifier brings its
+    mixed precision along: `Accelerator.prepare` gave it to its forward, and unwrapping leaves it there.
     """
     metrics.reset()
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
@@ -209,8 +204,7 @@ def evaluate(
                     noise[place] = torch.randn(pixels.shape[1:], generator=generator)
                 pixels = noise_scheduler.add_noise(pixels, noise, timesteps)
             timesteps = timesteps.to(accelerator.device)
-            with accelerator.autocast():
-                logits = classifier(pixels.to(accelerator.device), timesteps).logits.float()
+            logits = classifier(pixels.to(accelerator.device), timesteps).logits.float()
             metrics.update(timesteps, logits, labels, F.cross_entropy(logits, labels, reduction="none"))
     return metrics.compute(accelerator)
 
@@ -253,7 +247,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         if validation_source is not None:
             validation_images, names = load_image_dataset(**validation_source, seed=training_args.seed)
-            labels = match_labels(validation_images["label"][:], names, id2label)
+            to_class = match_classes(names, id2label)
+            labels = [to_class.get(label, label) for label in validation_images["label"][:]]
             validation_images = validation_images.remove_columns("label").add_column("label", labels)
             validation_images, _ = check_images(
                 validation_images,
@@ -272,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         logger.warning(f"{len(missing)} of {len(id2label)} classes have no image: {', '.join(missing[:10])}")
     if model_args.pretrained_model_name_or_path is not None:
-        warn_of_other_classes(model_args, data_args, id2label)
+        warn_of_other_classes(learned_classes(model_args, data_args), id2label, "classifier")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     train_dataset = ImageDataset(
         images, resolution, data_args.center_crop, data_args.random_flip, seed=training_args.seed
@@ -378,8 +373,7 @@ def main(argv: list[str] | None = None) -> None:
                     timesteps = torch.zeros(pixels.shape[0], dtype=torch.long, device=pixels.device)
                 if model_args.channels_last:
                     pixels = pixels.contiguous(memory_format=torch.channels_last)
-                # A tuple: of an output with several fields, Accelerate cannot make a float32 one.
-                logits = classifier(pixels, timesteps, return_dict=False)[0].float()  # (B, num_classes)
+                logits = classifier(pixels, timesteps).logits.float()  # (B, num_classes)
                 loss = F.cross_entropy(logits, class_labels, reduction="none")  # (B,)
                 metrics.update(timesteps, logits.detach(), class_labels, loss.detach())
                 accelerator.backward(loss.mean())

@@ -53,7 +53,7 @@ def register_with_diffusers() -> None:
     LOADABLE_CLASSES[PACKAGE] = COMPONENT_CLASSES
     for namespace, name, value in entries:
         setattr(namespace, name, value)
-    # `from_pipe` compares exact types with these hints. The pipeline's file cannot name them: it is shipped alone.
+    # `from_pipe` compares exact types with these hints. The pipeline's file does not name them: see there.
     ADMPipeline.__init__.__annotations__["unet"] |= AdaGNUNet2DModel
     ADMPipeline.__init__.__annotations__["classifier"] |= AdaGNClassifierModel
 

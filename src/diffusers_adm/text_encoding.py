@@ -50,11 +50,12 @@ def _is_clip(text_encoder: torch.nn.Module) -> bool:
 def pads_to_max(text_encoder: torch.nn.Module, unet_config: Mapping[str, Any]) -> bool:
     """
     Whether captions are padded to `max_prompt_length` and seen with their padding, instead of masked: for CLIP, for
-    encoders with the attribute `attends_to_padding`, and where the U-Net pools all states, which a mask would not reach
-    (`addition_embed_type="text"`, DeepFloyd IF).
+    encoders with the attribute `attends_to_padding`, and where the U-Net pools or normalises over all states, which a
+    mask would not reach (`addition_embed_type="text"`, `cross_attention_norm="group_norm"`; DeepFloyd IF has both).
     """
     reads_padding = _is_clip(text_encoder) or getattr(text_encoder, "attends_to_padding", False)
-    return reads_padding or unet_config.get("addition_embed_type") == "text"
+    mixes_states = unet_config.get("cross_attention_norm") == "group_norm"
+    return reads_padding or mixes_states or unet_config.get("addition_embed_type") == "text"
 
 
 def max_prompt_length(tokenizer: Any, text_encoder: torch.nn.Module) -> int:
@@ -97,6 +98,8 @@ def tokenize(
     encoded = tokenizer(
         list(prompts),
         padding="max_length" if pad_to_max else "longest",
+        # Whatever the tokenizer says: on the left, padding would move the words to other positions.
+        padding_side="right",
         truncation=True,
         max_length=max_length,
         return_attention_mask=True,
@@ -107,7 +110,6 @@ def tokenize(
         input_ids = torch.full((len(prompts), 1), tokenizer.pad_token_id)
         attention_mask = torch.ones_like(input_ids)
     empty = attention_mask.sum(dim=1, keepdim=True) == 0
-    # Where padding is on the left, the last position is as good as the first: all of them are padding.
     attention_mask[:, :1] |= empty
     return input_ids, attention_mask
 
@@ -171,8 +173,8 @@ def text_model_kwargs(conditioning: TextConditioning, unet_config: Mapping[str, 
 def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, unet_config: Mapping[str, Any]) -> None:
     r"""
     Raises:
-        ValueError: If the states of the text encoder do not fit the U-Net's cross-attention, or the tokenizer is
-            missing or has more tokens than the encoder knows.
+        ValueError: If the states of the text encoder do not fit the U-Net's cross-attention, or its projection the time
+            embedding, or the tokenizer is missing or has more tokens than the encoder knows.
     """
     if tokenizer is None:
         raise ValueError("`text_encoder` was given without a `tokenizer`. Pass the tokenizer that it was trained with.")
@@ -189,6 +191,14 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
             "`cross_attention_dim` in its config). Build the U-Net with `encoder_hid_dim="
             f'{width}, encoder_hid_dim_type="text_proj"`, which projects them, or take another encoder.'
         )
+    if unet_config.get("addition_embed_type") == "text_embeds" and hasattr(text_encoder, "text_projection"):
+        pooled_width = getattr(text_encoder.config, "projection_dim", None)
+        time_embed_dim = unet_config.get("time_embedding_dim") or 4 * unet_config["block_out_channels"][0]
+        if pooled_width != time_embed_dim:
+            raise ValueError(
+                f"`text_encoder` ({name}) pools to a width of {pooled_width} (`projection_dim`), but `unet` adds what "
+                f"is pooled to a time embedding of {time_embed_dim} (`time_embedding_dim`). They must be equal."
+            )
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     rows = getattr(text_encoder.config, "vocab_size", None)
     if size is not None and rows is not None and size > rows:
@@ -206,7 +216,9 @@ def cross_attention_width(unet_config: Mapping[str, Any]) -> int | None:
         *unet_config.get("up_block_types", ()),
         unet_config.get("mid_block_type"),
     ]
-    if not any("CrossAttn" in kind for kind in kinds if kind):
+    # A config of that class may leave out its blocks, which then have cross-attention.
+    by_default = unet_config.get("_class_name") == "UNet2DConditionModel" and "down_block_types" not in unet_config
+    if not by_default and not any("CrossAttn" in kind for kind in kinds if kind):
         return None
     width = unet_config.get("encoder_hid_dim") or unet_config.get("cross_attention_dim", DEFAULT_CROSS_ATTENTION_DIM)
     return width[0] if isinstance(width, (list, tuple)) else width

@@ -27,7 +27,7 @@ from diffusers_adm.evaluation import (
     precision_recall,
     sample_images,
 )
-from diffusers_adm.evaluation.data import read_images
+from diffusers_adm.evaluation.data import ArrayImages, read_images
 from diffusers_adm.evaluation.frechet import measures
 from diffusers_adm.evaluation.frechet.__main__ import main
 from diffusers_adm.training import save_id2label
@@ -492,12 +492,19 @@ def test_command_on_every_source(stock, capsys):
 
 def test_classes_are_matched_by_name(stock, capsys):
     arguments = {"samples": stock / "png", "reference": stock / "images", "splits": 2}
-    result = measure(capsys, features=f"classifier:{stock / 'turned'}", **arguments)
     right, wrong = (
         (classified(stock) == torch.tensor(classes).repeat(9)).double().mean().item() for classes in ([0, 2], [3, 1])
     )
     assert right != wrong
-    assert result["accuracy"] == pytest.approx(right)
+    for samples, features in (
+        ("png", "turned"),
+        ("png", "turned/classifier"),
+        ("npz", "turned"),
+        ("npz/samples.npz", "turned"),
+    ):
+        named = {**arguments, "samples": stock / samples}
+        result = measure(capsys, features=f"classifier:{stock / features}", **named)
+        assert result["accuracy"] == pytest.approx(right)
     with pytest.raises(ValueError, match="4 classes and the network 3"):
         measure(capsys, features=f"classifier:{stock / 'small'}", **arguments)
 
@@ -519,6 +526,13 @@ def test_other_numbers_for_classes_are_those_of_the_data(stock):
         assert [int(item["class_labels"]) for item in plain] == [3, 1] * 9
         renumbered = read_images([str(stock / source)], None, to_class={1: 7})
         assert [int(item["class_labels"]) for item in renumbered] == [3, 7] * 9
+
+
+def test_selection_leaves_the_others_where_they_were(stock):
+    images = ArrayImages(stock / "images.npz")
+    chosen = images.select([3, 1]).select([1])
+    assert (len(images), len(chosen)) == (20, 1)
+    assert np.array_equal(chosen[0]["image"], images[1]["image"])
 
 
 def test_images_are_resized(stock):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 from processes import run_distributed, start
 from toy_models import (
@@ -24,7 +24,7 @@ from toy_models import (
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.evaluation import sample_images
 from diffusers_adm.evaluation.sample.__main__ import main
-from diffusers_adm.training import derive_seed
+from diffusers_adm.training import derive_seed, save_id2label
 
 
 NAMES = {0: "birds", 1: "cats", 2: "dogs", 3: "fish"}
@@ -108,7 +108,11 @@ def stock(tmp_path_factory):
     saved(class_pipeline(), path / "classes")
     saved(text_pipeline(), path / "text")
     saved(toy_pipeline(), path / "plain")
-    random_classifier(seed=7, num_classes=4).save_pretrained(path / "classifier")
+    classifier = random_classifier(seed=7, num_classes=4)
+    for name in ("classifier", "named", "turned"):
+        classifier.save_pretrained(path / name)
+    save_id2label(path / "named", NAMES)
+    save_id2label(path / "turned", dict(enumerate(reversed(NAMES.values()))))
     return path
 
 
@@ -249,6 +253,43 @@ def test_another_scheduler_is_refused_and_named(tmp_path):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="`scheduler` had _class_name='LearnedVarianceDDPMScheduler', now 'DDIMSched"):
         draw(pipe, 2, tmp_path)
+
+
+def latents_pipeline():
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    return toy_pipeline(random_unet(in_channels=4, out_channels=8), vae=vae)
+
+
+@pytest.mark.parametrize(
+    "make,name,change",
+    [
+        (toy_pipeline, "unet", lambda unet: unet.register_to_config(sample_size=16)),
+        (toy_pipeline, "unet", lambda unet: unet.register_to_config(timestep_scale=0.25)),
+        (text_pipeline, "unet", lambda unet: unet.register_to_config(null_class_id=3)),
+        (text_pipeline, "text_encoder", lambda encoder: setattr(encoder.config, "hidden_act", "relu")),
+        (text_pipeline, "tokenizer", lambda tokenizer: setattr(tokenizer, "model_max_length", 5)),
+        (latents_pipeline, "vae", lambda vae: vae.register_to_config(scaling_factor=0.5)),
+        (class_pipeline, "classifier", lambda classifier: classifier.register_to_config(timestep_scale=0.25)),
+    ],
+)
+def test_another_config_of_the_same_weights_is_refused(make, name, change, tmp_path):
+    pipe = make()
+    draw(pipe, 1, tmp_path, pipeline_options={"num_inference_steps": 1})
+    change(getattr(pipe, name))
+    digits = "'[0-9a-f]{32}'"
+    with pytest.raises(ValueError, match=f"otherwise: `components` had {name}={digits}, now {digits}. Repeat"):
+        draw(pipe, 2, tmp_path, pipeline_options={"num_inference_steps": 1})
+
+
+def test_model_may_move(tmp_path):
+    """Where it lies, and what was done with it before, is not a setting."""
+    arguments = {"prompts": ["a cat", "the dog"], "class_labels": [1]}
+    draw(text_pipeline(), 1, tmp_path / "out", **arguments)
+    path = saved(text_pipeline(), tmp_path / "model")
+    pipe = ADMPipeline.from_pretrained(path)
+    pipe("a red cat on the mat", num_inference_steps=1)
+    draw(pipe, 2, tmp_path / "out", **arguments)
+    assert len(read(tmp_path / "out")) == 2
 
 
 def test_settings_that_drew_nothing_do_not_bind(tmp_path):
@@ -431,6 +472,25 @@ def test_classes_as_in_the_data(stock, tmp_path):
     assert labels(tmp_path / "other") != drawn
 
 
+def test_classes_of_the_classifier_alone(stock, tmp_path):
+    """An unconditional network, steered; the classifier's names serve both."""
+    for name in ("fish", "birds"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.png")
+    arguments = {"model": stock / "plain", "classifier": stock / "named", "num_inference_steps": 2, "num_images": 6}
+    steered = {**arguments, "classifier_guidance_scale": 5}
+    run(**steered, class_labels="uniform", output_dir=tmp_path / "uniform")
+    assert labels(tmp_path / "uniform") == [0, 1, 2, 3, 0, 1]
+    run(**steered, class_labels="data", dataset=tmp_path / "data", output_dir=tmp_path / "as-data")
+    assert sorted(labels(tmp_path / "as-data")) == [0, 0, 0, 3, 3, 3]
+    run(**steered, class_labels="fish", output_dir=tmp_path / "one")
+    assert labels(tmp_path / "one") == [3] * 6
+    drawn, other = read(tmp_path / "uniform"), read(tmp_path / "one")
+    assert [np.array_equal(drawn[name], other[name]) for name in drawn] == [False] * 3 + [True] + [False] * 2
+    with pytest.raises(ValueError, match="'uniform', but the network is unconditional, and nothing steers"):
+        run(**arguments, class_labels="uniform", output_dir=tmp_path / "unsteered")
+
+
 def test_prompts_from_a_file_in_half_precision(stock, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\n  the dog \n", encoding="utf-8")
     run(
@@ -458,6 +518,7 @@ def test_prompts_from_a_file_in_half_precision(stock, tmp_path):
     [
         ({"model": "nowhere"}, "`model` is 'nowhere'"),
         ({"classifier": "nowhere"}, "`classifier` is 'nowhere'"),
+        ({"classifier": "{path}/turned"}, "Class 0 of `classifier` '.*/turned' is 'fish', but that of .* is 'birds'"),
         ({"num_images": 0}, "`num_images` is 0"),
         ({"class_labels": "horses"}, "`class_labels` is 'horses'. .* birds, cats, dogs, fish"),
         ({"class_labels": "data"}, "needs a `--dataset`"),
@@ -480,16 +541,22 @@ def test_wrong_arguments(arguments, message, stock, tmp_path):
 
 
 def test_every_process_says_why(stock, tmp_path):
-    """What the main process finds in the folder ends all of them, with the same words."""
-    run(model=stock / "plain", num_images=1, output_dir=tmp_path, num_inference_steps=1)
-    found = run_distributed(refusal, flags(model=stock / "plain", num_images=1, output_dir=tmp_path, seed=1))
+    """What the main process finds in the folder, or that it cannot make it, ends all of them, with the same words."""
+    arguments = {"model": stock / "plain", "num_images": 1, "num_inference_steps": 1}
+    run(**arguments, output_dir=tmp_path / "out")
+    (tmp_path / "file").touch()
+    cases = [flags(**arguments, output_dir=tmp_path / name, seed=1) for name in ("out", "file/out")]
+    found = run_distributed(refusals, cases)
     assert found[0] == found[1]
-    assert "`seed` was 0 and is now 1" in found[0]
+    assert "`seed` was 0 and is now 1" in found[0][0]
+    assert "Not a directory" in found[0][1]
 
 
-def refusal(arguments):
-    try:
-        main(arguments)
-    except ValueError as error:
-        return str(error)
-    return None
+def refusals(cases):
+    found = []
+    for arguments in cases:
+        try:
+            main(arguments)
+        except (OSError, ValueError) as error:
+            found.append(str(error))
+    return found

@@ -515,8 +515,12 @@ def test_repeated_blocks_are_the_residual_blocks(monkeypatch):
 
 
 def test_modules_not_to_split_exist():
-    with_text = AdaGNUNet2DModel.from_config({"_class_name": "UNet2DConditionModel", **TINY_CONDITION_MODEL})
-    names = {type(m).__name__ for unet in (fresh_unet(), with_text) for m in unet.modules()}
+    config = {"_class_name": "UNet2DConditionModel", **TINY_CONDITION_MODEL}
+    with_text = [
+        AdaGNUNet2DModel.from_config({**config, "mid_block_type": f"UNetMidBlock2D{kind}"})
+        for kind in ("CrossAttn", "SimpleCrossAttn")
+    ]
+    names = {type(m).__name__ for unet in (fresh_unet(), *with_text) for m in unet.modules()}
     assert set(AdaGNUNet2DModel._no_split_modules) <= names
 
 

@@ -151,12 +151,10 @@ def test_same_weights_same_outputs_and_gradients(name, dtype):
     ours = AdaGNUNet2DModel.from_config(theirs.config).to(dtype).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     sample, timestep, states, labels = inputs_for(config, dtype)
-    # Where the image is not attended to, diffusers' mask for added keys and values has the wrong length.
-    mask = (
-        None
-        if config.get("mid_block_only_cross_attention")
-        else torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1, 0] * 3 + [1]])
-    )
+    # With a mask, diffusers fails where keys are added and the image is not attended to, and lets padding in where the
+    # first attention of transformer blocks is one to the text.
+    only_text = config.get("only_cross_attention") or config.get("mid_block_only_cross_attention")
+    mask = None if only_text else torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1, 0] * 3 + [1]])
     arguments = {"class_labels": labels, "encoder_attention_mask": mask}
     ours_output, ours_gradients = run(ours, sample, timestep, states, **arguments)
     their_output, their_gradients = run(theirs, sample, timestep, states, **arguments)
@@ -200,7 +198,16 @@ def test_what_a_config_leaves_out_has_the_defaults_of_its_class(tmp_path):
 
 
 class TestMasks:
-    @pytest.mark.parametrize("name", ["stable-diffusion-1.5", "karlo-decoder", "deepfloyd-if-upsampler"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "stable-diffusion-1.5",
+            "several-transformer-layers",
+            "karlo-decoder",
+            "deepfloyd-if-upsampler",
+            "only-text-in-the-middle",
+        ],
+    )
     @pytest.mark.parametrize("length", [3, 9, 16, 64, 256])  # 16, 64 and 256 are the numbers of places of the levels
     def test_padding_changes_nothing(self, name, length):
         config = CONFIGS[name]
@@ -304,11 +311,33 @@ class TestBadInput:
             ({"addition_embed_type": "text_time"}, "`addition_embed_type` is 'text_time'; it must be one of"),
             ({"class_embed_type": "projection"}, "`projection_class_embeddings_input_dim` is None"),
             ({"time_embedding_type": "fourier"}, "networks with text have 'positional' alone"),
+            ({"addition_embed_type": "text", "cross_attention_dim": (24, 24, 24)}, "pooled once, from one width"),
+            ({"reverse_transformer_layers_per_block": (1, 1)}, "has 2 entries for 3 levels"),
+            ({"transformer_layers_per_block": (1, (1, 2), 1)}, "pass `reverse_transformer_layers_per_block` as well"),
+            (
+                {
+                    "transformer_layers_per_block": (1, (1, 2, 3), 1),
+                    "reverse_transformer_layers_per_block": (1, (1, 2, 3), 1),
+                },
+                r"`transformer_layers_per_block` holds \(1, 2, 3\) for a level of 2 blocks",
+            ),
+            (
+                {
+                    "transformer_layers_per_block": (1, (1, 2), 1),
+                    "reverse_transformer_layers_per_block": (1, (1, 2), 1),
+                },
+                r"`reverse_transformer_layers_per_block` holds \(1, 2\) for a level of 3 blocks",
+            ),
         ],
     )
     def test_configs(self, change, message):
         with pytest.raises(ValueError, match=message):
             AdaGNUNet2DModel(**{**STABLE_DIFFUSION, "mid_block_type": "UNetMidBlock2DCrossAttn", **change})
+
+    @pytest.mark.parametrize("change", [{"addition_embed_type": "text"}, {"encoder_hid_dim": 8}])
+    def test_text_for_a_model_without_cross_attention(self, change):
+        with pytest.raises(ValueError, match="none of the block types has cross-attention"):
+            AdaGNUNet2DModel(block_out_channels=(32, 32, 32, 32), **change)
 
     def test_a_condition_model_without_text(self):
         config = {"_class_name": "UNet2DConditionModel", "down_block_types": ["DownBlock2D"] * 4}
@@ -327,6 +356,37 @@ class TestBadInput:
             model(sample, timestep, encoder_hidden_states=states[..., :20])
         with pytest.raises(ValueError, match=r"has shape \(2, 7, 24\) for 3 examples"):
             model(sample, timestep, encoder_hidden_states=states[:2])
+        with pytest.raises(
+            ValueError, match=r"`encoder_attention_mask` has shape \(1, 7\); these states need \(3, 7\)"
+        ):
+            model(sample, timestep, encoder_hidden_states=states, encoder_attention_mask=torch.ones(1, 7))
         plain = AdaGNUNet2DModel(block_out_channels=(32, 32, 32, 32))
         with pytest.raises(ValueError, match="given to a model without cross-attention"):
             plain(torch.randn(3, 3, 16, 16), timestep, encoder_hidden_states=states)
+
+
+def test_class_vectors_take_the_dtype_of_the_network():
+    model = AdaGNUNet2DModel.from_config(UNet2DConditionModel(**CONFIGS["several-transformer-layers"]).config)
+    model = model.to(torch.bfloat16).eval()
+    sample, timestep, states, labels = inputs_for(CONFIGS["several-transformer-layers"])
+    with torch.no_grad():
+        half = {"encoder_hidden_states": states.bfloat16()}
+        outputs = [
+            model(sample.bfloat16(), timestep, vectors, **half).sample for vectors in (labels, labels.bfloat16())
+        ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-1.5", "karlo-decoder", "only-text-in-the-middle"])
+def test_masks_under_autocast(name):
+    config = CONFIGS[name]
+    model = AdaGNUNet2DModel.from_config(UNet2DConditionModel(**config).config)
+    model.load_state_dict(random_condition_model(config).state_dict())
+    sample, timestep, states, labels = inputs_for(config)
+    mask = torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1, 0] * 3 + [1]])
+    arguments = {"class_labels": labels, "encoder_hidden_states": states, "encoder_attention_mask": mask}
+    with torch.no_grad():
+        expected = model(sample, timestep, **arguments).sample
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = model(sample, timestep, **arguments).sample
+    assert relative_error(actual, expected) < 0.1

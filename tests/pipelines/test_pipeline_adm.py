@@ -16,10 +16,12 @@ from diffusers import (
     EulerDiscreteScheduler,
 )
 from diffusers.callbacks import PipelineCallback
+from docstrings import check_documented_arguments
 from toy_models import CONDITIONAL, random_diffusers_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.guidance import guide
+from diffusers_adm.guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
+from diffusers_adm.text_encoding import encode_tokens, tokenize
 
 
 SHAPE = (2, 3, 8, 8)
@@ -645,3 +647,18 @@ def test_class_names_are_saved_and_select_classes(tmp_path):
         pipe(class_labels="cow")
     with pytest.raises(ValueError, match="not named"):
         make_pipeline(**CONDITIONAL)(class_labels=["dog"])
+
+
+@pytest.mark.parametrize(
+    ("docstring", "function"),
+    [
+        (ADMPipeline.__doc__, ADMPipeline.__init__),
+        (ADMPipeline.__call__.__doc__, ADMPipeline.__call__),
+        (ADMPipeline.encode_prompt.__doc__, ADMPipeline.encode_prompt),
+        *((function.__doc__, function) for function in (guide, log_probability_gradient, signal_and_std)),
+        *((function.__doc__, function) for function in (shift_prediction, tokenize, encode_tokens)),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_docstring_documents_the_arguments(docstring, function):
+    check_documented_arguments(docstring, function)

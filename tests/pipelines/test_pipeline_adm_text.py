@@ -331,9 +331,11 @@ class TestSaveAndLoad:
         loaded = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
         loaded.set_progress_bar_config(disable=True)
         assert loaded.text_encoder.dtype == loaded.unet.dtype == torch.bfloat16
-        actual, expected = (p(generator=generators(2), **self.ARGUMENTS).images for p in (loaded, pipe))
-        # Roundings of 2**-8 through three steps whose first multiplies errors, on pixels in [0, 1].
-        assert (actual - expected).abs().mean() < 0.1
+        arguments = {**self.ARGUMENTS, "output_type": "latent"}
+        actual, expected = (p(generator=generators(2), **arguments).images for p in (loaded, pipe))
+        unguided = pipe(generator=generators(2), **{**arguments, "guidance_scale": 1.0}).images
+        # Roundings (2**-8) are far below what guidance does.
+        assert (actual - expected).abs().mean() < 0.2 * (unguided - expected).abs().mean()
 
 
 class TestBadInput:

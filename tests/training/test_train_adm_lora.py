@@ -1,9 +1,11 @@
 """The training script with `--lora_rank`: the base stays, the adapter is trained, resumed and loaded again."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_distributed
 from runs import (
     EMOJI,
     assert_same_checkpoint,
@@ -19,7 +21,7 @@ from scripts import load_script
 from toy_models import random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.training import add_lora
+from diffusers_adm.training import add_lora, captions
 
 
 train_adm = load_script("train_adm")
@@ -105,6 +107,26 @@ def without_adapter(unet):
     }
 
 
+def train_and_predict(argv):
+    """A run in this process: how many captions it encoded at a time, and what the averaged adapter then predicts."""
+    script = load_script("train_adm")
+    encoded, unets = [], []
+    build_unet, encode_captions = script.build_unet, captions.encode_captions
+
+    def keep(*args):
+        unets.append(build_unet(*args))
+        return unets[-1]
+
+    def count(text_encoder, batch, **kwargs):
+        encoded.append(len(batch["input_ids"]))
+        return encode_captions(text_encoder, batch, **kwargs)
+
+    script.build_unet, captions.encode_captions = keep, count
+    script.plot_loss_curves = lambda *args: None
+    script.main(argv)
+    return encoded, predict(unets[0]).tolist()
+
+
 class TestAdapter:
     def test_the_base_stays_and_the_adapter_loads(self, short, trained_unets):
         train(**short, lora_alpha=6)
@@ -183,15 +205,37 @@ class TestAdapter:
         grid = "samples-0000005.png"
         assert (first / grid).read_bytes() == (second / grid).read_bytes()
 
-    def test_beside_a_model_with_text(self, short, tmp_path, trained_unets):
+    @pytest.mark.slow
+    def test_beside_a_model_with_text_in_two_processes(self, short, tmp_path):
+        """One encodes the captions, both read them; the adapter is checkpointed, resumed and loaded."""
         del short["label_column"]
         short["pretrained_model_name_or_path"] = save_base(tmp_path / "text", random_text_unet("added_kv"), "clip")
-        train(**short, caption_column="text", precompute_text_embeddings=True, cache_dir=str(tmp_path / "cache"))
-        weights = load_file(Path(short["output_dir"]) / WEIGHTS)
-        assert any("add_k_proj" in name for name in weights)
+        arguments = short | {
+            "caption_column": "text",
+            "precompute_text_embeddings": True,
+            "cache_dir": str(tmp_path / "cache"),
+            "max_train_steps": 3,
+            "train_batch_size": 4,
+            "checkpointing_steps": 2,
+        }
+        folder, other = Path(short["output_dir"]), tmp_path / "resumed"
+        batches = [encoded for encoded, _ in run_distributed(train_and_predict, flags(**arguments))]
+        # Each encodes the empty caption, for its shape; and the main process all 41 that there are.
+        assert batches == [[1, 41], [1]]
+        assert len(list((tmp_path / "cache").glob("caption-embeddings-*.arrow"))) == 1
+        checkpoint = folder / "checkpoint-2"
+        assert not (checkpoint / "model.safetensors").exists()
+
+        changes = {"output_dir": str(other), "resume_from_checkpoint": str(checkpoint)}
+        (encoded, expected), _ = run_distributed(train_and_predict, flags(**arguments | changes))
+        assert encoded == [1]
+        assert_same_checkpoint(folder / "checkpoint-3", other / "checkpoint-3")
+        assert read_metrics(other) == [row for row in read_metrics(folder) if row["step"] > 2]
+        assert_same_state(load_file(folder / WEIGHTS), load_file(other / WEIGHTS))
+        assert any("add_k_proj" in name for name in load_file(other / WEIGHTS))
         pipeline = ADMPipeline.from_pretrained(short["pretrained_model_name_or_path"])
-        pipeline.load_lora_weights(short["output_dir"])
-        torch.testing.assert_close(predict(pipeline.unet), predict(trained_unets[0]))
+        pipeline.load_lora_weights(other)
+        torch.testing.assert_close(predict(pipeline.unet), torch.tensor(expected))
 
     def test_other_layers(self, short, trained_unets):
         train(**short, lora_target_modules=["conv1", "time_emb_proj"])
@@ -236,3 +280,21 @@ class TestBadInput:
         train(**short | {"lora_rank": "none"})
         with pytest.raises(ValueError, match="holds no adapter"):
             train(**short | {"max_train_steps": 3}, resume_from_checkpoint="latest")
+
+    def test_a_checkpoint_of_another_adapter(self, short, tmp_path):
+        train(**short)
+        before = ["to_k", "to_out.0", "to_q", "to_v"]
+        more = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
+        attention = {"down_block_types": ["AttnDownBlock2D"] * 2, "num_class_embeds": 10, "null_class_id": 9}
+        other = save_base(tmp_path / "other", random_unet(**attention))
+        for changes, message in (
+            ({"lora_rank": 4}, "begun with `lora_rank` 2, and this run has 4"),
+            ({"lora_alpha": 6}, r"begun with `lora_alpha` 2, and this run has 6\.0"),
+            (
+                {"lora_target_modules": more},
+                re.escape(f"begun with `lora_target_modules` {before}, and this run has {sorted(more)}"),
+            ),
+            ({"pretrained_model_name_or_path": other}, r"such as down_blocks.*lora_.*Resume with the `pretrained"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                train(**short | {"max_train_steps": 3, "resume_from_checkpoint": "latest"} | changes)

@@ -17,7 +17,7 @@ from scripts import load_script
 from toy_models import TEXT_CONFIGS, TOY_CONFIG, random_text_encoder, random_text_unet, toy_tokenizer
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import (
     CaptionEmbeddings,
     CaptionTokens,
@@ -122,6 +122,7 @@ def resume(argv):
 
 
 class TestLaunched:
+    @pytest.mark.slow
     def test_a_text_encoder_from_scratch_is_trained_with_the_unet(self, tmp_path):
         """BERT, because its pooler has weights that get no gradient, for which distributed training would wait."""
         config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -376,6 +377,56 @@ class TestCaptions:
         for row, other in zip(rows, read_metrics(tmp_path / "stored"), strict=True):
             assert other == pytest.approx(row, rel=1e-5)
         assert_equal_states(states(tmp_path / "base"), states(tmp_path / "again"))
+
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_mixed_precision_is_for_what_is_trained(self, short, tmp_path, monkeypatch, trained):
+        """A frozen encoder gives the states that are stored, in training and in grids alike."""
+        recorded, states = {"encoder": [], "unet": []}, []
+
+        def record(name, module_class):
+            forward = module_class.forward
+
+            def recording_forward(self, *args, **kwargs):
+                recorded[name].append(torch.is_autocast_enabled("cpu"))
+                if name == "unet":
+                    states.append(
+                        kwargs["encoder_hidden_states"].detach() * kwargs["encoder_attention_mask"][..., None]
+                    )
+                return forward(self, *args, **kwargs)
+
+            monkeypatch.setattr(module_class, "forward", recording_forward)
+
+        record("encoder", T5EncoderModel)
+        record("unet", AdaGNUNet2DModel)
+        arguments = short | {
+            "text_encoder_name_or_path": write_text_encoder(tmp_path / "text", "t5"),
+            "cache_dir": str(tmp_path / "cache"),
+            "mixed_precision": "bf16",
+        }
+        train(**arguments, train_text_encoder=trained)
+        assert len(recorded["unet"]) == 4  # two steps, and two of a grid
+        assert all(recorded["unet"])
+        if trained:
+            # All but the first, which finds out what gets gradients.
+            assert recorded["encoder"] == [False, True, True, True]
+            return
+        assert len(recorded["encoder"]) == 3
+        assert not any(recorded["encoder"])
+        on_the_fly, states[:] = states[:], []
+        train(**arguments | {"output_dir": str(tmp_path / "stored")}, precompute_text_embeddings=True)
+        for first, second in zip(on_the_fly, states, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+    def test_a_subset_without_captions(self, short, tmp_path):
+        """Its grid shows the empty prompt."""
+        short |= {
+            "text_encoder_name_or_path": write_text_encoder(tmp_path / "text", "clip"),
+            # Only the image that is left out has a caption: none at all would be refused.
+            "data_files": write_images(tmp_path / "empty.parquet", [*[""] * 24, "a cat"]),
+        }
+        train(**short | {"max_train_steps": 1}, label_column="label")
+        assert (Path(short["output_dir"]) / "samples-0000001.png").is_file()
+        ADMPipeline.from_pretrained(short["output_dir"])
 
     def test_stored_embeddings(self, tmp_path):
         """Against the encoder on each caption alone; other weights and other captions are stored under other names."""

@@ -1,6 +1,7 @@
 """The classifier's training script as it is used, its metrics against brute force, and what it refuses."""
 
 import json
+import logging
 import math
 from collections import Counter
 from pathlib import Path
@@ -31,7 +32,7 @@ from diffusers_adm.training import (
     ClassificationMetrics,
     derive_seed,
     load_id2label,
-    match_labels,
+    match_classes,
     parse_args,
     plot_accuracy_by_timestep,
     plot_classifier_curves,
@@ -227,6 +228,7 @@ class TestLaunched:
         recipe = ["--config", str(folder / "train_args.yaml")]
         assert parse_args(train_classifier.ARGUMENT_TYPES, recipe) == direct
 
+    @pytest.mark.slow
     def test_resumed_it_ends_bit_by_bit_the_same(self, launched, tmp_path):
         """From the middle of an epoch, on two processes."""
         folder, _, arguments = launched
@@ -323,8 +325,12 @@ class TestSingleProcess:
         assert row["validation_loss_bin0"] < 0.1 < row["validation_loss_bin4"]
 
     def test_a_run_that_failed_is_resumed_exactly(self, short, monkeypatch):
-        """In bfloat16 and channels-last, with checkpointed gradients."""
+        """In bfloat16 and channels-last, with checkpointed gradients; validated, too."""
         arguments = short | {
+            "validation_data_files": EMOJI,
+            "max_validation_samples": 9,
+            "validation_steps": 3,
+            "num_timestep_bins": 2,
             "max_train_steps": 6,
             "train_batch_size": 32,  # 5 batches an epoch
             "checkpointing_steps": 2,
@@ -348,8 +354,34 @@ class TestSingleProcess:
         train(**arguments | {"output_dir": str(other), "resume_from_checkpoint": "latest"})
         assert_same_checkpoint(folder / "checkpoint-6", other / "checkpoint-6")
         assert read_metrics(folder) == read_metrics(other)
+        assert [row["step"] for row in read_metrics(folder) if "validation_loss" in row] == [3, 6]
         saved = load_file(folder / "classifier" / "diffusion_pytorch_model.safetensors")
         assert {weight.dtype for weight in saved.values()} == {torch.float32}
+
+    def test_validation_in_mixed_precision(self, short, monkeypatch):
+        """As training, it computes in bfloat16; near what the saved classifier gives in float32."""
+        arguments = {"validation_data_files": EMOJI, "max_validation_samples": 40, "num_timestep_bins": 2}
+        short |= {"learning_rate": 1e-2}
+        recorded = []
+        forward = AdaGNClassifierModel.forward
+
+        def recording_forward(self, *args, **kwargs):
+            recorded.append((self.training, torch.is_autocast_enabled("cpu")))
+            return forward(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AdaGNClassifierModel, "forward", recording_forward)
+            train(**short | arguments, mixed_precision="bf16")
+        assert set(recorded) == {(True, True), (False, True)}
+        row = read_metrics(short["output_dir"])[-1]
+        still = {k: v for k, v in short.items() if k != "model_config_name_or_path"} | arguments
+        still |= {"pretrained_model_name_or_path": short["output_dir"], "learning_rate": 1e-12, "max_train_steps": 1}
+        train(**still | {"output_dir": short["output_dir"] + "-float32"})
+        expected = read_metrics(short["output_dir"] + "-float32")[-1]
+        # bfloat16 has 8 bits; each of 80 noisy images may fall to either side of a tie.
+        assert row["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-2)
+        assert row["validation_loss"] != expected["validation_loss"]
+        assert row["validation_accuracy"] == pytest.approx(expected["validation_accuracy"], abs=0.05)
 
     def test_a_new_run_in_the_folder_of_an_old_one(self, short):
         train(**short)
@@ -433,7 +465,7 @@ class TestBadInput:
             ({"ddpm_num_steps": 5}, "`num_timestep_bins` is 10; it must lie between 1 and the number .*, 5"),
             ({"validation_steps": 0}, "`validation_steps` is 0; it must be at least 1"),
             ({"max_validation_samples": 3}, "`max_validation_samples` was given, but no held-out images"),
-            ({"validation_data_files": EMOJI, "validation_split": "test"}, "test"),
+            ({"validation_data_files": EMOJI, "validation_split": "test"}, 'Unknown split "test"'),
             ({"resolution": 9}, "`sample_size` is 9; .* divisible by 2"),
             ({"train_batch_size": 164}, "There are 163 usable images, but one step takes 164"),
         ],
@@ -566,6 +598,26 @@ def test_names_of_classes(tmp_path):
     assert load_id2label(tmp_path) is None
     save_id2label(tmp_path / "classifier", {0: "Übung", 10: "b"})
     assert load_id2label(tmp_path, "classifier") == load_id2label(tmp_path / "classifier") == {0: "Übung", 10: "b"}
-    assert match_labels([1, 0, -1], {0: "b", 1: "c"}, {0: "a", 1: "b", 2: "c"}) == [2, 1, -1]
+
+
+def test_classes_of_the_same_names():
+    known = {0: "a", 1: "b", 2: "c"}
+    for by_number in (False, True):
+        assert match_classes({0: "b", 1: "c"}, known, by_number=by_number) == {0: 1, 1: 2}
+        assert match_classes({5: "c", 3: "a"}, {"0": "a", "1": "b", "2": "c"}, 7, by_number=by_number) == {5: 2, 3: 0}
+        assert match_classes({0: "a", 1: "a"}, {0: "a", 1: "a"}, by_number=by_number) == {0: 0, 1: 1}
     with pytest.raises(ValueError, match="The validation data has the class 'd'"):
-        match_labels([0], {0: "d"}, {0: "a"})
+        match_classes({0: "d"}, {0: "a"})
+
+
+def test_classes_of_other_names(caplog):
+    """By number, and not from 0 on."""
+    with caplog.at_level(logging.WARNING):
+        assert match_classes({1: "d", 2: "e"}, None, 2, by_number=True) == {1: 1, 2: 2}
+        assert not caplog.records
+        assert match_classes({1: "d", 2: "e"}, {1: "a", 2: "b"}, 2, by_number=True) == {1: 1, 2: 2}
+    assert "('d', 'a', ...)" in caplog.text
+    with pytest.raises(ValueError, match="2 classes and the network 3, .*: the model does not know 'd'"):
+        match_classes({1: "d", 2: "b"}, {1: "a", 2: "b"}, 3, by_number=True)
+    with pytest.raises(ValueError, match="2 classes and the network 3, .*: the model names no classes"):
+        match_classes({1: "d", 2: "b"}, None, 3, by_number=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..models.classifier_adagn import AdaGNClassifierModel
+from ..training.classification import load_id2label
 from ..training.data import (
     METADATA_FILES,
     SPLIT_FOLDERS,
@@ -21,11 +23,9 @@ from ..training.data import (
     decode_rgb,
     load_image_dataset,
 )
+from ..training.repositories import from_subfolder_or_root, reading
 from ..training.seeding import derive_seed
 from .sample.images import IMAGE_NAME, NPZ_NAME, SETTINGS_NAME
-
-
-logger = logging.getLogger(__name__)
 
 
 def find_dataset(dataset: Sequence[str], dataset_config_name: str | None, split: str | None) -> dict[str, Any]:
@@ -57,38 +57,21 @@ def num_real_classes(config: Any) -> int | None:
     return config.num_class_embeds - (config.get("null_class_id") is not None)
 
 
-def match_classes(id2label: Mapping[int, str], learned: Mapping[str, str] | None, num_classes: int | None) -> list[int]:
+def load_classifier(
+    argument: str, path: str, cache_dir: str | None, **kwargs: Any
+) -> tuple[AdaGNClassifierModel, dict[int, str] | None]:
     """
-    For each class of the data, the network's class: the one of the same name. A test set that lacks a class would give
-    those after it other numbers than the training set did, and each image would be evaluated as its neighbour's.
-
-    Args:
-        id2label (mapping): Number -> name in the data, in the order of the numbers.
-        learned (mapping, *optional*): The same of the network; its numbers as text, as in JSON.
-        num_classes (`int`, *optional*): Of the network.
+    A classifier on the Hub or in a folder, and the names of its classes if they were saved.
 
     Raises:
-        ValueError: If the classes can be matched neither by name nor by number.
+        ValueError: If it cannot be read; it names `argument`.
     """
-    names = {name: int(number) for number, name in (learned or {}).items()}
-    if all((learned or {}).get(str(number)) == name for number, name in id2label.items()):
-        return list(id2label)
-    if all(name in names for name in id2label.values()):
-        return [names[name] for name in id2label.values()]
-    if num_classes is not None and len(id2label) != num_classes:
-        unknown = [name for name in id2label.values() if name not in names]
-        raise ValueError(
-            f"The data has {len(id2label)} classes and the network {num_classes}, and they cannot be matched by name: "
-            "the "
-            + (f"model does not know {unknown[0]!r}." if learned else "model names no classes.")
-            + " Give the data the names, or all of the classes, that the model was trained with."
-        )
-    if learned:
-        logger.warning(
-            f"The data's class names are not the model's ({id2label[0]!r}, {learned.get('0')!r}, ...). Their numbers "
-            "are taken for the same classes."
-        )
-    return list(id2label)
+    kwargs["cache_dir"] = cache_dir
+    with reading(argument, path):
+        classifier = from_subfolder_or_root(AdaGNClassifierModel.from_pretrained, path, "classifier", **kwargs)
+        # In that order: diffusers, too, takes what lies in a folder itself before what lies in the subfolder.
+        names = load_id2label(path, cache_dir=cache_dir) or load_id2label(path, "classifier", cache_dir=cache_dir)
+    return classifier, names
 
 
 class ArrayImages:
@@ -125,9 +108,10 @@ class ArrayImages:
         self.column_names = ["image"] if self.labels is None else ["image", "label"]
 
     def select(self, indices: Sequence[int]) -> ArrayImages:
-        """Keeps these images only."""
-        self.indices = self.indices[list(indices)]
-        return self
+        """These images only; `self` stays as it is, as with a dataset of `datasets`."""
+        chosen = copy.copy(self)
+        chosen.indices = self.indices[list(indices)]
+        return chosen
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -144,12 +128,13 @@ class ArrayImages:
 
 def run_of_sample(source: Sequence[str]) -> dict[str, Any] | None:
     """
-    The settings that the command `sample` has left in a folder; None for anything else.
+    The settings that the command `sample` has left in a folder, or beside its `samples.npz`; None for anything else.
 
     Raises:
         ValueError: If images are missing yet.
     """
-    folder = Path(source[0])
+    path = Path(source[0])
+    folder = path.parent if path.name == NPZ_NAME else path
     if len(source) > 1 or not (folder / SETTINGS_NAME).is_file():
         return None
     run = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))

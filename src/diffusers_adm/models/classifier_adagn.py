@@ -47,9 +47,9 @@ class AdaGNClassifierOutput(BaseOutput):
     """
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_classes)`): Before the softmax.
-        features (`torch.Tensor` of shape `(batch_size, channels)`, *optional*): What the last linear layer makes the logits of: a
-            description of the image, which samples are compared by. As many channels as the last level has, or the
-            2048 of the hidden layer of a spatial pool.
+        features (`torch.Tensor` of shape `(batch_size, channels)`, *optional*): What the last linear layer makes the
+            logits of: a description of the image, which samples are compared by. As many channels as the last level
+            has, or the 2048 of the hidden layer of a spatial pool.
     """
 
     logits: torch.Tensor

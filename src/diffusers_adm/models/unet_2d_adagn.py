@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -83,7 +83,6 @@ NEUTRAL_ARGUMENTS = {
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
 }
-
 
 # Added to the score of a key that is not to be seen, as in diffusers.
 MASKED = -10000.0
@@ -218,6 +217,23 @@ class ResBlock(nn.Module):
         return hidden_states
 
 
+class AddedKVAttention(Attention):
+    """
+    Attention to image and text at once, with keys and values of their own for the text, which come first. A mask is one
+    of the text; diffusers' base class would guess from its length whether the image is in it.
+    """
+
+    def prepare_attention_mask(
+        self, attention_mask: torch.Tensor | None, target_length: int, batch_size: int, out_dim: int = 3
+    ) -> torch.Tensor | None:
+        # (B, 1, L) to (B, 1, 1, keys), or (B * heads, 1, keys) for processors that fold heads into the batch
+        if attention_mask is None:
+            return None
+        if not self.only_cross_attention:
+            attention_mask = F.pad(attention_mask, (0, target_length))
+        return attention_mask[:, None] if out_dim == 4 else attention_mask.repeat_interleave(self.heads, dim=0)
+
+
 class _Block(nn.Module):
     """What the three kinds of block share: residual blocks, each followed by attention where there is any."""
 
@@ -231,10 +247,10 @@ class _Block(nn.Module):
             self.attentions = [None] * len(attentions)
         self.gradient_checkpointing = False
 
-    def run(self, module: Callable[..., torch.Tensor], *args: torch.Tensor | None) -> torch.Tensor:
+    def run(self, module: nn.Module, *args: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(module, *args)
-        return module(*args)
+            return self._gradient_checkpointing_func(module, *args, **kwargs)
+        return module(*args, **kwargs)
 
     def attend(
         self, attention: BlockAttention, hidden_states: torch.Tensor, context: TextContext | None
@@ -244,6 +260,8 @@ class _Block(nn.Module):
         planar = hidden_states.is_contiguous()
         if isinstance(attention, Transformer2DModel):  # which checkpoints its layers by itself
             states, mask, encoder_mask, kwargs = context
+            if attention.transformer_blocks[0].only_cross_attention:
+                mask = encoder_mask  # its first attention sees the text as well
             hidden_states = attention(
                 hidden_states,
                 encoder_hidden_states=states,
@@ -252,13 +270,10 @@ class _Block(nn.Module):
                 cross_attention_kwargs=kwargs,
                 return_dict=False,
             )[0]
-        elif attention.added_kv_proj_dim is not None:
+        elif isinstance(attention, AddedKVAttention):
             states, mask, encoder_mask, kwargs = context
             mask = encoder_mask if mask is None else mask  # unCLIP's pipelines use either for the text
-            if mask is not None and mask.shape[-1] == hidden_states.shape[-2] * hidden_states.shape[-1]:
-                # As many words as places: the processor would take the mask for one of all keys. One word more, hidden.
-                states, mask = F.pad(states, (0, 0, 0, 1)), F.pad(mask, (0, 1), value=MASKED)
-            hidden_states = self.run(functools.partial(attention, **kwargs), hidden_states, states, mask)
+            hidden_states = self.run(attention, hidden_states, states, mask, **kwargs)
         else:
             hidden_states = self.run(attention, hidden_states)
         return hidden_states.contiguous() if planar else hidden_states
@@ -442,10 +457,9 @@ class BlockFactory:
     def added_kv_attention(
         self, level: int, only_cross_attention: bool, head_level: int | None = None, num_heads: int | None = None
     ) -> Attention:
-        """One attention to text and image together, with keys and values of their own for the text."""
         channels = self.block_out_channels[level]
         num_heads, head_dim = self.heads(level, num_heads=num_heads, head_level=head_level)
-        attention = Attention(
+        attention = AddedKVAttention(
             channels,
             cross_attention_dim=channels,
             heads=num_heads,
@@ -763,7 +777,7 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
 
     _supports_gradient_checkpointing = True
     # `UpBlock` joins its input with skip connections outside of any child, so both must be on one device.
-    _no_split_modules = ["ResBlock", "Attention", "BasicTransformerBlock", "UpBlock"]
+    _no_split_modules = ["ResBlock", "Attention", "AddedKVAttention", "BasicTransformerBlock", "UpBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -985,12 +999,26 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
                 )
         for name in ("cross_attention_dim", "transformer_layers_per_block", "only_cross_attention"):
             _entries(config, name)
+        self._check_transformer_layers()
         _check_choice("cross_attention_norm", config.cross_attention_norm, ("layer_norm", "group_norm", None))
         _check_choice("addition_embed_type", config.addition_embed_type, (*get_args(AdditionEmbedType), None))
         _check_choice("encoder_hid_dim_type", config.encoder_hid_dim_type, ("text_proj", None))
         _check_choice("time_embedding_act_fn", config.time_embedding_act_fn, (*ADAGN_ACTIVATIONS, None))
+        pools_text = config.addition_embed_type == "text" and config.encoder_hid_dim is None
+        if pools_text and not isinstance(config.cross_attention_dim, int):
+            raise ValueError(
+                f"`addition_embed_type` is 'text' and `cross_attention_dim` is {config.cross_attention_dim}: states "
+                "are pooled once, from one width. Pass one number."
+            )
         if config.encoder_hid_dim_type is not None and config.encoder_hid_dim is None:
             raise ValueError("`encoder_hid_dim_type` needs `encoder_hid_dim`, the width of the states to project.")
+        if not self.reads_text:
+            for name in ("encoder_hid_dim", "addition_embed_type"):
+                if config[name] is not None:
+                    raise ValueError(
+                        f"`{name}` is {config[name]!r}, but none of the block types has cross-attention. Leave it out, "
+                        "or choose such block types."
+                    )
         if config.encoder_hid_dim is not None and not isinstance(config.cross_attention_dim, int):
             raise ValueError(
                 f"`encoder_hid_dim` is {config.encoder_hid_dim} and `cross_attention_dim` is "
@@ -1006,6 +1034,33 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             raise ValueError(
                 f"`time_embedding_type` is {config.time_embedding_type!r}; networks with text have 'positional' alone."
             )
+
+    def _check_transformer_layers(self) -> None:
+        config, levels = self.config, len(self.config.block_out_channels)
+        number = per_level(config.layers_per_block, levels)
+        depths, depths_up = config.transformer_layers_per_block, config.reverse_transformer_layers_per_block
+        nested = any(isinstance(depth, (list, tuple)) for depth in per_level(depths, levels))
+        if depths_up is not None and len(depths_up) != levels:
+            raise ValueError(
+                f"`reverse_transformer_layers_per_block` has {len(depths_up)} entries for {levels} levels. Give one "
+                "per level, the lowest resolution first."
+            )
+        if nested and depths_up is None:
+            raise ValueError(
+                f"`transformer_layers_per_block` is {depths}, with a number for each block of a level. The way up has "
+                "one block more: pass `reverse_transformer_layers_per_block` as well."
+            )
+        ways = {
+            "transformer_layers_per_block": (per_level(depths, levels), number),
+            "reverse_transformer_layers_per_block": (depths_up or (), [n + 1 for n in reversed(number)]),
+        }
+        for name, (entries, blocks) in ways.items():
+            for entry, expected in zip(entries, blocks, strict=False):
+                if isinstance(entry, (list, tuple)) and len(entry) != expected:
+                    raise ValueError(
+                        f"`{name}` holds {tuple(entry)} for a level of {expected} blocks. Give one number a block, or "
+                        "one for all."
+                    )
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -1053,7 +1108,8 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             timestep (`int`, `float` or `torch.Tensor` of shape `()` or `(batch_size,)`): Numbers of the full training
                 chain; 0 is one step of noise.
             class_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): In `[0, num_class_embeds)`; `None`
-                is the null class, where the model has one.
+                is the null class, where the model has one. For `class_embed_type="timestep"` numbers of any kind, for
+                `"identity"` and `"projection"` vectors, `(batch_size, width)`.
             return_dict (`bool`, defaults to `True`): Return a [`~diffusers.models.unets.unet_2d.UNet2DOutput`].
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, length, width)`, *optional*): States of the
                 text, of width `encoder_hid_dim` where the model has it, else `cross_attention_dim`.
@@ -1080,7 +1136,7 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         """
         check_sample(sample, timestep, self.config.in_channels, len(self.config.block_out_channels))
         self._check_class_labels(sample, class_labels)
-        self._check_text(sample, encoder_hidden_states, added_cond_kwargs, timestep_cond)
+        self._check_text(sample, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs, timestep_cond)
 
         # 0. centre
         if self.config.center_input_sample:
@@ -1097,7 +1153,9 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             if class_labels is None:
                 class_labels = torch.full_like(timesteps, self.config.null_class_id, dtype=torch.long)
             if self.config.class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels).to(sample.dtype)
+                class_labels = self.time_proj(class_labels)
+            if class_labels.is_floating_point():
+                class_labels = class_labels.to(sample.dtype)
             emb = emb + self.class_embedding(class_labels).to(emb.dtype)
         if self.config.addition_embed_type == "text":
             emb = emb + self.add_embedding(encoder_hidden_states)
@@ -1160,6 +1218,7 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         self,
         sample: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
         added_cond_kwargs: dict[str, torch.Tensor] | None,
         timestep_cond: None,
     ) -> None:
@@ -1179,6 +1238,11 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
                 raise ValueError(
                     f"`encoder_hidden_states` has shape {tuple(states.shape)} for {sample.shape[0]} examples; this "
                     f"model takes ({sample.shape[0]}, length, {widths[0]})."
+                )
+            if encoder_attention_mask is not None and encoder_attention_mask.shape != states.shape[:2]:
+                raise ValueError(
+                    f"`encoder_attention_mask` has shape {tuple(encoder_attention_mask.shape)}; these states need "
+                    f"{tuple(states.shape[:2])}, one number a state."
                 )
         if config.addition_embed_type == "text_embeds":
             pooled, expected = (added_cond_kwargs or {}).get("text_embeds"), (len(sample), self.time_embed_dim)
@@ -1206,7 +1270,7 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         elif class_labels.shape[:1] != sample.shape[:1] or class_labels.ndim != label_ndim:
             raise ValueError(
                 f"`class_labels` has shape {tuple(class_labels.shape)} for {sample.shape[0]} examples. Pass one label "
-                'for each example: shape (batch_size,); for `class_embed_type="identity"` one vector each.'
+                "for each example, shape (batch_size,); for `class_embed_type` identity and projection one vector each."
             )
         elif (
             isinstance(self.class_embedding, nn.Embedding)

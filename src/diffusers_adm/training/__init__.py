@@ -38,11 +38,12 @@ from .classification import (
     BalancedClassSampler,
     ClassificationMetrics,
     load_id2label,
-    match_labels,
+    match_classes,
     plot_accuracy_by_timestep,
     plot_classifier_curves,
     save_id2label,
     timestep_bin_edges,
+    warn_of_other_classes,
 )
 from .data import (
     EpochShuffleSampler,
@@ -127,7 +128,7 @@ __all__ = [
     "load_noise_scheduler",
     "load_text_encoder",
     "load_tokenizer",
-    "match_labels",
+    "match_classes",
     "min_snr_weights",
     "parse_args",
     "plot_accuracy_by_timestep",
@@ -144,4 +145,5 @@ __all__ = [
     "stored_conditioning",
     "timestep_bin_edges",
     "training_losses",
+    "warn_of_other_classes",
 ]

@@ -9,7 +9,6 @@ examples then carry tensors for `drop_captions` and for `encode_captions` or `st
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from ..text_encoding import (
     text_model_kwargs,
     tokenize,
 )
+from .fingerprints import SAVED_KEYS, hash_config, hash_plain, hash_tensors
 from .repositories import reading
 from .seeding import derive_seed
 
@@ -38,8 +38,6 @@ EMPTY_CAPTION = 0  # the number of "" among the distinct captions
 ENCODING_BATCH_SIZE = 64  # captions
 # Bump when what `CaptionEmbeddings` stores changes: caches of older versions are then not used.
 EMBEDDINGS_VERSION = 1
-# Keys of a saved config that say how it was saved, not what it describes.
-SAVED_KEYS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 
 # 1. Text encoder and tokenizer
@@ -318,14 +316,10 @@ class CaptionEmbeddings(Captions):
 
     @staticmethod
     def _fingerprint(tokens: CaptionTokens, text_encoder: torch.nn.Module) -> str:
-        digest = hashlib.blake2b(digest_size=16)
+        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        parts = (hash_config(text_encoder), hash_tensors(text_encoder.state_dict()), hash_tensors(inputs))
         versions = (EMBEDDINGS_VERSION, torch.__version__, transformers.__version__)
-        config = text_encoder.config.to_json_string(use_diff=False)  # type: ignore[union-attr,operator]
-        digest.update(repr((*versions, tokens.pad_to_max, type(text_encoder).__name__, config)).encode())
-        for tensor in (tokens.input_ids, tokens.attention_mask, *text_encoder.state_dict().values()):
-            digest.update(repr((tensor.shape, tensor.dtype)).encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_plain([*versions, tokens.pad_to_max, *parts])
 
     def distinct(self, number: int) -> dict[str, torch.Tensor]:
         row = self.dataset[number]

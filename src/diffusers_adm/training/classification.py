@@ -1,6 +1,7 @@
 """What the training of classifiers needs: classes drawn equally often, accuracy by timestep, names of the classes."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from .data import ImageDataset
 from .metrics import smooth
 from .seeding import derive_seed
 
+
+logger = logging.getLogger(__name__)
 
 ID2LABEL_NAME = "id2label.json"
 
@@ -280,24 +283,73 @@ def load_id2label(repository: str | os.PathLike, subfolder: str | None = None, *
     return {int(number): name for number, name in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def match_labels(labels: Sequence[int], id2label: Mapping[int, str], known: Mapping[int, str]) -> list[int]:
+def match_classes(
+    id2label: Mapping[int, str],
+    known: Mapping[int, str] | Mapping[str, str] | None,
+    num_classes: int | None = None,
+    *,
+    by_number: bool = False,
+) -> dict[int, int]:
     """
-    Gives held-out labels the numbers that the training data gave the classes of the same names: a set that lacks a
-    class may number those after it differently.
+    For each class of some data, the number that the training data or a network gives the class of the same name. A set
+    that lacks a class may give those after it other numbers, and each image would be taken for one of its neighbour's
+    class.
 
     Args:
-        labels (sequence of `int`): By the numbers of `id2label`; -1 (unlabelled) stays.
-        id2label (mapping): Number -> name in the held-out data.
-        known (mapping): Number -> name in the training data.
+        id2label (mapping): Number -> name in the data.
+        known (mapping, *optional*): The same of the training data or the network; its numbers may be text, as in JSON.
+        num_classes (`int`, *optional*): Of the network, for `by_number`.
+        by_number (`bool`, defaults to `False`): Where a name is not known, but there are as many classes, all numbers
+            are taken for the same classes, with a warning if names say otherwise. `False`: such a name is refused.
+
+    Returns:
+        `dict[int, int]`: A known number for each number of `id2label`.
 
     Raises:
-        ValueError: If a held-out class is not among the known ones.
+        ValueError: If a name is not known; with `by_number`, only if there are not `num_classes` of them either.
     """
+    known = {int(number): name for number, name in (known or {}).items()}
+    if all(known.get(number) == name for number, name in id2label.items()):
+        return {number: number for number in id2label}  # also where two classes have one name
     numbers = {name: number for number, name in known.items()}
     unknown = [name for name in id2label.values() if name not in numbers]
-    if unknown:
+    if not unknown:
+        return {number: numbers[name] for number, name in id2label.items()}
+    if not by_number:
         raise ValueError(
             f"The validation data has the class {unknown[0]!r}, which the training data has not (its classes: "
             f"{', '.join(map(repr, known.values()))}). Use the same `label_column` values in both."
         )
-    return [numbers[id2label[label]] if label in id2label else label for label in labels]
+    if num_classes is not None and len(id2label) != num_classes:
+        raise ValueError(
+            f"The data has {len(id2label)} classes and the network {num_classes}, and they cannot be matched by name: "
+            "the "
+            + (f"model does not know {unknown[0]!r}." if known else "model names no classes.")
+            + " Give the data the names, or all of the classes, that the model was trained with."
+        )
+    if known:
+        first, learned = next(iter(id2label.values())), next(iter(known.values()))
+        logger.warning(
+            f"The data's class names are not the model's ({first!r}, {learned!r}, ...). Their numbers are taken for "
+            "the same classes."
+        )
+    return {number: number for number in id2label}
+
+
+def warn_of_other_classes(learned: Mapping[int, str], id2label: Mapping[int, str], network: str) -> None:
+    """
+    Logs a warning if fine-tuning would exchange classes: one class less in the data moves the numbers of those that
+    follow, and each would be trained as its neighbour.
+
+    Args:
+        learned (mapping): Number -> name in the pretrained network; what it has no name for is passed over.
+        id2label (mapping): Number -> name in the data.
+        network (`str`): What the warning calls it.
+    """
+    moved = [number for number, name in id2label.items() if learned.get(number, name) != name]
+    if moved:
+        logger.warning(
+            f"{len(moved)} classes of the pretrained {network} have other names in the data: {moved[0]} is "
+            f"{learned[moved[0]]!r} there and {id2label[moved[0]]!r} here. Unless it shall learn new classes, give the "
+            "data the same ones, in the same order."
+        )

@@ -7,13 +7,17 @@ rows, B as many columns and starts at 0. PEFT keeps the adapter, diffusers' writ
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
@@ -75,12 +79,31 @@ def save_lora(unet: ModelMixin, folder: str | os.PathLike) -> None:
     """
     from peft.utils import get_peft_model_state_dict
 
-    config = unet.peft_config["default"].to_dict()
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         folder,
         unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in config.items()},
+        unet_lora_adapter_metadata=_adapter_metadata(unet),
     )
+
+
+def _adapter_metadata(unet: ModelMixin) -> dict[str, Any]:
+    """How the adapter was configured, as JSON can hold it."""
+    config = unet.peft_config["default"].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def _check_same_adapter(unet: ModelMixin, path: str) -> None:
+    """Refuses a checkpoint whose adapter was configured differently: what it lacks would stay at its random start."""
+    with safe_open(path, "pt") as file:
+        saved = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    current = _adapter_metadata(unet)
+    for argument, key in (("lora_rank", "r"), ("lora_alpha", "lora_alpha"), ("lora_target_modules", "target_modules")):
+        before = saved[f"{PREFIX}.{key}"]
+        if before != current[key]:
+            raise ValueError(
+                f"The adapter of {os.path.dirname(path)} was begun with `{argument}` {before}, and this run has "
+                f"{current[key]}. Resume with the former, or start anew."
+            )
 
 
 def checkpoint_adapter_alone(accelerator: Accelerator) -> None:
@@ -101,12 +124,16 @@ def checkpoint_adapter_alone(accelerator: Accelerator) -> None:
                 "`lora_rank`. Resume it without, or start anew."
             )
         while models:  # what is left, Accelerate would read itself
+            unet = accelerator.unwrap_model(models.pop())
+            _check_same_adapter(unet, path)
             state = {name.removeprefix(f"{PREFIX}."): value for name, value in load_file(path).items()}
-            result = set_peft_model_state_dict(accelerator.unwrap_model(models.pop()), state)
-            if result.unexpected_keys:
+            result = set_peft_model_state_dict(unet, state)
+            # All weights of the base are missing, which the checkpoint does not hold.
+            differing = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
+            if differing:
                 raise ValueError(
-                    f"The adapter of {folder} has other layers than this run's, such as {result.unexpected_keys[0]}. "
-                    "Resume with the `lora_target_modules` that it was begun with."
+                    f"The adapter of {folder} has other layers than this run's, such as {differing[0]}. Resume with "
+                    "the `pretrained_model_name_or_path` that it was begun with."
                 )
 
     accelerator.register_save_state_pre_hook(save)

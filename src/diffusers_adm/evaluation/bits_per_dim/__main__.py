@@ -28,9 +28,10 @@ from ... import __version__
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from ...training.arguments import parse_args
+from ...training.classification import match_classes
 from ...training.data import ImageDataset, check_images, load_image_dataset
 from ...training.repositories import from_subfolder_or_root, reading
-from ..data import find_dataset, match_classes, num_real_classes
+from ..data import find_dataset, num_real_classes
 from .bound import bits_per_dim
 
 
@@ -183,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=args.seed,
         )
         if id2label is not None:
-            to_class = match_classes(id2label, index.get("id2label"), num_real_classes(unet.config))
+            num_classes = num_real_classes(unet.config)
+            to_class = match_classes(id2label, index.get("id2label"), num_classes, by_number=True)
             labels = [to_class[label] if label >= 0 else label for label in images["label"][:]]
             images = images.remove_columns("label").add_column("label", labels)
         images, _ = check_images(

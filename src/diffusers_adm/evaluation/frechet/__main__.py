@@ -19,11 +19,9 @@ import diffusers
 import torch
 
 from ... import __version__
-from ...models.classifier_adagn import AdaGNClassifierModel
 from ...training.arguments import arg, check_at_least, parse_args
-from ...training.classification import load_id2label
-from ...training.repositories import from_subfolder_or_root, reading
-from ..data import match_classes, read_images, run_of_sample
+from ...training.classification import match_classes
+from ..data import load_classifier, read_images, run_of_sample
 from .comparison import compare_image_sets
 from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
 
@@ -40,12 +38,13 @@ class Arguments:
     features: str = field(
         metadata={
             "help": "classifier:PATH, an `AdaGNClassifierModel` that had no part in making the samples, in a folder or "
-            "on the Hub; inception, or inception:FILE with weights in torch-fidelity's format."
+            "on the Hub: one must be named, since none comes with this package; inception, or inception:FILE with "
+            "weights in torch-fidelity's format."
         }
     )
-    dataset_config_name: str | None = arg(None, "Of a reference on the Hub: its configuration.")
-    split: str | None = arg(None, "Of the reference, where it has several.")
-    image_column: str = arg("image", "Of the reference: the column of the images.")
+    dataset_config_name: str | None = arg(None, "Of a reference on the Hub: its configuration. Never of the samples.")
+    split: str | None = arg(None, "Of the reference, where it has several. Never of the samples.")
+    image_column: str = arg("image", "Of the reference: the column of the images. Never of the samples.")
     resolution: int | None = arg(None, "Pixels; none: what the classifier takes, or the samples have.")
     num_images: int | None = arg(None, "Take a random choice of this size from both.")
     k: int = arg(3, "Of precision and recall: which nearest neighbour a ball reaches to.")
@@ -68,12 +67,7 @@ def load_features(
         return InceptionFeatures(path or None, device), None
     if kind != "classifier" or not path:
         raise ValueError(f"`features` is {features!r}; it must be classifier:PATH, inception or inception:FILE.")
-
-    def load(repository: str, **kwargs: str) -> tuple[AdaGNClassifierModel, dict[int, str] | None]:
-        return AdaGNClassifierModel.from_pretrained(repository, **kwargs), load_id2label(repository, **kwargs)
-
-    with reading("features", path):
-        classifier, id2label = from_subfolder_or_root(load, path, "classifier", cache_dir=cache_dir)
+    classifier, id2label = load_classifier("features", path, cache_dir)
     return ClassifierFeatures(classifier.to(device)), id2label
 
 
@@ -87,8 +81,7 @@ def renumber_classes(
     if not isinstance(network, ClassifierFeatures):
         return {}
     names = {int(number): name for number, name in run["id2label"].items()}
-    learned = None if id2label is None else {str(number): name for number, name in id2label.items()}
-    return dict(zip(names, match_classes(names, learned, network.classifier.config.num_classes), strict=True))
+    return match_classes(names, id2label, network.classifier.config.num_classes, by_number=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

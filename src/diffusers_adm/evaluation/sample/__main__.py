@@ -14,7 +14,7 @@ import difflib
 import importlib.util
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,13 +25,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from ...models.classifier_adagn import AdaGNClassifierModel
 from ...pipelines import ADMPipeline
 from ...training.arguments import arg, check_at_least, parse_args
+from ...training.classification import match_classes
 from ...training.data import UNLABELLED, load_image_dataset
-from ...training.repositories import from_subfolder_or_root, reading
+from ...training.repositories import reading
 from ...training.seeding import derive_seed
-from ..data import find_dataset, match_classes, num_real_classes
+from ..data import find_dataset, load_classifier
 from .images import OutputFormat, sample_images
 
 
@@ -109,16 +109,9 @@ class Arguments:
 
 def load_pipeline(args: Arguments) -> ADMPipeline:
     dtype = getattr(torch, args.dtype)
-    given = {}
+    given, its_names = {}, None
     if args.classifier is not None:
-        with reading("classifier", args.classifier):
-            given["classifier"] = from_subfolder_or_root(
-                AdaGNClassifierModel.from_pretrained,
-                args.classifier,
-                "classifier",
-                cache_dir=args.cache_dir,
-                dtype=dtype,
-            )
+        given["classifier"], its_names = load_classifier("classifier", args.classifier, args.cache_dir, dtype=dtype)
     with reading("model", args.model):
         pipe = ADMPipeline.from_pretrained(
             args.model,
@@ -128,6 +121,10 @@ def load_pipeline(args: Arguments) -> ADMPipeline:
             dtype=dtype,
             **given,
         )
+    if its_names is not None and pipe.id2label is None:
+        pipe.register_to_config(id2label={str(number): name for number, name in its_names.items()})
+    elif its_names is not None:
+        check_same_classes(args, pipe.id2label, its_names)
     if args.scheduler is not None:
         known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
         if args.scheduler not in known:
@@ -140,24 +137,40 @@ def load_pipeline(args: Arguments) -> ADMPipeline:
     return pipe
 
 
+def check_same_classes(args: Arguments, names: Mapping[int, str], its_names: Mapping[int, str]) -> None:
+    """Raises a `ValueError` if the classifier would steer towards other classes than those that are asked for."""
+    other = [number for number in sorted(names) if its_names.get(number, names[number]) != names[number]]
+    if other:
+        raise ValueError(
+            f"Class {other[0]} of `classifier` {args.classifier!r} is {its_names[other[0]]!r}, but that of `model` "
+            f"{args.model!r} is {names[other[0]]!r}. Train the classifier on the same classes, in the same order."
+        )
+
+
 def choose_classes(args: Arguments, pipe: ADMPipeline) -> list[int] | None:
     """The classes that the images take in turn; None for no labels."""
     if args.class_labels is None:
         return None
-    config, names = pipe.unet.config, pipe.id2label or {}
-    num_classes = num_real_classes(config)
-    if args.class_labels in ("uniform", "data") and (num_classes is None or config.get("class_embed_type") is not None):
+    classes = known_classes(pipe)
+    if args.class_labels in ("uniform", "data") and classes is None:
         raise ValueError(
             f"`class_labels` is {args.class_labels!r}, but the network has no table of classes. Leave `--class_labels` "
-            "out."
+            "out, or steer with a `--classifier`."
+        )
+    config = pipe.unet.config
+    is_unconditional = config.get("class_embed_type") is None and config.num_class_embeds is None
+    if is_unconditional and pipe.classifier is not None and not args.classifier_guidance_scale:
+        raise ValueError(
+            f"`class_labels` is {args.class_labels!r}, but the network is unconditional, and nothing steers towards "
+            "them. Pass `--classifier_guidance_scale`, or leave `--class_labels` out."
         )
     if args.class_labels == "uniform":
-        return [label for label in range(config.num_class_embeds) if label != config.get("null_class_id")]
+        return classes
     if args.class_labels == "data":
-        return shuffled_data_classes(args, pipe)
+        return shuffled_data_classes(args, pipe, len(classes))
     if args.class_labels.isdecimal():
         return [int(args.class_labels)]
-    numbers = {name: number for number, name in names.items()}
+    numbers = {name: number for number, name in (pipe.id2label or {}).items()}
     if args.class_labels not in numbers:
         raise ValueError(
             f"`class_labels` is {args.class_labels!r}. It must be uniform, data, none, a number, or one of the classes "
@@ -166,7 +179,17 @@ def choose_classes(args: Arguments, pipe: ADMPipeline) -> list[int] | None:
     return [numbers[args.class_labels]]
 
 
-def shuffled_data_classes(args: Arguments, pipe: ADMPipeline) -> list[int]:
+def known_classes(pipe: ADMPipeline) -> list[int] | None:
+    """All classes of the network, or of the classifier that steers an unconditional one; None for neither."""
+    config = pipe.unet.config
+    if config.get("class_embed_type") is not None:
+        return None
+    if config.num_class_embeds is not None:
+        return [label for label in range(config.num_class_embeds) if label != config.get("null_class_id")]
+    return None if pipe.classifier is None else list(range(pipe.classifier.config.num_classes))
+
+
+def shuffled_data_classes(args: Arguments, pipe: ADMPipeline, num_classes: int) -> list[int]:
     """
     The classes of the images of a dataset, in random order by the seed. Each lends its class once before any does so
     twice: as many images as the dataset has are of exactly its proportions.
@@ -178,8 +201,7 @@ def shuffled_data_classes(args: Arguments, pipe: ADMPipeline) -> list[int]:
         label_column=args.label_column,
         cache_dir=args.cache_dir,
     )
-    learned = None if pipe.id2label is None else {str(number): name for number, name in pipe.id2label.items()}
-    to_class = match_classes(id2label, learned, num_real_classes(pipe.unet.config))
+    to_class = match_classes(id2label, pipe.id2label, num_classes, by_number=True)
     classes = [to_class[label] for label in images["label"][:] if label != UNLABELLED]
     random.Random(derive_seed(args.seed, "classes of the data")).shuffle(classes)
     return classes

@@ -8,7 +8,6 @@ it stood.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import io
 import json
@@ -29,6 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ... import __version__
+from ...training.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
 from ...training.seeding import derive_seed
 
 
@@ -103,6 +103,8 @@ def sample_images(
     Raises:
         ValueError: If the folder holds images of other settings (what differs is named) or more than `num_images`; for
             arguments out of range; and whatever the pipeline does not take.
+        TypeError: For `pipeline_options` that are no plain values.
+        OSError: If the folder cannot be made, read or written; in all processes, if it is so in the first.
         RuntimeError: If an image holds a value that is not a number, or the pipeline gives no pictures of 1 or 3
             channels.
     """
@@ -129,13 +131,13 @@ def sample_images(
             }
             # As they come back from the file: tuples are lists there.
             plan[0] = _find_missing(folder, num_images, json.loads(json.dumps(settings)), pipe)
-        except (TypeError, ValueError) as error:
-            plan[1] = str(error)
+        except (OSError, TypeError, ValueError) as error:
+            plan[1] = error  # else the other processes would wait for a plan
     if num_processes > 1:
         broadcast_object_list(plan)
     missing, refusal = plan
     if refusal is not None:
-        raise ValueError(refusal)
+        raise refusal
 
     # 3. draw
     mine = missing[rank::num_processes]
@@ -222,29 +224,24 @@ def _check_arguments(
 
 
 def _pipeline_settings(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All that an image depends on beside its seed, label and prompt, in plain values."""
+    """What an image depends on beside its seed, label and prompt: arguments, scheduler, configs, tokenizer, weights."""
     parameters = inspect.signature(pipe.__call__).parameters
     call = {
         name: options.get(name, parameter.default) for name, parameter in parameters.items() if name not in RESERVED
     }
     scheduler = json.loads(pipe.scheduler.to_json_string())
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    components = {name: hash_config(network) for name, network in networks.items()}
+    if getattr(pipe, "tokenizer", None) is not None:
+        components["tokenizer"] = hash_tokenizer(pipe.tokenizer)
     return {
         **call,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "scheduler": {name: value for name, value in scheduler.items() if name != "_diffusers_version"},
-        "weights": _fingerprint(pipe),
+        "components": components,
+        # A model that was trained on under the same name has other ones.
+        "weights": hash_plain({name: hash_tensors(network.state_dict()) for name, network in networks.items()}),
     }
-
-
-def _fingerprint(pipe: Any) -> str:
-    """A hash of all weights: those of a model that was trained on under the same name are others."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, component in sorted(pipe.components.items()):
-        if isinstance(component, torch.nn.Module):
-            for key, tensor in component.state_dict().items():
-                digest.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _find_missing(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) -> list[int]:
@@ -278,10 +275,11 @@ def _find_missing(folder: Path, num_images: int, settings: dict[str, Any], pipe:
     missing = [index for index in range(num_images) if index not in existing]
     if missing:
         (folder / METADATA_NAME).unlink(missing_ok=True)  # it would name files that are not there, or lack some
+        model = getattr(pipe, "name_or_path", None)
         content = {
             "num_images": num_images,
             "settings": settings,
-            "model": getattr(pipe, "name_or_path", None),
+            "model": None if model is None else os.fspath(model),
             "id2label": getattr(pipe, "id2label", None),
             "versions": {"diffusers_adm": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         }

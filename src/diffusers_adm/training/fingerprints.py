@@ -1,0 +1,72 @@
+"""Hashes of the parts of a pipeline: whether two are the same, wherever they were saved and under whatever name."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+# Keys of a saved config that say how it was saved, not what it describes.
+SAVED_KEYS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
+DIGEST_SIZE = 16  # bytes
+
+
+def hash_plain(value: Any) -> str:
+    """A hash, 32 hexadecimal digits, of a value that JSON can hold; of objects in it, that of the text `str` gives."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_SIZE).hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """
+    A hash of names, shapes, dtypes and values, wherever the tensors are.
+
+    Args:
+        tensors (mapping of `torch.Tensor`): A `state_dict`, for instance. The order counts.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    for name, tensor in tensors.items():
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_config(model: Any) -> str:
+    """
+    A hash of a model's class and of its config but for what says where it lies and how it was saved.
+
+    Args:
+        model: Of diffusers or of transformers.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    config = model.config if isinstance(model.config, Mapping) else model.config.to_dict()
+    settings = {key: value for key, value in config.items() if key not in SAVED_KEYS and not key.startswith("_")}
+    return hash_plain([type(model).__name__, settings])
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """
+    A hash of what decides which tokens a prompt becomes, the greatest length included. A tokenizer that has been used
+    has the hash of a new one.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast one or a slow one.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    rules = None  # those of slow ones are their code
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        for key in ("truncation", "padding"):  # left over from the latest call
+            del rules[key]
+    sides = [tokenizer.padding_side, tokenizer.truncation_side]
+    tokens = [tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    return hash_plain([tokenizer.model_max_length, sides, tokens, rules])

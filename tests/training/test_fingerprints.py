@@ -1,0 +1,51 @@
+"""Hashes of parts: the same for the same part, and another one for whatever changes what it does."""
+
+import pytest
+import torch
+from toy_models import random_text_encoder, random_unet, toy_tokenizer
+from transformers import AutoTokenizer, BertModel
+
+from diffusers_adm.training.fingerprints import hash_config, hash_tensors, hash_tokenizer
+
+
+def test_tensors():
+    values = torch.arange(6, dtype=torch.float32)
+    tensors = {"a": values.view(2, 3), "flag": torch.tensor(True)}
+    hashed = hash_tensors(tensors)
+    assert len(hashed) == 32
+    assert hash_tensors({"a": values.view(2, 3).T.contiguous().T, "flag": torch.tensor(True)}) == hashed
+    others = [
+        {"b": tensors["a"], "flag": tensors["flag"]},
+        {**tensors, "a": values.view(3, 2)},
+        {**tensors, "a": tensors["a"].view(torch.int32)},
+        {**tensors, "a": tensors["a"].bfloat16()},
+        {**tensors, "a": torch.nextafter(tensors["a"], torch.tensor(9.0))},
+        {**tensors, "flag": torch.tensor(False)},
+    ]
+    assert len({hash_tensors(other) for other in others} - {hashed}) == len(others)
+
+
+@pytest.mark.parametrize("make", [random_unet, lambda: random_text_encoder("bert")])
+def test_config_as_saved(make, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    assert hash_config(type(model).from_pretrained(tmp_path)) == hash_config(model)
+
+
+def test_other_configs():
+    bert = random_text_encoder("bert")
+    hashed = {hash_config(model) for model in (bert, random_unet(), random_unet(dropout=0.1))}
+    bert.config.layer_norm_eps = 1e-3
+    assert len(hashed | {hash_config(bert), hash_config(type("Other", (BertModel,), {})(bert.config))}) == 5
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert", "t5"])
+def test_tokenizer(kind, tmp_path):
+    tokenizer = toy_tokenizer(kind)
+    hashed = hash_tokenizer(tokenizer)
+    tokenizer(["a cat", "a"], padding="max_length", truncation=True, max_length=3)
+    assert hash_tokenizer(tokenizer) == hashed
+    tokenizer.save_pretrained(tmp_path)
+    assert hash_tokenizer(AutoTokenizer.from_pretrained(tmp_path)) == hashed
+    tokenizer.add_tokens("dragon")
+    assert len({hash_tokenizer(other) for other in (tokenizer, toy_tokenizer(kind, max_length=11))} - {hashed}) == 2
