@@ -9,6 +9,7 @@ autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -549,6 +550,12 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             )
 
         # guidance
+        for name, scale in (
+            ("guidance_scale", guidance_scale),
+            ("classifier_guidance_scale", classifier_guidance_scale),
+        ):
+            if not math.isfinite(scale):
+                raise ValueError(f"`{name}` is {scale}; it must be a finite number.")
         if guidance_scale != 1.0:
             null_class_id = config.get("null_class_id")
             if null_class_id is None and not self.reads_text:
@@ -647,7 +654,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 )
             if not isinstance(prompt, str) and len(prompt) != num_prompts:
                 raise ValueError(
-                    f"{name} holds {len(prompt)} prompts for {num_prompts} of them. Pass one for all, or one for each."
+                    f"{name} holds {len(prompt)} prompts, but there are {num_prompts} to draw. Pass one for all, or "
+                    "one for each."
                 )
         else:
             states, mask, pooled = given
@@ -1040,6 +1048,6 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if name not in numbers:
             raise ValueError(
                 f"`class_labels` holds {name!r}, but the classes of this pipeline are {list(numbers) or 'not named'}. "
-                "Pass one of them, or the number of a class."
+                "Pass the number of a class, or a name that there is (`id2label` of the pipeline gives them)."
             )
         return numbers[name]

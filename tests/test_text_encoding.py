@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from toy_models import MAX_PROMPT_LENGTH, TEXT_CONFIGS, TEXT_WIDTH, random_text_encoder, toy_tokenizer
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffusers_adm.text_encoding import (
     DEFAULT_MAX_LENGTH,
@@ -175,6 +175,13 @@ class TestCheck:
             check_text_encoder(
                 random_text_encoder("t5"), toy_tokenizer("t5"), {**self.config, "cross_attention_dim": 24}
             )
+
+    def test_a_tokenizer_without_words(self, tmp_path):
+        encoder = random_text_encoder("bert")
+        encoder.save_pretrained(tmp_path)
+        made_up = AutoTokenizer.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="has 5 tokens, all of them special.*Were its files missing"):
+            check_text_encoder(encoder, made_up, self.config)
 
     def test_no_tokenizer(self):
         with pytest.raises(ValueError, match="without a `tokenizer`"):

@@ -174,7 +174,7 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
     r"""
     Raises:
         ValueError: If the states of the text encoder do not fit the U-Net's cross-attention, or its projection the time
-            embedding, or the tokenizer is missing or has more tokens than the encoder knows.
+            embedding, or the tokenizer is missing, empty, or has more tokens than the encoder knows.
     """
     if tokenizer is None:
         raise ValueError("`text_encoder` was given without a `tokenizer`. Pass the tokenizer that it was trained with.")
@@ -200,6 +200,12 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
                 f"is pooled to a time embedding of {time_embed_dim} (`time_embedding_dim`). They must be equal."
             )
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    if size is not None and size <= len(getattr(tokenizer, "all_special_tokens", ())):
+        # What transformers makes up for a folder that has an encoder's config, but no tokenizer.
+        raise ValueError(
+            f"`tokenizer` ({type(tokenizer).__name__}) has {size} tokens, all of them special, so every text is the "
+            "same to it. Were its files missing? Pass the tokenizer that the encoder was trained with."
+        )
     rows = getattr(text_encoder.config, "vocab_size", None)
     if size is not None and rows is not None and size > rows:
         raise ValueError(

@@ -360,7 +360,10 @@ class TestBadInput:
             ({"prompt": 3}, "`prompt` is 3"),
             ({"prompt": ["a", 3]}, "`prompt` is ['a', 3]"),
             ({"prompt": []}, "`prompt` holds 0 prompts"),
-            ({"prompt": ["a", "b"], "negative_prompt": ["a"] * 3}, "`negative_prompt` holds 3 prompts for 2 of them"),
+            (
+                {"prompt": ["a", "b"], "negative_prompt": ["a"] * 3},
+                "`negative_prompt` holds 3 prompts, but there are 2 to draw",
+            ),
             ({"prompt": ["a", "b"], "batch_size": 3}, "`prompt` holds 2 prompts, but `batch_size` is 3"),
             ({"prompt_embeds": torch.zeros(1, 3, 8)}, "(1, 3, 8); 1 prompts of this model have (1, length, 16)"),
             (
