@@ -22,7 +22,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import skip_first_batches
 from accelerate.logging import get_logger
 from PIL import Image
 
@@ -68,6 +67,7 @@ from diffusers_adm.training import (
     plot_loss_curves,
     prepare_output_dir,
     reading,
+    rest_of_epoch,
     resume_checkpoint,
     save_checkpoint,
     save_lora,
@@ -560,14 +560,7 @@ def main(argv: list[str] | None = None) -> None:
     if has_text:
         empty_caption = {name: value.to(accelerator.device) for name, value in captions.empty.items()}
     while progress.global_step < max_train_steps:
-        if progress.batch_in_epoch >= len(train_dataloader):  # also: resumed with larger batches, or fewer of them
-            progress.epoch, progress.batch_in_epoch = progress.epoch + 1, 0
-        # `set_epoch` reaches the dataset, whose shuffling, crops and flips depend on it.
-        epoch_dataloader = train_dataloader
-        if progress.batch_in_epoch:
-            epoch_dataloader = skip_first_batches(train_dataloader, progress.batch_in_epoch)
-        epoch_dataloader.set_epoch(progress.epoch)
-        for batch in epoch_dataloader:
+        for batch in rest_of_epoch(train_dataloader, progress):
             seed_step(training_args.seed, accelerator.process_index, progress.micro_step)
             with accelerator.accumulate(*prepared_models):
                 pixels = batch["images"]  # (B, 3, H, W) in [-1, 1]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch.utils.data import DataLoader, Subset
 
@@ -57,6 +57,7 @@ from diffusers_adm.training import (
     plot_classifier_curves,
     prepare_output_dir,
     reading,
+    rest_of_epoch,
     resume_checkpoint,
     save_checkpoint,
     save_id2label,
@@ -355,14 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     # 5. train
     classifier.train()
     while progress.global_step < max_train_steps:
-        if progress.batch_in_epoch >= len(train_dataloader):  # also: resumed with larger batches, or fewer of them
-            progress.epoch, progress.batch_in_epoch = progress.epoch + 1, 0
-        # `set_epoch` reaches the dataset, whose shuffling, crops and flips depend on it.
-        epoch_dataloader = train_dataloader
-        if progress.batch_in_epoch:
-            epoch_dataloader = skip_first_batches(train_dataloader, progress.batch_in_epoch)
-        epoch_dataloader.set_epoch(progress.epoch)
-        for batch in epoch_dataloader:
+        for batch in rest_of_epoch(train_dataloader, progress):
             seed_step(training_args.seed, accelerator.process_index, progress.micro_step)
             with accelerator.accumulate(classifier):
                 pixels, class_labels = batch["images"], batch["class_labels"]  # (B, 3, H, W) in [-1, 1]; (B,)

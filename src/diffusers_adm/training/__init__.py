@@ -31,6 +31,7 @@ from .checkpoints import (
     TrainingProgress,
     delete_checkpoints,
     find_latest_checkpoint,
+    rest_of_epoch,
     resume_checkpoint,
     save_checkpoint,
 )
@@ -136,6 +137,7 @@ __all__ = [
     "plot_loss_curves",
     "prepare_output_dir",
     "reading",
+    "rest_of_epoch",
     "resume_checkpoint",
     "save_checkpoint",
     "save_id2label",

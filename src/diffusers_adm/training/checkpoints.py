@@ -13,7 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import DataLoaderShard
 
 
 logger = logging.getLogger(__name__)
@@ -254,3 +255,16 @@ def _flush_directory(folder: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rest_of_epoch(dataloader: DataLoaderShard, progress: TrainingProgress) -> DataLoaderShard:
+    """
+    The batches of the epoch under way that are still to come, of a prepared dataloader; a new epoch begins where there
+    are none. Its `set_epoch` reaches the dataset, whose shuffling, crops and flips depend on it.
+    """
+    if progress.batch_in_epoch >= len(dataloader):  # also: resumed with larger batches, or fewer of them
+        progress.epoch, progress.batch_in_epoch = progress.epoch + 1, 0
+    if progress.batch_in_epoch:
+        dataloader = skip_first_batches(dataloader, progress.batch_in_epoch)
+    dataloader.set_epoch(progress.epoch)
+    return dataloader

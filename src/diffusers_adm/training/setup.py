@@ -35,6 +35,28 @@ from .repositories import from_subfolder_or_root, reading
 # 1. Processes
 
 
+def join_processes(mixed_precision: str | None, **kwargs: Any) -> Accelerator:
+    """
+    Joins the processes that Accelerate has launched, or the only one, and sets up logging: warnings of the main
+    process, errors of the others. Further arguments are those of `Accelerator`.
+    """
+    accelerator = Accelerator(
+        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        # One process checks images, draws a grid or packs a file while the others wait; NCCL would give up after 10
+        # minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+        **kwargs,
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
+    )
+    return accelerator
+
+
 def start_accelerator(training_args: TrainingArguments, script: str) -> Accelerator:
     """
     Joins the processes and sets up logging: the main process reports what `script` (the name of its logger) and this
@@ -45,23 +67,14 @@ def start_accelerator(training_args: TrainingArguments, script: str) -> Accelera
     """
     import datasets
 
-    accelerator = Accelerator(
-        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
-        cpu=not torch.accelerator.is_available(),
+    accelerator = join_processes(
+        training_args.mixed_precision,
         gradient_accumulation_steps=training_args.gradient_accumulation_steps,
-        mixed_precision=training_args.mixed_precision,
         log_with=None if training_args.report_to == "none" else training_args.report_to,
         project_config=ProjectConfiguration(
             project_dir=training_args.output_dir,
             logging_dir=os.path.join(training_args.output_dir, training_args.logging_dir),
         ),
-        # The others wait while the main process checks the images or draws a grid; NCCL would give up after 10 minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
     )
     if accelerator.is_main_process:  # not of the libraries, which report each file of a checkpoint and each download
         for name in (script, "diffusers_adm"):

@@ -14,14 +14,11 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DiffusionPipeline
 
 from ... import __version__
@@ -31,6 +28,7 @@ from ...training.arguments import parse_args
 from ...training.classification import match_classes
 from ...training.data import ImageDataset, check_images, load_image_dataset
 from ...training.repositories import from_subfolder_or_root, reading
+from ...training.setup import join_processes
 from ..data import find_dataset, num_real_classes
 from .bound import bits_per_dim
 
@@ -152,18 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ImportError(f"This command needs {module}. Install the extra: `pip install diffusers-adm[eval]`.")
     import datasets
 
-    accelerator = Accelerator(
-        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        # The others wait while the main process checks the images, or for a process that is slower at the end.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
-    )
+    accelerator = join_processes(args.mixed_precision)
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
 

@@ -16,14 +16,11 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import diffusers
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from ...pipelines import ADMPipeline
 from ...training.arguments import arg, check_at_least, parse_args
@@ -31,6 +28,7 @@ from ...training.classification import match_classes
 from ...training.data import UNLABELLED, load_image_dataset
 from ...training.repositories import reading
 from ...training.seeding import derive_seed
+from ...training.setup import join_processes
 from ..data import find_dataset, load_classifier
 from .images import OutputFormat, sample_images
 
@@ -220,18 +218,7 @@ def read_prompts(args: Arguments) -> list[str] | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_args(Arguments, argv, description=__doc__)
-    accelerator = Accelerator(
-        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        # The others wait at the end for the slowest, or for the one that packs the images.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
-    )
+    accelerator = join_processes(args.mixed_precision)
     # The bars of diffusers and transformers while they load would be one more set of lines per process.
     diffusers.utils.logging.disable_progress_bar()
 
