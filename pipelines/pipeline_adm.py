@@ -11,6 +11,7 @@ autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -76,6 +77,42 @@ NEEDED_OF_COMPONENTS = {
     "vae": ("AutoencoderKL", ("latent_channels", "block_out_channels", "scaling_factor")),
     "classifier": ("AdaGNClassifierModel", ("in_channels", "sample_size", "num_classes")),
 }
+
+
+@dataclass
+class Denoising:
+    """
+    What a call has settled before its first step.
+
+    Attributes:
+        scheduler ([`SchedulerMixin`]), timesteps (`torch.Tensor`): The pipeline's scheduler or a copy of it, and its
+            steps.
+        step_kwargs (`dict`): Of `scheduler.step`.
+        conditional (`dict`), both (`dict`, *optional*): Keyword arguments of the U-Net for the conditional pass alone,
+            and for the unconditional and the conditional one in one batch; `None` where there is nothing to guide away
+            from.
+        class_labels (`torch.Tensor` of shape `(num_images,)`, *optional*): For U-Net and classifier.
+        alphas_cumprod (`torch.Tensor`, *optional*): Of the scheduler, where a classifier steers and it does not do so
+            by itself.
+        num_images (`int`), size (`tuple[int, int]`): Number, height and width of the samples.
+    """
+
+    scheduler: SchedulerMixin
+    timesteps: torch.Tensor
+    step_kwargs: dict[str, Any]
+    conditional: dict[str, Any]
+    both: dict[str, Any] | None
+    class_labels: torch.Tensor | None
+    alphas_cumprod: torch.Tensor | None
+    num_images: int
+    size: tuple[int, int]
+    generator: torch.Generator | list[torch.Generator] | None
+    device: torch.device
+    dtype: torch.dtype
+    guidance_rescale: float
+    guidance_start: float
+    guidance_end: float
+    classifier_guidance_scale: float
 
 
 class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -154,6 +191,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     def vae_scale_factor(self) -> int:
         """Pixels of an image for one of a sample, along each side."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def sample_channels(self) -> int:
+        """Channels of a sample. (The U-Net of an upsampler or inpainter takes more.)"""
+        return self.unet.config.in_channels
 
     @property
     def reads_text(self) -> bool:
@@ -313,7 +355,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             generator (`torch.Generator` or list of them, *optional*): Source of all noise; with one for each image, an
                 image does not depend on the batch it is drawn in. Generators on the CPU give the same noise on every
                 device.
-            latents (`torch.Tensor` of shape `(number of images, in_channels, height, width)`, *optional*): Standard
+            latents (`torch.Tensor` of shape `(number of images, channels, height, width)`, *optional*): Standard
                 normal noise to start from instead of drawing it; of the size of the samples, not of decoded images.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(number of prompts, length, width)`,
                 *optional*): Encoded prompts in place of `prompt` and `negative_prompt`; see `encode_prompt`.
@@ -337,9 +379,69 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         Raises:
             ValueError: For arguments that do not fit each other, the model or the scheduler; before any work is done.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        denoising = self._start(
+            prompt=prompt,
+            class_labels=class_labels,
+            batch_size=batch_size,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            timestep_respacing=timestep_respacing,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
+            classifier_guidance_scale=classifier_guidance_scale,
+            negative_prompt=negative_prompt,
+            eta=eta,
+            height=height,
+            width=width,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        latents = self._draw_noise(denoising, latents) * denoising.scheduler.init_noise_sigma
+        latents = self._denoise(denoising, latents, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._finish(self._decode(latents, output_type), return_dict)
 
+    def _start(
+        self,
+        *,
+        prompt: str | Sequence[str] | None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None,
+        batch_size: int,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        timestep_respacing: str | int | Sequence[int] | None,
+        guidance_scale: float,
+        guidance_rescale: float,
+        guidance_start: float,
+        guidance_end: float,
+        classifier_guidance_scale: float,
+        negative_prompt: str | Sequence[str] | None,
+        eta: float | None,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        negative_prompt_attention_mask: torch.Tensor | None,
+        pooled_prompt_embeds: torch.Tensor | None,
+        negative_pooled_prompt_embeds: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> Denoising:
+        """Checks all arguments of a call, encodes its prompts and chooses its timesteps."""
         # 1. check
         default_height, default_width = self._default_size()
         height, width = default_height if height is None else height, default_width if width is None else width
@@ -372,15 +474,14 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=self._callback_inputs(
+                callback_on_step_end, callback_on_step_end_tensor_inputs
+            ),
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device
-        batch_size = num_prompts * num_images_per_prompt
-        # A thousand roundings of the sample to bfloat16 would add up: whatever the dtype of the network, the sample and
-        # the noise are float32 at least.
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        num_images = num_prompts * num_images_per_prompt
 
         # 2. encode
         given = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
@@ -393,7 +494,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         conditional, both = self._conditions(class_labels, text, negative_text, num_images_per_prompt)
 
         # 3. timesteps
-        scheduler = self._scheduler_for_call(generator, batch_size)
+        scheduler = self._scheduler_for_call(generator, num_images)
         if timestep_respacing is not None:
             scheduler.set_timesteps(timestep_respacing=timestep_respacing, device=device)
         else:
@@ -409,67 +510,140 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 "another scheduler."
             )
         self._num_timesteps = len(timesteps)
-        step_kwargs = self._step_kwargs(scheduler, generator, eta)
-        steers, takes_gradient = classifier_guidance_scale != 0.0, self._takes_gradient(scheduler)
-        alphas_cumprod = scheduler.alphas_cumprod.to(device) if steers and not takes_gradient else None
+        shifts_score = classifier_guidance_scale != 0.0 and not self._takes_gradient(scheduler)
+        return Denoising(
+            scheduler=scheduler,
+            timesteps=timesteps,
+            step_kwargs=self._step_kwargs(scheduler, generator, eta),
+            conditional=conditional,
+            both=both,
+            class_labels=class_labels,
+            alphas_cumprod=scheduler.alphas_cumprod.to(device) if shifts_score else None,
+            num_images=num_images,
+            size=(height // self.vae_scale_factor, width // self.vae_scale_factor),
+            generator=generator,
+            device=device,
+            # A thousand roundings of the sample to bfloat16 would add up: whatever the dtype of the network, the sample
+            # and the noise are float32 at least.
+            dtype=torch.promote_types(self.unet.dtype, torch.float32),
+            guidance_rescale=guidance_rescale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
+            classifier_guidance_scale=classifier_guidance_scale,
+        )
 
-        # 4. noise
-        channels = self.unet.config.in_channels
-        shape = (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+    @staticmethod
+    def _callback_inputs(
+        callback: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None, names: Sequence[str]
+    ) -> Sequence[str]:
+        """What a callback is given; callbacks of diffusers say it themselves."""
+        return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
+
+    def _draw_noise(self, denoising: Denoising, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """Standard normal noise of the shape of the samples, or the user's."""
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
+            shape = (denoising.num_images, self.sample_channels, *denoising.size)
+            return randn_tensor(shape, generator=denoising.generator, device=denoising.device, dtype=denoising.dtype)
+        return latents.to(device=denoising.device, dtype=denoising.dtype)
 
-        # 5. denoise
+    def _denoise(
+        self,
+        denoising: Denoising,
+        latents: torch.Tensor,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        extra_channels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """From noise, scaled for the scheduler, to samples; `extra_channels` as of `_predict`."""
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(timesteps):
+            for i, t in enumerate(denoising.timesteps):
                 if self._interrupt:
                     continue
-                started, ended = i / self._num_timesteps >= guidance_start, (i + 1) / self._num_timesteps > guidance_end
-                is_guided = started and not ended
-                scaled_latents = scheduler.scale_model_input(latents, t)
-                model_input = scaled_latents.to(self.unet.dtype)
-
-                # A callback may have changed it, also from or to "off".
-                guidance_scale = self._guidance_scale
-                if is_guided and guidance_scale != 1.0 and both is not None:
-                    uncond, cond = self.unet(torch.cat([model_input] * 2), t, **both).sample.to(dtype).chunk(2)
-                    mean = guide(cond[:, :channels], uncond[:, :channels], guidance_scale, guidance_rescale)
-                    model_output = torch.cat([mean, cond[:, channels:]], dim=1)
-                else:
-                    model_output = self.unet(model_input, t, **conditional).sample.to(dtype)
-                if not self._takes_variance(scheduler):
-                    model_output = model_output[:, :channels]
-
-                steering = {}
-                if is_guided and steers:
-                    gradient = log_probability_gradient(self.classifier, scaled_latents, t, class_labels)
-                    score = classifier_guidance_scale * gradient
-                    if takes_gradient:
-                        steering["guidance_gradient"] = score
-                    else:
-                        mean, variance = model_output[:, :channels], model_output[:, channels:]
-                        at = signal_and_std(scheduler, t, alphas_cumprod)
-                        mean = shift_prediction(mean, score, *at, scheduler.config.prediction_type)
-                        model_output = torch.cat([mean, variance], dim=1)
-
-                latents = scheduler.step(model_output, t, latents, **step_kwargs, **steering).prev_sample
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = outputs.pop("latents", latents)
+                model_output, steering = self._predict(denoising, latents, i, t, extra_channels)
+                latents = denoising.scheduler.step(
+                    model_output, t, latents, **denoising.step_kwargs, **steering
+                ).prev_sample
+                latents = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents)
                 progress_bar.update()
+        return latents
 
-        # 6. decode
+    def _predict(
+        self,
+        denoising: Denoising,
+        latents: torch.Tensor,
+        index: int,
+        t: torch.Tensor,
+        extra_channels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        r"""
+        The guided output of the network for one step.
+
+        Args:
+            denoising (`Denoising`): Of this call.
+            latents (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): x_t as the scheduler
+                scales it.
+            index (`int`): Number of the step, from 0 to `len(denoising.timesteps) - 1`; guidance may begin and end.
+            t (`torch.Tensor` of shape `()`): `denoising.timesteps[index]`.
+            extra_channels (`torch.Tensor` of shape `(num_images, in_channels - sample_channels, height, width)`,
+                *optional*): What the network is shown beside x_t, with and without the condition alike.
+
+        Returns:
+            `tuple`: What `scheduler.step` takes as its first argument, and further keyword arguments of it.
+        """
+        scheduler, channels, num_steps = denoising.scheduler, self.sample_channels, len(denoising.timesteps)
+        started = index / num_steps >= denoising.guidance_start
+        is_guided = started and (index + 1) / num_steps <= denoising.guidance_end
+        scaled_latents = scheduler.scale_model_input(latents, t)
+        model_input = scaled_latents if extra_channels is None else torch.cat([scaled_latents, extra_channels], dim=1)
+        model_input = model_input.to(self.unet.dtype)
+
+        # A callback may have changed it, also from or to "off".
+        guidance_scale, both = self._guidance_scale, denoising.both
+        if is_guided and guidance_scale != 1.0 and both is not None:
+            output = self.unet(torch.cat([model_input] * 2), t, **both).sample.to(denoising.dtype)
+            uncond, cond = output.chunk(2)
+            mean = guide(cond[:, :channels], uncond[:, :channels], guidance_scale, denoising.guidance_rescale)
+            model_output = torch.cat([mean, cond[:, channels:]], dim=1)
+        else:
+            model_output = self.unet(model_input, t, **denoising.conditional).sample.to(denoising.dtype)
+        if not self._takes_variance(scheduler):
+            model_output = model_output[:, :channels]
+        if not is_guided or denoising.classifier_guidance_scale == 0.0:
+            return model_output, {}
+
+        gradient = log_probability_gradient(self.classifier, scaled_latents, t, denoising.class_labels)
+        score = denoising.classifier_guidance_scale * gradient
+        if self._takes_gradient(scheduler):
+            return model_output, {"guidance_gradient": score}
+        mean, variance = model_output[:, :channels], model_output[:, channels:]
+        at = signal_and_std(scheduler, t, denoising.alphas_cumprod)
+        mean = shift_prediction(mean, score, *at, scheduler.config.prediction_type)
+        return torch.cat([mean, variance], dim=1), {}
+
+    def _call_back(
+        self,
+        callback: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None,
+        tensor_inputs: Sequence[str],
+        index: int,
+        t: torch.Tensor,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        """Tells the user's callback of a step; returns the sample, which it may have replaced."""
+        if callback is None:
+            return latents
+        callback_kwargs = {"latents": latents} if "latents" in self._callback_inputs(callback, tensor_inputs) else {}
+        return callback(self, index, t, callback_kwargs).pop("latents", latents)
+
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Samples as images of `output_type`."""
         if self.vae is not None and output_type != "latent":
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype)).sample
-        images = self.image_processor.postprocess(latents, output_type=output_type)
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
+    def _finish(self, images: Any, return_dict: bool) -> ImagePipelineOutput | tuple:
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_inputs(
         self,
@@ -608,7 +782,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 f"`generator` is a list of {len(generator)} for {num_images} images. Pass one generator for each "
                 "image, or a single one."
             )
-        shape = (num_images, config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        shape = (num_images, self.sample_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(
                 f"`latents` has shape {tuple(latents.shape)}, but the number of images, `height` and `width` ask for "
@@ -735,10 +909,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                     f"`{cls}`, or a model like it."
                 )
         unet = self.unet.config
-        if self.vae is not None and self.vae.config.latent_channels != unet.in_channels:
+        if self.vae is not None and self.vae.config.latent_channels != self.sample_channels:
             raise ValueError(
                 f"`vae` has latents of {self.vae.config.latent_channels} channels, but `unet` has `in_channels="
-                f"{unet.in_channels}`. Take a U-Net that was trained on the latents of this autoencoder."
+                f"{unet.in_channels}`, for samples of {self.sample_channels}. Take a U-Net that was trained on the "
+                "latents of this autoencoder."
             )
         if self.text_encoder is not None:
             check_text_encoder(self.text_encoder, self.tokenizer, unet)
@@ -748,10 +923,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     def _check_classifier(self) -> None:
         """Raises a `ValueError` for a classifier of other samples or classes than the U-Net's."""
         unet, classifier = self.unet.config, self.classifier.config
-        if classifier.in_channels != unet.in_channels:
+        if classifier.in_channels != self.sample_channels:
             raise ValueError(
                 f"`classifier` has `in_channels={classifier.in_channels}`, but `unet` has `in_channels="
-                f"{unet.in_channels}`. Train the classifier on the samples of this U-Net."
+                f"{unet.in_channels}`, for samples of {self.sample_channels}. Train the classifier on the "
+                "samples of this U-Net."
             )
         sizes = [
             tuple(size) if isinstance(size, (list, tuple)) else (size, size)
@@ -781,12 +957,14 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Raises a `ValueError` where just one of U-Net and scheduler has a learned variance."""
         config, scheduler = self.unet.config, type(self.scheduler).__name__
         variance_type = self.scheduler.config.get("variance_type")
-        if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        channels = self.sample_channels
+        if config.out_channels not in (channels, 2 * channels):
             raise ValueError(
                 f"`unet` has `in_channels={config.in_channels}` and `out_channels={config.out_channels}`. "
-                "`ADMPipeline` needs as many output as input channels, or twice as many for a learned variance."
+                f"`{type(self).__name__}` needs as many output channels as a sample has, {channels}, or twice as many "
+                "for a learned variance."
             )
-        learned = config.out_channels == 2 * config.in_channels
+        learned = config.out_channels == 2 * channels
         if isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)) and variance_type == "learned":
             raise ValueError(
                 f"`scheduler` is a {scheduler} with `variance_type='learned'`, which takes a variance where models of "
@@ -806,7 +984,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 f"`scheduler` is a {scheduler} with `variance_type={variance_type!r}`, which needs a learned variance, "
                 f"but `unet` predicts none: it has `out_channels={config.out_channels}` for "
                 f"`in_channels={config.in_channels}`. Make the scheduler with `variance_type='fixed_small'`, or train "
-                f"a model with `out_channels={2 * config.in_channels}`."
+                f"a model with `out_channels={2 * channels}`."
             )
         # Ours is told by this property. It refuses what it would have to ignore; diffusers' schedulers get the mean.
         if learned and not getattr(self.scheduler, "has_learned_variance", True):
@@ -821,14 +999,15 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Raises a `ValueError` for schedulers of diffusers that would draw no images, or wrong ones."""
         config, name = self.scheduler.config, type(self.scheduler).__name__
         options = inspect.signature(type(self.scheduler).__init__).parameters
+        refused = f"`scheduler` is a {name}, which `{type(self).__name__}` cannot use"
         if name in UNSUITABLE_SCHEDULERS:
-            raise ValueError(f"`scheduler` is a {name}, which `ADMPipeline` cannot use: {UNSUITABLE_SCHEDULERS[name]}")
+            raise ValueError(f"{refused}: {UNSUITABLE_SCHEDULERS[name]}")
         if type(self.scheduler).__module__.startswith("diffusers.") and "beta_schedule" not in options:
             raise ValueError(
-                f"`scheduler` is a {name}, which `ADMPipeline` cannot use: it has no `beta_schedule`, so it does not "
-                "reverse the process that these networks are trained on, but another one (flow matching, EDM, "
-                "consistency models, discrete tokens, ...). Take one that does, such as `DDIMScheduler`, "
-                "`DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`, with `from_config`."
+                f"{refused}: it has no `beta_schedule`, so it does not reverse the process that these networks are "
+                "trained on, but another one (flow matching, EDM, consistency models, discrete tokens, ...). Take one "
+                "that does, such as `DDIMScheduler`, `DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`, with "
+                "`from_config`."
             )
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES or config.get("use_flow_sigmas", False):
