@@ -1,4 +1,4 @@
-"""The embedded emoji set (`data/noto-emoji-32/`) and the script that made it."""
+"""The embedded emoji sets (`data/noto-emoji-32/`, `data/noto-emoji-64/`) and the script that made them."""
 
 import importlib.util
 import io
@@ -36,7 +36,7 @@ def emoji():
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_emoji_32", DATA / "make_emoji_32.py")
+    spec = importlib.util.spec_from_file_location("make_emoji", DATA / "make_emoji.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -77,6 +77,23 @@ class TestEmbeddedSet:
         assert [(int(i), name, int(a), int(b)) for i, name, a, b in rows] == [
             (i, name, train[i], test[i]) for i, name in enumerate(CATEGORIES)
         ]
+
+
+class TestLargerSet:
+    """The same emoji, in the same order, with four pixels for each of the smaller set."""
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    def test_its_block_means_are_the_smaller_set(self, emoji, split):
+        path = str(DATA / "noto-emoji-64" / f"{split}.parquet")
+        larger = load_dataset("parquet", data_files={split: path})[split]
+        assert larger.features == emoji[split].features
+        for name in ("text", "label"):
+            assert list(larger[name]) == list(emoji[split][name])
+        for row, halved in zip(larger, emoji[split], strict=True):
+            pixels = np.asarray(row["image"]).astype(np.int64)
+            assert pixels.shape == (64, 64, 3)
+            sums = pixels.reshape(32, 2, 32, 2, 3).sum((1, 3))
+            np.testing.assert_array_equal((sums + 2) // 4, np.asarray(halved["image"]), err_msg=row["text"])
 
 
 def png(pixels: np.ndarray, **save) -> bytes:
@@ -124,6 +141,12 @@ class TestScript:
         np.testing.assert_array_equal(np.asarray(target[0]["image"]), expected)
         np.testing.assert_array_equal(np.asarray(target[1]["image"]), expected[::-1])
 
+    def test_same_size_is_lossless(self, script, source, pixels, tmp_path):
+        assert script.convert(source, tmp_path / "target.parquet", size=64) == 2
+        target = load_dataset("parquet", data_files=str(tmp_path / "target.parquet"), cache_dir=str(tmp_path))["train"]
+        assert target[0]["image"].format == "WEBP"
+        np.testing.assert_array_equal(np.asarray(target[0]["image"]), pixels)
+
     def test_keeps_three_columns_and_the_label_names(self, script, source, tmp_path):
         script.convert(source, tmp_path / "target.parquet")
         target = load_dataset("parquet", data_files=str(tmp_path / "target.parquet"), cache_dir=str(tmp_path))["train"]
@@ -140,7 +163,7 @@ class TestScript:
 
     def test_refuses_other_images(self, script, pixels):
         with pytest.raises(ValueError, match="expected 64x64 RGB images, got 32x64 RGB"):
-            script.halve(png(pixels[:, ::2]))
+            script.encode(png(pixels[:, ::2]), 32)
         rgba = np.dstack([pixels, np.full((64, 64, 1), 255, np.uint8)])
         with pytest.raises(ValueError, match="got 64x64 RGBA"):
-            script.halve(png(rgba))
+            script.encode(png(rgba), 64)

@@ -1,0 +1,137 @@
+"""
+Whether pictures show what their captions say, for captions of the training set and held-out ones.
+
+    python benchmarks/measure_text.py --model DIR --judge DIR --output_dir DIR
+
+`--model` is a pipeline that reads captions, `--judge` a classifier that was trained by itself on the categories of the
+real pictures. Each caption is drawn once, without its class. Two measures, each beside what shuffled captions would
+give, that is the mean over all other captions of the set in place of the right one:
+
+- category: the judge sees in the sample the category that the caption's picture has;
+- picture: of all real pictures of the set, the caption's own is the nearest to the sample (Euclidean, in pixels).
+
+The training captions are chosen with as many of each category as the held-out set has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from measuring import describe_machine
+from PIL import Image
+
+from diffusers_adm import AdaGNClassifierModel, ADMPipeline
+from diffusers_adm.evaluation import ClassifierFeatures, sample_images
+from diffusers_adm.training import labelled_grid
+
+
+SETS = ("training", "held-out")
+NUM_SHOWN = 16
+
+
+def same_categories(dataset: datasets.Dataset, reference: datasets.Dataset, seed: int) -> datasets.Dataset:
+    """A random subset with as many examples of each category as `reference`, in the order of its categories."""
+    generator, labels = np.random.default_rng(seed), np.array(dataset["label"])
+    counts = np.bincount(reference["label"], minlength=labels.max() + 1)
+    chosen = [generator.choice(np.flatnonzero(labels == c), n, replace=False) for c, n in enumerate(counts)]
+    return dataset.select(np.concatenate(chosen))
+
+
+def pixels_of(images: list[Image.Image]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+
+
+def compare(is_match: torch.Tensor) -> dict[str, float]:
+    """
+    The share of matches, what shuffling leaves of it, and the difference with its standard error.
+
+    Args:
+        is_match (`torch.Tensor` of shape `(n, n)`): Whether sample i matches caption j.
+    """
+    n, matches = len(is_match), is_match.double()
+    own = matches.diagonal()
+    others = (matches.sum(dim=1) - own) / (n - 1)
+    gain = own - others
+    return {
+        "matched": own.mean().item(),
+        "matched_error": own.std().item() / math.sqrt(n),
+        "shuffled": others.mean().item(),
+        "gain_in_errors": gain.mean().item() / max(gain.std().item() / math.sqrt(n), 1e-12),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--judge", required=True, help="A folder with the subfolder `classifier`.")
+    parser.add_argument("--train_file", default="data/noto-emoji-32/train.parquet")
+    parser.add_argument("--test_file", default="data/noto-emoji-32/test.parquet")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 3.0, 5.0])
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--batch_size", type=int, default=41)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    pipe = ADMPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    judge = ClassifierFeatures(AdaGNClassifierModel.from_pretrained(args.judge, subfolder="classifier"))
+    files = {"train": args.train_file, "test": args.test_file}
+    data = datasets.load_dataset("parquet", data_files=files)
+    subset = same_categories(data["train"], data["test"], args.seed)
+    results = {}
+    for name, examples in zip(SETS, (subset, data["test"]), strict=True):
+        labels, real = torch.tensor(examples["label"]), pixels_of(examples["image"])
+        shown = torch.linspace(0, len(labels) - 1, NUM_SHOWN).long().tolist()
+        cells = [examples[i]["image"] for i in shown]
+        for scale in args.scales:
+            folder = sample_images(
+                pipe,
+                len(examples),
+                args.output_dir / f"{name}-{scale:g}",
+                prompts=list(examples["text"]),
+                batch_size=args.batch_size,
+                seed=args.seed,
+                pipeline_options={"num_inference_steps": args.num_inference_steps, "guidance_scale": scale},
+            )
+            drawn = [Image.open(folder / f"{i:06d}.png") for i in range(len(examples))]
+            cells += [drawn[i] for i in shown]
+            samples = pixels_of(drawn)
+            predicted = torch.cat([judge(batch)[1] for batch in samples.split(64)]).argmax(dim=1)
+            distances = torch.cdist(samples.flatten(1).double(), real.flatten(1).double())
+            row = {
+                "category": compare(predicted[:, None] == labels[None, :]),
+                "picture": compare(distances == distances.amin(dim=1, keepdim=True)),
+            }
+            results[f"{name}-{scale:g}"] = row
+            for measure, values in row.items():
+                print(
+                    f"{name:9} guidance {scale:<4g} {measure:9} {values['matched']:.3f} "
+                    f"({values['matched_error']:.3f}), shuffled {values['shuffled']:.3f}: "
+                    f"{values['gain_in_errors']:+.1f} standard errors",
+                    flush=True,
+                )
+        grid = labelled_grid(
+            cells,
+            1 + len(args.scales),
+            NUM_SHOWN,
+            row_labels=["real", *(f"guidance {scale:g}" for scale in args.scales)],
+            col_labels=[examples[i]["text"] for i in shown],
+            scale=2,
+        )
+        grid.save(args.output_dir / f"{name}.png")
+    predicted = torch.cat([judge(batch)[1] for batch in real.split(64)]).argmax(dim=1)
+    print(f"the judge on the held-out pictures themselves: {(predicted == labels).double().mean():.3f}")
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    report = {"settings": settings, "machine": describe_machine("cpu"), "results": results}
+    (args.output_dir / "text.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
