@@ -331,7 +331,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             num_images_per_prompt (`int`, defaults to 1): How often each of these is drawn, one after the other.
             num_inference_steps (`int`, defaults to 50): Number of steps, chosen by the scheduler's `timestep_spacing`.
             timestep_respacing (`str`, `int` or list of `int`, *optional*): The published forms `"250"`, `"ddim50"`,
-                `"10,10,15"`, in place of `num_inference_steps`; with `LearnedVarianceDDPMScheduler`.
+                `"10,10,15"`, `"fast27"`, in place of `num_inference_steps`; with `LearnedVarianceDDPMScheduler`.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: `uncond + guidance_scale * (cond -
                 uncond)` takes the place of the predicted mean; 1.0 is off. `uncond` is the prediction for the null
                 class, where the model has one, and the negative prompt, where it reads text; both are predicted in one

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils.dynamic_modules_utils import check_imports, get_relative_imports
-from toy_models import CONDITIONAL, random_classifier, random_unet
+from toy_models import CONDITIONAL, MAX_PROMPT_LENGTH, random_classifier, random_text_encoder, random_unet
 
 import diffusers_adm
 from diffusers_adm import (
     AdaGNClassifierModel,
     AdaGNUNet2DModel,
     ADMPipeline,
+    ADMSuperResolutionPipeline,
+    GLIDETextModel,
     LearnedVarianceDDPMScheduler,
     hub,
     registration,
@@ -24,7 +26,8 @@ from diffusers_adm import (
 from diffusers_adm.hub import export_model_file
 
 
-CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, LearnedVarianceDDPMScheduler, ADMPipeline]
+PIPELINES = [ADMPipeline, ADMSuperResolutionPipeline]
+CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, GLIDETextModel, LearnedVarianceDDPMScheduler, *PIPELINES]
 
 # A machine without the package: a finder in front of all others refuses it, however it is installed.
 WITHOUT_PACKAGE = """
@@ -65,12 +68,16 @@ class TestWithoutThePackage:
         pipe.save_pretrained(tmp_path / "weights")
         classifier = random_classifier()
         classifier.save_pretrained(tmp_path / "weights" / "classifier")
+        text_encoder = random_text_encoder("glide")
+        text_encoder.save_pretrained(tmp_path / "weights" / "text_encoder")
         # Each in a folder of its own: files beside that of a model would not be downloaded.
         paths = [export_model_file(cls, tmp_path / cls.__name__) for cls in CLASSES]
         assert [list(path.parent.iterdir()) for path in paths] == [[path] for path in paths]
 
         noisy = {"sample": torch.randn(2, 3, 8, 8), "timestep": 7}
-        inputs = (noisy | {"class_labels": torch.tensor([1, 4])}, noisy)
+        input_ids = torch.arange(2 * MAX_PROMPT_LENGTH).view(2, -1) % 11
+        words = {"input_ids": input_ids, "attention_mask": input_ids < 8}
+        inputs = (noisy | {"class_labels": torch.tensor([1, 4])}, noisy, words)
         kwargs = {"class_labels": [1, 2], "guidance_scale": 2.0, "timestep_respacing": "4", "output_type": "pt"}
         torch.save(inputs, tmp_path / "inputs.pt")
         run_without_package(
@@ -79,6 +86,7 @@ class TestWithoutThePackage:
             from classifier_adagn import AdaGNClassifierModel
             from pipeline_adm import ADMPipeline
             from scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+            from text_encoder_glide import GLIDETextModel
             from unet_2d_adagn import AdaGNUNet2DModel
             folder, threads, kwargs = arguments
             torch.set_num_threads(threads)
@@ -88,22 +96,27 @@ class TestWithoutThePackage:
                 **dict.fromkeys(ADMPipeline._optional_components),
             )
             classifier = AdaGNClassifierModel.from_pretrained(f"{folder}/weights/classifier")
-            for_unet, for_classifier = torch.load(f"{folder}/inputs.pt")
+            text_encoder = GLIDETextModel.from_pretrained(f"{folder}/weights/text_encoder")
+            for_unet, for_classifier, words = torch.load(f"{folder}/inputs.pt")
             with torch.no_grad():
-                outputs = pipe.unet(**for_unet).sample, classifier(**for_classifier).logits
+                outputs = pipe.unet(**for_unet).sample, classifier(**for_classifier).logits, *text_encoder(**words)
             images = pipe(generator=torch.Generator().manual_seed(0), **kwargs).images
             torch.save((*outputs, images), f"{folder}/results.pt")
             """,
             *(path.parent for path in paths),
             arguments=(str(tmp_path), torch.get_num_threads(), kwargs),
         )
-        output, logits, images = torch.load(tmp_path / "results.pt")
+        output, logits, states, pooled, images = torch.load(tmp_path / "results.pt")
         with torch.no_grad():
             expected, expected_logits = pipe.unet(**inputs[0]).sample, classifier(**inputs[1]).logits
+            expected_states, expected_pooled = text_encoder(**words)
         assert expected.std() > 0.1
         assert expected_logits.std() > 0.1
         assert torch.equal(output, expected)
         assert torch.equal(logits, expected_logits)
+        assert expected_pooled.std() > 0.1
+        assert torch.equal(states, expected_states)
+        assert torch.equal(pooled, expected_pooled)
         assert torch.equal(images, pipe(generator=torch.Generator().manual_seed(0), **kwargs).images)
 
     def test_the_package_really_is_absent(self, tmp_path):

@@ -23,14 +23,18 @@ import diffusers_adm
 from diffusers_adm import (
     AdaGNClassifierModel,
     AdaGNUNet2DModel,
+    ADMInpaintPipeline,
     ADMPipeline,
+    ADMSuperResolutionPipeline,
+    GLIDETextModel,
     LearnedVarianceDDPMScheduler,
     registration,
 )
 
 
 COMPONENTS = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
-CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, LearnedVarianceDDPMScheduler, ADMPipeline]
+PIPELINES = [ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline]
+CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, GLIDETextModel, LearnedVarianceDDPMScheduler, *PIPELINES]
 
 
 def make_pipeline() -> ADMPipeline:
@@ -66,7 +70,7 @@ class TestNames:
         classes = {getattr(diffusers_adm, name) for name in diffusers_adm.__all__} - {ModelMixin, SchedulerMixin}
         assert classes == set(registration.PUBLIC_CLASSES) == set(CLASSES)
 
-    @pytest.mark.parametrize("cls", [AdaGNUNet2DModel, AdaGNClassifierModel, LearnedVarianceDDPMScheduler])
+    @pytest.mark.parametrize("cls", [cls for cls in CLASSES if not issubclass(cls, diffusers.DiffusionPipeline)])
     def test_files_of_components_are_attributes_of_diffusers_pipelines(self, cls):
         name = cls.__module__.rpartition(".")[2]
         assert getattr(diffusers.pipelines, name) is sys.modules[cls.__module__]
@@ -77,8 +81,10 @@ class TestNames:
         assert "models" in folders
         assert not [folder for folder in folders if hasattr(diffusers.pipelines, folder)]
 
-    def test_hints_of_the_pipeline_name_the_network(self):
-        assert AdaGNUNet2DModel in ADMPipeline._get_signature_types()["unet"]
+    @pytest.mark.parametrize("pipeline", PIPELINES)
+    def test_hints_of_the_pipeline_name_the_network(self, pipeline):
+        assert AdaGNUNet2DModel in pipeline._get_signature_types()["unet"]
+        assert GLIDETextModel in pipeline._get_signature_types()["text_encoder"]
 
     def test_every_public_name_exists(self):
         assert [name for name in diffusers_adm.__all__ if not hasattr(diffusers_adm, name)] == []

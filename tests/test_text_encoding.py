@@ -32,6 +32,7 @@ def test_who_reads_padding(kind, expected):
     assert pads_to_max(encoder, {"cross_attention_norm": "layer_norm"}) is expected
     encoder.attends_to_padding = True
     assert pads_to_max(encoder, {}) is True
+    assert pads_to_max(random_text_encoder("glide"), {}) is True
 
 
 @pytest.mark.parametrize("pad_to_max", [True, False])
@@ -79,8 +80,31 @@ def test_something_is_seen_of_an_empty_prompt_without_special_tokens(prompts):
     tokenizer.backend_tokenizer.post_processor = None
     input_ids, mask = tokenize(tokenizer, prompts, max_length=8, pad_to_max=False)
     assert input_ids.shape == mask.shape
-    assert mask.sum(dim=1).tolist() == [max(1, len(prompt.split())) for prompt in prompts]
     assert (input_ids[0] == tokenizer.pad_token_id).all()
+    assert mask.sum(dim=1).tolist() == [len(prompt.split()) for prompt in prompts]
+    encoder = random_text_encoder("bert")
+    with torch.no_grad():
+        conditioning = encode_tokens(encoder, input_ids, mask, pad_to_max=False)
+        alone = encoder(torch.tensor([[tokenizer.pad_token_id]])).last_hidden_state[0, 0]
+    assert conditioning.attention_mask.sum(dim=1).tolist() == [max(1, len(prompt.split())) for prompt in prompts]
+    torch.testing.assert_close(conditioning.hidden_states[0, 0], alone, rtol=1e-5, atol=1e-5)
+    assert mask.sum(dim=1).tolist() == [len(prompt.split()) for prompt in prompts]  # not changed in place
+
+
+def test_nothing_but_padding_is_seen_of_an_empty_prompt_by_an_encoder_that_attends_to_it():
+    """As GLIDE was trained: its first padding vector, not the first padding token."""
+    tokenizer, encoder = toy_tokenizer("glide"), random_text_encoder("glide")
+    prompts = ["a cat", ""]
+    input_ids, mask = tokenize(tokenizer, prompts, max_length=MAX_PROMPT_LENGTH, pad_to_max=True)
+    assert mask.sum(dim=1).tolist() == [2, 0]
+    with torch.no_grad():
+        conditioning = encode_tokens(encoder, input_ids, mask, pad_to_max=True)
+        states, pooled = encoder(input_ids, torch.tensor([[1, 1, *[0] * 10], [0] * 12]))
+        wrong, _ = encoder(input_ids, torch.tensor([[1, 1, *[0] * 10], [1, *[0] * 11]]))
+    assert conditioning.attention_mask is None
+    assert torch.equal(conditioning.hidden_states, states)
+    assert torch.equal(conditioning.pooled, pooled)
+    assert (wrong[1] - states[1]).abs().max() > 0.1
 
 
 def test_no_padding_token():
@@ -97,6 +121,14 @@ def test_the_shorter_limit_counts():
 
     assert limit(77, 512) == limit(512, 77) == limit(int(1e30), 77) == limit(77, None) == 77
     assert limit(int(1e30), None) == DEFAULT_MAX_LENGTH
+
+
+@pytest.mark.parametrize("of_tokenizer", [5, 512, int(1e30)])
+def test_an_encoder_of_one_length_sets_it(of_tokenizer):
+    tokenizer, encoder = toy_tokenizer("glide", max_length=of_tokenizer), random_text_encoder("glide")
+    assert max_prompt_length(tokenizer, encoder) == MAX_PROMPT_LENGTH
+    encoder.register_to_config(max_position_embeddings=None)
+    assert max_prompt_length(tokenizer, encoder) == min(of_tokenizer, DEFAULT_MAX_LENGTH)
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5", "bert"])

@@ -14,7 +14,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel
+from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, GLIDETextModel
 
 
 TOY_CONFIG = {
@@ -98,18 +98,19 @@ def random_diffusers_text_unet(kind: str = "transformer", seed: int = 0, **confi
 
 
 def toy_tokenizer(kind: str = "clip", max_length: int = MAX_PROMPT_LENGTH) -> PreTrainedTokenizerFast:
-    """One token a word of `WORDS`, between the special tokens of CLIP, BERT or T5."""
+    """One token a word of `WORDS`, between the special tokens of CLIP, BERT or T5; GLIDE has none but padding."""
     before, after, padding = {
         "clip": ("<start>", "<end>", "<end>"),
         "bert": ("[CLS]", "[SEP]", "[PAD]"),
         "t5": (None, "</s>", "<pad>"),
+        "glide": (None, None, "<end>"),
     }[kind]
     special = [token for token in dict.fromkeys((padding, before, after, "<unknown>")) if token]
     vocabulary = {token: number for number, token in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{before} $A {after}" if before else f"$A {after}",
+        single=" ".join(part for part in (before, "$A", after) if part),
         special_tokens=[(token, vocabulary[token]) for token in (before, after) if token],
     )
     return PreTrainedTokenizerFast(
@@ -122,7 +123,7 @@ def toy_tokenizer(kind: str = "clip", max_length: int = MAX_PROMPT_LENGTH) -> Pr
     )
 
 
-def random_text_encoder(kind: str = "clip", seed: int = 0, width: int = TEXT_WIDTH) -> PreTrainedModel:
+def random_text_encoder(kind: str = "clip", seed: int = 0, width: int = TEXT_WIDTH) -> PreTrainedModel | GLIDETextModel:
     """For `toy_tokenizer(kind)`: states that depend on every token they see."""
     size = len(toy_tokenizer(kind))
     common = {"vocab_size": size, "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
@@ -131,6 +132,10 @@ def random_text_encoder(kind: str = "clip", seed: int = 0, width: int = TEXT_WID
         model = CLIPTextModel(CLIPTextConfig(**common, bos_token_id=1, eos_token_id=0, pad_token_id=0))
     elif kind == "bert":
         model = BertModel(BertConfig(**common))
+    elif kind == "glide":
+        del common["intermediate_size"]
+        time_embed_dim = 4 * TOY_CONFIG["block_out_channels"][0]
+        model = GLIDETextModel(**common, projection_dim=time_embed_dim)
     else:
         config = T5Config(vocab_size=size, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2)
         model = T5EncoderModel(config)

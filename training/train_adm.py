@@ -1,154 +1,109 @@
 #!/usr/bin/env python
 """
 Trains an ablated diffusion model with a learned variance, from scratch or from a pretrained one: unconditional, by
-class, by caption, or both; all of its weights, or a low-rank adapter beside them.
+class, by caption, or both; all of its weights, or a low-rank adapter beside them; to draw images or to inpaint them.
 
     accelerate launch training/train_adm.py --config training/configs/emoji_32.yaml --output_dir runs/emoji
 
 Nichol & Dhariwal 2021 (https://huggingface.co/papers/2102.09672), Dhariwal & Nichol 2021
 (https://huggingface.co/papers/2105.05233). Every argument may stand in the recipe and be overridden on the command
 line; `--help` lists them.
+
+Inpainting (`--task inpaint`) is that of GLIDE (https://huggingface.co/papers/2112.10741, section 4): the network sees
+what is known of an image and where, and predicts all of it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import datasets
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from PIL import Image
 
-from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.text_encoding import check_text_encoder, cross_attention_width, pads_to_max, text_model_kwargs
+from diffusers_adm import ADMInpaintPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.inpainting import known_channels
 from diffusers_adm.training import (
-    CaptionEmbeddings,
-    CaptionTokens,
+    IMAGE_CHANNELS,
+    INPAINT_CHANNELS,
+    TIMESTEP_SAMPLERS,
     DataArguments,
     DiffusionArguments,
-    EpochShuffleSampler,
+    DiffusionTrainingArguments,
     ImageDataset,
+    InpaintingDataset,
     LossMetrics,
-    LossSecondMomentTimestepSampler,
+    TextArguments,
     TrainingLog,
     TrainingProgress,
-    UniformTimestepSampler,
+    UNetArguments,
     add_lora,
     arg,
+    build_dataloader,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
-    build_text_encoder,
+    build_scheduler,
+    build_unet,
+    caption_model_kwargs,
     check_at_least,
     check_batch_fits,
-    check_config_keys,
+    check_grids,
+    check_guidance_of_grids,
     check_images,
-    check_objective,
     checkpoint_adapter_alone,
     choose_resolution,
-    drop_captions,
-    encode_captions,
+    drop_labels,
     evaluation_weights,
-    freeze_unused_parameters,
-    from_subfolder_or_root,
     labelled_grid,
+    learned_classes,
     load_image_dataset,
-    load_model_config,
-    load_noise_scheduler,
-    load_text_encoder,
-    load_tokenizer,
+    load_text,
+    load_unet_config,
     parse_args,
     plot_loss_curves,
+    prepare_captions,
     prepare_output_dir,
-    reading,
     rest_of_epoch,
     resume_checkpoint,
     save_checkpoint,
     save_lora,
+    save_samples,
     seed_step,
     start_accelerator,
-    stored_conditioning,
     training_losses,
     warn_of_other_classes,
+    widen_input,
 )
-from diffusers_adm.training import ModelArguments as BaseModelArguments
-from diffusers_adm.training import TrainingArguments as BaseTrainingArguments
 
 
 logger = get_logger("train_adm")
 
-TIMESTEP_SAMPLERS = {"uniform": UniformTimestepSampler, "loss-second-moment": LossSecondMomentTimestepSampler}
 DEFAULT_VALIDATION_PROMPTS = 4
+UNKNOWN_GREY = 0.5  # of what is to be painted, in grids
 
 
 @dataclass
-class ModelArguments(BaseModelArguments):
-    """
-    `pretrained_model_name_or_path` names a pipeline, of which `unet` and `scheduler` are read, and with captions also
-    `text_encoder` and `tokenizer`.
-    """
-
-    class_dropout_prob: float = arg(
-        0.1, "Share of the labels replaced by the null class, so that the model can be guided without a classifier."
-    )
-
-    def __post_init__(self):
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"`class_dropout_prob` is {self.class_dropout_prob}; it must lie in [0, 1].")
-
-
-@dataclass
-class TextArguments:
-    caption_column: str | None = arg(None, "The column of the captions; none: train without text.")
-    text_encoder_name_or_path: str | None = arg(
-        None, "A text encoder of transformers (CLIP, T5, BERT, ...) on the Hub or in a folder, or a pipeline's."
-    )
-    tokenizer_name_or_path: str | None = arg(None, "Its tokenizer; none: that of the same repository.")
-    text_encoder_config_name_or_path: str | None = arg(
-        None, "A JSON file with `model_type` and sizes, for a text encoder that is trained from scratch."
-    )
-    train_text_encoder: bool = arg(False, "Train the text encoder together with the U-Net.")
-    caption_dropout_prob: float = arg(
-        0.1, "Share of the captions replaced by the empty one, so that the model can be guided; independent of classes."
-    )
-    precompute_text_embeddings: bool = arg(
-        False, "Encode each distinct caption once, before training, and keep the result on disk."
-    )
+class PromptArguments(TextArguments):
     validation_prompts: list[str] | None = arg(None, "The prompts of a grid; none: the first captions of the data.")
 
     def __post_init__(self):
-        if not 0 <= self.caption_dropout_prob <= 1:
-            raise ValueError(f"`caption_dropout_prob` is {self.caption_dropout_prob}; it must lie in [0, 1].")
-        if self.caption_column is None:
-            needing = ("text_encoder_name_or_path", "tokenizer_name_or_path", "text_encoder_config_name_or_path")
-            needing += ("train_text_encoder", "precompute_text_embeddings", "validation_prompts")
-            for name in needing:
-                if getattr(self, name):
-                    raise ValueError(f"`{name}` was given without a `caption_column`. Name the column of the captions.")
-        if self.text_encoder_config_name_or_path is not None:
-            if self.text_encoder_name_or_path is not None:
-                raise ValueError("Pass either `text_encoder_name_or_path` or `text_encoder_config_name_or_path`.")
-            if self.tokenizer_name_or_path is None:
-                raise ValueError(
-                    "`text_encoder_config_name_or_path` builds a text encoder from scratch, for which there is no "
-                    "tokenizer. Pass `tokenizer_name_or_path`; `python -m diffusers_adm.training.tokenizer` makes one."
-                )
-            if not self.train_text_encoder:
-                raise ValueError(
-                    "`text_encoder_config_name_or_path` gives a text encoder random weights. Pass "
-                    "`--train_text_encoder`, or name a trained one with `text_encoder_name_or_path`."
-                )
-        if self.precompute_text_embeddings and self.train_text_encoder:
+        super().__post_init__()
+        if self.caption_column is None and self.validation_prompts:
             raise ValueError(
-                "`precompute_text_embeddings` and `train_text_encoder` exclude each other: the embeddings change while "
-                "their encoder is trained. Drop one."
+                "`validation_prompts` was given without a `caption_column`. Name the column of the captions."
             )
+
+
+@dataclass
+class TaskArguments:
+    task: Literal["generate", "inpaint"] = arg(
+        "generate", "What to learn: to draw images, or to fill in what is masked. An ordinary model may become either."
+    )
 
 
 @dataclass
@@ -167,152 +122,19 @@ class LoraArguments:
             raise ValueError(f"`lora_alpha` is {self.lora_alpha}; it must be positive.")
 
 
-@dataclass
-class TrainingArguments(BaseTrainingArguments):
-    validation_steps: int | None = arg(None, "Optimizer steps between sample grids; none: only at the end.")
-    num_validation_images: int = arg(16, "Images in a grid; they go through the prompts, or else the classes.")
-    validation_num_inference_steps: int = arg(50, "Sampling steps of a grid.")
-    validation_guidance_scale: float = arg(1.0, "Classifier-free guidance of a grid; 1 is off.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
-
-
-def build_scheduler(
-    model_args: ModelArguments, data_args: DataArguments, diffusion_args: DiffusionArguments
-) -> LearnedVarianceDDPMScheduler:
-    scheduler = load_noise_scheduler(model_args, data_args, diffusion_args)
-    check_objective(scheduler, diffusion_args.objective, diffusion_args.snr_gamma)
-    if scheduler.has_learned_variance and diffusion_args.objective == "simple":
-        logger.warning("`objective` simple does not train the variance; pass hybrid, or `variance_type` fixed_small.")
-    return scheduler
-
-
-def load_unet_config(
-    model_args: ModelArguments, data_args: DataArguments, scheduler: LearnedVarianceDDPMScheduler
-) -> dict[str, Any]:
-    """The config of the network, read before any data, since it may not fit the scheduler."""
-    config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
-    if model_args.pretrained_model_name_or_path is None:
-        source = model_args.model_config_name_or_path
-        if config.get("_class_name") == "AdaGNClassifierModel":
-            raise ValueError(f"{source} is the config of a classifier; this script trains U-Nets.")
-        check_config_keys(config, AdaGNUNet2DModel, source)
-    # For a config written by hand that leaves them out; with cross-attention it is read as `UNet2DConditionModel`'s.
-    default = 3 if cross_attention_width(config) is None else 4
-    in_channels, out_channels = config.get("in_channels", default), config.get("out_channels", default)
-    if in_channels != 3:
-        raise ValueError(
-            f"The U-Net takes {in_channels} channels; this script trains on RGB images: 3. (Upsamplers, with 6, it "
-            "cannot train.)"
-        )
-    expected = in_channels * (2 if scheduler.has_learned_variance else 1)
-    if out_channels != expected:
-        raise ValueError(
-            f"The U-Net has {out_channels} output channels for {in_channels} input channels, but `variance_type` "
-            f"{scheduler.config.variance_type!r} needs {expected}. Change `out_channels` in its config, or pass "
-            "`--variance_type fixed_small --objective simple` for a network without learned variance."
-        )
-    return config
-
-
-def build_unet(
-    model_args: ModelArguments, data_args: DataArguments, config: dict[str, Any], num_classes: int | None
-) -> AdaGNUNet2DModel:
-    """The network, its class embedding fitted to the data; refuses what would train something else than asked for."""
-    pretrained = model_args.pretrained_model_name_or_path
-    if pretrained is not None:
-        with reading("pretrained_model_name_or_path", pretrained):
-            unet = from_subfolder_or_root(
-                AdaGNUNet2DModel.from_pretrained,
-                pretrained,
-                "unet",
-                revision=model_args.revision,
-                variant=model_args.variant,
-                cache_dir=data_args.cache_dir,
-            )
-    else:
-        if num_classes is not None and config.get("num_class_embeds") is None:
-            with_null = model_args.class_dropout_prob > 0
-            config = {**config, "num_class_embeds": num_classes + with_null}
-            config["null_class_id"] = num_classes if with_null else None
-        unet = AdaGNUNet2DModel.from_config(config)
-    config = unet.config
-
-    if num_classes is None and config.num_class_embeds is not None and config.null_class_id is None:
-        raise ValueError(
-            f"The U-Net is class-conditional ({config.num_class_embeds} classes, no null class), but no `label_column` "
-            "was named. Name the column that holds the classes."
-        )
-    if num_classes is not None:
-        if config.num_class_embeds is None:
-            raise ValueError(
-                "`label_column` was named, but the pretrained U-Net has no class embedding. Leave `label_column` out."
-            )
-        room = config.num_class_embeds - (config.null_class_id is not None)
-        if num_classes > room or (config.null_class_id is not None and config.null_class_id < num_classes):
-            raise ValueError(
-                f"The data has {num_classes} classes, but the U-Net has room for {room} (`num_class_embeds` "
-                f"{config.num_class_embeds}, null class {config.null_class_id}). Leave `num_class_embeds` out of a "
-                "config for training from scratch, so that the data sets it; for fine-tuning, use the same classes."
-            )
-        if model_args.class_dropout_prob > 0 and config.null_class_id is None:
-            raise ValueError(
-                f"`class_dropout_prob` is {model_args.class_dropout_prob}, but the U-Net has no null class "
-                "(`null_class_id`) to drop to. Pass `--class_dropout_prob 0`."
-            )
-    return unet
-
-
-def load_text(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    text_args: TextArguments,
-    unet_config: Mapping[str, Any],
-    seed: int,
-) -> tuple[torch.nn.Module | None, Any | None]:
-    """Text encoder and tokenizer, or two None without captions; refuses what does not fit the U-Net."""
-    width, column = cross_attention_width(unet_config), text_args.caption_column
-    if column is None:
-        if width is not None:
-            raise ValueError(
-                "The U-Net has cross-attention, so it needs captions, but no `caption_column` was named. Name it, or "
-                "take a U-Net without `CrossAttn` in its block types."
-            )
-        return None, None
-    if width is None:
-        raise ValueError(
-            f"`caption_column` is {column!r}, but the U-Net has no cross-attention that could read captions. Take "
-            "block types such as `SimpleCrossAttnDownBlock2D` or `CrossAttnDownBlock2D`, or leave `caption_column` out."
-        )
-    argument, source = "text_encoder_name_or_path", text_args.text_encoder_name_or_path
-    hub = {"cache_dir": data_args.cache_dir}
-    if source is None and text_args.text_encoder_config_name_or_path is None:
-        argument, source = "pretrained_model_name_or_path", model_args.pretrained_model_name_or_path
-        hub["revision"] = model_args.revision
-        if source is None:
-            raise ValueError(
-                f"`caption_column` is {column!r}, but no text encoder was named. Pass `text_encoder_name_or_path`, or "
-                "`text_encoder_config_name_or_path` and `tokenizer_name_or_path` to train one from scratch."
-            )
-    if text_args.tokenizer_name_or_path is not None:
-        name = text_args.tokenizer_name_or_path
-        tokenizer = load_tokenizer("tokenizer_name_or_path", name, cache_dir=data_args.cache_dir)
-    else:
-        tokenizer = load_tokenizer(argument, source, **hub)
-    if source is None:
-        text_encoder = build_text_encoder(text_args.text_encoder_config_name_or_path, tokenizer, seed)
-    else:
-        if argument == "pretrained_model_name_or_path":
-            hub["variant"] = model_args.variant
-        text_encoder = load_text_encoder(argument, source, trained=text_args.train_text_encoder, **hub)
-    check_text_encoder(text_encoder, tokenizer, unet_config)
-    return text_encoder, tokenizer
+ARGUMENT_TYPES = (
+    UNetArguments,
+    DataArguments,
+    DiffusionArguments,
+    DiffusionTrainingArguments,
+    PromptArguments,
+    TaskArguments,
+    LoraArguments,
+)
 
 
 def choose_prompts(
-    text_args: TextArguments, images: datasets.Dataset, null_class_id: int | None
+    text_args: PromptArguments, images: datasets.Dataset, null_class_id: int | None
 ) -> list[tuple[str, int | None]]:
     """What grids show: prompts, each with the class of the first image of that caption, or else the null class."""
     captions = images["caption"][:]
@@ -336,30 +158,34 @@ def choose_prompts(
     return chosen
 
 
-def learned_classes(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
-    """The names of the pretrained pipeline's classes; none from a repository without `model_index.json`."""
-    with contextlib.suppress(OSError):
-        index = ADMPipeline.load_config(
-            model_args.pretrained_model_name_or_path, revision=model_args.revision, cache_dir=data_args.cache_dir
-        )
-        return {int(number): name for number, name in (index.get("id2label") or {}).items()}
-    return {}
+def draw(
+    pipeline: ADMPipeline, wanted: list[dict[str, Any]], training_args: DiffusionTrainingArguments
+) -> list[Image.Image]:
+    """Images from fixed noise, so that grids of different steps can be compared; `wanted`: arguments for each."""
+    pipeline.set_progress_bar_config(disable=True)
+    # A copy: sampling chooses timesteps, and a component that is shared with training must not change.
+    pipeline.scheduler = LearnedVarianceDDPMScheduler.from_config(pipeline.scheduler.config)
+    images = []
+    for start in range(0, len(wanted), training_args.train_batch_size):
+        batch = wanted[start : start + training_args.train_batch_size]
+        arguments = {name: [each[name] for each in batch] for name in batch[0]}
+        is_conditional = "prompt" in arguments or "class_labels" in arguments
+        images += pipeline(
+            **arguments or {"batch_size": len(batch)},
+            num_inference_steps=training_args.validation_num_inference_steps,
+            guidance_scale=training_args.validation_guidance_scale if is_conditional else 1.0,
+            generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
+        ).images
+    return images
 
 
 def sample_grid(
-    unet: AdaGNUNet2DModel,
-    scheduler: LearnedVarianceDDPMScheduler,
-    id2label: dict[int, str] | None,
-    training_args: TrainingArguments,
-    text_encoder: torch.nn.Module | None = None,
-    tokenizer: Any | None = None,
+    pipeline: ADMPipeline,
+    training_args: DiffusionTrainingArguments,
     prompts: list[tuple[str, int | None]] | None = None,
 ) -> Image.Image:
-    """
-    Validation images from fixed noise, so that grids of different steps can be compared. One row per prompt (with its
-    class, if the model has classes), or else per class.
-    """
-    total = training_args.num_validation_images
+    """Validation images: one row per prompt (with its class, if the model has classes), or else per class."""
+    total, id2label = training_args.num_validation_images, pipeline.id2label
     if prompts is not None:
         conditions, row_labels = prompts[:total], [prompt for prompt, _ in prompts[:total]]
     elif id2label is not None:
@@ -370,42 +196,58 @@ def sample_grid(
     rows = len(conditions) if row_labels else math.ceil(math.sqrt(total))
     cols = math.ceil(total / rows)
     drawn = [condition for condition in conditions for _ in range(cols if row_labels else total)][:total]
-    pipeline = ADMPipeline(
-        unet=unet,
-        # A copy: sampling chooses timesteps, and a component that is shared with training must not change.
-        scheduler=LearnedVarianceDDPMScheduler.from_config(scheduler.config),
-        vae=None,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        classifier=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for start in range(0, total, training_args.train_batch_size):
-        batch = drawn[start : start + training_args.train_batch_size]
-        condition = {}
-        for name, values in zip(("prompt", "class_labels"), zip(*batch, strict=True), strict=True):
-            if values[0] is not None:
-                condition[name] = list(values)
-        images += pipeline(
-            **condition or {"batch_size": len(batch)},
-            num_inference_steps=training_args.validation_num_inference_steps,
-            guidance_scale=training_args.validation_guidance_scale if condition else 1.0,
-            generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
-        ).images
+    wanted = [
+        {name: value for name, value in (("prompt", prompt), ("class_labels", label)) if value is not None}
+        for prompt, label in drawn
+    ]
+    images = draw(pipeline, wanted, training_args)
     return labelled_grid(images, rows, cols, row_labels=row_labels, scale=max(1, 64 // images[0].width))
 
 
+def inpainting_grid(
+    pipeline: ADMPipeline,
+    training_args: DiffusionTrainingArguments,
+    dataset: InpaintingDataset,
+    null_class_id: int | None,
+) -> Image.Image:
+    """Validation images: one row per image, evenly spaced over the data; what is known of it, then what is drawn."""
+    total = training_args.num_validation_images
+    rows = min(math.ceil(math.sqrt(total)), len(dataset))
+    cols = math.ceil(total / rows)
+    masked, wanted = [], []
+    for row in range(rows):
+        index = row * len(dataset) // rows
+        example = dataset[index]
+        image, known = example["images"] / 2 + 0.5, example["known"]
+        masked.append(torch.where(known == 1, image, UNKNOWN_GREY))
+        arguments = {"image": image, "mask_image": 1 - known}
+        if pipeline.reads_text:
+            arguments["prompt"] = dataset.dataset[index]["caption"]
+        if "class_labels" in example and pipeline.unet.config.num_class_embeds is not None:
+            label = int(example["class_labels"])
+            arguments["class_labels"] = label if label >= 0 else null_class_id
+        wanted += [arguments] * cols
+    drawn = draw(pipeline, wanted, training_args)
+    shown = pipeline.image_processor.numpy_to_pil(torch.stack(masked).permute(0, 2, 3, 1).numpy())
+    cells = [cell for row in range(rows) for cell in (shown[row], *drawn[row * cols : (row + 1) * cols])]
+    return labelled_grid(cells, rows, cols + 1, scale=max(1, 64 // dataset.resolution))
+
+
 def main(argv: list[str] | None = None) -> None:
-    types = (ModelArguments, DataArguments, DiffusionArguments, TrainingArguments, TextArguments, LoraArguments)
-    all_args = parse_args(types, argv, description=__doc__)
-    model_args, data_args, diffusion_args, training_args, text_args, lora_args = all_args
+    all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    model_args, data_args, diffusion_args, training_args, text_args, task_args, lora_args = all_args
     model_args.check_source()
     if lora_args.lora_rank is not None:
         if model_args.pretrained_model_name_or_path is None:
             raise ValueError("`lora_rank` adapts a trained model. Name it with `--pretrained_model_name_or_path`.")
         if text_args.train_text_encoder:
             raise ValueError("`lora_rank` adapts the U-Net alone. Drop `train_text_encoder`, or train all weights.")
+    inpaints = task_args.task == "inpaint"
+    if inpaints and text_args.validation_prompts:
+        raise ValueError(
+            "`validation_prompts` was given, but grids of inpainting show images of the data with their own captions. "
+            "Leave it out."
+        )
     output_dir = training_args.output_dir
 
     # 1. processes, logging, trackers
@@ -414,19 +256,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. diffusion process and data: the cheap checks first
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
-    chain = noise_scheduler.config.num_train_timesteps
-    if training_args.validation_num_inference_steps > chain:
+    in_channels = INPAINT_CHANNELS if inpaints else IMAGE_CHANNELS
+    unet_config = load_unet_config(model_args, data_args, noise_scheduler, in_channels, may_widen=inpaints)
+    if lora_args.lora_rank is not None and unet_config.get("in_channels") != in_channels:
         raise ValueError(
-            f"`validation_num_inference_steps` is {training_args.validation_num_inference_steps}, but the noising "
-            f"chain (`ddpm_num_steps`) has {chain} steps. Pass `--validation_num_inference_steps {chain}` or less."
+            "`lora_rank` adapts a model whose other weights stay as they are, but this one takes no masks yet: the "
+            "weights of its new input channels must be trained. Train all weights, or adapt a model that inpaints."
         )
-    unet_config = load_unet_config(model_args, data_args, noise_scheduler)
     has_text = text_args.caption_column is not None
-    if training_args.validation_guidance_scale != 1 and data_args.label_column is None and not has_text:
-        raise ValueError(
-            f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but without a `label_column` "
-            "there are no classes to guide towards, and without a `caption_column` no text. Leave it at 1."
-        )
+    check_grids(training_args, noise_scheduler, data_args.label_column is not None, has_text)
     text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, training_args.seed)
     with accelerator.main_process_first():
         images, id2label = load_image_dataset(
@@ -436,12 +274,10 @@ def main(argv: list[str] | None = None) -> None:
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
+        if unet.config.in_channels < in_channels:
+            widen_input(unet, in_channels)
         null_class_id = unet.config.null_class_id
-        if num_classes and null_class_id is None and training_args.validation_guidance_scale != 1 and not has_text:
-            raise ValueError(
-                f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but the U-Net has no null "
-                "class to guide away from. Leave it at 1, or train with `--class_dropout_prob 0.1`."
-            )
+        check_guidance_of_grids(training_args, unet.config, num_classes, has_text)
         resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
         unet.register_to_config(sample_size=resolution)
         images, _ = check_images(
@@ -454,22 +290,14 @@ def main(argv: list[str] | None = None) -> None:
         )
         captions, prompts = None, None
         if has_text:
-            prompts = choose_prompts(text_args, images, null_class_id)
-            captions = CaptionTokens(
-                images["caption"][:], tokenizer, text_encoder, pads_to_max(text_encoder, unet.config)
+            prompts = None if inpaints else choose_prompts(text_args, images, null_class_id)
+            captions = prepare_captions(
+                images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
             )
-            text_encoder.to(accelerator.device)
-            if text_args.train_text_encoder:
-                freeze_unused_parameters(text_encoder, captions, unet.config)
-            else:
-                text_encoder.requires_grad_(False).eval()
-            if text_args.precompute_text_embeddings:
-                captions = CaptionEmbeddings(captions, text_encoder, data_args.cache_dir)
-                text_encoder.to("cpu")  # from here on it draws grids only
     if id2label is not None and model_args.pretrained_model_name_or_path is not None:
         warn_of_other_classes(learned_classes(model_args, data_args), id2label, "model")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
-    train_dataset = ImageDataset(
+    train_dataset = (InpaintingDataset if inpaints else ImageDataset)(
         images,
         resolution,
         data_args.center_crop,
@@ -477,14 +305,9 @@ def main(argv: list[str] | None = None) -> None:
         seed=training_args.seed,
         captions=captions,
     )
-    train_dataloader = torch.utils.data.DataLoader(
-        train_dataset,
-        batch_size=training_args.train_batch_size,
-        sampler=EpochShuffleSampler(train_dataset),
-        num_workers=data_args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        drop_last=True,
-    )
+    # The same crops and masks in all grids: its epoch stays the first.
+    shown_dataset = InpaintingDataset(images, resolution, center_crop=True, seed=training_args.seed)
+    train_dataloader = build_dataloader(train_dataset, data_args, training_args)
 
     # 3. what is trained; optimizer, learning rate, average
     if lora_args.lora_rank is not None:
@@ -535,24 +358,35 @@ def main(argv: list[str] | None = None) -> None:
     )
     log = TrainingLog(accelerator, output_dir, settings, progress.global_step, max_train_steps, total_batch_size)
 
+    def build_pipeline() -> ADMPipeline:
+        return (ADMInpaintPipeline if inpaints else ADMPipeline)(
+            unet=accelerator.unwrap_model(unet),
+            scheduler=noise_scheduler,
+            vae=None,
+            text_encoder=accelerator.unwrap_model(text_encoder) if has_text else None,
+            tokenizer=tokenizer,
+            classifier=None,
+            id2label=id2label,
+        )
+
     def validate() -> None:
         """Grid and curves, on the main process; the others wait for it."""
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            model, encoder = accelerator.unwrap_model(unet), text_encoder
+            pipeline = build_pipeline()
             if has_text:
-                encoder = accelerator.unwrap_model(text_encoder).to(accelerator.device)
+                pipeline.text_encoder.to(accelerator.device)
             # Mixed precision is in the forward of what was prepared; a frozen encoder is exact here as in training.
             with evaluation_weights(trained_models, ema, trained_parameters):
-                grid = sample_grid(model, noise_scheduler, id2label, training_args, encoder, tokenizer, prompts)
+                if inpaints:
+                    grid = inpainting_grid(pipeline, training_args, shown_dataset, null_class_id)
+                else:
+                    grid = sample_grid(pipeline, training_args, prompts)
             if text_args.precompute_text_embeddings:
-                encoder.to("cpu")
-            grid.save(os.path.join(output_dir, f"samples-{progress.global_step:07d}.png"))
+                pipeline.text_encoder.to("cpu")
+            save_samples(accelerator, grid, output_dir, progress.global_step)
             if log.history.rows():
                 plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
-            for tracker in accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.writer.add_image("samples", np.asarray(grid), progress.global_step, dataformats="HWC")
         accelerator.wait_for_everyone()
 
     # 5. train
@@ -568,21 +402,14 @@ def main(argv: list[str] | None = None) -> None:
                     pixels = pixels.contiguous(memory_format=torch.channels_last)
                 model_kwargs = {}
                 if num_classes is not None:
-                    class_labels = batch["class_labels"]  # (B,), -1 for unlabelled
-                    if null_class_id is not None:
-                        dropped = torch.rand(class_labels.shape, device=pixels.device) < model_args.class_dropout_prob
-                        class_labels = class_labels.masked_fill(dropped | (class_labels < 0), null_class_id)
-                    model_kwargs["class_labels"] = class_labels
+                    labels = batch["class_labels"]  # (B,), -1 for unlabelled
+                    model_kwargs["class_labels"] = drop_labels(labels, null_class_id, model_args.class_dropout_prob)
                 if has_text:
-                    dropped = torch.rand(pixels.shape[0], device=pixels.device) < text_args.caption_dropout_prob
-                    caption = drop_captions(batch, empty_caption, dropped)
-                    if text_args.precompute_text_embeddings:
-                        conditioning = stored_conditioning(caption)
-                    else:
-                        # Without autocast, as where embeddings are stored; `prepare` gave it to a trained encoder.
-                        with torch.set_grad_enabled(text_args.train_text_encoder):
-                            conditioning = encode_captions(text_encoder, caption, pad_to_max=captions.pad_to_max)
-                    model_kwargs |= text_model_kwargs(conditioning, unet_config)
+                    model_kwargs |= caption_model_kwargs(
+                        batch, captions, empty_caption, text_encoder, text_args, unet_config
+                    )
+                # The loss is that of the whole image, as in GLIDE: what is known must be copied, which is soon learned.
+                extra_channels = known_channels(pixels, batch["known"]) if inpaints else None
                 timesteps, weights = timestep_sampler.sample(pixels.shape[0], device=pixels.device)
                 terms = training_losses(
                     unet,
@@ -591,6 +418,7 @@ def main(argv: list[str] | None = None) -> None:
                     timesteps,
                     objective=diffusion_args.objective,
                     snr_gamma=diffusion_args.snr_gamma,
+                    extra_channels=extra_channels,
                     model_kwargs=model_kwargs,
                 )
                 # Both see the loss as it is: the sampler would learn from its own weights.
@@ -641,16 +469,7 @@ def main(argv: list[str] | None = None) -> None:
             save_lora(model, output_dir)
             saved = "adapter"
         else:
-            pipeline = ADMPipeline(
-                unet=model,
-                scheduler=noise_scheduler,
-                vae=None,
-                text_encoder=accelerator.unwrap_model(text_encoder) if has_text else None,
-                tokenizer=tokenizer,
-                classifier=None,
-                id2label=id2label,
-            )
-            pipeline.save_pretrained(output_dir)
+            build_pipeline().save_pretrained(output_dir)
             saved = "pipeline"
         logger.info(f"Saved the {saved}, its samples and loss_curves.png to {output_dir}")
     accelerator.end_training()

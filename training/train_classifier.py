@@ -24,10 +24,8 @@ from torch.utils.data import DataLoader, Subset
 
 from diffusers_adm import AdaGNClassifierModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import (
-    BalancedClassSampler,
     ClassificationMetrics,
     DataArguments,
-    EpochShuffleSampler,
     ImageDataset,
     ModelArguments,
     NoiseArguments,
@@ -36,6 +34,7 @@ from diffusers_adm.training import (
     TrainingProgress,
     UniformTimestepSampler,
     arg,
+    build_dataloader,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
@@ -73,7 +72,6 @@ logger = get_logger("train_classifier")
 
 @dataclass
 class ClassifierDataArguments(DataArguments):
-    class_balanced: bool = arg(False, "Draw the classes equally often, however many images they have.")
     validation_data_files: list[str] | None = arg(None, "Parquet files of held-out images.")
     validation_split: str | None = arg(
         None, "The split of held-out images: of `validation_data_files` (train), or else of the training data."
@@ -273,18 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     train_dataset = ImageDataset(
         images, resolution, data_args.center_crop, data_args.random_flip, seed=training_args.seed
     )
-    if data_args.class_balanced:
-        sampler = BalancedClassSampler(train_dataset, images["label"][:])
-    else:
-        sampler = EpochShuffleSampler(train_dataset)
-    train_dataloader = DataLoader(
-        train_dataset,
-        batch_size=training_args.train_batch_size,
-        sampler=sampler,
-        num_workers=data_args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        drop_last=True,
-    )
+    train_dataloader = build_dataloader(train_dataset, data_args, training_args)
     if validation_images is not None:
         validation_images = ImageDataset(validation_images, resolution, center_crop=True, seed=training_args.seed)
 

@@ -5,16 +5,19 @@ __version__ = "0.1.0"
 # `ModelMixin` and `SchedulerMixin` are not ours: diffusers looks up the base classes of a library's components here.
 from diffusers import ModelMixin, SchedulerMixin
 
-from .models import AdaGNClassifierModel, AdaGNUNet2DModel
-from .pipelines import ADMPipeline
+from .models import AdaGNClassifierModel, AdaGNUNet2DModel, GLIDETextModel
+from .pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from .registration import register_with_diffusers
 from .schedulers import LearnedVarianceDDPMScheduler
 
 
 __all__ = [
+    "ADMInpaintPipeline",
     "ADMPipeline",
+    "ADMSuperResolutionPipeline",
     "AdaGNClassifierModel",
     "AdaGNUNet2DModel",
+    "GLIDETextModel",
     "LearnedVarianceDDPMScheduler",
     "ModelMixin",
     "SchedulerMixin",

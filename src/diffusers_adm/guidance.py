@@ -70,7 +70,7 @@ def signal_and_std(
     is read from the device.
 
     Args:
-        scheduler ([`SchedulerMixin`]): After `set_timesteps` and `set_begin_index(0)`.
+        scheduler ([`SchedulerMixin`]): After `set_timesteps` and `set_begin_index`.
         timestep (`torch.Tensor` of shape `()`): The coming one.
         alphas_cumprod (`torch.Tensor` of shape `(num_train_timesteps,)`): Of the scheduler, on the device.
     """
@@ -78,7 +78,7 @@ def signal_and_std(
         alpha = alphas_cumprod.index_select(0, timestep.reshape(1)).reshape(())
         return alpha.sqrt(), (1 - alpha).sqrt()
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # samples are signal * x_0 + std * noise, sigma is std / signal
-        sigma = scheduler.sigmas[scheduler.step_index or 0].double()
+        sigma = scheduler.sigmas[scheduler.step_index or scheduler.begin_index or 0].double()
         signal = (1 + sigma**2).rsqrt()
         return signal, sigma * signal
     # Samples are x_0 + sigma * noise, and divided by sqrt(1 + sigma^2) for the network. Which sigma comes next, in the
@@ -105,3 +105,25 @@ def shift_prediction(
     if prediction_type == "sample":
         return prediction + std**2 / signal * score
     return prediction - std / signal * score
+
+
+def exact_prediction(
+    sample: torch.Tensor,
+    original_sample: torch.Tensor,
+    signal: torch.Tensor,
+    std: torch.Tensor,
+    prediction_type: str,
+) -> torch.Tensor:
+    r"""
+    The prediction of a network that knows x_0.
+
+    Args:
+        sample, original_sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t = signal * x_0 +
+            std * noise, as the network sees it, and x_0.
+        signal, std (`torch.Tensor` of shape `()`): sqrt(bar alpha_t) and sqrt(1 - bar alpha_t).
+        prediction_type (`str`): `"epsilon"`, `"sample"` (x_0) or `"v_prediction"`.
+    """
+    if prediction_type == "sample":
+        return original_sample
+    epsilon = (sample - signal * original_sample) / std
+    return epsilon if prediction_type == "epsilon" else signal * epsilon - std * original_sample

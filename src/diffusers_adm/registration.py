@@ -12,10 +12,11 @@ import types
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from .models import classifier_adagn, unet_2d_adagn
+from .models import classifier_adagn, text_encoder_glide, unet_2d_adagn
 from .models.classifier_adagn import AdaGNClassifierModel
+from .models.text_encoder_glide import GLIDETextModel
 from .models.unet_2d_adagn import AdaGNUNet2DModel
-from .pipelines import ADMPipeline
+from .pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from .schedulers import scheduling_ddpm_learned_variance
 from .schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 
@@ -28,11 +29,18 @@ COMPONENT_CLASSES = {
     "ModelMixin": ["save_pretrained", "from_pretrained"],
     "SchedulerMixin": ["save_pretrained", "from_pretrained"],
 }
+PIPELINE_CLASSES = (ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline)
 # Looked up in `diffusers`: pipelines by the `_class_name` of model_index.json, models by that of a lone config.json.
-PUBLIC_CLASSES = (AdaGNUNet2DModel, AdaGNClassifierModel, LearnedVarianceDDPMScheduler, ADMPipeline)
+PUBLIC_CLASSES = (
+    AdaGNUNet2DModel,
+    AdaGNClassifierModel,
+    GLIDETextModel,
+    LearnedVarianceDDPMScheduler,
+    *PIPELINE_CLASSES,
+)
 # Looked up by name in `diffusers.pipelines`: a repository that ships the files of its components names these as their
 # libraries, and the installed module is used in place of the shipped file.
-COMPONENT_MODULES = (unet_2d_adagn, classifier_adagn, scheduling_ddpm_learned_variance)
+COMPONENT_MODULES = (unet_2d_adagn, classifier_adagn, text_encoder_glide, scheduling_ddpm_learned_variance)
 
 
 def register_with_diffusers() -> None:
@@ -54,8 +62,11 @@ def register_with_diffusers() -> None:
     for namespace, name, value in entries:
         setattr(namespace, name, value)
     # `from_pipe` compares exact types with these hints. The pipeline's file does not name them: see there.
-    ADMPipeline.__init__.__annotations__["unet"] |= AdaGNUNet2DModel
-    ADMPipeline.__init__.__annotations__["classifier"] |= AdaGNClassifierModel
+    for pipeline in PIPELINE_CLASSES:
+        hints = pipeline.__init__.__annotations__
+        hints["unet"] |= AdaGNUNet2DModel
+        hints["classifier"] |= AdaGNClassifierModel
+        hints["text_encoder"] |= GLIDETextModel
 
 
 def _check_free(namespace: types.ModuleType, name: str) -> None:

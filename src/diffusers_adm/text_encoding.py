@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Where neither tokenizer nor encoder names a limit. T5, which needs none, was trained with this many tokens.
 DEFAULT_MAX_LENGTH = 512
+# From here on a tokenizer's limit is none: transformers writes "no limit" as a number like 1e30.
+NO_MAX_LENGTH = 1_000_000
 # Of the U-Net, for configs that leave it out.
 DEFAULT_CROSS_ATTENTION_DIM = 1280
 
@@ -59,10 +61,14 @@ def pads_to_max(text_encoder: torch.nn.Module, unet_config: Mapping[str, Any]) -
 
 
 def max_prompt_length(tokenizer: Any, text_encoder: torch.nn.Module) -> int:
-    """Number of tokens, special ones included, that both can take."""
-    limits = [tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None)]
-    # "No limit" is a number like 1e30.
-    known = [limit for limit in limits if limit is not None and 0 < limit < 1_000_000]
+    """
+    Number of tokens, special ones included, that both can take. For encoders with the attribute `attends_to_padding`
+    it is theirs alone, because they read captions of that one length.
+    """
+    limits = [getattr(text_encoder.config, "max_position_embeddings", None)]
+    if limits == [None] or not getattr(text_encoder, "attends_to_padding", False):
+        limits.append(tokenizer.model_max_length)
+    known = [limit for limit in limits if limit is not None and 0 < limit < NO_MAX_LENGTH]
     return min(known, default=DEFAULT_MAX_LENGTH)
 
 
@@ -81,7 +87,8 @@ def tokenize(
 
     Returns:
         `tuple` of two `torch.LongTensor` of shape `(len(prompts), length)`: Token numbers, and a mask that is 1 for
-        tokens and 0 for padding. At least one token of each caption is 1: attention to nothing is undefined.
+        tokens and 0 for padding; only 0 where a caption has no tokens at all, as the empty one of a tokenizer without
+        special tokens. At least one token long.
 
     Raises:
         ValueError: If the tokenizer has no padding token.
@@ -108,9 +115,7 @@ def tokenize(
     attention_mask = torch.tensor(encoded["attention_mask"], dtype=torch.long)
     if input_ids.shape[1] == 0:  # empty captions, and a tokenizer without special tokens
         input_ids = torch.full((len(prompts), 1), tokenizer.pad_token_id)
-        attention_mask = torch.ones_like(input_ids)
-    empty = attention_mask.sum(dim=1, keepdim=True) == 0
-    attention_mask[:, :1] |= empty
+        attention_mask = torch.zeros_like(input_ids)
     return input_ids, attention_mask
 
 
@@ -137,6 +142,10 @@ def encode_tokens(
         pad_to_max (`bool`): As given to [`tokenize`]; then cross-attention sees padding as well.
     """
     unwrapped = getattr(text_encoder, "module", text_encoder)
+    if not getattr(unwrapped, "attends_to_padding", False):
+        # Attention to nothing is undefined, so of an empty caption the first padding is seen.
+        is_empty = attention_mask.sum(dim=1, keepdim=True) == 0
+        attention_mask = torch.cat([attention_mask[:, :1] | is_empty, attention_mask[:, 1:]], dim=1)
     # CLIP's text encoder is causal and was trained without a mask; Stable Diffusion gives it one only if told so.
     passes_mask = not _is_clip(unwrapped) or getattr(unwrapped.config, "use_attention_mask", False)
     output = text_encoder(input_ids, attention_mask=attention_mask if passes_mask else None)

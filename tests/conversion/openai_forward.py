@@ -1,7 +1,8 @@
 """
 OpenAI's networks as plain functions of a state dict by OpenAI's names, in any dtype: what converted models are compared
-with. Written down from the papers (Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, and Dhariwal &
-Nichol 2021, https://huggingface.co/papers/2105.05233); that names and shapes are OpenAI's, the stored layouts show.
+with. Written down from the papers (Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, Dhariwal & Nichol
+2021, https://huggingface.co/papers/2105.05233, and GLIDE, Nichol et al. 2021, https://huggingface.co/papers/2112.10741);
+that names and shapes are OpenAI's, the stored layouts show.
 """
 
 import math
@@ -9,6 +10,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """GLIDE's transformer."""
+
+    tokens: int = 31
+    length: int = 6
+    width: int = 24
+    layers: int = 2
+    heads: int = 3
+    padding: bool = True
+    final_norm: bool = True
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,7 @@ class Spec:
     classes: int | None = None
     time_scale: float = 1.0
     pool: str | None = None  # of a classifier
+    text: TextSpec | None = None
 
 
 class Weights(dict):
@@ -82,23 +97,27 @@ def sinusoid(t, width, dtype):
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
 
 
-def attend(qkv, heads, qkv_first):
-    """(B, 3 C, N) -> (B, C, N)"""
+def attend(qkv, heads, qkv_first, text_kv=None):
+    """(B, 3 C, N) -> (B, C, N); `text_kv`: keys and values of a text, (B, 2 C, L), in front of those of the image."""
     batch, channels, places = qkv.shape
     if qkv_first:
         query, key, value = qkv.reshape(batch, 3, heads, -1, places).unbind(1)
     else:
         query, key, value = qkv.reshape(batch, heads, 3, -1, places).unbind(2)
+    if text_kv is not None:
+        text_key, text_value = text_kv.reshape(batch, heads, 2, -1, text_kv.shape[2]).unbind(2)
+        key, value = torch.cat([text_key, key], dim=3), torch.cat([text_value, value], dim=3)
     weight = torch.einsum("bhcq,bhck->bhqk", query, key) / query.shape[2] ** 0.5
     return torch.einsum("bhqk,bhck->bhcq", weight.softmax(dim=-1), value).reshape(batch, channels // 3, places)
 
 
-def attention(weights, name, x, heads, spec):
+def attention(weights, name, x, heads, spec, states=None):
     channels = x.shape[1]
     if spec.head_channels is not None:
         heads = channels // spec.head_channels
     qkv = conv_1d(weights, f"{name}.qkv", norm(weights, f"{name}.norm", x).flatten(2), 3 * channels)
-    answer = conv_1d(weights, f"{name}.proj_out", attend(qkv, heads, spec.qkv_first), channels)
+    text_kv = None if states is None else conv_1d(weights, f"{name}.encoder_kv", states.mT, 2 * channels)
+    answer = conv_1d(weights, f"{name}.proj_out", attend(qkv, heads, spec.qkv_first, text_kv), channels)
     return x + answer.reshape(x.shape)
 
 
@@ -119,12 +138,14 @@ def res_block(weights, name, x, emb, out, spec, resample=None):
     return h + (x if x.shape[1] == out else conv(weights, f"{name}.skip_connection", x, out, kernel=1))
 
 
-def encode(weights, spec, x, t, y=None):
+def encode(weights, spec, x, t, y=None, states=None, pooled=None):
     """The time embedding, the skip connections, and the activations behind the middle block."""
     emb = linear(weights, "time_embed.0", sinusoid(t * spec.time_scale, spec.width, x.dtype), 4 * spec.width)
     emb = linear(weights, "time_embed.2", F.silu(emb), 4 * spec.width)
     if spec.classes is not None:
         emb = emb + weights.take("label_emb.weight", spec.classes, 4 * spec.width)[y]
+    if pooled is not None:
+        emb = emb + pooled
 
     h = conv(weights, "input_blocks.0.0", x, int(spec.multiples[0] * spec.width))
     skips = [h]
@@ -133,7 +154,7 @@ def encode(weights, spec, x, t, y=None):
             name = f"input_blocks.{len(skips)}"
             h = res_block(weights, f"{name}.0", h, emb, int(multiple * spec.width), spec)
             if 2**level in spec.attention:
-                h = attention(weights, f"{name}.1", h, spec.heads, spec)
+                h = attention(weights, f"{name}.1", h, spec.heads, spec, states)
             skips.append(h)
         if level < len(spec.multiples) - 1:
             name = f"input_blocks.{len(skips)}.0"
@@ -144,21 +165,49 @@ def encode(weights, spec, x, t, y=None):
             skips.append(h)
 
     h = res_block(weights, "middle_block.0", h, emb, h.shape[1], spec)
-    h = attention(weights, "middle_block.1", h, spec.heads, spec)
+    h = attention(weights, "middle_block.1", h, spec.heads, spec, states)
     h = res_block(weights, "middle_block.2", h, emb, h.shape[1], spec)
     return emb, skips, h
 
 
-def unet(weights, spec, x, t, y=None):
+def layer_norm(weights, name, x):
+    width = x.shape[-1]
+    return F.layer_norm(x, (width,), weights.take(f"{name}.weight", width), weights.take(f"{name}.bias", width))
+
+
+def transformer(weights, text, tokens, mask, pooled_width):
+    """(B, L) numbers and booleans -> states (B, L, C) and one vector a caption."""
+    h = weights.take("token_embedding.weight", text.tokens, text.width)[tokens]
+    h = h + weights.take("positional_embedding", text.length, text.width)
+    if text.padding:
+        h = torch.where(mask[..., None], h, weights.take("padding_embedding", text.length, text.width))
+    for layer in range(text.layers):
+        name = f"transformer.resblocks.{layer}"
+        qkv = linear(weights, f"{name}.attn.c_qkv", layer_norm(weights, f"{name}.ln_1", h), 3 * text.width)
+        h = h + linear(weights, f"{name}.attn.c_proj", attend(qkv.mT, text.heads, qkv_first=False).mT, text.width)
+        hidden = linear(weights, f"{name}.mlp.c_fc", layer_norm(weights, f"{name}.ln_2", h), 4 * text.width)
+        h = h + linear(weights, f"{name}.mlp.c_proj", F.gelu(hidden), text.width)
+    if text.final_norm:
+        h = layer_norm(weights, "final_ln", h)
+    return h, linear(weights, "transformer_proj", h[:, -1], pooled_width)
+
+
+def glide(weights, spec, x, t, tokens, mask):
+    """What it inpaints and the enlarged small image come behind the noisy one, in `x`."""
+    return unet(weights, spec, x, t, None, *transformer(weights, spec.text, tokens, mask, 4 * spec.width))
+
+
+def unet(weights, spec, x, t, y=None, states=None, pooled=None):
     """(B, in_channels, H, W) -> (B, out_channels, H, W). An upsampler takes the enlarged image behind the noisy one."""
-    emb, skips, h = encode(weights, spec, x, t, y)
+    emb, skips, h = encode(weights, spec, x, t, y, states, pooled)
     number = 0
     for level, multiple in reversed(list(enumerate(spec.multiples))):
         for index in range(spec.layers + 1):
             part, name = 1, f"output_blocks.{number}"
             h = res_block(weights, f"{name}.0", torch.cat([h, skips.pop()], 1), emb, int(multiple * spec.width), spec)
             if 2**level in spec.attention:
-                h = attention(weights, f"{name}.1", h, spec.heads if spec.heads_up is None else spec.heads_up, spec)
+                heads = spec.heads if spec.heads_up is None else spec.heads_up
+                h = attention(weights, f"{name}.1", h, heads, spec, states)
                 part = 2
             if level > 0 and index == spec.layers:
                 if spec.residual:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from openai_networks import NETWORKS
+from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
 from diffusers_adm.conversion import PRESETS, openai
@@ -61,7 +62,7 @@ def test_what_was_left_aside_is_said(tmp_path, capsys):
     "name, flags, cls",
     [
         ("grey-five-classes", "--diffusion_steps 40", "ADMPipeline"),
-        ("upsampler", "", "AdaGNUNet2DModel"),
+        ("grey-upsampler", "--diffusion_steps 40", "ADMSuperResolutionPipeline"),
         ("adaptive-pool", "", "AdaGNClassifierModel"),
     ],
 )
@@ -71,12 +72,12 @@ def test_how_to_load_it_is_said_and_works(name, flags, cls, tmp_path, capsys):
     output = main(capsys, *arguments, f"--model_flags={network.flags} {flags}")
     instructions = output[output.index("Load it with\n") + len("Load it with\n") :]
     assert cls in instructions
-    loaded = {}
+    loaded = {"small_image": Image.new("L", (16, 16))}
     exec("\n".join(line.strip() for line in instructions.splitlines()), loaded)
-    if cls == "ADMPipeline":
-        assert loaded["image"].size == (16, 16)
+    if network.kind != "classifier":
+        assert loaded["image"].size == {"unet": (16, 16), "upsampler": (64, 64)}[network.kind]
     else:
-        assert type(loaded["classifier" if network.kind == "classifier" else "unet"]).__name__ == cls
+        assert type(loaded["classifier"]).__name__ == cls
         assert loaded["scheduler"].config.num_train_timesteps == 1000
 
 

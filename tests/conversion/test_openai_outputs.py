@@ -12,7 +12,12 @@ import torch
 from openai_networks import NETWORKS
 from torch.testing import assert_close
 
-from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import (
+    AdaGNClassifierModel,
+    ADMPipeline,
+    ADMSuperResolutionPipeline,
+    LearnedVarianceDDPMScheduler,
+)
 from diffusers_adm.conversion import convert_openai, export_openai
 
 
@@ -24,7 +29,7 @@ def load(folder, kind):
     if kind == "classifier":
         return AdaGNClassifierModel.from_pretrained(folder, subfolder="classifier")
     if kind == "upsampler":
-        return AdaGNUNet2DModel.from_pretrained(folder, subfolder="unet")
+        return ADMSuperResolutionPipeline.from_pretrained(folder).unet
     return ADMPipeline.from_pretrained(folder).unet
 
 

@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 import torch
-from toy_models import CONDITIONAL, random_classifier, random_unet
+from toy_models import CONDITIONAL, MAX_PROMPT_LENGTH, random_classifier, random_text_encoder, random_unet
 
 from diffusers_adm.models.unet_2d_adagn import ResBlock
 
@@ -28,8 +28,10 @@ MODELS = {
     "classifier-attention-pool": lambda: random_classifier(pool="attention"),
     "classifier-adaptive-pool": lambda: random_classifier(pool="adaptive"),
     "classifier-spatial-pool": lambda: random_classifier(pool="spatial"),
+    "text-encoder": lambda: random_text_encoder("glide"),
 }
 SAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+INPUT_IDS = torch.arange(2 * MAX_PROMPT_LENGTH).view(2, -1) % 11
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -39,6 +41,8 @@ def model(request) -> torch.nn.Module:
 
 def predict(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
+        if hasattr(model, "text_projection"):
+            return torch.cat([output.flatten() for output in model(INPUT_IDS, INPUT_IDS < 8)])
         return model(SAMPLE, 5, return_dict=False)[0]
 
 
@@ -98,7 +102,7 @@ class TestCompiling:
         yield
         torch.compiler.reset()
 
-    @pytest.mark.parametrize("name", ["unet", "classifier-attention-pool"])
+    @pytest.mark.parametrize("name", ["unet", "classifier-attention-pool", "text-encoder"])
     def test_whole_without_a_break_or_a_second_time(self, name):
         model = MODELS[name]()
         expected = predict(model)
@@ -126,8 +130,9 @@ class TestCompiling:
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
         assert torch.equal(predict(model), expected)
 
-    def test_repeated_blocks_of_the_classifier(self):
-        model = random_classifier()
+    @pytest.mark.parametrize("name", ["classifier-attention-pool", "text-encoder"])
+    def test_repeated_blocks(self, name):
+        model = MODELS[name]()
         expected = predict(model)
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
         assert torch.equal(predict(model), expected)

@@ -165,6 +165,26 @@ def test_same_weights_same_outputs_and_gradients(name, dtype):
         assert (ours_gradients[key] - gradient).abs().max() < TOLERANCE[dtype] * largest, key
 
 
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", ["stable-diffusion-1.5", "karlo-decoder"])
+def test_timestep_cond_as_theirs(name, given):
+    config = {**CONFIGS[name], "time_cond_proj_dim": 12}
+    theirs = random_condition_model(config)
+    ours = AdaGNUNet2DModel.from_config(theirs.config).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    sample, timestep, states, labels = inputs_for(config)
+    condition = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
+    arguments = {"class_labels": labels, "encoder_hidden_states": states}
+    with torch.no_grad():
+        ours_output, their_output = (
+            model(sample, timestep, **arguments, timestep_cond=condition if given else None).sample
+            for model in (ours, theirs)
+        )
+        other = ours(sample, timestep, **arguments, timestep_cond=None if given else condition).sample
+    assert relative_error(ours_output, their_output) < 1e-5
+    assert relative_error(other, their_output) > 1e-3
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_of_theirs_loads_and_one_of_ours_reloads(name, tmp_path):
     theirs = random_condition_model(CONFIGS[name])
@@ -302,7 +322,7 @@ class TestBadInput:
         ("change", "message"),
         [
             ({"dual_cross_attention": True}, "`dual_cross_attention` is True, .* must stay False"),
-            ({"time_cond_proj_dim": 4}, "`time_cond_proj_dim` is 4, .* must stay None"),
+            ({"timestep_post_act": "silu"}, "`timestep_post_act` is 'silu', .* must stay None"),
             ({"conv_in_kernel": 5}, "`conv_in_kernel` is 5, .* must stay 3"),
             ({"attention_head_dim": 5}, "the number of heads; it must divide the 16 channels of level 0"),
             ({"attention_head_dim": (4, 4)}, "`attention_head_dim` has 2 entries for 3 levels"),
@@ -363,6 +383,16 @@ class TestBadInput:
         plain = AdaGNUNet2DModel(block_out_channels=(32, 32, 32, 32))
         with pytest.raises(ValueError, match="given to a model without cross-attention"):
             plain(torch.randn(3, 3, 16, 16), timestep, encoder_hidden_states=states)
+
+    def test_timestep_cond(self):
+        sample, timestep = torch.randn(3, 3, 16, 16), torch.tensor([1, 370, 999])
+        shape = {"block_out_channels": (32, 32, 32, 32)}
+        with pytest.raises(ValueError, match="given to a model without `time_cond_proj_dim`"):
+            AdaGNUNet2DModel(**shape)(sample, timestep, timestep_cond=torch.zeros(3, 12))
+        model = AdaGNUNet2DModel(**shape, time_cond_proj_dim=12)
+        for wrong in [(1, 12), (3, 8), (12,)]:
+            with pytest.raises(ValueError, match=r"this model takes \(3, 12\), one vector an example"):
+                model(sample, timestep, timestep_cond=torch.zeros(wrong))
 
 
 def test_class_vectors_take_the_dtype_of_the_network():

@@ -359,6 +359,20 @@ class TestTimesteps:
                     with pytest.raises(ValueError, match=f"'ddim{count}', but no integer stride through {total}"):
                         respaced_timesteps(total, f"ddim{count}")
 
+    @pytest.mark.parametrize(("total", "third_section"), [(1000, [400, 500, 599]), (4000, [1600, 2000, 2399])])
+    def test_fast27(self, total, third_section):
+        """GLIDE's: five sections, and not the last timestep but the one two before it."""
+        kept = respaced_timesteps(total, "fast27")
+        assert kept[20:23] == third_section
+        assert kept[23:] == [3 * total // 5, 4 * total // 5 - 1, 4 * total // 5, total - 3]
+        self.check_in_words(total, [10, 10, 3, 2, 2], [*kept[:-1], total - 1])
+        scheduler = LearnedVarianceDDPMScheduler(total, beta_schedule="linear")
+        scheduler.set_timesteps(timestep_respacing="fast27")
+        assert scheduler.timesteps.tolist() == kept[::-1]
+        assert len(kept) == 27
+        with pytest.raises(ValueError, match="'fast27': section 1 of 5 holds 8 of the 40 timesteps, so 10 cannot"):
+            respaced_timesteps(40, "fast27")
+
     def test_numbers_and_lists(self):
         assert respaced_timesteps(1000, 25) == respaced_timesteps(1000, [25]) == respaced_timesteps(1000, "25")
         assert respaced_timesteps(1000, (10, 10, 15)) == respaced_timesteps(1000, "10,10,15")

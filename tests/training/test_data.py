@@ -17,6 +17,7 @@ from accelerate import Accelerator, skip_first_batches
 from PIL import Image
 from processes import run_distributed
 
+from diffusers_adm.training import DataArguments, TrainingArguments, build_dataloader
 from diffusers_adm.training.data import (
     EpochShuffleSampler,
     ImageDataset,
@@ -608,3 +609,22 @@ class TestImageDataset:
             ImageDataset(images, 0)
         with pytest.raises(ValueError, match="has the columns picture, but no `image`"):
             ImageDataset(images.rename_column("image", "picture"), 16)
+
+
+class TestDataLoader:
+    def labels_of_an_epoch(self, **data_args):
+        labels = [0] * 12 + [1] * 3 + [2]
+        images = from_images([noise(i) for i in range(16)], labels)
+        data_args = DataArguments(data_files=["a.parquet"], label_column="label", **data_args)
+        loader = build_dataloader(ImageDataset(images, 16), data_args, TrainingArguments(train_batch_size=5))
+        batches = [batch["class_labels"].tolist() for batch in loader]
+        assert [len(batch) for batch in batches] == [5, 5, 5]  # the last image fills no batch
+        return np.bincount(np.concatenate(batches), minlength=3)
+
+    def test_classes_as_often_as_they_are_there_or_equally_often(self):
+        assert self.labels_of_an_epoch().max() >= 11
+        assert self.labels_of_an_epoch(class_balanced=True).max() <= 6  # 16 draws of 3 classes, one of them dropped
+
+    def test_equally_often_needs_classes(self):
+        with pytest.raises(ValueError, match="without a `label_column`"):
+            DataArguments(data_files=["a.parquet"], class_balanced=True)

@@ -399,6 +399,23 @@ def test_noise_is_drawn_where_none_is_given():
     assert abs(first.mse.mean().item() - 1) <= 5 * (2 / (6 * 3072)) ** 0.5
 
 
+@pytest.mark.parametrize("objective", ["hybrid", "vlb"])
+def test_extra_channels_reach_the_network_alone(objective):
+    """The losses compare the images, as they do without extra channels, for a network that gives the same."""
+    scheduler = make_scheduler()
+    x_0, _, noise, timesteps = make_batch()
+    extra = torch.linspace(-3, 3, 6 * 4 * 16).view(6, 4, 4, 4)  # float32, beside float64
+    model = Fixed(make_output(x_0, noise, scheduler, timesteps))
+    options = {"noise": noise, "objective": objective, "model_kwargs": {"class_labels": "labels"}}
+    plain = training_losses(model, scheduler, x_0, timesteps, **options)
+    losses = training_losses(model, scheduler, x_0, timesteps, extra_channels=extra, **options)
+    ((without, _), _), ((with_extra, _), kwargs) = model.calls
+    assert torch.equal(with_extra, torch.cat([without, extra.double()], dim=1))
+    assert kwargs == {"class_labels": "labels"}
+    for name in ("loss", "mse", "vb"):
+        assert torch.equal(getattr(losses, name), getattr(plain, name))
+
+
 def test_set_timesteps_has_no_effect():
     scheduler = make_scheduler()
     x_0, _, noise, timesteps = make_batch()

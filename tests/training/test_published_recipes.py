@@ -10,17 +10,13 @@ from scripts import REPOSITORY, load_script
 from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.conversion import PRESETS
 from diffusers_adm.conversion.openai_flags import model_config, scheduler_config
-from diffusers_adm.training import load_noise_scheduler, parse_args
+from diffusers_adm.training import build_unet, load_noise_scheduler, load_unet_config, parse_args
 
 
 train_adm, train_classifier = load_script("train_adm"), load_script("train_classifier")
+train_super_resolution = load_script("train_super_resolution")
+SCRIPTS = {"unet": train_adm, "classifier": train_classifier, "upsampler": train_super_resolution}
 CONFIGS = REPOSITORY / "training" / "configs" / "openai"
-ARGUMENT_TYPES = (
-    train_adm.ModelArguments,
-    train_adm.DataArguments,
-    train_adm.DiffusionArguments,
-    train_adm.TrainingArguments,
-)
 
 
 def test_every_published_checkpoint_has_a_recipe_and_every_network_is_used():
@@ -60,20 +56,19 @@ def test_the_training_script_takes_it(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
     preset = PRESETS[name]
     kind, flags = preset.settle()
-    # Upsamplers have no script yet; their recipes use the same words.
-    types = train_classifier.ARGUMENT_TYPES if kind == "classifier" else ARGUMENT_TYPES
-    model, data, diffusion, training = parse_args(types, ["--config", str(CONFIGS / f"{name}.yaml")])
+    arguments = parse_args(SCRIPTS[kind].ARGUMENT_TYPES, ["--config", str(CONFIGS / f"{name}.yaml")])
+    model, data, diffusion, training, *rest = arguments
     assert (data.label_column is not None) == (kind == "classifier" or flags["class_cond"])
     process = LearnedVarianceDDPMScheduler(**scheduler_config(flags, preset.code_base))
     scheduler = load_noise_scheduler(model, data, diffusion)
     torch.testing.assert_close(scheduler.betas, process.betas, rtol=1e-9, atol=0)
-    if kind == "unet":
+    if kind != "classifier":
         assert scheduler.config.variance_type == process.config.variance_type
-        config = train_adm.load_unet_config(model, data, scheduler)
+        config = load_unet_config(model, data, scheduler, in_channels=6 if kind == "upsampler" else 3)
         with torch.device("meta"):
-            unet = train_adm.build_unet(model, data, config, 1000 if data.label_column else None)
+            unet = build_unet(model, data, config, 1000 if data.label_column else None)
         assert sum(parameter.numel() for parameter in unet.parameters()) == preset.num_parameters
-    elif kind == "classifier":
+    if kind == "classifier":
         config = train_classifier.load_classifier_config(model, data)
         with torch.device("meta"):
             classifier = train_classifier.build_classifier(model, data, config, dict.fromkeys(range(1000), ""))
@@ -81,10 +76,13 @@ def test_the_training_script_takes_it(name, monkeypatch):
         assert training.noised
         assert not training.use_ema
         with pytest.raises(ValueError, match="the config of a classifier; this script trains U-Nets"):
-            train_adm.load_unet_config(model, data, scheduler)
-    else:
+            load_unet_config(model, data, scheduler)
+    if kind == "upsampler":
+        *_, super_resolution = rest
+        assert super_resolution.low_res_size == flags["small_size"]
+        super_resolution.check(flags["large_size"], scheduler, None)
         with pytest.raises(ValueError, match="takes 6 channels; this"):
-            train_adm.load_unet_config(model, data, scheduler)
+            load_unet_config(model, data, scheduler)
     if kind != "classifier":
         # LossType of the original: RESCALED_KL, RESCALED_MSE or MSE.
         expected = "vlb" if flags["use_kl"] else "hybrid" if flags["rescale_learned_sigmas"] else "hybrid_unscaled"

@@ -37,18 +37,15 @@ from diffusers_adm.text_encoding import check_text_encoder
 from diffusers_adm.training import build_text_encoder, find_latest_checkpoint, parse_args
 
 
-RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if not path.name.startswith(("accelerate_", "classifier_")))
+# Those that train from scratch. (Upsamplers and inpainters: test_train_super_resolution.py, test_train_adm_inpaint.py.)
+RECIPES = sorted(
+    path
+    for path in CONFIGS.glob("*.yaml")
+    if not path.name.startswith(("accelerate_", "classifier_")) and not path.stem.endswith(("_inpaint", "_upsampler"))
+)
 
 
 train_adm = load_script("train_adm")
-ARGUMENT_TYPES = (
-    train_adm.ModelArguments,
-    train_adm.DataArguments,
-    train_adm.DiffusionArguments,
-    train_adm.TrainingArguments,
-    train_adm.TextArguments,
-    train_adm.LoraArguments,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -247,8 +244,8 @@ class TestLaunched:
 
     def test_its_arguments_read_back_as_a_recipe(self, launched):
         folder, _, arguments = launched
-        direct = parse_args(ARGUMENT_TYPES, flags(**arguments))
-        assert parse_args(ARGUMENT_TYPES, ["--config", str(folder / "train_args.yaml")]) == direct
+        direct = parse_args(train_adm.ARGUMENT_TYPES, flags(**arguments))
+        assert parse_args(train_adm.ARGUMENT_TYPES, ["--config", str(folder / "train_args.yaml")]) == direct
 
     @pytest.mark.slow
     def test_killed_and_resumed_it_ends_bit_by_bit_the_same(self, launched, tmp_path):
@@ -469,7 +466,7 @@ class TestRecipes:
     @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
     def test_each_parses_and_its_model_builds(self, recipe, monkeypatch):
         monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
-        model, data, diffusion, _, text, _ = parse_args(ARGUMENT_TYPES, ["--config", str(recipe)])
+        model, data, diffusion, _, text, *_ = parse_args(train_adm.ARGUMENT_TYPES, ["--config", str(recipe)])
         scheduler = train_adm.build_scheduler(model, data, diffusion)
         config = train_adm.load_unet_config(model, data, scheduler)
         with torch.device("meta"):
@@ -486,7 +483,9 @@ class TestRecipes:
     def test_the_command_line_wins(self):
         recipe = ["--config", str(CONFIGS / "emoji_32.yaml")]
         given = yaml.safe_load((CONFIGS / "emoji_32.yaml").read_text())
-        plain, changed = (parse_args(ARGUMENT_TYPES, words) for words in (recipe, [*recipe, "--max_train_steps", "7"]))
+        plain, changed = (
+            parse_args(train_adm.ARGUMENT_TYPES, words) for words in (recipe, [*recipe, "--max_train_steps", "7"])
+        )
         assert plain[3].max_train_steps == given["max_train_steps"]
         assert changed[3].max_train_steps == 7
         assert vars(changed[3]) == vars(plain[3]) | {"max_train_steps": 7}
@@ -529,7 +528,7 @@ class TestBadInput:
             ({"objective": "vlb", "snr_gamma": 5.0}, "`snr_gamma` weights the squared error"),
             (
                 {"variance_type": "fixed_small", "objective": "simple"},
-                "has 6 output channels for 3 input channels, but `variance_type` 'fixed_small' needs 3",
+                "has 6 output channels for 3 image channels, but `variance_type` 'fixed_small' needs 3",
             ),
             ({"ddpm_num_steps": 1}, "`validation_num_inference_steps` is 2, but the noising chain .* has 1 steps"),
             ({"resolution": 9}, "The resolution is 9; .* divisible by 2. Pass e.g. `--resolution 10`"),
@@ -576,7 +575,7 @@ class TestBadInput:
             (
                 {"out_channels": 3},
                 {},
-                "has 3 output channels for 3 input channels, but `variance_type` 'learned_range'",
+                "has 3 output channels for 3 image channels, but `variance_type` 'learned_range'",
             ),
             ({"in_channels": 1, "out_channels": 2}, {}, "The U-Net takes 1 channels; this script trains on RGB"),
             ({"num_class_embeds": 9}, {}, "class-conditional .9 classes, no null class., but no `label_column`"),

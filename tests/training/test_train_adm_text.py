@@ -11,13 +11,22 @@ import pytest
 import torch
 from PIL import Image
 from processes import run_distributed
-from runs import EMOJI, assert_same_checkpoint, flags, launch, own_process_state, read_metrics, reset_accelerate
+from runs import (
+    CONFIGS,
+    EMOJI,
+    assert_same_checkpoint,
+    flags,
+    launch,
+    own_process_state,
+    read_metrics,
+    reset_accelerate,
+)
 from safetensors.torch import load_file
 from scripts import load_script
-from toy_models import TEXT_CONFIGS, TOY_CONFIG, random_text_encoder, random_text_unet, toy_tokenizer
+from toy_models import TEXT_CONFIGS, TEXT_WIDTH, TOY_CONFIG, random_text_encoder, random_text_unet, toy_tokenizer
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, GLIDETextModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import (
     CaptionEmbeddings,
     CaptionTokens,
@@ -189,7 +198,7 @@ class TestLaunched:
 
 
 class TestTextEncoders:
-    @pytest.mark.parametrize("kind", ["clip", "t5", "bert"])
+    @pytest.mark.parametrize("kind", ["clip", "t5", "bert", "glide"])
     def test_frozen(self, short, tmp_path, kind):
         source = write_text_encoder(tmp_path / "text", kind)
         train(**short, text_encoder_name_or_path=source)
@@ -241,7 +250,9 @@ class TestTextEncoders:
         config = random_text_encoder("clip").config
         CLIPTextModelWithProjection(config).save_pretrained(tmp_path / "projected")
         random_text_encoder("t5").save_pretrained(tmp_path / "t5")
-        for folder, expected in (("projected", CLIPTextModelWithProjection), ("t5", T5EncoderModel)):
+        random_text_encoder("glide").save_pretrained(tmp_path / "glide" / "text_encoder")
+        classes = {"projected": CLIPTextModelWithProjection, "t5": T5EncoderModel, "glide": GLIDETextModel}
+        for folder, expected in classes.items():
             assert type(load_text_encoder("x", str(tmp_path / folder), trained=False)) is expected
 
     def test_unused_weights_are_frozen(self):
@@ -280,12 +291,104 @@ class TestFromScratch:
             ('{"model_type": "bert", "hiden_size": 16}', "holds 'hiden_size'.*Did you mean `hidden_size`"),
             ('{"model_type": "vit"}', "of type 'vit' is no text encoder"),
             ("{", "is not valid JSON"),
+            (
+                '{"_class_name": "GLIDETextModel", "num_layers": 2}',
+                "'num_layers', which `GLIDETextModel` has not. Did you mean `num_hidden_layers`",
+            ),
+            ('{"_class_name": "GLIDETextModel", "max_position_embeddings": 0}', "is 0; it must be at least 1"),
         ],
     )
     def test_bad_configs(self, tmp_path, config, message):
         (tmp_path / "text.json").write_text(config)
         with pytest.raises(ValueError, match=message):
             build_text_encoder(str(tmp_path / "text.json"), toy_tokenizer("bert"), 0)
+
+
+class TestGLIDE:
+    """Its own transformer, all of it new."""
+
+    CONFIG = {"_class_name": "GLIDETextModel", "hidden_size": TEXT_WIDTH, "num_hidden_layers": 1, "projection_dim": 32}
+
+    def write_config(self, folder, **changes):
+        path = folder / "text.json"
+        path.write_text(json.dumps({**self.CONFIG, "num_attention_heads": 2, **changes}))
+        return str(path)
+
+    def test_trained_with_the_unet(self, short, tmp_path):
+        toy_tokenizer("glide").save_pretrained(tmp_path / "tokenizer")
+        short |= {
+            "model_config_name_or_path": write_model_config(tmp_path, addition_embed_type="text_embeds"),
+            "text_encoder_config_name_or_path": self.write_config(tmp_path),
+            "tokenizer_name_or_path": str(tmp_path / "tokenizer"),
+            "train_text_encoder": True,
+            "caption_dropout_prob": 0.3,
+            # Not at once: what the U-Net starts with at zero keeps gradients from the encoder for two steps.
+            "max_train_steps": 4,
+            "ema_max_decay": 0.5,
+            "validation_guidance_scale": 2.0,
+            "validation_prompts": ["a cat"],
+        }
+        train(**short)
+        folder = Path(short["output_dir"])
+        trained = states(folder)
+        untrained = build_text_encoder(short["text_encoder_config_name_or_path"], toy_tokenizer("glide"), seed=0)
+        assert [name for name, value in untrained.state_dict().items() if torch.equal(value, trained[name])] == []
+
+        # One optimizer and one average for both: what is saved as the component is the average.
+        last = load_file(folder / "checkpoint-4" / "model_1.safetensors")  # model.safetensors: the U-Net
+        assert set(last) == set(trained)
+        assert not torch.equal(last["embeddings.padding_embedding"], trained["embeddings.padding_embedding"])
+
+        pipeline = ADMPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        assert type(pipeline.text_encoder) is GLIDETextModel
+        assert_equal_states(dict(sorted(pipeline.text_encoder.state_dict().items())), trained)
+        assert len(pipeline(prompt=["a cat", ""], num_inference_steps=1, guidance_scale=2.0).images) == 2
+
+        # Fine-tuning goes on from there.
+        del short["model_config_name_or_path"], short["text_encoder_config_name_or_path"]
+        del short["tokenizer_name_or_path"]
+        train(**short | {"pretrained_model_name_or_path": str(folder), "output_dir": str(tmp_path / "tuned")})
+        tuned = states(tmp_path / "tuned")
+        assert list(tuned) == list(trained)
+        assert not torch.equal(tuned["text_projection.weight"], trained["text_projection.weight"])
+
+    def test_the_config_is_completed_by_the_tokenizer(self, tmp_path):
+        words = toy_tokenizer("glide", max_length=8)
+        encoder = build_text_encoder(self.write_config(tmp_path), words, 0)
+        assert (encoder.config.vocab_size, encoder.config.max_position_embeddings) == (len(words), 8)
+        other = build_text_encoder(self.write_config(tmp_path, vocab_size=40, max_position_embeddings=5), words, 0)
+        assert (other.config.vocab_size, other.config.max_position_embeddings) == (40, 5)
+        words = toy_tokenizer("glide", max_length=int(1e30))
+        with pytest.raises(ValueError, match="leaves out `max_position_embeddings`, and the tokenizer sets no limit"):
+            build_text_encoder(self.write_config(tmp_path), words, 0)
+
+    def test_the_recipe_fits_the_tokenizers_of_the_other(self):
+        """24 tokens, as `training/configs/emoji_32_text.yaml` says, for a U-Net whose first level has 64 channels."""
+        encoder = build_text_encoder(str(CONFIGS / "text_encoder_glide_emoji.json"), toy_tokenizer("glide", 24), 0)
+        assert (encoder.config.max_position_embeddings, encoder.config.projection_dim) == (24, 4 * 64)
+        assert sum(parameter.numel() for parameter in encoder.layers.parameters()) == 4 * (12 * 128 + 13) * 128
+
+    def test_its_weights_depend_on_the_seed_alone(self, tmp_path):
+        path = self.write_config(tmp_path)
+        first, second, other = (build_text_encoder(path, toy_tokenizer("glide"), seed) for seed in (0, 0, 1))
+        assert_equal_states(first.state_dict(), second.state_dict())
+        assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+    def test_what_is_saved_can_be_built_anew(self, tmp_path):
+        random_text_encoder("glide").save_pretrained(tmp_path)
+        encoder = build_text_encoder(str(tmp_path / "config.json"), toy_tokenizer("glide"), 0)
+        assert encoder.config.projection_dim == 32
+
+    def test_a_projection_of_another_width(self, short, tmp_path):
+        toy_tokenizer("glide").save_pretrained(tmp_path / "tokenizer")
+        short |= {
+            "model_config_name_or_path": write_model_config(tmp_path, addition_embed_type="text_embeds"),
+            "text_encoder_config_name_or_path": self.write_config(tmp_path, projection_dim=24),
+            "tokenizer_name_or_path": str(tmp_path / "tokenizer"),
+        }
+        with pytest.raises(ValueError, match="pools to a width of 24 .* to a time embedding of 32"):
+            train(**short, train_text_encoder=True)
 
 
 # 2. Captions
@@ -341,12 +444,13 @@ class TestCaptions:
         assert "of which this is not read: 'on the green mat'" in caplog.text
         assert caplog.text.count("is not read") == 1
 
-    @pytest.mark.parametrize("kind", ["clip", "t5"])
+    @pytest.mark.parametrize("kind", ["clip", "t5", "glide"])
     def test_precomputed_embeddings_give_the_same_losses(self, short, tmp_path, monkeypatch, kind):
         del short["model_config_name_or_path"]
+        unet = random_text_unet("added_kv", addition_embed_type="text_embeds" if kind == "glide" else None)
         short |= {
             # From scratch it would not read the text yet, right or wrong.
-            "pretrained_model_name_or_path": save_pipeline(tmp_path / "base", random_text_unet("added_kv"), kind),
+            "pretrained_model_name_or_path": save_pipeline(tmp_path / "base", unet, kind),
             "cache_dir": str(tmp_path / "cache"),
             "caption_dropout_prob": 0.3,
             "max_train_steps": 3,

@@ -20,12 +20,17 @@ from .openai_flags import CodeBase, format_flags
 from .openai_presets import PRESETS
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_adm.conversion.openai",
-        description="Converts a checkpoint of OpenAI's guided-diffusion or improved-diffusion for diffusers, or back.",
-        allow_abbrev=False,
-    )
+def with_model_flags_joined(argv: Sequence[str]) -> list[str]:
+    """The value of `--model_flags` begins with dashes: argparse would take it for an option of its own."""
+    argv = list(argv)
+    if "--model_flags" in argv[:-1]:
+        position = argv.index("--model_flags")
+        argv[position : position + 2] = [f"--model_flags={argv[position + 1]}"]
+    return argv
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every conversion from a `.pt` file asks for."""
     parser.add_argument("--checkpoint", metavar="FILE.pt", help="The checkpoint to convert.")
     parser.add_argument("--output_dir", metavar="FOLDER", help="Where to; must be new or empty.")
     parser.add_argument("--preset", metavar="NAME", help="The published checkpoint that it is (see --list_presets).")
@@ -35,6 +40,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="Or the flags it was trained with, in one pair of quotes and under the names of the code base. What is "
         "left out is read off the file where that tells it, and else has the code base's default.",
     )
+    parser.add_argument("--list_presets", action="store_true", help="Print the published checkpoints and their flags.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_adm.conversion.openai",
+        description="Converts a checkpoint of OpenAI's guided-diffusion or improved-diffusion for diffusers, or back.",
+        allow_abbrev=False,
+    )
+    add_checkpoint_arguments(parser)
     parser.add_argument(
         "--code_base", choices=get_args(CodeBase), help="Whose flags and defaults; without it, guided-diffusion's."
     )
@@ -48,18 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("True", "False"),
         help="For `--export`: the value of `--use_new_attention_order`; without it, that of the original checkpoint.",
     )
-    parser.add_argument("--list_presets", action="store_true", help="Print the published checkpoints and their flags.")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    # The value of `--model_flags` begins with dashes: argparse would take it for an option of its own.
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--model_flags" in argv[:-1]:
-        position = argv.index("--model_flags")
-        argv[position : position + 2] = [f"--model_flags={argv[position + 1]}"]
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_model_flags_joined(sys.argv[1:] if argv is None else argv))
 
     if args.list_presets:
         for name, preset in PRESETS.items():
@@ -108,24 +117,23 @@ def describe(result: ConvertedCheckpoint) -> str:
             f"them and pass what differs with --model_flags: {format_flags(result.assumed)}"
         )
     folder = str(result.output_dir)
-    if result.kind == "unet":
-        steps = min(250, result.flags["diffusion_steps"])
-        sampling = f'timestep_respacing="{steps}"' + (", class_labels=[0]" if result.flags["class_cond"] else "")
+    if result.kind == "classifier":
         lines += [
             "Load it with",
-            "  from diffusers_adm import ADMPipeline",
-            f"  pipe = ADMPipeline.from_pretrained({folder!r})",
-            f"  image = pipe({sampling}).images[0]",
+            "  from diffusers_adm import AdaGNClassifierModel, LearnedVarianceDDPMScheduler",
+            f"  classifier = AdaGNClassifierModel.from_pretrained({folder!r}, subfolder='classifier')",
+            f"  scheduler = LearnedVarianceDDPMScheduler.from_pretrained({folder!r}, subfolder='scheduler')",
         ]
     else:
-        name, cls = (
-            ("classifier", "AdaGNClassifierModel") if result.kind == "classifier" else ("unet", "AdaGNUNet2DModel")
-        )
+        cls = "ADMPipeline" if result.kind == "unet" else "ADMSuperResolutionPipeline"
+        steps = min(250, result.flags["diffusion_steps"])
+        sampling = "" if result.kind == "unet" else "small_image, "
+        sampling += f'timestep_respacing="{steps}"' + (", class_labels=[0]" if result.flags["class_cond"] else "")
         lines += [
             "Load it with",
-            f"  from diffusers_adm import {cls}, LearnedVarianceDDPMScheduler",
-            f"  {name} = {cls}.from_pretrained({folder!r}, subfolder={name!r})",
-            f"  scheduler = LearnedVarianceDDPMScheduler.from_pretrained({folder!r}, subfolder='scheduler')",
+            f"  from diffusers_adm import {cls}",
+            f"  pipe = {cls}.from_pretrained({folder!r})",
+            f"  image = pipe({sampling}).images[0]",
         ]
     return "\n".join(lines)
 

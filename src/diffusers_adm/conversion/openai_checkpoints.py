@@ -6,12 +6,13 @@ A file is mapped into memory and its tensors are written one by one: a model of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
 import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
-from ..pipelines import ADMPipeline
+from ..pipelines import ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
 from .openai_flags import (
     CHANNEL_MULT,
@@ -95,8 +96,8 @@ def convert_openai(
 
     Args:
         checkpoint (`str` or `Path`): The `.pt` file: a state dict, as their training scripts save it.
-        output_dir (`str` or `Path`): Gets `unet/` and `scheduler/` and, if the network draws images by itself, a
-            pipeline's index: `ADMPipeline.from_pretrained` loads it. For an upsampler `unet/` and `scheduler/`, for a
+        output_dir (`str` or `Path`): Gets `unet/`, `scheduler/` and a pipeline's index, which
+            `ADMPipeline.from_pretrained` loads, for an upsampler `ADMSuperResolutionPipeline.from_pretrained`; for a
             classifier `classifier/` and `scheduler/`, each loadable by its class. Must not exist, or be empty.
         preset (`str`, *optional*): Name of a published checkpoint, which settles all flags (`PRESETS`).
         model_flags (`str` or mapping, *optional*): The flags of the scripts that the network was trained with, under
@@ -120,8 +121,7 @@ def convert_openai(
         raise ValueError(f"`code_base` is {code_base!r}, but {preset} comes from {get_preset(preset).code_base}.")
     if code_base not in (None, *get_args(CodeBase)):
         raise ValueError(f"`code_base` is {code_base!r}; it must be one of {list(get_args(CodeBase))}.")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"`output_dir` {output_dir} exists and is not empty. Name another folder, or remove it.")
+    check_output_dir(output_dir)
 
     state_dict = load_state_dict(checkpoint)
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
@@ -157,33 +157,55 @@ def convert_openai(
             f"The {num_parameters:,} parameters of {checkpoint} are not those {described}, {KIND_NAMES[kind]} of "
             f"{code_base}:\n  {lines}\n{_contradictions(given, kind, shapes, code_base)}"
         )
-    _check_sums(checkpoint)
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
+    check_sums(checkpoint)
+    dtypes = dtypes_of(state_dict)
     record = {"code_base": code_base, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags}
     scheduler = LearnedVarianceDDPMScheduler(**scheduler_config(flags, code_base))
 
-    # Into a folder beside `output_dir`, which takes its place once all is written.
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output_dir.parent / f".{output_dir.name}.{uuid.uuid4().hex[:8]}"
-    model_dir = unfinished / ("classifier" if kind == "classifier" else "unet")
-    try:
+    with new_folder(output_dir) as folder:
+        model_dir = folder / ("classifier" if kind == "classifier" else "unet")
         model.save_config(model_dir)
-        scheduler.save_pretrained(unfinished / "scheduler")
+        scheduler.save_pretrained(folder / "scheduler")
+        others = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
         if kind == "unet":
-            pipeline = ADMPipeline(model, scheduler, vae=None, text_encoder=None, tokenizer=None, classifier=None)
-            pipeline.save_config(unfinished)
-        (unfinished / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            ADMPipeline(model, scheduler, **others).save_config(folder)
+        elif kind == "upsampler":
+            # The file does not tell the size of its small images, so that an assumed one shall bind nobody.
+            upsampler = ADMSuperResolutionPipeline(model, scheduler, **others, low_res_size=given.get("small_size"))
+            upsampler.save_config(folder)
+        write_record(folder, record)
         del state_dict
-        _write_weights(model_dir / SAFETENSORS_WEIGHTS_NAME, checkpoint, rules)
-        unfinished.replace(output_dir)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_weights(model_dir / SAFETENSORS_WEIGHTS_NAME, checkpoint, rules)
     return ConvertedCheckpoint(
         output_dir, code_base, kind, preset, recognised, flags, assumed, ignored, num_parameters, dtypes
     )
 
 
-def _write_weights(file: Path, checkpoint: Path, rules: list[TensorRule]) -> None:
+def check_output_dir(output_dir: Path) -> None:
+    """Raises a `ValueError` if a folder cannot be put there."""
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` {output_dir} exists and is not empty. Name another folder, or remove it.")
+
+
+@contextlib.contextmanager
+def new_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder beside `output_dir`, which takes its place once all is written, and vanishes if that fails."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output_dir.parent / f".{output_dir.name}.{uuid.uuid4().hex[:8]}"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.replace(output_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """What the folder was converted from."""
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(file: Path, checkpoint: Path, rules: list[TensorRule]) -> None:
     """
     Writes the tensors that `rules` make of a checkpoint, in the format of safetensors
     (https://github.com/huggingface/safetensors#format). Its own writer wants all tensors at once, and every page read
@@ -248,12 +270,17 @@ def load_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {str(name): tensor.detach() for name, tensor in state_dict.items()}
 
 
+def dtypes_of(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the kinds of numbers that there are, without `torch.`."""
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
+
+
 def _is_mappable(checkpoint: Path) -> bool:
     with open(checkpoint, "rb") as file:
         return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
-def _check_sums(checkpoint: Path) -> None:
+def check_sums(checkpoint: Path) -> None:
     """Raises a `ValueError` if bytes of an archive have changed since it was written, at which torch does not look."""
     if not _is_mappable(checkpoint):
         return

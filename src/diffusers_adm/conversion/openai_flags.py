@@ -131,8 +131,7 @@ def parse_flags(model_flags: str | Mapping[str, Any], code_base: CodeBase) -> tu
     Raises:
         ValueError: For an unknown flag, or a value that the flag cannot take.
     """
-    given = dict(model_flags) if isinstance(model_flags, Mapping) else _words(model_flags)
-    given = {name.removeprefix("--"): value for name, value in given.items()}
+    given = named_flags(model_flags)
     ignored = [name for name in given if name in RUN_FLAGS]
     given = {name: value for name, value in given.items() if name not in RUN_FLAGS}
 
@@ -140,6 +139,24 @@ def parse_flags(model_flags: str | Mapping[str, Any], code_base: CodeBase) -> tu
     for base, kind in CHANNEL_MULT:
         if base == code_base:
             known |= default_flags(code_base, kind)
+    given = typed_flags(given, known, code_base)
+    kinds = possible_kinds(given, code_base)
+    return given, kinds[0] if len(kinds) == 1 else None, ignored
+
+
+def named_flags(model_flags: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they were given, by the names of the flags, without dashes."""
+    given = dict(model_flags) if isinstance(model_flags, Mapping) else _words(model_flags)
+    return {name.removeprefix("--"): value for name, value in given.items()}
+
+
+def typed_flags(given: Mapping[str, Any], known: Flags, code_base: str) -> Flags:
+    """
+    Given values as the types of the defaults in `known`.
+
+    Raises:
+        ValueError: For a flag that is not in `known`, or a value that the flag cannot take.
+    """
     unknown = [name for name in given if name not in known]
     if unknown:
         hints = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
@@ -148,9 +165,7 @@ def parse_flags(model_flags: str | Mapping[str, Any], code_base: CodeBase) -> tu
             + (f" Did you mean {', '.join(f'--{name}' for name in hints)}?" if hints else "")
             + f" It has: {', '.join(sorted(known))}."
         )
-    given = {name: _convert(name, value, known[name]) for name, value in given.items()}
-    kinds = possible_kinds(given, code_base)
-    return given, kinds[0] if len(kinds) == 1 else None, ignored
+    return {name: _convert(name, value, known[name]) for name, value in given.items()}
 
 
 def _words(text: str) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """
 Names and shapes of the tensors in OpenAI's checkpoints, and how each becomes a tensor of ours and back.
 
-guided-diffusion and improved-diffusion number the modules of their U-Nets through (`input_blocks.7.1.qkv.weight`); the
-same walk over our levels and layers names both. Every change is a permutation of rows, a split or a reshape, so the
-way there and back gives the same bits.
+guided-diffusion, improved-diffusion and GLIDE number the modules of their U-Nets through
+(`input_blocks.7.1.qkv.weight`); the same walk over our levels and layers names them all. Every change is a permutation
+of rows, a split or a reshape, so the way there and back gives the same bits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ALWAYS_THERE = {
 
 
 class TensorRule(NamedTuple):
-    """One tensor of the checkpoint, and the one or three of ours that it holds."""
+    """One tensor of the checkpoint, and the one, two or three of ours that it holds."""
 
     source: str
     targets: tuple[str, ...]
@@ -51,6 +51,11 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def kept(source: str, target: str) -> TensorRule:
+    """For a tensor that is the same on both sides."""
+    return TensorRule(source, (target,), _keep, _same)
+
+
 def _squeeze(tensor: torch.Tensor, dims: int) -> tuple[torch.Tensor]:
     return (tensor.flatten(-1 - dims),)
 
@@ -59,52 +64,63 @@ def _unsqueeze(tensor: torch.Tensor, dims: int) -> torch.Tensor:
     return tensor.reshape(*tensor.shape, *[1] * dims)
 
 
-def _split_qkv(tensor: torch.Tensor, heads: int, heads_first: bool, dims: int) -> tuple[torch.Tensor, ...]:
-    """Rows ordered (head, qkv, channel in head), or (qkv, head, channel): to three tensors ordered (head, channel)."""
+def _split_heads(
+    tensor: torch.Tensor, parts: int, heads: int, heads_first: bool, dims: int
+) -> tuple[torch.Tensor, ...]:
+    """
+    Rows ordered (head, part, channel in head), or (part, head, channel): to one tensor for each part (query, key,
+    value), ordered (head, channel).
+    """
     (tensor,) = _squeeze(tensor, dims)
     if heads_first:
-        tensor = tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-    return tensor.chunk(3)
+        tensor = tensor.unflatten(0, (heads, parts, -1)).transpose(0, 1).flatten(0, 2)
+    return tensor.chunk(parts)
 
 
-def _join_qkv(*tensors: torch.Tensor, heads: int, heads_first: bool, dims: int) -> torch.Tensor:
+def _join_heads(*tensors: torch.Tensor, heads: int, heads_first: bool, dims: int) -> torch.Tensor:
     tensor = torch.cat(tensors)
     if heads_first:
-        tensor = tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+        tensor = tensor.unflatten(0, (len(tensors), heads, -1)).transpose(0, 1).flatten(0, 2)
     return _unsqueeze(tensor, dims)
 
 
-def _module(source: str, target: str, dims: int = 0) -> Iterator[TensorRule]:
+def module_rules(source: str, target: str, dims: int = 0) -> Iterator[TensorRule]:
     """A weight and a bias; `dims`: how many dimensions of size 1 their weight (a convolution's) has and ours not."""
     squeeze, unsqueeze = partial(_squeeze, dims=dims), partial(_unsqueeze, dims=dims)
     yield TensorRule(f"{source}.weight", (f"{target}.weight",), squeeze, unsqueeze)
-    yield TensorRule(f"{source}.bias", (f"{target}.bias",), _keep, _same)
+    yield kept(f"{source}.bias", f"{target}.bias")
 
 
-def _qkv(source: str, target: str, heads: int, heads_first: bool) -> Iterator[TensorRule]:
-    for kind, dims in (("weight", 1), ("bias", 0)):
+def fused_rules(
+    source: str, targets: Sequence[str], heads: int, heads_first: bool, weight_dims: int = 1
+) -> Iterator[TensorRule]:
+    """Queries, keys and values (or two of them) of one layer there and of several here; `weight_dims`: see above."""
+    for kind, dims in (("weight", weight_dims), ("bias", 0)):
         yield TensorRule(
             f"{source}.{kind}",
-            tuple(f"{target}.to_{letter}.{kind}" for letter in "qkv"),
-            partial(_split_qkv, heads=heads, heads_first=heads_first, dims=dims),
-            partial(_join_qkv, heads=heads, heads_first=heads_first, dims=dims),
+            tuple(f"{target}.{kind}" for target in targets),
+            partial(_split_heads, parts=len(targets), heads=heads, heads_first=heads_first, dims=dims),
+            partial(_join_heads, heads=heads, heads_first=heads_first, dims=dims),
         )
 
 
 def _res_block(source: str, target: str, has_shortcut: bool) -> Iterator[TensorRule]:
-    yield from _module(f"{source}.in_layers.0", f"{target}.norm1")
-    yield from _module(f"{source}.in_layers.2", f"{target}.conv1")
-    yield from _module(f"{source}.emb_layers.1", f"{target}.time_emb_proj")
-    yield from _module(f"{source}.out_layers.0", f"{target}.norm2")
-    yield from _module(f"{source}.out_layers.3", f"{target}.conv2")
+    yield from module_rules(f"{source}.in_layers.0", f"{target}.norm1")
+    yield from module_rules(f"{source}.in_layers.2", f"{target}.conv1")
+    yield from module_rules(f"{source}.emb_layers.1", f"{target}.time_emb_proj")
+    yield from module_rules(f"{source}.out_layers.0", f"{target}.norm2")
+    yield from module_rules(f"{source}.out_layers.3", f"{target}.conv2")
     if has_shortcut:
-        yield from _module(f"{source}.skip_connection", f"{target}.conv_shortcut")
+        yield from module_rules(f"{source}.skip_connection", f"{target}.conv_shortcut")
 
 
-def _attention(source: str, target: str, heads: int, heads_first: bool) -> Iterator[TensorRule]:
-    yield from _module(f"{source}.norm", f"{target}.group_norm")
-    yield from _qkv(f"{source}.qkv", target, heads, heads_first)
-    yield from _module(f"{source}.proj_out", f"{target}.to_out.0", dims=1)
+def _attention(source: str, target: str, attention: Any, heads_first: bool) -> Iterator[TensorRule]:
+    yield from module_rules(f"{source}.norm", f"{target}.group_norm")
+    yield from fused_rules(f"{source}.qkv", [f"{target}.to_{part}" for part in "qkv"], attention.heads, heads_first)
+    if getattr(attention, "add_k_proj", None) is not None:  # of the text, in GLIDE
+        added = [f"{target}.add_{part}_proj" for part in "kv"]
+        yield from fused_rules(f"{source}.encoder_kv", added, attention.heads, heads_first)
+    yield from module_rules(f"{source}.proj_out", f"{target}.to_out.0", dims=1)
 
 
 def tensor_rules(model: ModelMixin, new_attention_order: bool) -> list[TensorRule]:
@@ -120,18 +136,18 @@ def tensor_rules(model: ModelMixin, new_attention_order: bool) -> list[TensorRul
 
 
 def _walk(model: Any, heads_first: bool) -> Iterator[TensorRule]:
-    yield from _module("time_embed.0", "time_embedding.linear_1")
-    yield from _module("time_embed.2", "time_embedding.linear_2")
+    yield from module_rules("time_embed.0", "time_embedding.linear_1")
+    yield from module_rules("time_embed.2", "time_embedding.linear_2")
     if getattr(model, "class_embedding", None) is not None:
-        yield TensorRule("label_emb.weight", ("class_embedding.weight",), _keep, _same)
+        yield kept("label_emb.weight", "class_embedding.weight")
 
     def layer(source: str, target: str, index: int, block: Any) -> Iterator[TensorRule]:
         resnet, attention = block.resnets[index], block.attentions[index]
         yield from _res_block(f"{source}.0", f"{target}.resnets.{index}", resnet.conv_shortcut is not None)
         if attention is not None:
-            yield from _attention(f"{source}.1", f"{target}.attentions.{index}", attention.heads, heads_first)
+            yield from _attention(f"{source}.1", f"{target}.attentions.{index}", attention, heads_first)
 
-    yield from _module("input_blocks.0.0", "conv_in")
+    yield from module_rules("input_blocks.0.0", "conv_in")
     number = 1
     for level, block in enumerate(model.down_blocks):
         target = f"down_blocks.{level}"
@@ -142,12 +158,11 @@ def _walk(model: Any, heads_first: bool) -> Iterator[TensorRule]:
             if hasattr(block.downsamplers[0], "norm1"):
                 yield from _res_block(f"input_blocks.{number}.0", f"{target}.downsamplers.0", has_shortcut=False)
             else:
-                yield from _module(f"input_blocks.{number}.0.op", f"{target}.downsamplers.0.conv")
+                yield from module_rules(f"input_blocks.{number}.0.op", f"{target}.downsamplers.0.conv")
             number += 1
 
-    heads = model.mid_block.attentions[0].heads
     yield from _res_block("middle_block.0", "mid_block.resnets.0", has_shortcut=False)
-    yield from _attention("middle_block.1", "mid_block.attentions.0", heads, heads_first)
+    yield from _attention("middle_block.1", "mid_block.attentions.0", model.mid_block.attentions[0], heads_first)
     yield from _res_block("middle_block.2", "mid_block.resnets.1", has_shortcut=False)
 
     if isinstance(model, AdaGNClassifierModel):
@@ -166,17 +181,17 @@ def _walk(model: Any, heads_first: bool) -> Iterator[TensorRule]:
             if hasattr(block.upsamplers[0], "norm1"):
                 yield from _res_block(source, f"{target}.upsamplers.0", has_shortcut=False)
             else:
-                yield from _module(f"{source}.conv", f"{target}.upsamplers.0.conv")
-    yield from _module("out.0", "conv_norm_out")
-    yield from _module("out.2", "conv_out")
+                yield from module_rules(f"{source}.conv", f"{target}.upsamplers.0.conv")
+    yield from module_rules("out.0", "conv_norm_out")
+    yield from module_rules("out.2", "conv_out")
 
 
 def _pool(model: Any) -> Iterator[TensorRule]:
     pool = model.config.pool
     if pool in ("attention", "adaptive"):
-        yield from _module("out.0", "conv_norm_out")
+        yield from module_rules("out.0", "conv_norm_out")
     if pool == "adaptive":
-        yield from _module("out.3", "head", dims=2)
+        yield from module_rules("out.3", "head", dims=2)
     elif pool == "attention":
         yield TensorRule(
             "out.2.positional_embedding",
@@ -185,11 +200,12 @@ def _pool(model: Any) -> Iterator[TensorRule]:
             lambda tensor: tensor.t(),
         )
         # The pool has the newer order whatever the blocks have.
-        yield from _qkv("out.2.qkv_proj", "head", model.head.num_heads, heads_first=False)
-        yield from _module("out.2.c_proj", "head.to_out", dims=1)
+        targets = [f"head.to_{part}" for part in "qkv"]
+        yield from fused_rules("out.2.qkv_proj", targets, model.head.num_heads, heads_first=False)
+        yield from module_rules("out.2.c_proj", "head.to_out", dims=1)
     else:
         for layer in (0, 1, 3) if pool == "spatial_v2" else (0, 2):
-            yield from _module(f"out.{layer}", f"head.{layer}")
+            yield from module_rules(f"out.{layer}", f"head.{layer}")
 
 
 def expected_shapes(model: ModelMixin, rules: Sequence[TensorRule]) -> dict[str, tuple[int, ...]]:

@@ -79,7 +79,6 @@ NEUTRAL_ARGUMENTS = {
     "class_embeddings_concat": False,
     "addition_time_embed_dim": None,
     "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
 }
@@ -756,10 +755,12 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             time embedding without an activation (DeepFloyd IF).
         resnet_out_scale_factor (`float`, defaults to 1.0): Divides the sums of those blocks.
         time_embedding_act_fn (`str`, *optional*): Activation of the finished time embedding.
+        time_cond_proj_dim (`int`, *optional*): Width of `timestep_cond`, a vector that is projected and added to the
+            sinusoid of the timestep. Upsamplers learn the noise on their small image from it.
         dual_cross_attention (`bool`, defaults to `False`), attention_type (`str`, defaults to `"default"`),
             class_embeddings_concat (`bool`, defaults to `False`), addition_time_embed_dim (`int`, *optional*),
-            timestep_post_act (`str`, *optional*), time_cond_proj_dim (`int`, *optional*), conv_in_kernel (`int`,
-            defaults to 3), conv_out_kernel (`int`, defaults to 3): Of parts of `UNet2DConditionModel` that this family
+            timestep_post_act (`str`, *optional*), conv_in_kernel (`int`, defaults to 3), conv_out_kernel (`int`,
+            defaults to 3): Of parts of `UNet2DConditionModel` that this family
             does not have; they take no other value.
         num_attention_heads (`int` or `tuple[int]`, *optional*): Number of heads, for all levels or per level. Where
             given, it wins over `attention_head_dim`.
@@ -866,7 +867,9 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos, freq_shift)
         else:
             self.time_proj = nn.Embedding(num_train_timesteps, time_proj_dim)
-        self.time_embedding = TimestepEmbedding(timestep_input_dim, time_embed_dim, act_fn=embedding_act_fn)
+        self.time_embedding = TimestepEmbedding(
+            timestep_input_dim, time_embed_dim, act_fn=embedding_act_fn, cond_proj_dim=time_cond_proj_dim
+        )
 
         if class_embed_type == "timestep":
             self.class_embedding = TimestepEmbedding(timestep_input_dim, time_embed_dim, act_fn=embedding_act_fn)
@@ -1099,7 +1102,7 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         cross_attention_kwargs: dict[str, Any] | None = None,
         down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
         mid_block_additional_residual: torch.Tensor | None = None,
-        timestep_cond: None = None,
+        timestep_cond: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -1123,7 +1126,8 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             down_block_additional_residuals (`tuple[torch.Tensor]`, *optional*): Added to the skip connections, that of
                 the input convolution first (a ControlNet's).
             mid_block_additional_residual (`torch.Tensor`, *optional*): Added to the output of the middle.
-            timestep_cond (`None`, *optional*): Of distilled models; must be `None`.
+            timestep_cond (`torch.Tensor` of shape `(batch_size, time_cond_proj_dim)`, *optional*): Projected without a
+                bias and added to the sinusoid of `timestep`; `None` adds nothing, as in diffusers.
 
         Returns:
             `UNet2DOutput` or `tuple`: `.sample` of shape `(batch_size, out_channels, height, width)`.
@@ -1131,12 +1135,13 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         Raises:
             ValueError: For a wrong number of channels, a size that cannot be halved often enough, one class label too
                 many or too few, labels out of range (checked for labels on the CPU: elsewhere it would stall), labels
-                missing on a class-conditional model without a null class, and states that are missing, superfluous or
-                of another width or number.
+                missing on a class-conditional model without a null class, states that are missing, superfluous or of
+                another width or number, and a `timestep_cond` of another shape or for a model that takes none.
         """
         check_sample(sample, timestep, self.config.in_channels, len(self.config.block_out_channels))
         self._check_class_labels(sample, class_labels)
-        self._check_text(sample, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs, timestep_cond)
+        self._check_timestep_cond(sample, timestep_cond)
+        self._check_text(sample, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
 
         # 0. centre
         if self.config.center_input_sample:
@@ -1148,7 +1153,9 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         if self.config.timestep_scale != 1.0:
             scaled_timesteps = timesteps.float() * self.config.timestep_scale
         # The sinusoid is float32 whatever the timesteps are; a half-precision embedding needs it in its own dtype.
-        emb = self.time_embedding(self.time_proj(scaled_timesteps).to(sample.dtype))
+        if timestep_cond is not None:
+            timestep_cond = timestep_cond.to(sample.dtype)
+        emb = self.time_embedding(self.time_proj(scaled_timesteps).to(sample.dtype), timestep_cond)
         if self.class_embedding is not None:
             if class_labels is None:
                 class_labels = torch.full_like(timesteps, self.config.null_class_id, dtype=torch.long)
@@ -1214,17 +1221,28 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             return (hidden_states,)
         return UNet2DOutput(sample=hidden_states)
 
+    def _check_timestep_cond(self, sample: torch.Tensor, timestep_cond: torch.Tensor | None) -> None:
+        width = self.config.time_cond_proj_dim
+        if timestep_cond is None:
+            return
+        if width is None:
+            raise ValueError(
+                "`timestep_cond` was given to a model without `time_cond_proj_dim`, which takes none. Leave it at None."
+            )
+        if tuple(timestep_cond.shape) != (sample.shape[0], width):
+            raise ValueError(
+                f"`timestep_cond` has shape {tuple(timestep_cond.shape)}; this model takes {(sample.shape[0], width)}, "
+                "one vector an example."
+            )
+
     def _check_text(
         self,
         sample: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         added_cond_kwargs: dict[str, torch.Tensor] | None,
-        timestep_cond: None,
     ) -> None:
         config = self.config
-        if timestep_cond is not None:
-            raise ValueError("`timestep_cond` is for distilled models; this family has none. Leave it at None.")
         if self.reads_text != (encoder_hidden_states is not None):
             raise ValueError(
                 "`encoder_hidden_states` are missing: this model has cross-attention. Pass (batch_size, L, width)."

@@ -49,6 +49,8 @@ PROCESS_KEYS = (
 MIN_PROBABILITY = 1e-12
 # Largest beta of the cosine schedule (Improved DDPM, section 3.2).
 MAX_COSINE_BETA = 0.999
+# GLIDE's "fast27" before its last timestep is changed, https://github.com/openai/glide-text2im, `space_timesteps`.
+FAST27_SECTIONS = (10, 10, 3, 2, 2)
 
 
 def make_betas(schedule: BetaSchedule, num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
@@ -83,7 +85,8 @@ def respaced_timesteps(num_train_timesteps: int, timestep_respacing: str | int |
         num_train_timesteps (`int`): Length T of the full chain.
         timestep_respacing (`str`, `int` or list of `int`): `"250"` spreads 250 timesteps evenly, first and last
             included; `"10,10,15"` does so in each of three equal sections (earlier ones a step longer where T does not
-            divide); `"ddim50"` takes every k-th timestep from 0, with the smallest integer k that gives 50.
+            divide); `"ddim50"` takes every k-th timestep from 0, with the smallest integer k that gives 50; `"fast27"`
+            is `"10,10,3,2,2"` with the third timestep from the end in place of the last (GLIDE's upsamplers, with DDIM).
 
     Raises:
         ValueError: If no integer stride gives `ddimN`, a section is shorter than its count, or the form is another.
@@ -102,7 +105,7 @@ def respaced_timesteps(num_train_timesteps: int, timestep_respacing: str | int |
             )
         return list(range(0, num_train_timesteps, strides[int(wanted)]))
 
-    counts = timestep_respacing
+    counts = FAST27_SECTIONS if timestep_respacing == "fast27" else timestep_respacing
     if isinstance(counts, str):
         counts = counts.split(",")
     elif isinstance(counts, (int, np.integer)):
@@ -114,7 +117,7 @@ def respaced_timesteps(num_train_timesteps: int, timestep_respacing: str | int |
     if not counts or min(counts) < 0 or sum(counts) == 0:
         raise ValueError(
             f"`timestep_respacing` is {timestep_respacing!r}. Pass a number of steps ('250'), one number per section "
-            "('10,10,15'), or 'ddimN' ('ddim50')."
+            "('10,10,15'), 'ddimN' ('ddim50'), or 'fast27'."
         )
     timesteps, start = [], 0
     for section, count in enumerate(counts):
@@ -131,6 +134,9 @@ def respaced_timesteps(num_train_timesteps: int, timestep_respacing: str | int |
             timesteps.append(start + round(position))
             position += stride
         start += size
+    if timestep_respacing == "fast27":
+        # At the noisiest timestep, a first step of DDIM leaves artefacts.
+        timesteps[-1] = num_train_timesteps - 3
     return timesteps
 
 
@@ -457,7 +463,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             device (`torch.device`, *optional*): Where `scheduler.timesteps` shall lie.
             timesteps (list of `int`, *optional*): Exactly these, descending.
             timestep_respacing (`str`, `int` or list of `int`, *optional*): The published forms `"250"`, `"ddim50"`,
-                `"10,10,15"`; see [`respaced_timesteps`].
+                `"10,10,15"`, `"fast27"`; see [`respaced_timesteps`].
 
         Raises:
             ValueError: Unless exactly one of the three is given, and for timesteps outside of the full chain.

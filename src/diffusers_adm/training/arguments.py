@@ -82,6 +82,7 @@ class DataArguments:
     resolution: int | None = arg(None, "Pixels; none: the `sample_size` of the model.")
     center_crop: bool = arg(False, "Crop at the centre instead of at random.")
     random_flip: bool = arg(False, "Mirror half of the images. Not for text, flags or anatomy.")
+    class_balanced: bool = arg(False, "Draw the classes equally often, however many images they have.")
     min_image_size: int | None = arg(None, "Leave out images whose shorter side is below; none: half the resolution.")
     dataloader_num_workers: int = arg(0, "Processes that load images; 0: the training process itself.")
     image_check_num_proc: int | None = arg(None, "Processes that check the images before training.")
@@ -89,6 +90,8 @@ class DataArguments:
     def __post_init__(self):
         check_at_least(self, 1, "resolution", "image_check_num_proc")
         check_at_least(self, 0, "min_image_size", "dataloader_num_workers")
+        if self.class_balanced and self.label_column is None:
+            raise ValueError("`class_balanced` was given without a `label_column`. Name the column of the classes.")
 
     def source(self) -> dict[str, Any]:
         """What `load_image_dataset` is to load: its keyword arguments, but for the seed."""
@@ -186,6 +189,85 @@ class TrainingArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive.")
         if not 0 <= self.ema_max_decay < 1:
             raise ValueError(f"`ema_max_decay` is {self.ema_max_decay}; it must lie in [0, 1).")
+
+
+@dataclass
+class UNetArguments(ModelArguments):
+    """
+    For U-Nets: `pretrained_model_name_or_path` names a pipeline, of which `unet` and `scheduler` are read, and with
+    captions also `text_encoder` and `tokenizer`.
+    """
+
+    class_dropout_prob: float = arg(
+        0.1, "Share of the labels replaced by the null class, so that the model can be guided without a classifier."
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise ValueError(f"`class_dropout_prob` is {self.class_dropout_prob}; it must lie in [0, 1].")
+
+
+@dataclass
+class TextArguments:
+    """Captions, and what reads them."""
+
+    caption_column: str | None = arg(None, "The column of the captions; none: train without text.")
+    text_encoder_name_or_path: str | None = arg(
+        None, "A text encoder of transformers (CLIP, T5, BERT, ...) on the Hub or in a folder, or a pipeline's."
+    )
+    tokenizer_name_or_path: str | None = arg(None, "Its tokenizer; none: that of the same repository.")
+    text_encoder_config_name_or_path: str | None = arg(
+        None, "A JSON file with sizes and `model_type`, or `_class_name` GLIDETextModel: a text encoder to train from scratch."
+    )
+    train_text_encoder: bool = arg(False, "Train the text encoder together with the U-Net.")
+    caption_dropout_prob: float = arg(
+        0.1, "Share of the captions replaced by the empty one, so that the model can be guided; independent of classes."
+    )
+    precompute_text_embeddings: bool = arg(
+        False, "Encode each distinct caption once, before training, and keep the result on disk."
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.caption_dropout_prob <= 1:
+            raise ValueError(f"`caption_dropout_prob` is {self.caption_dropout_prob}; it must lie in [0, 1].")
+        if self.caption_column is None:
+            needing = ("text_encoder_name_or_path", "tokenizer_name_or_path", "text_encoder_config_name_or_path")
+            needing += ("train_text_encoder", "precompute_text_embeddings")
+            for name in needing:
+                if getattr(self, name):
+                    raise ValueError(f"`{name}` was given without a `caption_column`. Name the column of the captions.")
+        if self.text_encoder_config_name_or_path is not None:
+            if self.text_encoder_name_or_path is not None:
+                raise ValueError("Pass either `text_encoder_name_or_path` or `text_encoder_config_name_or_path`.")
+            if self.tokenizer_name_or_path is None:
+                raise ValueError(
+                    "`text_encoder_config_name_or_path` builds a text encoder from scratch, for which there is no "
+                    "tokenizer. Pass `tokenizer_name_or_path`; `python -m diffusers_adm.training.tokenizer` makes one."
+                )
+            if not self.train_text_encoder:
+                raise ValueError(
+                    "`text_encoder_config_name_or_path` gives a text encoder random weights. Pass "
+                    "`--train_text_encoder`, or name a trained one with `text_encoder_name_or_path`."
+                )
+        if self.precompute_text_embeddings and self.train_text_encoder:
+            raise ValueError(
+                "`precompute_text_embeddings` and `train_text_encoder` exclude each other: the embeddings change while "
+                "their encoder is trained. Drop one."
+            )
+
+
+@dataclass
+class DiffusionTrainingArguments(TrainingArguments):
+    """With grids of samples on the way."""
+
+    validation_steps: int | None = arg(None, "Optimizer steps between sample grids; none: only at the end.")
+    num_validation_images: int = arg(16, "Images in a grid.")
+    validation_num_inference_steps: int = arg(50, "Sampling steps of a grid.")
+    validation_guidance_scale: float = arg(1.0, "Classifier-free guidance of a grid; 1 is off.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
 
 
 # 2. From recipe and command line to dataclasses

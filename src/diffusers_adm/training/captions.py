@@ -9,6 +9,7 @@ examples then carry tensors for `drop_captions` and for `encode_captions` or `st
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import logging
 import os
@@ -19,7 +20,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from ..models.text_encoder_glide import GLIDETextModel
 from ..text_encoding import (
+    NO_MAX_LENGTH,
     TextConditioning,
     cut_off,
     encode_tokens,
@@ -65,8 +68,12 @@ def text_encoder_class(config: Any) -> type[torch.nn.Module]:
     return mapping[type(config)]
 
 
+def _is_glide(config: Mapping[str, Any]) -> bool:
+    return config.get("_class_name") == GLIDETextModel.__name__
+
+
 def _find_config(name_or_path: str, **hub_kwargs: Any) -> tuple[dict[str, Any], str]:
-    """A config of transformers in the folder `text_encoder` of a repository, or in its root; and which."""
+    """A text encoder's config in the folder `text_encoder` of a repository, or in its root; and which."""
     errors = []
     for subfolder in ("text_encoder", ""):
         try:
@@ -74,7 +81,7 @@ def _find_config(name_or_path: str, **hub_kwargs: Any) -> tuple[dict[str, Any], 
         except OSError as error:
             errors.append(error)
             continue
-        if "model_type" in config:  # a folder without a config gives an empty one
+        if "model_type" in config or _is_glide(config):  # a folder without a config gives an empty one
             return config, subfolder
     raise errors[0] if errors else OSError("neither its root nor its folder `text_encoder` holds a text encoder.")
 
@@ -94,7 +101,7 @@ def load_text_encoder(
     Args:
         argument (`str`): What gave `name_or_path`, for errors.
         name_or_path (`str`): A folder, or a repository on the Hub.
-        trained (`bool`): Then its weights are float32; otherwise as they were saved.
+        trained (`bool`): Then its weights are float32; otherwise as they were saved, but GLIDE's float32 as well.
         revision, variant, cache_dir (`str`, *optional*): As of `from_pretrained`.
 
     Raises:
@@ -102,7 +109,9 @@ def load_text_encoder(
     """
     hub_kwargs = {"revision": revision or "main", "cache_dir": cache_dir}
     with reading(argument, name_or_path):
-        _, subfolder = _find_config(name_or_path, **hub_kwargs)
+        settings, subfolder = _find_config(name_or_path, **hub_kwargs)
+        if _is_glide(settings):
+            return GLIDETextModel.from_pretrained(name_or_path, subfolder=subfolder, variant=variant, **hub_kwargs)
         config = AutoConfig.from_pretrained(name_or_path, subfolder=subfolder, **hub_kwargs)
         return text_encoder_class(config).from_pretrained(  # type: ignore[attr-defined]
             name_or_path,
@@ -141,14 +150,16 @@ def build_text_encoder(name_or_path: str, tokenizer: Any, seed: int) -> torch.nn
     A text encoder with random weights, which depend on `seed` alone. It reseeds PyTorch's global generators.
 
     Args:
-        name_or_path (`str`): A JSON file with `model_type` and arguments of that model's config in transformers, or a
-            repository that holds one. `vocab_size` and the numbers of special tokens are those of the tokenizer where
-            it leaves them out.
+        name_or_path (`str`): A JSON file, or a repository that holds one: with `model_type` and arguments of that
+            model's config in transformers, or with `"_class_name": "GLIDETextModel"` and arguments of that. Where it
+            leaves them out, `vocab_size` and the numbers of special tokens (or GLIDE's `max_position_embeddings`) are
+            those of the tokenizer.
         tokenizer (`PreTrainedTokenizerBase`): Whose tokens it is to read.
         seed (`int`): The seed of the run.
 
     Raises:
-        ValueError: If the config cannot be read, holds a key unknown to its model type, or is no text encoder's.
+        ValueError: If the config cannot be read, holds a key unknown to its model type, or is no text encoder's; if the
+            length of GLIDE's captions is neither in the config nor in the tokenizer.
     """
     with reading("text_encoder_config_name_or_path", name_or_path):
         if os.path.isfile(name_or_path):
@@ -161,19 +172,18 @@ def build_text_encoder(name_or_path: str, tokenizer: Any, seed: int) -> torch.nn
                     ) from error
         else:
             settings, _ = _find_config(name_or_path)
+    if _is_glide(settings):
+        return _build_glide(name_or_path, settings, tokenizer, seed)
     if "model_type" not in settings:
         raise ValueError(
-            f"The config {name_or_path} does not say its `model_type`. Add it, e.g. `clip_text_model`, `t5` or `bert`."
+            f"The config {name_or_path} does not say its `model_type`. Add it, e.g. `clip_text_model`, `t5` or `bert`; "
+            'or `"_class_name": "GLIDETextModel"`.'
         )
     defaults = AutoConfig.for_model(settings["model_type"])
     for key in settings:
         # transformers would keep it as an attribute that nothing reads.
         if not hasattr(defaults, key) and key not in SAVED_KEYS and not key.startswith("_"):
-            close = difflib.get_close_matches(key, list(defaults.to_dict()), n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise ValueError(
-                f"The config {name_or_path} holds {key!r}, which `{type(defaults).__name__}` has not.{hint}"
-            )
+            raise _unknown_key(name_or_path, key, type(defaults).__name__, list(defaults.to_dict()))
     # The defaults belong to the published model's vocabulary. CLIP pools at `eos_token_id`, T5 starts at padding.
     of_tokenizer = {"vocab_size": len(tokenizer)}
     of_tokenizer |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -182,6 +192,28 @@ def build_text_encoder(name_or_path: str, tokenizer: Any, seed: int) -> torch.nn
     config.architectures = settings.get("architectures")
     torch.manual_seed(derive_seed(seed, "text encoder"))
     return text_encoder_class(config)(config)
+
+
+def _build_glide(name_or_path: str, settings: Mapping[str, Any], tokenizer: Any, seed: int) -> GLIDETextModel:
+    arguments = list(inspect.signature(GLIDETextModel.__init__).parameters)
+    given = {key: value for key, value in settings.items() if not key.startswith("_")}
+    for key in given:
+        if key not in arguments:  # `from_config` would drop it
+            raise _unknown_key(name_or_path, key, GLIDETextModel.__name__, arguments)
+    given.setdefault("vocab_size", len(tokenizer))
+    if given.setdefault("max_position_embeddings", tokenizer.model_max_length) >= NO_MAX_LENGTH:
+        raise ValueError(
+            f"The config {name_or_path} leaves out `max_position_embeddings`, and the tokenizer sets no limit "
+            "(`model_max_length`) either. Add the number of tokens that every caption is to be cut and padded to."
+        )
+    torch.manual_seed(derive_seed(seed, "text encoder"))
+    return GLIDETextModel(**given)
+
+
+def _unknown_key(name_or_path: str, key: str, class_name: str, known: list[str]) -> ValueError:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean `{close[0]}`?" if close else ""
+    return ValueError(f"The config {name_or_path} holds {key!r}, which `{class_name}` has not.{hint}")
 
 
 def freeze_unused_parameters(
@@ -294,7 +326,7 @@ class CaptionEmbeddings(Captions):
             with torch.no_grad():
                 encoded = encode_captions(text_encoder, batch, pad_to_max=self.pad_to_max)
             # What is masked is never read, so it is not stored either.
-            masks = batch["caption_mask"].bool() if encoded.attention_mask is not None else [slice(None)] * len(numbers)
+            masks = [slice(None)] * len(numbers) if encoded.attention_mask is None else encoded.attention_mask.bool()
             rows = {"states": [states[m].cpu().numpy() for states, m in zip(encoded.hidden_states, masks, strict=True)]}
             return rows if encoded.pooled is None else {**rows, "pooled": encoded.pooled.cpu().numpy()}
 

@@ -62,6 +62,7 @@ def training_losses(
     noise: torch.Tensor | None = None,
     objective: Objective = "hybrid",
     snr_gamma: float | None = None,
+    extra_channels: torch.Tensor | None = None,
     model_kwargs: dict[str, Any] | None = None,
 ) -> TrainingLosses:
     r"""
@@ -80,6 +81,8 @@ def training_losses(
             x bound term; `"hybrid_unscaled"`: squared error + bound term; in both the bound trains the variance only.
             `"vlb"`: T x bound term, whose mean over uniform t is the bound.
         snr_gamma (`float`, *optional*): Min-SNR weighting of the squared error; the usual value is 5.
+        extra_channels (`torch.Tensor` of shape `(batch_size, extra, ...)`, *optional*): What the model sees behind the
+            channels of the noisy samples, without noise: e.g. a low-resolution image, or a masked one and its mask.
         model_kwargs (`dict`, *optional*): Further arguments of the model, e.g. `class_labels`.
 
     Returns:
@@ -93,7 +96,10 @@ def training_losses(
     if noise is None:
         noise = torch.randn_like(original_samples)
     noisy_samples = scheduler.add_noise(original_samples, noise, timesteps)
-    model_output = model(noisy_samples, timesteps, **(model_kwargs or {}))
+    model_input = noisy_samples
+    if extra_channels is not None:
+        model_input = torch.cat([noisy_samples, extra_channels.to(noisy_samples.dtype)], dim=1)
+    model_output = model(model_input, timesteps, **(model_kwargs or {}))
     if not torch.is_tensor(model_output):
         model_output = model_output[0]  # a tuple, or an output class, whose first entry is `.sample`
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
@@ -23,11 +24,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from .arguments import DataArguments, ModelArguments, NoiseArguments, TrainingArguments
 from .checkpoints import delete_checkpoints, find_latest_checkpoint
+from .classification import BalancedClassSampler
+from .data import EpochShuffleSampler, ImageDataset
 from .metrics import MetricsHistory
 from .repositories import from_subfolder_or_root, reading
 
@@ -184,7 +188,28 @@ def choose_resolution(resolution: int | None, config: Any, network: str) -> int:
     return resolution
 
 
-# 3. Optimizer, learning rate, average
+# 3. Data loader, optimizer, learning rate, average
+
+
+def build_dataloader(
+    train_dataset: ImageDataset, data_args: DataArguments, training_args: TrainingArguments
+) -> torch.utils.data.DataLoader:
+    """
+    Batches in an order that depends on the seed and the epoch of `train_dataset` alone; with `class_balanced`, the
+    classes equally often (unlabelled images count as one more). Incomplete batches are dropped.
+    """
+    if data_args.class_balanced:
+        sampler = BalancedClassSampler(train_dataset, train_dataset.dataset["label"][:])
+    else:
+        sampler = EpochShuffleSampler(train_dataset)
+    return torch.utils.data.DataLoader(
+        train_dataset,
+        batch_size=training_args.train_batch_size,
+        sampler=sampler,
+        num_workers=data_args.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], training_args: TrainingArguments) -> torch.optim.AdamW:
@@ -259,6 +284,14 @@ def prepare_output_dir(accelerator: Accelerator, training_args: TrainingArgument
         os.makedirs(output_dir, exist_ok=True)
         with open(os.path.join(output_dir, "train_args.yaml"), "w", encoding="utf-8") as file:
             yaml.safe_dump(dict(settings), file, sort_keys=False)
+
+
+def save_samples(accelerator: Accelerator, grid: Image.Image, output_dir: str, global_step: int) -> None:
+    """Writes a grid of validation images to the folder of the run and to TensorBoard. For the main process alone."""
+    grid.save(os.path.join(output_dir, f"samples-{global_step:07d}.png"))
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("samples", np.asarray(grid), global_step, dataformats="HWC")
 
 
 class TrainingLog:

@@ -185,3 +185,7 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
             )
         self.history = state_dict["history"].to(self.history)
         self.counts = state_dict["counts"].to(self.counts)
+
+
+# The choices of `DiffusionArguments.timestep_sampler`.
+TIMESTEP_SAMPLERS = {"uniform": UniformTimestepSampler, "loss-second-moment": LossSecondMomentTimestepSampler}

@@ -1,0 +1,188 @@
+"""
+The flags of GLIDE's code, what networks and diffusion processes they mean, and the models published with it.
+
+https://github.com/openai/glide-text2im (Nichol et al. 2021, https://huggingface.co/papers/2112.10741). Its U-Nets are
+guided-diffusion's with text added to every attention layer, and most of its flags are guided-diffusion's, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from .openai_flags import Flags, model_config, named_flags, scheduler_config, typed_flags
+
+
+GLIDEKind = Literal["base", "base-inpaint", "upsample", "upsample-inpaint"]
+
+CODE_BASE = "glide-text2im"
+BASE_DEFAULTS: Flags = {
+    "image_size": 64,
+    "num_channels": 192,
+    "num_res_blocks": 3,
+    "channel_mult": "",
+    "num_heads": 1,
+    "num_head_channels": 64,
+    "num_heads_upsample": -1,
+    "attention_resolutions": "32,16,8",
+    "dropout": 0.1,
+    "text_ctx": 128,
+    "xf_width": 512,
+    "xf_layers": 16,
+    "xf_heads": 8,
+    "xf_final_ln": True,
+    "xf_padding": True,
+    "diffusion_steps": 1000,
+    "noise_schedule": "squaredcos_cap_v2",
+    "timestep_respacing": "",
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "use_fp16": True,
+    "cache_text_emb": False,
+    "inpaint": False,
+    "super_res": False,
+}
+UPSAMPLER_DEFAULTS: Flags = {
+    "image_size": 256,
+    "num_res_blocks": 2,
+    "noise_schedule": "linear",
+    "super_res": True,
+}
+# Those whose levels need no `channel_mult`; the levels are guided-diffusion's.
+IMAGE_SIZES = (64, 128, 256)
+# What the code fixes: RGB images, and a learned variance.
+IMAGE_CHANNELS = 3
+# Its words for the noise schedules, and guided-diffusion's.
+NOISE_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+
+
+class GLIDEPreset(NamedTuple):
+    """A published checkpoint."""
+
+    file: str
+    kind: GLIDEKind
+    num_parameters: int
+
+    def url(self) -> str:
+        return f"https://openaipublic.blob.core.windows.net/diffusion/dec-2021/{self.file}"
+
+    def settle(self) -> Flags:
+        """All flags of network and process: the defaults, and `inpaint`."""
+        return default_flags(is_upsampler=self.kind.startswith("upsample")) | {"inpaint": self.kind.endswith("inpaint")}
+
+
+GLIDE_PRESETS = {
+    "base": GLIDEPreset("base.pt", "base", 385_030_726),
+    "base-inpaint": GLIDEPreset("base_inpaint.pt", "base-inpaint", 385_037_638),
+    "upsample": GLIDEPreset("upsample.pt", "upsample", 398_361_286),
+    "upsample-inpaint": GLIDEPreset("upsample_inpaint.pt", "upsample-inpaint", 398_368_198),
+}
+
+
+def get_glide_preset(name: str) -> GLIDEPreset:
+    """The preset of a published model; a `ValueError` names what there is."""
+    if name in GLIDE_PRESETS:
+        return GLIDE_PRESETS[name]
+    close = difflib.get_close_matches(name, GLIDE_PRESETS, n=1)
+    raise ValueError(
+        f"`preset` is {name!r}; "
+        + (f"did you mean {close[0]}? There are: " if close else "it must be one of ")
+        + f"{', '.join(GLIDE_PRESETS)}."
+    )
+
+
+def default_flags(is_upsampler: bool) -> Flags:
+    """The flags that describe a network and its diffusion process, with their defaults."""
+    return BASE_DEFAULTS | (UPSAMPLER_DEFAULTS if is_upsampler else {})
+
+
+def parse_glide_flags(model_flags: str | Mapping[str, Any]) -> Flags:
+    r"""
+    Reads flags under the names of GLIDE's code.
+
+    Args:
+        model_flags (`str` or mapping): `"--image_size 64 --xf_width 512"`, or a mapping from names to values: the
+            options that `create_model_and_diffusion` takes.
+
+    Raises:
+        ValueError: For an unknown flag, or a value that the flag cannot take.
+    """
+    return typed_flags(named_flags(model_flags), BASE_DEFAULTS, CODE_BASE)
+
+
+def kind_of(flags: Flags) -> GLIDEKind:
+    """The kind of network that a full set of flags describes."""
+    if flags["super_res"]:
+        return "upsample-inpaint" if flags["inpaint"] else "upsample"
+    return "base-inpaint" if flags["inpaint"] else "base"
+
+
+def in_channels(flags: Flags) -> int:
+    """Of the U-Net: x_t, the known part of the image and the mask, the enlarged small image."""
+    inpaint = IMAGE_CHANNELS + 1 if flags["inpaint"] else 0
+    return IMAGE_CHANNELS + inpaint + (IMAGE_CHANNELS if flags["super_res"] else 0)
+
+
+def unet_config(flags: Flags) -> dict[str, Any]:
+    """
+    The config of `AdaGNUNet2DModel` that a full set of flags describes.
+
+    Raises:
+        ValueError: For flags that describe no network, or none that `AdaGNUNet2DModel` can be.
+    """
+    if flags["xf_width"] < 1:
+        raise ValueError(
+            f"`--xf_width` is {flags['xf_width']}: a network without text. Convert it as one of guided-diffusion's, "
+            "with `python -m diffusers_adm.conversion.openai`."
+        )
+    if not flags["resblock_updown"]:
+        raise ValueError(
+            "`--resblock_updown` is False, but U-Nets with text in their attention layers resample in residual blocks."
+        )
+    if not flags["channel_mult"] and flags["image_size"] not in IMAGE_SIZES:
+        raise ValueError(
+            f"`--image_size` is {flags['image_size']}, for which GLIDE knows no channels per level; it does for "
+            f"{', '.join(map(str, IMAGE_SIZES))}. Pass `--channel_mult` (as in '1,2,3,4')."
+        )
+    config = model_config(
+        flags | {"class_cond": False, "rescale_timesteps": False},
+        "guided-diffusion",
+        "unet",
+        in_channels=in_channels(flags),
+        out_channels=2 * IMAGE_CHANNELS,
+        num_classes=0,
+    )
+    for way in ("Down", "Up"):
+        names = config[f"{way.lower()}_block_types"]
+        config[f"{way.lower()}_block_types"] = tuple(name.replace("Attn", "SimpleCrossAttn") for name in names)
+    return config | {
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "cross_attention_dim": flags["xf_width"],
+        "addition_embed_type": "text_embeds",
+    }
+
+
+def text_config(flags: Flags, vocab_size: int) -> dict[str, Any]:
+    """The config of `GLIDETextModel` that a full set of flags describes."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": flags["xf_width"],
+        "num_hidden_layers": flags["xf_layers"],
+        "num_attention_heads": flags["xf_heads"],
+        "max_position_embeddings": flags["text_ctx"],
+        "projection_dim": 4 * flags["num_channels"],
+        "use_padding_embedding": flags["xf_padding"],
+        "use_final_layer_norm": flags["xf_final_ln"],
+    }
+
+
+def glide_scheduler_config(flags: Flags) -> dict[str, Any]:
+    """The config of `LearnedVarianceDDPMScheduler` for the diffusion process that a full set of flags describes."""
+    if flags["noise_schedule"] not in NOISE_SCHEDULES:
+        raise ValueError(
+            f"`--noise_schedule` is {flags['noise_schedule']!r}; it must be one of {', '.join(NOISE_SCHEDULES)}."
+        )
+    fixed = {"predict_xstart": False, "clip_denoised": True, "learn_sigma": True}
+    schedule = NOISE_SCHEDULES[flags["noise_schedule"]]
+    return scheduler_config(flags | fixed | {"noise_schedule": schedule}, "guided-diffusion")

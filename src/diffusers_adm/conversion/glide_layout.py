@@ -1,0 +1,97 @@
+"""
+Names and shapes of the tensors in GLIDE's checkpoints, which hold U-Net and text transformer side by side, and how each
+becomes a tensor of ours. The U-Net's part is as in `openai_layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..models import GLIDETextModel
+from .glide_flags import IMAGE_CHANNELS, Flags
+from .openai_layout import Shapes, TensorRule, fused_rules, kept, module_rules, observed_flags
+
+
+# What tells its checkpoints from those of networks without text.
+TEXT_PREFIXES = ("transformer.", "transformer_proj.", "final_ln.", "unemb.")
+TEXT_NAMES = ("token_embedding.weight", "positional_embedding", "padding_embedding")
+# By the channels that a U-Net takes: x_t, then (2) what it inpaints, then (1) the enlarged small image.
+INPUTS: dict[int, Flags] = {
+    IMAGE_CHANNELS: {"inpaint": False, "super_res": False},
+    2 * IMAGE_CHANNELS: {"inpaint": False, "super_res": True},
+    2 * IMAGE_CHANNELS + 1: {"inpaint": True, "super_res": False},
+    3 * IMAGE_CHANNELS + 1: {"inpaint": True, "super_res": True},
+}
+
+
+def text_rules(model: GLIDETextModel) -> list[TensorRule]:
+    """Every tensor of the checkpoint that holds the text transformer `model`, which may lie on the meta device."""
+    return list(_walk(model))
+
+
+def _walk(model: GLIDETextModel) -> Iterator[TensorRule]:
+    yield kept("token_embedding.weight", "embeddings.token_embedding.weight")
+    yield kept("positional_embedding", "embeddings.position_embedding")
+    if model.config.use_padding_embedding:
+        yield kept("padding_embedding", "embeddings.padding_embedding")
+    for number in range(model.config.num_hidden_layers):
+        source, target = f"transformer.resblocks.{number}", f"layers.{number}"
+        yield from module_rules(f"{source}.ln_1", f"{target}.norm1")
+        targets = [f"{target}.to_{part}" for part in "qkv"]
+        heads = model.config.num_attention_heads
+        yield from fused_rules(f"{source}.attn.c_qkv", targets, heads, heads_first=True, weight_dims=0)
+        yield from module_rules(f"{source}.attn.c_proj", f"{target}.to_out")
+        yield from module_rules(f"{source}.ln_2", f"{target}.norm2")
+        yield from module_rules(f"{source}.mlp.c_fc", f"{target}.linear1")
+        yield from module_rules(f"{source}.mlp.c_proj", f"{target}.linear2")
+    if model.config.use_final_layer_norm:
+        yield from module_rules("final_ln", "final_layer_norm")
+    yield from module_rules("transformer_proj", "text_projection")
+
+
+def unet_shapes(shapes: Shapes) -> Shapes:
+    """Those of the U-Net alone."""
+    return {n: shape for n, shape in shapes.items() if not n.startswith(TEXT_PREFIXES) and n not in TEXT_NAMES}
+
+
+def observed_glide_flags(shapes: Shapes) -> Flags:
+    r"""
+    Those flags that names and shapes of the tensors tell: all of the network's but the numbers of attention heads.
+
+    Raises:
+        ValueError: If this is no network of GLIDE's.
+    """
+    expected = {"token_embedding.weight": 2, "positional_embedding": 2, "transformer_proj.weight": 2}
+    missing = [name for name, dims in expected.items() if len(shapes.get(name, ())) != dims]
+    if missing:
+        raise ValueError(
+            f"This is no checkpoint of GLIDE's: it lacks {', '.join(missing)}. It holds {len(shapes)} tensors: "
+            f"{', '.join(list(shapes)[:4])} ... Networks without text are converted with `python -m "
+            "diffusers_adm.conversion.openai`."
+        )
+    flags = observed_flags(unet_shapes(shapes), "guided-diffusion", "unet")
+    channels = shapes["input_blocks.0.0.weight"][1]
+    if channels not in INPUTS:
+        raise ValueError(
+            f"The U-Net takes {channels} channels; GLIDE's take {', '.join(map(str, INPUTS))}, for RGB images."
+        )
+    # The code demands this size of levels that it does not know, and those that it knows are alike.
+    multiples = flags["channel_mult"].split(",")
+    size = 2 ** (len(multiples) + 2)
+    # They were seen from the image size that these levels have in guided-diffusion, or else from 64.
+    seen_from = flags.get("image_size", 64)
+    resolutions = [int(resolution) * size // seen_from for resolution in flags["attention_resolutions"].split(",")]
+    text_ctx, width = shapes["positional_embedding"]
+    layers = {name.split(".")[2] for name in shapes if name.startswith("transformer.resblocks.")}
+    network = ("num_channels", "num_res_blocks", "channel_mult", "use_scale_shift_norm", "resblock_updown")
+    return {
+        **{name: flags[name] for name in network},
+        "image_size": size,
+        "attention_resolutions": ",".join(map(str, resolutions)),
+        "text_ctx": text_ctx,
+        "xf_width": width,
+        "xf_layers": len(layers),
+        "xf_final_ln": "final_ln.weight" in shapes,
+        "xf_padding": "padding_embedding" in shapes,
+        **INPUTS[channels],
+    }

@@ -1,0 +1,121 @@
+"""Images and masks as users hand them to pipelines (Pillow, NumPy, torch, one or many), as tensors, and checked."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+OneImage = Image.Image | np.ndarray | torch.Tensor
+ImageInput = OneImage | list[OneImage] | tuple[OneImage, ...]
+
+# Pillow's modes for a number of channels, and those that become them without losing anything.
+PIL_MODES = {1: "L", 3: "RGB"}
+LOSSLESS_PIL_MODES = {1: ("1", "L"), 3: ("1", "L", "P", "RGB")}
+# From here on a mask means "repaint", as in diffusers' `VaeImageProcessor(do_binarize=True)`.
+MASK_THRESHOLD = 0.5
+
+
+def read_images(images: ImageInput, name: str, channels: int) -> torch.Tensor:
+    r"""
+    Images as a tensor `(batch_size, channels, height, width)` in [0, 1], float32, where they came from.
+
+    Args:
+        images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): Arrays are `(height, width,
+            channels)` and tensors `(channels, height, width)`, with a batch dimension in front or without, in [0, 1];
+            or `uint8`. With one channel its dimension may be missing.
+        name (`str`): Of the argument, for messages.
+        channels (`int`): Of the model.
+
+    Raises:
+        ValueError: For another type, shape or mode, transparency, values out of range, or images of several sizes.
+    """
+    items = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not items:
+        raise ValueError(f"`{name}` is empty; pass at least one image.")
+    batches = [_read_one(item, name, channels) for item in items]
+    sizes = sorted({tuple(batch.shape[2:]) for batch in batches})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"`{name}` holds images of several sizes (height, width): {sizes}. Resize them to one, or call once for "
+            "each size."
+        )
+    return torch.cat(batches)
+
+
+def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
+    r"""
+    Masks as a tensor `(batch_size, 1, height, width)` of `bool`: `True` where the mask is white, at least 0.5.
+
+    Args:
+        masks (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): As the images of
+            `read_images`, with one channel; of `bool` as well. Colours of Pillow's images count by their brightness.
+        name (`str`): Of the argument, for messages.
+
+    Raises:
+        ValueError: As `read_images`.
+    """
+    items = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    grey = []
+    for item in items:
+        if isinstance(item, Image.Image) and item.mode in LOSSLESS_PIL_MODES[3] and not item.has_transparency_data:
+            item = item.convert("L")
+        elif isinstance(item, (np.ndarray, torch.Tensor)) and item.dtype in (np.bool_, torch.bool):
+            item = item * np.uint8(255) if isinstance(item, np.ndarray) else item.to(torch.uint8) * 255
+        grey.append(item)
+    return read_images(grey, name, 1) >= MASK_THRESHOLD
+
+
+def _read_one(image: OneImage, name: str, channels: int) -> torch.Tensor:
+    """One image, or a batch of them as one array or tensor, as a batch."""
+    if isinstance(image, Image.Image):
+        mode = PIL_MODES.get(channels)
+        if mode is None:
+            raise ValueError(
+                f"`{name}` is a Pillow image, but this model's images have {channels} channels. Pass an array (height, "
+                "width, channels) or a tensor (channels, height, width) in [0, 1]."
+            )
+        if image.has_transparency_data:
+            raise ValueError(
+                f"`{name}` has mode {image.mode} and transparent pixels, which this model knows nothing of. Lay it on "
+                "a background first, such as `Image.alpha_composite(Image.new('RGBA', image.size, 'white'), "
+                f"image.convert('RGBA')).convert('{mode}')`."
+            )
+        if image.mode not in LOSSLESS_PIL_MODES[channels]:
+            raise ValueError(
+                f"`{name}` has mode {image.mode}, but this model's images have {channels} channels. Pass "
+                f"`image.convert('{mode}')`."
+            )
+        image = np.array(image.convert(mode))  # a copy: what Pillow lends cannot be written to, which torch warns of
+    if isinstance(image, np.ndarray):
+        if channels == 1 and image.shape[-1:] != (1,):
+            image = image[..., None]
+        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        tensor = tensor.movedim(-1, -3) if tensor.ndim in (3, 4) else tensor
+        layout = "(height, width, channels)"
+    elif isinstance(image, torch.Tensor):
+        tensor = image
+        if channels == 1 and tensor.ndim in (2, 3) and tensor.shape[:-2] != (1,):
+            tensor = tensor.unsqueeze(-3)
+        layout = "(channels, height, width)"
+    else:
+        raise ValueError(
+            f"`{name}` is a {type(image).__name__}; pass a Pillow image, an array, a tensor, or a list of one of them."
+        )
+
+    if tensor.ndim not in (3, 4) or tensor.shape[-3] != channels or 0 in tensor.shape:
+        raise ValueError(
+            f"`{name}` has shape {tuple(image.shape)}; pass {layout}, with or without a batch dimension in front, with "
+            f"{channels} channels."
+        )
+    if tensor.dtype == torch.uint8:
+        tensor = tensor.float() / 255
+    elif not tensor.is_floating_point():
+        raise ValueError(f"`{name}` is of type {tensor.dtype}; pass `uint8`, or floating point numbers in [0, 1].")
+    tensor = tensor.float()
+    low, high = float(tensor.min()), float(tensor.max())
+    if not (low >= 0 and high <= 1):  # in this form, NaN is refused as well
+        raise ValueError(
+            f"`{name}` has values from {low:g} to {high:g}; they must lie in [0, 1]. Divide 0 to 255 by 255; of -1 to "
+            "1 take `x / 2 + 0.5`."
+        )
+    return tensor if tensor.ndim == 4 else tensor[None]

@@ -1,0 +1,151 @@
+"""What a U-Net is told beside the noisy image: classes and captions, dropped at random, so that it can be guided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..text_encoding import check_text_encoder, cross_attention_width, pads_to_max, text_model_kwargs
+from .arguments import DataArguments, ModelArguments, TextArguments
+from .captions import (
+    CaptionEmbeddings,
+    CaptionTokens,
+    build_text_encoder,
+    drop_captions,
+    encode_captions,
+    freeze_unused_parameters,
+    load_text_encoder,
+    load_tokenizer,
+    stored_conditioning,
+)
+
+
+if TYPE_CHECKING:
+    # `datasets` comes with the `train` extra; the losses beside this module must be importable without it.
+    import datasets
+
+
+def drop_labels(class_labels: torch.Tensor, null_class_id: int | None, dropout_prob: float) -> torch.Tensor:
+    """
+    The classes of a batch, some of them replaced by the null class, so that the model can be guided.
+
+    Args:
+        class_labels (`torch.LongTensor` of shape `(batch_size,)`): -1 for unlabelled, which becomes the null class.
+        null_class_id (`int`, *optional*): None: nothing is replaced.
+        dropout_prob (`float`): Share of the labels to replace.
+    """
+    if null_class_id is None:
+        return class_labels
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < dropout_prob
+    return class_labels.masked_fill(dropped | (class_labels < 0), null_class_id)
+
+
+def load_text(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    text_args: TextArguments,
+    unet_config: Mapping[str, Any],
+    seed: int,
+) -> tuple[torch.nn.Module | None, Any | None]:
+    """
+    Text encoder and tokenizer, or two None without captions.
+
+    Raises:
+        ValueError: If one of them cannot be read, or they do not fit each other or the U-Net.
+    """
+    width, column = cross_attention_width(unet_config), text_args.caption_column
+    if column is None:
+        if width is not None:
+            raise ValueError(
+                "The U-Net has cross-attention, so it needs captions, but no `caption_column` was named. Name it, or "
+                "take a U-Net without `CrossAttn` in its block types."
+            )
+        return None, None
+    if width is None:
+        raise ValueError(
+            f"`caption_column` is {column!r}, but the U-Net has no cross-attention that could read captions. Take "
+            "block types such as `SimpleCrossAttnDownBlock2D` or `CrossAttnDownBlock2D`, or leave `caption_column` out."
+        )
+    argument, source = "text_encoder_name_or_path", text_args.text_encoder_name_or_path
+    hub = {"cache_dir": data_args.cache_dir}
+    if source is None and text_args.text_encoder_config_name_or_path is None:
+        argument, source = "pretrained_model_name_or_path", model_args.pretrained_model_name_or_path
+        hub["revision"] = model_args.revision
+        if source is None:
+            raise ValueError(
+                f"`caption_column` is {column!r}, but no text encoder was named. Pass `text_encoder_name_or_path`, or "
+                "`text_encoder_config_name_or_path` and `tokenizer_name_or_path` to train one from scratch."
+            )
+    if text_args.tokenizer_name_or_path is not None:
+        name = text_args.tokenizer_name_or_path
+        tokenizer = load_tokenizer("tokenizer_name_or_path", name, cache_dir=data_args.cache_dir)
+    else:
+        tokenizer = load_tokenizer(argument, source, **hub)
+    if source is None:
+        text_encoder = build_text_encoder(text_args.text_encoder_config_name_or_path, tokenizer, seed)
+    else:
+        if argument == "pretrained_model_name_or_path":
+            hub["variant"] = model_args.variant
+        text_encoder = load_text_encoder(argument, source, trained=text_args.train_text_encoder, **hub)
+    check_text_encoder(text_encoder, tokenizer, unet_config)
+    return text_encoder, tokenizer
+
+
+def prepare_captions(
+    images: datasets.Dataset,
+    tokenizer: Any,
+    text_encoder: torch.nn.Module,
+    text_args: TextArguments,
+    unet_config: Mapping[str, Any],
+    device: torch.device | str,
+    cache_dir: str | None = None,
+) -> CaptionTokens | CaptionEmbeddings:
+    """
+    The captions of the data, as numbers of tokens or, if so asked, encoded; and the text encoder as training needs it:
+    on `device` (on the CPU if it is no longer needed there), frozen unless it is trained.
+
+    Args:
+        images (`datasets.Dataset`): With the column `caption`.
+        cache_dir (`str`, *optional*): For what is encoded; see `CaptionEmbeddings`.
+    """
+    tokens = CaptionTokens(images["caption"][:], tokenizer, text_encoder, pads_to_max(text_encoder, unet_config))
+    text_encoder.to(device)
+    if text_args.train_text_encoder:
+        freeze_unused_parameters(text_encoder, tokens, unet_config)
+    else:
+        text_encoder.requires_grad_(False).eval()
+    if not text_args.precompute_text_embeddings:
+        return tokens
+    embeddings = CaptionEmbeddings(tokens, text_encoder, cache_dir)
+    text_encoder.to("cpu")  # from here on it draws grids only
+    return embeddings
+
+
+def caption_model_kwargs(
+    batch: Mapping[str, torch.Tensor],
+    captions: CaptionTokens | CaptionEmbeddings,
+    empty_caption: Mapping[str, torch.Tensor],
+    text_encoder: torch.nn.Module,
+    text_args: TextArguments,
+    unet_config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """
+    Keyword arguments of the U-Net for the captions of a batch, some of them replaced by the empty one.
+
+    Args:
+        batch (mapping of `torch.Tensor` of shape `(batch_size, ...)`): From examples with these `captions`.
+        empty_caption (mapping of `torch.Tensor`): `captions.empty`, on the device of the batch.
+        text_encoder (`torch.nn.Module`): As prepared for training; gradients flow if it is trained.
+    """
+    some = batch[next(iter(empty_caption))]
+    dropped = torch.rand(some.shape[0], device=some.device) < text_args.caption_dropout_prob
+    kept = drop_captions(batch, empty_caption, dropped)
+    if text_args.precompute_text_embeddings:
+        conditioning = stored_conditioning(kept)
+    else:
+        # Without autocast, as where embeddings are stored; `prepare` gave it to a trained encoder.
+        with torch.set_grad_enabled(text_args.train_text_encoder):
+            conditioning = encode_captions(text_encoder, kept, pad_to_max=captions.pad_to_max)
+    return text_model_kwargs(conditioning, unet_config)

@@ -1,0 +1,206 @@
+"""The noise and the U-Net of a training run: read or built, and checked against each other and the data."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..models.unet_2d_adagn import AdaGNUNet2DModel
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+from ..text_encoding import cross_attention_width
+from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArguments, ModelArguments, UNetArguments
+from .losses import check_objective
+from .repositories import from_subfolder_or_root, reading
+from .setup import check_config_keys, load_model_config, load_noise_scheduler
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_CHANNELS = 3  # RGB
+INPAINT_CHANNELS = 2 * IMAGE_CHANNELS + 1  # the noisy image, what is known of it, and where
+
+
+def build_scheduler(
+    model_args: ModelArguments, data_args: DataArguments, diffusion_args: DiffusionArguments
+) -> LearnedVarianceDDPMScheduler:
+    """
+    The scheduler, as `load_noise_scheduler`.
+
+    Raises:
+        ValueError: If it cannot be read, or does not fit the objective.
+    """
+    scheduler = load_noise_scheduler(model_args, data_args, diffusion_args)
+    check_objective(scheduler, diffusion_args.objective, diffusion_args.snr_gamma)
+    if scheduler.has_learned_variance and diffusion_args.objective == "simple":
+        logger.warning("`objective` simple does not train the variance; pass hybrid, or `variance_type` fixed_small.")
+    return scheduler
+
+
+def check_grids(
+    training_args: DiffusionTrainingArguments,
+    scheduler: LearnedVarianceDDPMScheduler,
+    has_classes: bool,
+    has_text: bool,
+) -> None:
+    """
+    Raises:
+        ValueError: If the grids of a run shall have more steps than the noising chain, or guidance towards nothing.
+    """
+    chain = scheduler.config.num_train_timesteps
+    if training_args.validation_num_inference_steps > chain:
+        raise ValueError(
+            f"`validation_num_inference_steps` is {training_args.validation_num_inference_steps}, but the noising "
+            f"chain (`ddpm_num_steps`) has {chain} steps. Pass `--validation_num_inference_steps {chain}` or less."
+        )
+    if training_args.validation_guidance_scale != 1 and not has_classes and not has_text:
+        raise ValueError(
+            f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but without a `label_column` "
+            "there are no classes to guide towards, and without a `caption_column` no text. Leave it at 1."
+        )
+
+
+def load_unet_config(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    scheduler: LearnedVarianceDDPMScheduler,
+    in_channels: int = IMAGE_CHANNELS,
+    may_widen: bool = False,
+) -> dict[str, Any]:
+    """
+    The config of the network, read before any data, since it may not fit the scheduler.
+
+    Args:
+        in_channels (`int`, defaults to 3): What the network must take: the channels of an image and of all that is
+            concatenated to it.
+        may_widen (`bool`, defaults to `False`): A pretrained one may take the channels of an image alone; `widen_input`
+            adds the others.
+
+    Raises:
+        ValueError: If it cannot be read, is no U-Net's, or has other numbers of channels.
+    """
+    config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
+    if model_args.pretrained_model_name_or_path is None:
+        source = model_args.model_config_name_or_path
+        if config.get("_class_name") == "AdaGNClassifierModel":
+            raise ValueError(f"{source} is the config of a classifier; this script trains U-Nets.")
+        check_config_keys(config, AdaGNUNet2DModel, source)
+    # For a config written by hand that leaves them out; with cross-attention it is read as `UNet2DConditionModel`'s.
+    default = IMAGE_CHANNELS if cross_attention_width(config) is None else 4
+    found, out_channels = config.get("in_channels", default), config.get("out_channels", default)
+    is_widened = may_widen and model_args.pretrained_model_name_or_path is not None and found == IMAGE_CHANNELS
+    if found != in_channels and not is_widened:
+        extra = in_channels - IMAGE_CHANNELS
+        raise ValueError(
+            f"The U-Net takes {found} channels; this script trains on RGB images"
+            + (f" and {extra} channels beside them: {in_channels}." if extra else f": {in_channels}.")
+            + (" (Upsamplers, with 6, are trained by train_super_resolution.py.)" if found == 6 else "")
+            + (f" (Inpainters, with {found}, by train_adm.py --task inpaint.)" if found == INPAINT_CHANNELS else "")
+        )
+    expected = IMAGE_CHANNELS * (2 if scheduler.has_learned_variance else 1)
+    if out_channels != expected:
+        raise ValueError(
+            f"The U-Net has {out_channels} output channels for {IMAGE_CHANNELS} image channels, but `variance_type` "
+            f"{scheduler.config.variance_type!r} needs {expected}. Change `out_channels` in its config, or pass "
+            "`--variance_type fixed_small --objective simple` for a network without learned variance."
+        )
+    return config
+
+
+def build_unet(
+    model_args: UNetArguments, data_args: DataArguments, config: Any, num_classes: int | None
+) -> AdaGNUNet2DModel:
+    """
+    The network, its class embedding fitted to the data.
+
+    Args:
+        config (`dict`): From `load_unet_config`, for a network that is trained from scratch.
+        num_classes (`int`, *optional*): Of the data; None: trained without classes.
+
+    Raises:
+        ValueError: If it would train something else than asked for.
+    """
+    pretrained = model_args.pretrained_model_name_or_path
+    if pretrained is not None:
+        with reading("pretrained_model_name_or_path", pretrained):
+            unet = from_subfolder_or_root(
+                AdaGNUNet2DModel.from_pretrained,
+                pretrained,
+                "unet",
+                revision=model_args.revision,
+                variant=model_args.variant,
+                cache_dir=data_args.cache_dir,
+            )
+    else:
+        if num_classes is not None and config.get("num_class_embeds") is None:
+            with_null = model_args.class_dropout_prob > 0
+            config = {**config, "num_class_embeds": num_classes + with_null}
+            config["null_class_id"] = num_classes if with_null else None
+        unet = AdaGNUNet2DModel.from_config(config)
+    config = unet.config
+
+    if num_classes is None and config.num_class_embeds is not None and config.null_class_id is None:
+        raise ValueError(
+            f"The U-Net is class-conditional ({config.num_class_embeds} classes, no null class), but no `label_column` "
+            "was named. Name the column that holds the classes."
+        )
+    if num_classes is not None:
+        if config.num_class_embeds is None:
+            raise ValueError(
+                "`label_column` was named, but the pretrained U-Net has no class embedding. Leave `label_column` out."
+            )
+        room = config.num_class_embeds - (config.null_class_id is not None)
+        if num_classes > room or (config.null_class_id is not None and config.null_class_id < num_classes):
+            raise ValueError(
+                f"The data has {num_classes} classes, but the U-Net has room for {room} (`num_class_embeds` "
+                f"{config.num_class_embeds}, null class {config.null_class_id}). Leave `num_class_embeds` out of a "
+                "config for training from scratch, so that the data sets it; for fine-tuning, use the same classes."
+            )
+        if model_args.class_dropout_prob > 0 and config.null_class_id is None:
+            raise ValueError(
+                f"`class_dropout_prob` is {model_args.class_dropout_prob}, but the U-Net has no null class "
+                "(`null_class_id`) to drop to. Pass `--class_dropout_prob 0`."
+            )
+    return unet
+
+
+def widen_input(unet: AdaGNUNet2DModel, in_channels: int) -> None:
+    """
+    Gives a network further input channels, in place and in its config, with weights of 0: its output stays what it was
+    (GLIDE, https://huggingface.co/papers/2112.10741, section 4).
+    """
+    old = unet.conv_in
+    conv = torch.nn.Conv2d(in_channels, old.out_channels, kernel_size=3, padding=1).to(old.weight)
+    with torch.no_grad():
+        conv.weight.zero_()[:, : old.in_channels] = old.weight
+        conv.bias.copy_(old.bias)
+    unet.conv_in = conv
+    unet.register_to_config(in_channels=in_channels)
+
+
+def check_guidance_of_grids(
+    training_args: DiffusionTrainingArguments, unet_config: Any, num_classes: int | None, has_text: bool
+) -> None:
+    """
+    Raises:
+        ValueError: If grids shall be guided, by classes alone, and the U-Net has no null class.
+    """
+    guided = training_args.validation_guidance_scale != 1
+    if guided and num_classes and unet_config.null_class_id is None and not has_text:
+        raise ValueError(
+            f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but the U-Net has no null "
+            "class to guide away from. Leave it at 1, or train with `--class_dropout_prob 0.1`."
+        )
+
+
+def learned_classes(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
+    """The names of the pretrained pipeline's classes; none from a repository without `model_index.json`."""
+    with contextlib.suppress(OSError):
+        index = DiffusionPipeline.load_config(
+            model_args.pretrained_model_name_or_path, revision=model_args.revision, cache_dir=data_args.cache_dir
+        )
+        return {int(number): name for number, name in (index.get("id2label") or {}).items()}
+    return {}

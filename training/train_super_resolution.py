@@ -1,0 +1,389 @@
+#!/usr/bin/env python
+"""
+Trains an upsampler: an ablated diffusion model that draws a large image while it sees a small one. From scratch or from
+a pretrained one; unconditional, by class, by caption, or both.
+
+    accelerate launch training/train_super_resolution.py --config training/configs/emoji_64_upsampler.yaml \
+        --output_dir runs/upsampler
+
+The small images are made from the large ones on the way: blocks of pixels are averaged, noise is added, and the result
+is enlarged and concatenated to the noisy large image (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233;
+the noise, whose level the network is told: Ho et al. 2021, https://huggingface.co/papers/2106.15282). Every argument
+may stand in the recipe and be overridden on the command line; `--help` lists them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from accelerate.logging import get_logger
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from diffusers_adm import ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.super_resolution import add_noise_to_low_res, enlarge, noise_level_embedding, shrink
+from diffusers_adm.training import (
+    TIMESTEP_SAMPLERS,
+    DataArguments,
+    DiffusionArguments,
+    DiffusionTrainingArguments,
+    ImageDataset,
+    LossMetrics,
+    TextArguments,
+    TrainingLog,
+    TrainingProgress,
+    UNetArguments,
+    arg,
+    build_dataloader,
+    build_ema,
+    build_lr_scheduler,
+    build_optimizer,
+    build_scheduler,
+    build_unet,
+    caption_model_kwargs,
+    check_at_least,
+    check_batch_fits,
+    check_grids,
+    check_guidance_of_grids,
+    check_images,
+    choose_resolution,
+    drop_labels,
+    evaluation_weights,
+    labelled_grid,
+    learned_classes,
+    load_image_dataset,
+    load_text,
+    load_unet_config,
+    parse_args,
+    plot_loss_curves,
+    prepare_captions,
+    prepare_output_dir,
+    rest_of_epoch,
+    resume_checkpoint,
+    save_checkpoint,
+    save_samples,
+    seed_step,
+    start_accelerator,
+    training_losses,
+    warn_of_other_classes,
+)
+
+
+logger = get_logger("train_super_resolution")
+
+IN_CHANNELS = 6  # x_t and the small image, both RGB
+
+
+@dataclass
+class SuperResolutionArguments:
+    low_res_size: int | None = arg(
+        None, "Side of the small images, in pixels; it must divide `resolution`, that of the large ones."
+    )
+    max_noise_level: int = arg(
+        0,
+        "The small images go through 0 to so many steps of the noising chain, all equally likely; 0: no noise. Above "
+        "0, the U-Net needs a `time_cond_proj_dim`.",
+    )
+
+    def __post_init__(self):
+        if self.low_res_size is None:
+            raise ValueError("`low_res_size` is missing: the side of the small images, in pixels, e.g. 32.")
+        check_at_least(self, 1, "low_res_size")
+        check_at_least(self, 0, "max_noise_level")
+
+    def check(self, resolution: int, scheduler: LearnedVarianceDDPMScheduler, time_cond_proj_dim: int | None) -> None:
+        """
+        Raises:
+            ValueError: If the small images do not fit the large ones, or the noise the chain or the network.
+        """
+        if self.low_res_size >= resolution or resolution % self.low_res_size:
+            raise ValueError(
+                f"`low_res_size` is {self.low_res_size} and the resolution {resolution}: blocks of whole pixels are "
+                "averaged, so the former must divide the latter and be smaller."
+            )
+        chain = scheduler.config.num_train_timesteps
+        if self.max_noise_level > chain:
+            raise ValueError(
+                f"`max_noise_level` is {self.max_noise_level}, but the noising chain (`ddpm_num_steps`) has {chain} "
+                f"steps. Pass `--max_noise_level {chain // 10}` or so."
+            )
+        if self.max_noise_level > 0 and time_cond_proj_dim is None:
+            raise ValueError(
+                f"`max_noise_level` is {self.max_noise_level}, but the config of the U-Net has no "
+                "`time_cond_proj_dim`, without which it cannot be told the level. Give it one, e.g. its first number "
+                "of `block_out_channels`, or pass `--max_noise_level 0`."
+            )
+
+
+ARGUMENT_TYPES = (
+    UNetArguments,
+    DataArguments,
+    DiffusionArguments,
+    DiffusionTrainingArguments,
+    TextArguments,
+    SuperResolutionArguments,
+)
+
+
+def choose_examples(images: datasets.Dataset, number: int, resolution: int) -> dict[str, Any]:
+    """What grids show: large images, evenly spaced over the data, with their captions and classes if there are any."""
+    number = min(number, len(images))
+    chosen = images.select([len(images) * index // number for index in range(number)])
+    large = [example["images"] for example in ImageDataset(chosen, resolution, center_crop=True)]
+    columns = {"prompt": "caption", "class_labels": "label"}
+    given = {name: chosen[column][:] for name, column in columns.items() if column in chosen.column_names}
+    return {"large": torch.stack(large), **given}
+
+
+def sample_grid(
+    pipeline: ADMSuperResolutionPipeline,
+    examples: dict[str, Any],
+    training_args: DiffusionTrainingArguments,
+    null_class_id: int | None,
+) -> Image.Image:
+    """Small image | sample | large image, each of `examples`, from fixed noise, so that grids can be compared."""
+    large, conditions = examples["large"], {name: values for name, values in examples.items() if name != "large"}
+    if "class_labels" in conditions:
+        conditions["class_labels"] = [null_class_id if label < 0 else label for label in conditions["class_labels"]]
+    factor = large.shape[-1] // pipeline.config.low_res_size
+    to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
+    small = to_pil(shrink(large, factor), output_type="pil")
+    samples = []
+    for start in range(0, len(large), training_args.train_batch_size):
+        batch = slice(start, start + training_args.train_batch_size)
+        samples += pipeline(
+            small[batch],
+            **{name: values[batch] for name, values in conditions.items()},
+            num_inference_steps=training_args.validation_num_inference_steps,
+            guidance_scale=training_args.validation_guidance_scale,
+            generator=[torch.Generator().manual_seed(training_args.seed + i) for i in range(len(large))[batch]],
+        ).images
+    small = [image.resize(samples[0].size, Image.Resampling.NEAREST) for image in small]
+    triples = [
+        image for triple in zip(small, samples, to_pil(large, output_type="pil"), strict=True) for image in triple
+    ]
+    across = math.ceil(math.sqrt(len(large) / 3))  # triples beside each other, so that the grid is about square
+    labels = ["small", "sample", "large"] * across
+    return labelled_grid(triples, math.ceil(len(large) / across), len(labels), col_labels=labels)
+
+
+def main(argv: list[str] | None = None) -> None:
+    all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    model_args, data_args, diffusion_args, training_args, text_args, sr_args = all_args
+    model_args.check_source()
+    output_dir = training_args.output_dir
+
+    # 1. processes, logging, trackers
+    accelerator = start_accelerator(training_args, "train_super_resolution")
+    settings = {name: value for arguments in all_args for name, value in vars(arguments).items()}
+
+    # 2. diffusion process and data: the cheap checks first
+    noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
+    unet_config = load_unet_config(model_args, data_args, noise_scheduler, in_channels=IN_CHANNELS)
+    embedding_dim = unet_config.get("time_cond_proj_dim")
+    has_text = text_args.caption_column is not None
+    check_grids(training_args, noise_scheduler, data_args.label_column is not None, has_text)
+    text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, training_args.seed)
+    with accelerator.main_process_first():
+        images, id2label = load_image_dataset(
+            **data_args.source(), caption_column=text_args.caption_column, seed=training_args.seed
+        )
+        num_classes = len(id2label) if id2label is not None else None
+        # The same random numbers on every process, and in every run with this seed.
+        torch.manual_seed(training_args.seed)
+        unet = build_unet(model_args, data_args, unet_config, num_classes)
+        null_class_id = unet.config.null_class_id
+        check_guidance_of_grids(training_args, unet.config, num_classes, has_text)
+        resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
+        sr_args.check(resolution, noise_scheduler, embedding_dim)
+        unet.register_to_config(sample_size=resolution)
+        images, _ = check_images(
+            images,
+            resolution,
+            min_image_size=data_args.min_image_size,
+            allow_unlabelled=num_classes is None or null_class_id is not None,
+            num_proc=data_args.image_check_num_proc,
+            output_dir=output_dir if accelerator.is_main_process else None,
+        )
+        captions = None
+        if has_text:
+            captions = prepare_captions(
+                images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
+            )
+    if id2label is not None and model_args.pretrained_model_name_or_path is not None:
+        warn_of_other_classes(learned_classes(model_args, data_args), id2label, "model")
+    check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
+    examples = choose_examples(images, training_args.num_validation_images, resolution)
+    train_dataset = ImageDataset(
+        images,
+        resolution,
+        data_args.center_crop,
+        data_args.random_flip,
+        seed=training_args.seed,
+        captions=captions,
+    )
+    train_dataloader = build_dataloader(train_dataset, data_args, training_args)
+
+    # 3. what is trained; optimizer, learning rate, average
+    if model_args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if model_args.channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
+    trained_models = torch.nn.ModuleList([unet, text_encoder] if text_args.train_text_encoder else [unet])
+    trained_parameters = [p for p in trained_models.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained_parameters, training_args)
+    unet, optimizer, train_dataloader = accelerator.prepare(unet, optimizer, train_dataloader)
+    prepared_models = [unet]
+    if text_args.train_text_encoder:
+        text_encoder = accelerator.prepare(text_encoder)
+        prepared_models.append(text_encoder)
+    steps_per_epoch = math.ceil(len(train_dataloader) / training_args.gradient_accumulation_steps)
+    max_train_steps = training_args.max_train_steps or training_args.num_train_epochs * steps_per_epoch
+    lr_scheduler = build_lr_scheduler(optimizer, training_args, max_train_steps)
+    ema = build_ema(trained_parameters, training_args)
+    timestep_sampler = TIMESTEP_SAMPLERS[diffusion_args.timestep_sampler](noise_scheduler.config.num_train_timesteps)
+    progress = TrainingProgress()
+    accelerator.register_for_checkpointing(lr_scheduler, timestep_sampler, progress, *([ema] if ema else []))
+
+    # 4. resume
+    prepare_output_dir(accelerator, training_args, settings)
+    resume_checkpoint(accelerator, output_dir, training_args.resume_from_checkpoint)
+    if ema is not None:
+        ema.to(accelerator.device)
+    metrics = LossMetrics(noise_scheduler.config.num_train_timesteps, accelerator.device)
+
+    total_batch_size = (
+        training_args.train_batch_size * accelerator.num_processes * training_args.gradient_accumulation_steps
+    )
+    logger.info(
+        f"{sum(p.numel() for p in trained_parameters) / 1e6:.2f}M parameters, {len(images)} images"
+        + (f" in {num_classes} classes" if num_classes else "")
+        + (f" with {len(captions.texts) - 1} captions" if has_text else "")
+        + f", from {sr_args.low_res_size} to {resolution} pixels, {total_batch_size} per optimizer step; steps "
+        f"{progress.global_step} to {max_train_steps}, {steps_per_epoch} an epoch"
+    )
+    log = TrainingLog(accelerator, output_dir, settings, progress.global_step, max_train_steps, total_batch_size)
+
+    def build_pipeline() -> ADMSuperResolutionPipeline:
+        return ADMSuperResolutionPipeline(
+            unet=accelerator.unwrap_model(unet),
+            # A copy: sampling chooses timesteps, and what is shared with training must not change.
+            scheduler=LearnedVarianceDDPMScheduler.from_config(noise_scheduler.config),
+            vae=None,
+            text_encoder=accelerator.unwrap_model(text_encoder) if has_text else None,
+            tokenizer=tokenizer,
+            classifier=None,
+            id2label=id2label,
+            low_res_size=sr_args.low_res_size,
+            max_noise_level=sr_args.max_noise_level,
+        )
+
+    def validate() -> None:
+        """Grid and curves, on the main process; the others wait for it."""
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            pipeline = build_pipeline()
+            pipeline.set_progress_bar_config(disable=True)
+            if has_text:
+                pipeline.text_encoder.to(accelerator.device)
+            # Mixed precision is in the forward of what was prepared; a frozen encoder is exact here as in training.
+            with evaluation_weights(trained_models, ema, trained_parameters):
+                grid = sample_grid(pipeline, examples, training_args, null_class_id)
+            if text_args.precompute_text_embeddings:
+                pipeline.text_encoder.to("cpu")
+            save_samples(accelerator, grid, output_dir, progress.global_step)
+            if log.history.rows():
+                plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
+        accelerator.wait_for_everyone()
+
+    # 5. train
+    trained_models.train()
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device, torch.float32)
+    if has_text:
+        empty_caption = {name: value.to(accelerator.device) for name, value in captions.empty.items()}
+    while progress.global_step < max_train_steps:
+        for batch in rest_of_epoch(train_dataloader, progress):
+            seed_step(training_args.seed, accelerator.process_index, progress.micro_step)
+            with accelerator.accumulate(*prepared_models):
+                pixels = batch["images"]  # (B, 3, H, W) in [-1, 1]
+                if model_args.channels_last:
+                    pixels = pixels.contiguous(memory_format=torch.channels_last)
+                model_kwargs = {}
+                low_res = shrink(pixels, resolution // sr_args.low_res_size)
+                if embedding_dim is not None:
+                    levels = torch.randint(sr_args.max_noise_level + 1, (len(pixels),), device=pixels.device)
+                    low_res = add_noise_to_low_res(low_res, torch.randn_like(low_res), levels, alphas_cumprod)
+                    model_kwargs["timestep_cond"] = noise_level_embedding(levels, embedding_dim)
+                if num_classes is not None:
+                    labels = batch["class_labels"]  # (B,), -1 for unlabelled
+                    model_kwargs["class_labels"] = drop_labels(labels, null_class_id, model_args.class_dropout_prob)
+                if has_text:
+                    model_kwargs |= caption_model_kwargs(
+                        batch, captions, empty_caption, text_encoder, text_args, unet_config
+                    )
+                timesteps, weights = timestep_sampler.sample(pixels.shape[0], device=pixels.device)
+                terms = training_losses(
+                    unet,
+                    noise_scheduler,
+                    pixels,
+                    timesteps,
+                    objective=diffusion_args.objective,
+                    snr_gamma=diffusion_args.snr_gamma,
+                    extra_channels=enlarge(low_res, resolution, resolution),
+                    model_kwargs=model_kwargs,
+                )
+                # Both see the loss as it is: the sampler would learn from its own weights.
+                timestep_sampler.update(timesteps, terms.loss.detach())
+                vb = terms.vb.detach() if diffusion_args.objective != "simple" else None
+                metrics.update(timesteps, terms.loss.detach(), terms.mse.detach(), vb, weights)
+                accelerator.backward((terms.loss * weights).mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained_parameters, training_args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            progress.micro_step += 1
+            progress.batch_in_epoch += 1
+            if not accelerator.sync_gradients:
+                continue
+
+            if not accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
+                lr_scheduler.step()
+            if ema is not None:
+                ema.step(trained_parameters)
+            progress.global_step += 1
+            log.advance()
+            is_last = progress.global_step == max_train_steps
+            save_now = progress.global_step % training_args.checkpointing_steps == 0 or is_last
+
+            # A checkpoint ends a row, too: it does not hold the sums of an unfinished one.
+            if progress.global_step % training_args.logging_steps == 0 or save_now:
+                values = metrics.compute(accelerator)  # collective, and the one place that waits for the device
+                metrics.reset()
+                log.write(progress.global_step, values, lr_scheduler.get_last_lr()[0])
+
+            if save_now:
+                save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
+            if is_last:  # the last grid is drawn below
+                break
+            if training_args.validation_steps and progress.global_step % training_args.validation_steps == 0:
+                validate()
+                log.start_clock(progress.global_step)
+    log.close()
+
+    # 6. the result: a pipeline with the averaged weights
+    validate()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(trained_parameters)
+        build_pipeline().save_pretrained(output_dir)
+        logger.info(f"Saved the pipeline, its samples and loss_curves.png to {output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
