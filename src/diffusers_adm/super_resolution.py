@@ -47,6 +47,20 @@ def noise_level_embedding(noise_levels: torch.Tensor, dim: int) -> torch.Tensor:
     return get_timestep_embedding(noise_levels, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
+def match_low_res(images: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
+    r"""
+    Images whose blocks of pixels have the means that small ones say: what is missing is spread evenly over each block
+    (back-projection, Irani & Peleg 1991, doi:10.1016/1049-9652(91)90045-L, in one step).
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, channels, factor * h, factor * w)`): In [-1, 1]; the result may
+            lie outside.
+        low_res (`torch.Tensor` of shape `(batch_size, channels, h, w)`): In [-1, 1].
+    """
+    factor = images.shape[-1] // low_res.shape[-1]
+    return images + F.interpolate(low_res - F.avg_pool2d(images, factor), scale_factor=factor, mode="nearest")
+
+
 def enlarge(low_res: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Small images `(batch_size, channels, h, w)`, bilinearly enlarged, to go behind the channels of the sample."""
     return F.interpolate(low_res, (height, width), mode="bilinear", align_corners=False)

@@ -86,7 +86,7 @@ def respaced_timesteps(num_train_timesteps: int, timestep_respacing: str | int |
         timestep_respacing (`str`, `int` or list of `int`): `"250"` spreads 250 timesteps evenly, first and last
             included; `"10,10,15"` does so in each of three equal sections (earlier ones a step longer where T does not
             divide); `"ddim50"` takes every k-th timestep from 0, with the smallest integer k that gives 50; `"fast27"`
-            is `"10,10,3,2,2"` with the third timestep from the end in place of the last (GLIDE's upsamplers, with DDIM).
+            is `"10,10,3,2,2"` with the third timestep from the end in place of the last (for GLIDE's upsamplers).
 
     Raises:
         ValueError: If no integer stride gives `ddimN`, a section is shorter than its count, or the form is another.

@@ -1,0 +1,199 @@
+"""
+How well repainted parts join what is known: the step of colour across the border of the mask.
+
+    python benchmarks/measure_inpainting.py --inpainter DIR --model DIR --data_files data/noto-emoji-32/test.parquet \\
+        --label_column label --caption_column text --output_dir DIR
+
+`--inpainter` is a pipeline that was trained to inpaint, `--model` one that was not (by replacement and resampling);
+either may be left out. For the first held-out images and four kinds of masks: how many 8-bit values of known pixels
+differ from the image (none may), and the mean absolute difference of 8-bit values over all pairs of neighbouring
+pixels on either side of the border; of the real image as well, and of a plain paste: the known part laid over a sample
+of the same model, prompt and seed, drawn without regard to it. The smooth join asked for is at most half of the paste's
+step. Written to `--output_dir`: the table (`inpainting.json`) and a picture of some of them (`inpainting.png`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import describe_machine
+from PIL import Image
+
+from diffusers_adm import ADMInpaintPipeline
+from diffusers_adm.training import decode_rgb, labelled_grid, load_image_dataset, random_known
+
+
+KINDS = ("box", "boxes", "strokes", "half")
+MAX_SHOWN = 6
+GREY = 128  # of what is not known, in the picture
+
+
+def make_mask(kind: str, size: int, generator: random.Random) -> np.ndarray:
+    """`(size, size)` of `bool`, `True` where the image is known; "box" is the middle quarter of the image."""
+    if kind != "box":
+        return random_known(size, generator, kind)[0].numpy() == 1
+    known = np.ones((size, size), dtype=bool)
+    known[size // 4 : size - size // 4, size // 4 : size - size // 4] = False
+    return known
+
+
+def border_step(image: np.ndarray, known: np.ndarray) -> float:
+    """Mean absolute difference of neighbours across the border: `image` `(height, width, 3)` in 0 to 255."""
+    pixels, steps = image.astype(np.float64), []
+    for axis in (0, 1):
+        differences = np.abs(np.diff(pixels, axis=axis)).mean(axis=2)
+        steps.append(differences[np.diff(known, axis=axis)])
+    return float(np.concatenate(steps).mean())
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def ratio_and_error(values: list[float], others: list[float]) -> tuple[float, float]:
+    """Of the means, over pairs: by the spread of `value - ratio * other` (the delta method)."""
+    ratio = float(np.mean(values) / np.mean(others))
+    rest = np.array(values) - ratio * np.array(others)
+    return ratio, float(np.std(rest, ddof=1) / math.sqrt(len(rest)) / np.mean(others))
+
+
+def draw(
+    pipeline: ADMInpaintPipeline,
+    images: list[Image.Image],
+    masks: list[np.ndarray],
+    conditions: dict[str, list],
+    args: argparse.Namespace,
+    **options: Any,
+) -> list[np.ndarray]:
+    drawn = []
+    for start in range(0, len(images), args.batch_size):
+        batch = slice(start, start + args.batch_size)
+        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(images))[batch]]
+        drawn += pipeline(
+            images[batch],
+            [~known for known in masks[batch]],
+            **{name: values[batch] for name, values in conditions.items()},
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale if conditions else 1.0,
+            generator=generators,
+            **options,
+        ).images
+    return [np.array(image) for image in drawn]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inpainter", help="a pipeline that was trained to inpaint: a folder or a Hub repository")
+    parser.add_argument("--model", help="a pipeline that was not")
+    parser.add_argument("--data_files", required=True, nargs="+", help="held-out images: Parquet files")
+    parser.add_argument("--label_column")
+    parser.add_argument("--caption_column", help="for models that read text")
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--num_images", type=int, default=32, help="for each kind of mask")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--jump_length", type=int, nargs="+", help="of `--model`; none: the pipeline's default")
+    parser.add_argument("--jump_n_sample", type=int, nargs="+", help="of `--model`: one method for each")
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not (args.inpainter or args.model):
+        parser.error("pass `--inpainter`, `--model` or both")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    # Name, pipeline and options of each method.
+    methods: list[tuple[str, ADMInpaintPipeline, dict[str, Any]]] = []
+    if args.inpainter:
+        methods.append(("trained", ADMInpaintPipeline.from_pretrained(args.inpainter), {}))
+    if args.model:
+        model = ADMInpaintPipeline.from_pretrained(args.model)
+        for jump_length in args.jump_length or [None]:
+            for jump_n_sample in args.jump_n_sample or [None]:
+                options = {"jump_length": jump_length, "jump_n_sample": jump_n_sample}
+                options = {name: value for name, value in options.items() if value is not None}
+                name = "resampled" + "".join(f" {value}" for value in options.values())
+                methods.append((name, model, options))
+    for _, pipeline, _ in methods:
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    size = methods[0][1].unet.config.sample_size
+
+    data, id2label = load_image_dataset(
+        data_files=args.data_files, split="train", label_column=args.label_column, caption_column=args.caption_column
+    )
+    number = min(args.num_images, len(data))
+    data = data.select([len(data) * i // number for i in range(number)])  # spread over the kinds of images
+    images = [decode_rgb(image).resize((size, size), Image.Resampling.BICUBIC) for image in data["image"]]
+    given = {"class_labels": data["label"][:] if id2label else None}
+    given["prompt"] = data["caption"][:] if args.caption_column else None
+
+    cells: dict[str, dict[str, Any]] = {}
+    free: dict[int, list[np.ndarray]] = {}  # samples of each pipeline without regard to an image
+    shown: list[list[np.ndarray]] = []
+    for kind in args.kinds:
+        generator = random.Random(f"{args.seed} {kind}")
+        masks = [make_mask(kind, size, generator) for _ in images]
+        arrays = [np.array(image) for image in images]
+        real = [border_step(*pair) for pair in zip(arrays, masks, strict=True)]
+        mean, error = mean_and_error(real)
+        cells[f"{kind}/real"] = {"step": mean, "step_error": error}
+        rows = [[image, np.where(known[..., None], image, GREY)] for image, known in zip(arrays, masks, strict=True)]
+        for name, pipeline, options in methods:
+            conditions = {key: values for key, values in given.items() if values is not None}
+            if not pipeline.reads_text:
+                conditions.pop("prompt", None)
+            if pipeline.unet.config.num_class_embeds is None:
+                conditions.pop("class_labels", None)
+            if id(pipeline) not in free:
+                nothing = [np.zeros_like(known) for known in masks]
+                free[id(pipeline)] = draw(pipeline, images, nothing, conditions, args)
+            drawn = draw(pipeline, images, masks, conditions, args, **options)
+            pasted = [np.where(m[..., None], i, f) for m, i, f in zip(masks, arrays, free[id(pipeline)], strict=True)]
+            ours, paste = ([border_step(*pair) for pair in zip(x, masks, strict=True)] for x in (drawn, pasted))
+            ratio, ratio_error = ratio_and_error(ours, paste)
+            cells[f"{kind}/{name}"] = {
+                "differing_known_values": int(
+                    sum((d != i)[m].sum() for d, i, m in zip(drawn, arrays, masks, strict=True))
+                ),
+                "step": mean_and_error(ours)[0],
+                "step_error": mean_and_error(ours)[1],
+                "paste_step": mean_and_error(paste)[0],
+                "paste_step_error": mean_and_error(paste)[1],
+                "ratio_to_paste": ratio,
+                "ratio_to_paste_error": ratio_error,
+                "num_images": len(images),
+                "num_evaluations": pipeline.num_timesteps,
+            }
+            print(f"{kind}/{name}: {json.dumps(cells[f'{kind}/{name}'])}", flush=True)
+            is_first = next(other for other, p, _ in methods if p is pipeline) == name  # their pastes are the same
+            for row, paste_image, image in zip(rows, pasted, drawn, strict=True):
+                row += [paste_image, image] if is_first else [image]
+        shown += rows[:: max(1, len(rows) // MAX_SHOWN)][: MAX_SHOWN // 2]
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+    report = {"machine": machine, "arguments": settings, "cells": cells}
+    (args.output_dir / "inpainting.json").write_text(json.dumps(report, indent=2) + "\n")
+    columns, pipelines = ["image", "known"], []
+    for name, pipeline, _ in methods:
+        columns += [name] if pipeline in pipelines else ["paste", name]
+        pipelines.append(pipeline)
+    tiles = [Image.fromarray(np.asarray(tile, dtype=np.uint8)) for row in shown for tile in row]
+    grid = labelled_grid(tiles, len(shown), len(columns), col_labels=columns, scale=max(1, 96 // size))
+    grid.save(args.output_dir / "inpainting.png")
+
+
+if __name__ == "__main__":
+    main()

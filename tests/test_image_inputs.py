@@ -1,0 +1,152 @@
+"""What pipelines take as images and masks, in each form, and what they refuse."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_adm.image_inputs import read_images, read_masks
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)  # height 5, width 4
+EXPECTED = torch.from_numpy(PIXELS / 255).permute(0, 3, 1, 2).float()
+GREY = PIXELS[..., 0]
+
+
+class TestImages:
+    @pytest.mark.parametrize(
+        "images",
+        [
+            [Image.fromarray(pixels) for pixels in PIXELS],
+            tuple(Image.fromarray(pixels) for pixels in PIXELS),
+            PIXELS,
+            list(PIXELS),
+            (PIXELS / 255).astype(np.float32),
+            PIXELS / 255,
+            torch.from_numpy(PIXELS).permute(0, 3, 1, 2),
+            EXPECTED,
+            list(EXPECTED),
+            EXPECTED.double(),
+            [EXPECTED[:1], EXPECTED[1:]],
+            [Image.fromarray(PIXELS[0]), EXPECTED[1]],
+        ],
+        ids=str,
+    )
+    def test_forms(self, images):
+        actual = read_images(images, "image", 3)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, EXPECTED, rtol=0, atol=1e-7)
+
+    def test_one(self):
+        for image in (Image.fromarray(PIXELS[0]), PIXELS[0], EXPECTED[0]):
+            assert read_images(image, "image", 3).shape == (1, 3, 5, 4)
+
+    @pytest.mark.parametrize(
+        "images", [[Image.fromarray(grey) for grey in GREY], GREY, GREY[..., None], torch.from_numpy(GREY)[:, None]]
+    )
+    def test_one_channel(self, images):
+        assert torch.equal(read_images(images, "image", 1), torch.from_numpy(GREY)[:, None].float() / 255)
+        assert read_images(images[0], "image", 1).shape == (1, 1, 5, 4)
+
+    def test_values_come_back(self):
+        """Of floating point numbers every bit, of 8-bit images every value."""
+        images = torch.rand(1, 3, 5, 4)
+        assert torch.equal(read_images(images, "image", 3), images)
+        every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        read = read_images(Image.fromarray(every), "image", 1)
+        assert (np.round(255 * read[0, 0].numpy()) == every).all()
+
+    def test_modes_that_lose_nothing(self):
+        colours = Image.fromarray(PIXELS[0])
+        for image in (Image.fromarray(GREY[0]), colours.quantize(4), colours.convert("1")):
+            expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+            assert torch.equal(read_images(image, "image", 3)[0], expected)
+
+    def test_the_argument_is_not_changed(self):
+        images = PIXELS.copy()
+        read_images(images, "image", 3).zero_()
+        assert (images == PIXELS).all()
+        given = EXPECTED.clone()
+        (read_images(given, "image", 3) * 2).zero_()
+        assert torch.equal(given, EXPECTED)
+
+    @pytest.mark.parametrize(
+        "images, channels, message",
+        [
+            ([], 3, "`image` is empty"),
+            ("cat.png", 3, "`image` is a str; pass a Pillow image, an array, a tensor, or a list"),
+            (None, 3, "`image` is a NoneType"),
+            (Image.new("RGBA", (4, 5)), 3, "`image` has mode RGBA and transparent pixels"),
+            (Image.new("LA", (4, 5)), 1, "`image` has mode LA and transparent pixels"),
+            (Image.new("RGB", (4, 5)), 1, "`image` has mode RGB, but this model's images have 1 channels"),
+            (Image.new("F", (4, 5)), 3, "`image` has mode F, but"),
+            (Image.new("I;16", (4, 5)), 3, "`image` has mode I;16, but"),
+            (Image.new("RGB", (4, 5)), 4, "`image` is a Pillow image, but this model's images have 4 channels"),
+            (PIXELS.transpose(0, 3, 1, 2), 3, "`image` has shape (2, 3, 5, 4); pass (height, width, channels)"),
+            (EXPECTED.permute(0, 2, 3, 1), 3, "`image` has shape (2, 5, 4, 3); pass (channels, height, width)"),
+            (EXPECTED[0, 0], 3, "`image` has shape (5, 4)"),
+            (EXPECTED[None], 3, "`image` has shape (1, 2, 3, 5, 4)"),
+            (EXPECTED[:0], 3, "`image` has shape (0, 3, 5, 4)"),
+            (PIXELS.astype(np.int64), 3, "`image` is of type torch.int64; pass `uint8`, or floating point"),
+            (2 * EXPECTED - 1, 3, "they must lie in [0, 1]"),
+            (255 * EXPECTED, 3, "they must lie in [0, 1]"),
+            (EXPECTED.clone().index_fill_(0, torch.tensor([0]), float("nan")), 3, "`image` has values from nan to nan"),
+            (
+                [Image.new("RGB", (4, 5)), Image.new("RGB", (5, 4))],
+                3,
+                "several sizes (height, width): [(4, 5), (5, 4)]",
+            ),
+        ],
+    )
+    def test_refused(self, images, channels, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_images(images, "image", channels)
+
+
+class TestMasks:
+    WHITE = np.array([[True, False, False, True]] * 5)
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            Image.fromarray(WHITE),
+            Image.fromarray(WHITE).convert("L"),
+            Image.fromarray(WHITE).convert("RGB"),
+            Image.fromarray(WHITE).convert("P"),
+            WHITE,
+            WHITE.astype(np.uint8) * 255,
+            WHITE.astype(np.float64)[..., None],
+            torch.from_numpy(WHITE),
+            torch.from_numpy(WHITE)[None].float(),
+        ],
+        ids=str,
+    )
+    def test_forms(self, mask):
+        read = read_masks(mask, "mask_image")
+        assert read.dtype == torch.bool
+        assert torch.equal(read, torch.from_numpy(self.WHITE)[None, None])
+        assert torch.equal(read_masks([mask, mask], "mask_image"), read.expand(2, 1, 5, 4))
+
+    def test_grey(self):
+        assert read_masks(np.array([[0.0, 0.49, 0.5, 1.0]]), "mask_image").flatten().tolist() == [
+            False,
+            False,
+            True,
+            True,
+        ]
+        assert read_masks(np.array([[127, 128]], dtype=np.uint8), "mask_image").flatten().tolist() == [False, True]
+
+    @pytest.mark.parametrize(
+        "mask, message",
+        [
+            (Image.new("RGBA", (4, 5)), "`mask_image` has mode RGBA and transparent pixels"),
+            (torch.zeros(2, 3, 5, 4), "`mask_image` has shape (2, 3, 5, 4)"),
+            (np.full((5, 4), 255.0), "they must lie in [0, 1]"),
+            (np.ones((5, 4), dtype=np.int64), "`mask_image` is of type torch.int64"),
+        ],
+    )
+    def test_refused(self, mask, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_masks(mask, "mask_image")
