@@ -217,7 +217,7 @@ class TextArguments:
     )
     tokenizer_name_or_path: str | None = arg(None, "Its tokenizer; none: that of the same repository.")
     text_encoder_config_name_or_path: str | None = arg(
-        None, "A JSON file with sizes and `model_type` (or `_class_name`: GLIDETextModel), for one trained from scratch."
+        None, "A JSON file with sizes and `model_type` (or `_class_name` GLIDETextModel), for one trained from scratch."
     )
     train_text_encoder: bool = arg(False, "Train the text encoder together with the U-Net.")
     caption_dropout_prob: float = arg(
