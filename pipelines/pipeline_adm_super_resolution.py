@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..image_inputs import ImageInput, read_images
-from ..super_resolution import add_noise_to_low_res, enlarge, noise_level_embedding
+from ..super_resolution import add_noise_to_low_res, enlarge, match_low_res, noise_level_embedding
 from .pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, OutputType
 
 
@@ -78,6 +78,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         noise_level: int | None = None,
+        back_projection: bool = False,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = DEFAULT_NUM_INFERENCE_STEPS,
         timestep_respacing: str | int | Sequence[int] | None = None,
@@ -120,6 +121,9 @@ class ADMSuperResolutionPipeline(ADMPipeline):
                 none, and as high as it was in training is a little more than the faults of the small image. Noise is
                 drawn from `generator`. `None`: the `noise_level` of the pipeline's config, or else 0. Above 0 for a
                 U-Net with `time_cond_proj_dim`.
+            back_projection (`bool`, defaults to `False`): Shift the blocks of pixels of the finished images so that
+                their means are the pixels of the small ones, which a small or short-trained model meets only about.
+                For whole factors, the same along both sides.
             num_images_per_prompt (`int`, defaults to 1): How often each image is enlarged, one after the other.
             num_inference_steps (`int`, defaults to 50), timestep_respacing (`str`, `int` or list of `int`, *optional*),
                 guidance_scale (`float`, defaults to 1.0), guidance_rescale (`float`, defaults to 0.0), guidance_start
@@ -148,7 +152,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             noise_level = self.config.noise_level or 0
         self._check_noise_level(noise_level)
         default_height, default_width = self._default_size()
-        self._check_size(low_res, height or default_height, width or default_width)
+        self._check_size(low_res, height or default_height, width or default_width, back_projection)
         denoising = self._start(
             prompt=prompt,
             class_labels=class_labels,
@@ -181,7 +185,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         # The sample first: from the same seed it then starts from the same noise at every level.
         latents = self._draw_noise(denoising, latents) * denoising.scheduler.init_noise_sigma
         low_res = low_res.to(denoising.device, denoising.dtype)
-        low_res = low_res.repeat_interleave(denoising.num_images // len(low_res), dim=0)
+        low_res = clean_low_res = low_res.repeat_interleave(denoising.num_images // len(low_res), dim=0)
         levels = torch.full((denoising.num_images,), noise_level, device=denoising.device)
         if noise_level > 0:
             noise = randn_tensor(low_res.shape, generator, denoising.device, denoising.dtype)
@@ -200,6 +204,8 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             callback_on_step_end_tensor_inputs,
             extra_channels=enlarge(low_res, *denoising.size),
         )
+        if back_projection:
+            latents = match_low_res(latents.clamp(-1, 1), clean_low_res)
         return self._finish(self._decode(latents, output_type), return_dict)
 
     @staticmethod
@@ -233,7 +239,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
                 "it was trained on small images without noise. Leave it at 0."
             )
 
-    def _check_size(self, low_res: torch.Tensor, height: int | None, width: int | None) -> None:
+    def _check_size(self, low_res: torch.Tensor, height: int | None, width: int | None, back_projection: bool) -> None:
         """Raises a `ValueError` for images that are no smaller than the large ones, or by another factor."""
         (h, w), trained = low_res.shape[-2:], self.config.low_res_size
         if height is None or width is None:
@@ -242,6 +248,11 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             raise ValueError(
                 f"`image` is {w} x {h} pixels (width x height) and would become {width} x {height}. Pass a smaller "
                 "one, or a larger `height` and `width`."
+            )
+        if back_projection and (height % h or (height, width) != (height // h * h, height // h * w)):
+            raise ValueError(
+                f"`back_projection` needs a whole factor, the same along both sides, but {w} x {h} pixels (width x "
+                f"height) would become {width} x {height}. Leave it off."
             )
         if trained is None:
             return

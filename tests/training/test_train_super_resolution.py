@@ -158,7 +158,10 @@ def test_noise_and_its_level(short, seen, tmp_path, monkeypatch):
         assert abs(noise.mean()) < 4.5 / noise.numel() ** 0.5
         assert abs(noise.std() - 1) < 4.5 / (2 * noise.numel()) ** 0.5
         assert abs((noise * clean[levels == level]).mean()) < 4.5 / noise.numel() ** 0.5  # |clean| <= 1
-    assert len(noisy[levels > 0].unique(dim=0)) == int((levels > 0).sum())
+    signal = torch.tensor(signals)[levels][:, None]
+    noise = ((noisy - signal * clean) / (1 - signal**2).sqrt())[levels > 0]
+    products = noise @ noise.T / noise.shape[1]  # of two images: 0, with a standard deviation of 1 / sqrt(192)
+    assert (products - torch.diag(products.diag())).abs().max() < 6 / 192**0.5
 
 
 # 2. Runs
