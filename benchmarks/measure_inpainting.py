@@ -7,9 +7,9 @@ How well repainted parts join what is known: the step of colour across the borde
 `--inpainter` is a pipeline that was trained to inpaint, `--model` one that was not (by replacement and resampling);
 either may be left out. For the first held-out images and four kinds of masks: how many 8-bit values of known pixels
 differ from the image (none may), and the mean absolute difference of 8-bit values over all pairs of neighbouring
-pixels on either side of the border; of the real image as well, and of a plain paste: the known part laid over a sample
-of the same model, prompt and seed, drawn without regard to it. The smooth join asked for is at most half of the paste's
-step. Written to `--output_dir`: the table (`inpainting.json`) and a picture of some of them (`inpainting.png`).
+pixels on either side of the border; of the real image as well, and of a plain paste: the known part laid over an
+unconditional sample of the same model and seed. The smooth join asked for is at most half of the paste's step. Written
+to `--output_dir`: the table (`inpainting.json`) and a picture of some of them (`inpainting.png`).
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> None:
     given["prompt"] = data["caption"][:] if args.caption_column else None
 
     cells: dict[str, dict[str, Any]] = {}
-    free: dict[int, list[np.ndarray]] = {}  # samples of each pipeline without regard to an image
+    free: dict[int, list[np.ndarray]] = {}  # unconditional samples of each pipeline
     shown: list[list[np.ndarray]] = []
     for kind in args.kinds:
         generator = random.Random(f"{args.seed} {kind}")
@@ -157,7 +157,7 @@ def main() -> None:
                 conditions.pop("class_labels", None)
             if id(pipeline) not in free:
                 nothing = [np.zeros_like(known) for known in masks]
-                free[id(pipeline)] = draw(pipeline, images, nothing, conditions, args)
+                free[id(pipeline)] = draw(pipeline, images, nothing, {}, args)
             drawn = draw(pipeline, images, masks, conditions, args, **options)
             pasted = [np.where(m[..., None], i, f) for m, i, f in zip(masks, arrays, free[id(pipeline)], strict=True)]
             ours, paste = ([border_step(*pair) for pair in zip(x, masks, strict=True)] for x in (drawn, pasted))

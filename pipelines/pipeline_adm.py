@@ -985,6 +985,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 f"but `unet` predicts none: it has `out_channels={config.out_channels}` for "
                 f"`in_channels={config.in_channels}`. Make the scheduler with `variance_type='fixed_small'`, or train "
                 f"a model with `out_channels={2 * channels}`."
+                # The upsamplers of RGB images.
+                + (" If it enlarges images, load it with `ADMSuperResolutionPipeline`." if channels == 6 else "")
             )
         # Ours is told by this property. It refuses what it would have to ignore; diffusers' schedulers get the mean.
         if learned and not getattr(self.scheduler, "has_learned_variance", True):

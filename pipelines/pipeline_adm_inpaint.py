@@ -313,7 +313,7 @@ class ADMInpaintPipeline(ADMPipeline):
         num_left = min(int(num_steps * strength), num_steps)
         if num_left < 1:
             raise ValueError(
-                f"`strength` is {strength}, which leaves none of {num_steps} steps. Pass at least {1 / num_steps:g}, "
+                f"`strength` is {strength}, which leaves none of {num_steps} steps. Pass more than {1 / num_steps:g}, "
                 "or ask for more steps."
             )
         begin = (num_steps - num_left) * order
@@ -526,5 +526,10 @@ class ADMInpaintPipeline(ADMPipeline):
                 f"`unet` has `in_channels={config.in_channels}` and `out_channels={config.out_channels}`. For samples "
                 "of c channels, as many as it gives or half as many with a learned variance, an inpainting U-Net takes "
                 "c (any model), 2 c + 1 (trained with masks) or 3 c + 1 (which enlarges as well): 3, 7 or 10 for RGB."
+            )
+        if self.takes_low_res and self.vae is not None:
+            raise ValueError(
+                f"`unet` enlarges and inpaints (`in_channels={config.in_channels}`), which is done in pixels. Pass "
+                "`vae=None`."
             )
         super()._check_components()

@@ -69,6 +69,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
 
     @property
     def sample_channels(self) -> int:
+        """Channels of a sample: half of those that the U-Net takes."""
         return self.unet.config.in_channels // 2
 
     @torch.no_grad()

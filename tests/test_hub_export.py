@@ -16,6 +16,7 @@ import diffusers_adm
 from diffusers_adm import (
     AdaGNClassifierModel,
     AdaGNUNet2DModel,
+    ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
     GLIDETextModel,
@@ -26,7 +27,7 @@ from diffusers_adm import (
 from diffusers_adm.hub import export_model_file
 
 
-PIPELINES = [ADMPipeline, ADMSuperResolutionPipeline]
+PIPELINES = [ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline]
 CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, GLIDETextModel, LearnedVarianceDDPMScheduler, *PIPELINES]
 
 # A machine without the package: a finder in front of all others refuses it, however it is installed.

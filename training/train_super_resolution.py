@@ -205,7 +205,8 @@ def main(argv: list[str] | None = None) -> None:
         images, _ = check_images(
             images,
             resolution,
-            min_image_size=data_args.min_image_size,
+            # Enlarged images would teach it blur.
+            min_image_size=resolution if data_args.min_image_size is None else data_args.min_image_size,
             allow_unlabelled=num_classes is None or null_class_id is not None,
             num_proc=data_args.image_check_num_proc,
             output_dir=output_dir if accelerator.is_main_process else None,

@@ -37,8 +37,9 @@ def add_noise_to_low_res(
         noise_levels (`torch.LongTensor` of shape `(batch_size,)`): In `[0, len(alphas_cumprod)]`.
         alphas_cumprod (`torch.Tensor` of shape `(num_train_timesteps,)`): Of the scheduler.
     """
-    table = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod]).to(noise_levels.device)
-    alpha = table[noise_levels].to(low_res.dtype)[:, None, None, None]
+    # In this dtype before it moves: there are devices without float64.
+    table = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod]).to(low_res.dtype).to(noise_levels.device)
+    alpha = table[noise_levels][:, None, None, None]
     return alpha.sqrt() * low_res + (1 - alpha).sqrt() * noise
 
 

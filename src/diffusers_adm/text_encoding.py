@@ -26,6 +26,7 @@ DEFAULT_MAX_LENGTH = 512
 NO_MAX_LENGTH = 1_000_000
 # Of the U-Net, for configs that leave it out.
 DEFAULT_CROSS_ATTENTION_DIM = 1280
+DEFAULT_BLOCK_OUT_CHANNELS = (320, 640, 1280, 1280)
 
 
 class TextConditioning(NamedTuple):
@@ -202,7 +203,10 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
         )
     if unet_config.get("addition_embed_type") == "text_embeds" and hasattr(text_encoder, "text_projection"):
         pooled_width = getattr(text_encoder.config, "projection_dim", None)
-        time_embed_dim = unet_config.get("time_embedding_dim") or 4 * unet_config["block_out_channels"][0]
+        time_embed_dim = (
+            unet_config.get("time_embedding_dim")
+            or 4 * unet_config.get("block_out_channels", DEFAULT_BLOCK_OUT_CHANNELS)[0]
+        )
         if pooled_width != time_embed_dim:
             raise ValueError(
                 f"`text_encoder` ({name}) pools to a width of {pooled_width} (`projection_dim`), but `unet` adds what "

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from toy_models import MAX_PROMPT_LENGTH, WORDS, random_text_encoder, random_text_unet, toy_tokenizer
 
 from diffusers_adm import ADMPipeline, GLIDETextModel, LearnedVarianceDDPMScheduler
@@ -102,3 +103,24 @@ def test_saving_and_loading(pipe, tmp_path):
         assert torch.equal(loaded(generator=seeded(), **arguments).images, expected)
     again = ADMPipeline.from_pipe(loaded)
     assert again.text_encoder is loaded.text_encoder
+
+
+def test_adapters_of_the_unet(pipe):
+    """What handles adapters asks all models of a pipeline, the text transformer included."""
+    arguments = {"prompt": "a cat", **ARGUMENTS}
+    plain = pipe(generator=seeded(), **arguments).images
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style")
+    adapted = pipe(generator=seeded(), **arguments).images
+    assert (adapted - plain).abs().max() > 1e-3
+
+    pipe.disable_lora()
+    assert torch.equal(pipe(generator=seeded(), **arguments).images, plain)
+    pipe.enable_lora()
+    pipe.set_adapters("style", 0.0)
+    assert torch.equal(pipe(generator=seeded(), **arguments).images, plain)
+    pipe.set_adapters("style", 1.0)
+    pipe.fuse_lora()
+    torch.testing.assert_close(pipe(generator=seeded(), **arguments).images, adapted, rtol=1e-3, atol=1e-3)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(pipe(generator=seeded(), **arguments).images, plain, rtol=1e-3, atol=1e-3)

@@ -715,6 +715,10 @@ class TestLatents:
                 shown = vae.encode(masked).latent_dist.mode()[0] * 0.5
             torch.testing.assert_close(sample[4:8], shown * known)
 
+    def test_enlarging_is_done_in_pixels(self, vae):
+        with pytest.raises(ValueError, match=r"`unet` enlarges and inpaints \(`in_channels=13`\), .*Pass `vae=None`"):
+            make_pipeline(random_unet(in_channels=13, out_channels=8), vae=vae)
+
 
 class TestSaved:
     def test_loads_by_its_name(self, tmp_path):

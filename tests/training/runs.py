@@ -15,10 +15,23 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from scripts import REPOSITORY
+from toy_models import random_text_encoder, toy_tokenizer
+
+from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 
 
 CONFIGS = REPOSITORY / "training" / "configs"
 EMOJI = str(REPOSITORY / "data" / "noto-emoji-32" / "test.parquet")  # 163 images in 9 classes
+# Two steps, which leave all that a long run leaves.
+SHORT_RUN = {
+    "max_train_steps": 2,
+    "train_batch_size": 8,
+    "lr_warmup_steps": 0,
+    "logging_steps": 1,
+    "num_validation_images": 2,
+    "validation_num_inference_steps": 2,
+    "report_to": "none",
+}
 
 
 def flags(**arguments):
@@ -26,6 +39,19 @@ def flags(**arguments):
     for name, value in arguments.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
+
+
+def save_base(folder, unet, kind=None):
+    """A pipeline to fine-tune, with a toy text encoder of `kind`, or without any."""
+    ADMPipeline(
+        unet=unet,
+        scheduler=LearnedVarianceDDPMScheduler(),
+        vae=None,
+        text_encoder=random_text_encoder(kind) if kind else None,
+        tokenizer=toy_tokenizer(kind) if kind else None,
+        classifier=None,
+    ).save_pretrained(folder)
+    return str(folder)
 
 
 def reset_accelerate():

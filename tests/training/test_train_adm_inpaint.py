@@ -8,11 +8,21 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import CONFIGS, EMOJI, assert_same_checkpoint, flags, own_process_state, read_metrics, reset_accelerate
+from runs import (
+    CONFIGS,
+    EMOJI,
+    SHORT_RUN,
+    assert_same_checkpoint,
+    flags,
+    own_process_state,
+    read_metrics,
+    reset_accelerate,
+    save_base,
+)
 from scripts import load_script
-from toy_models import CONDITIONAL, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
+from toy_models import CONDITIONAL, random_text_unet, random_unet
 
-from diffusers_adm import AdaGNUNet2DModel, ADMInpaintPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNUNet2DModel, ADMInpaintPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import find_latest_checkpoint, parse_args, training_losses, widen_input
 
 
@@ -27,22 +37,10 @@ def own_state(monkeypatch):
         yield
 
 
-def save_base(folder, unet, kind=None):
-    ADMPipeline(
-        unet=unet,
-        scheduler=LearnedVarianceDDPMScheduler(),
-        vae=None,
-        text_encoder=random_text_encoder(kind) if kind else None,
-        tokenizer=toy_tokenizer(kind) if kind else None,
-        classifier=None,
-    ).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def short(tmp_path):
     """Arguments of a run of two steps from an ordinary model."""
-    return {
+    return SHORT_RUN | {
         "pretrained_model_name_or_path": save_base(
             tmp_path / "base", random_unet(num_class_embeds=10, null_class_id=9)
         ),
@@ -52,15 +50,9 @@ def short(tmp_path):
         "resolution": 8,
         "max_train_samples": 40,
         "output_dir": str(tmp_path / "run"),
-        "max_train_steps": 2,
-        "train_batch_size": 8,
         "learning_rate": 1e-2,
-        "lr_warmup_steps": 0,
-        "logging_steps": 1,
         "num_validation_images": 4,
-        "validation_num_inference_steps": 2,
         "validation_guidance_scale": 2.0,
-        "report_to": "none",
     }
 
 

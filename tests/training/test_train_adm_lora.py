@@ -8,19 +8,21 @@ import torch
 from processes import run_distributed
 from runs import (
     EMOJI,
+    SHORT_RUN,
     assert_same_checkpoint,
     assert_same_state,
     flags,
     own_process_state,
     read_metrics,
     reset_accelerate,
+    save_base,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scripts import load_script
-from toy_models import random_text_encoder, random_text_unet, random_unet, toy_tokenizer
+from toy_models import random_text_unet, random_unet
 
-from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNUNet2DModel, ADMPipeline
 from diffusers_adm.training import add_lora, captions
 
 
@@ -37,22 +39,10 @@ def own_state(monkeypatch):
         yield
 
 
-def save_base(folder, unet, kind=None):
-    ADMPipeline(
-        unet=unet,
-        scheduler=LearnedVarianceDDPMScheduler(),
-        vae=None,
-        text_encoder=random_text_encoder(kind) if kind else None,
-        tokenizer=toy_tokenizer(kind) if kind else None,
-        classifier=None,
-    ).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def short(tmp_path):
     """Arguments of a run of two steps beside a class-conditional model."""
-    return {
+    return SHORT_RUN | {
         "pretrained_model_name_or_path": save_base(
             tmp_path / "base", random_unet(num_class_embeds=10, null_class_id=9)
         ),
@@ -62,14 +52,7 @@ def short(tmp_path):
         "max_train_samples": 40,
         "lora_rank": 2,
         "output_dir": str(tmp_path / "run"),
-        "max_train_steps": 2,
-        "train_batch_size": 8,
         "learning_rate": 1e-2,
-        "lr_warmup_steps": 0,
-        "logging_steps": 1,
-        "num_validation_images": 2,
-        "validation_num_inference_steps": 2,
-        "report_to": "none",
     }
 
 

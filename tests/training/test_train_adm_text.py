@@ -14,12 +14,14 @@ from processes import run_distributed
 from runs import (
     CONFIGS,
     EMOJI,
+    SHORT_RUN,
     assert_same_checkpoint,
     flags,
     launch,
     own_process_state,
     read_metrics,
     reset_accelerate,
+    save_base,
 )
 from safetensors.torch import load_file
 from scripts import load_script
@@ -78,34 +80,15 @@ def write_text_encoder(folder, kind, **changes):
     return str(folder)
 
 
-def save_pipeline(folder, unet, kind):
-    ADMPipeline(
-        unet=unet,
-        scheduler=LearnedVarianceDDPMScheduler(),
-        vae=None,
-        text_encoder=random_text_encoder(kind),
-        tokenizer=toy_tokenizer(kind),
-        classifier=None,
-    ).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def short(tmp_path):
     """Arguments of a run of two steps, which still need a text encoder."""
-    return {
+    return SHORT_RUN | {
         "model_config_name_or_path": write_model_config(tmp_path),
         "data_files": write_images(tmp_path / "images.parquet", CAPTIONS),
         "caption_column": "text",
         "output_dir": str(tmp_path / "run"),
-        "max_train_steps": 2,
-        "train_batch_size": 8,
         "learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
-        "logging_steps": 1,
-        "num_validation_images": 2,
-        "validation_num_inference_steps": 2,
-        "report_to": "none",
     }
 
 
@@ -241,7 +224,7 @@ class TestTextEncoders:
 
     def test_fine_tuning_takes_those_of_the_pipeline(self, short, tmp_path):
         del short["model_config_name_or_path"]
-        base = save_pipeline(tmp_path / "base", random_text_unet("transformer"), "bert")
+        base = save_base(tmp_path / "base", random_text_unet("transformer"), "bert")
         train(**short, pretrained_model_name_or_path=base)
         assert_equal_states(states(tmp_path / "base"), states(short["output_dir"]))
         assert len(AutoTokenizer.from_pretrained(Path(short["output_dir"]) / "tokenizer")) == len(toy_tokenizer("bert"))
@@ -450,7 +433,7 @@ class TestCaptions:
         unet = random_text_unet("added_kv", addition_embed_type="text_embeds" if kind == "glide" else None)
         short |= {
             # From scratch it would not read the text yet, right or wrong.
-            "pretrained_model_name_or_path": save_pipeline(tmp_path / "base", unet, kind),
+            "pretrained_model_name_or_path": save_base(tmp_path / "base", unet, kind),
             "cache_dir": str(tmp_path / "cache"),
             "caption_dropout_prob": 0.3,
             "max_train_steps": 3,

@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from runs import CONFIGS, assert_same_checkpoint, flags, launch, own_process_state, read_metrics, reset_accelerate
+from runs import (
+    CONFIGS,
+    SHORT_RUN,
+    assert_same_checkpoint,
+    flags,
+    launch,
+    own_process_state,
+    read_metrics,
+    reset_accelerate,
+)
 from safetensors.torch import load_file
 from scripts import REPOSITORY, load_script
 from toy_models import TEXT_CONFIGS, TOY_CONFIG, toy_tokenizer
@@ -57,19 +66,12 @@ def write_model_config(folder, **changes):
 @pytest.fixture
 def short(tmp_path):
     """Arguments of a run of two steps, from 4 to 8 pixels."""
-    return {
+    return SHORT_RUN | {
         "model_config_name_or_path": write_model_config(tmp_path),
         "data_files": write_images(tmp_path / "images.parquet"),
         "low_res_size": 4,
         "max_noise_level": 5,
         "output_dir": str(tmp_path / "run"),
-        "max_train_steps": 2,
-        "train_batch_size": 8,
-        "lr_warmup_steps": 0,
-        "logging_steps": 1,
-        "num_validation_images": 2,
-        "validation_num_inference_steps": 2,
-        "report_to": "none",
     }
 
 

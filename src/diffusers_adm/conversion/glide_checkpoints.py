@@ -135,7 +135,7 @@ def convert_glide(
         flags, assumed = get_glide_preset(preset).settle(), {}
     else:
         told = observed | given
-        if "channel_mult" not in given and told["image_size"] in IMAGE_SIZES:
+        if "channel_mult" not in given and "image_size" in given and told["image_size"] in IMAGE_SIZES:
             del told["channel_mult"]  # the size settles it, even if it says otherwise than the file
         flags = default_flags(told["super_res"]) | told
         of_heads = ("num_heads", "num_head_channels") if {"num_heads", "num_head_channels"} & set(told) else ()

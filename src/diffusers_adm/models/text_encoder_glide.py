@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -94,7 +95,8 @@ class GLIDETextLayer(nn.Module):
         return hidden_states + self.linear2(self.act(self.linear1(self.norm2(hidden_states))))
 
 
-class GLIDETextModel(ModelMixin, ConfigMixin):
+# With adapters: pipelines call `set_adapters`, `fuse_lora` and their kin on every model of diffusers that they hold.
+class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The text transformer of GLIDE (Nichol et al. 2021, https://huggingface.co/papers/2112.10741). The defaults are those
     of the published base model.

@@ -83,7 +83,9 @@ class DataArguments:
     center_crop: bool = arg(False, "Crop at the centre instead of at random.")
     random_flip: bool = arg(False, "Mirror half of the images. Not for text, flags or anatomy.")
     class_balanced: bool = arg(False, "Draw the classes equally often, however many images they have.")
-    min_image_size: int | None = arg(None, "Leave out images whose shorter side is below; none: half the resolution.")
+    min_image_size: int | None = arg(
+        None, "Leave out images whose shorter side is below; none: half the resolution (upsamplers: all of it)."
+    )
     dataloader_num_workers: int = arg(0, "Processes that load images; 0: the training process itself.")
     image_check_num_proc: int | None = arg(None, "Processes that check the images before training.")
 
