@@ -703,9 +703,9 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                     f"`eta` is {eta}, which a {scheduler} does not know. Leave it out, or use a "
                     "`LearnedVarianceDDPMScheduler` or `DDIMScheduler`."
                 )
-            if eta < 0:
+            if not 0 <= eta < math.inf:
                 raise ValueError(
-                    f"`eta` is {eta}; it must not be negative (0: deterministic, 1: as much noise as DDPM)."
+                    f"`eta` is {eta}; it must be a number from 0 on (0: deterministic, 1: as much noise as DDPM)."
                 )
             if eta > 1 and scheduler == "TCDScheduler":
                 raise ValueError(f"`eta` is {eta}; a TCDScheduler takes 0 (deterministic) to 1 (all noise is new).")
@@ -845,6 +845,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                     f"{tuple(states.shape[:2])}."
                 )
             if (self.unet.config.get("addition_embed_type") == "text_embeds") != (pooled is not None):
+                if pooled is None:
+                    raise ValueError(
+                        f"`{prefix}pooled_prompt_embeds` are missing: this U-Net needs them beside {embeds_name} "
+                        "(`encode_prompt` gives both)."
+                    )
                 raise ValueError(
                     f"`{prefix}pooled_prompt_embeds` go with {embeds_name} for a U-Net with "
                     "`addition_embed_type='text_embeds'`, and with no other; this one has "
@@ -963,6 +968,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 f"`unet` has `in_channels={config.in_channels}` and `out_channels={config.out_channels}`. "
                 f"`{type(self).__name__}` needs as many output channels as a sample has, {channels}, or twice as many "
                 "for a learned variance."
+                # The inpainters of RGB images.
+                + (" If it inpaints, load it with `ADMInpaintPipeline`." if config.in_channels in (7, 10) else "")
             )
         learned = config.out_channels == 2 * channels
         if isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler)) and variance_type == "learned":

@@ -81,8 +81,8 @@ class TestImages:
             (Image.new("RGBA", (4, 5)), 3, "`image` has mode RGBA and transparent pixels"),
             (Image.new("LA", (4, 5)), 1, "`image` has mode LA and transparent pixels"),
             (Image.new("RGB", (4, 5)), 1, "`image` has mode RGB, but this model's images have 1 channels"),
-            (Image.new("F", (4, 5)), 3, "`image` has mode F, but"),
-            (Image.new("I;16", (4, 5)), 3, "`image` has mode I;16, but"),
+            (Image.new("F", (4, 5)), 3, "`image` has mode F, whose range of values is not known"),
+            (Image.new("I;16", (4, 5)), 3, "`image` has mode I;16, whose range of values is not known"),
             (Image.new("RGB", (4, 5)), 4, "`image` is a Pillow image, but this model's images have 4 channels"),
             (PIXELS.transpose(0, 3, 1, 2), 3, "`image` has shape (2, 3, 5, 4); pass (height, width, channels)"),
             (EXPECTED.permute(0, 2, 3, 1), 3, "`image` has shape (2, 5, 4, 3); pass (channels, height, width)"),
@@ -145,6 +145,9 @@ class TestMasks:
             (torch.zeros(2, 3, 5, 4), "`mask_image` has shape (2, 3, 5, 4)"),
             (np.full((5, 4), 255.0), "they must lie in [0, 1]"),
             (np.ones((5, 4), dtype=np.int64), "`mask_image` is of type torch.int64"),
+            (np.eye(4, dtype=np.uint8), "`mask_image` holds 8-bit numbers up to 1"),
+            (torch.eye(4, dtype=torch.uint8), "`mask_image` holds 8-bit numbers up to 1"),
+            (Image.new("L", (4, 5), 1), "`mask_image` holds 8-bit numbers up to 1"),
         ],
     )
     def test_refused(self, mask, message):

@@ -63,6 +63,7 @@ from diffusers_adm.training import (
     plot_loss_curves,
     prepare_captions,
     prepare_output_dir,
+    pretrained_pipeline_config,
     rest_of_epoch,
     resume_checkpoint,
     save_checkpoint,
@@ -82,19 +83,32 @@ IN_CHANNELS = 6  # x_t and the small image, both RGB
 @dataclass
 class SuperResolutionArguments:
     low_res_size: int | None = arg(
-        None, "Side of the small images, in pixels; it must divide `resolution`, that of the large ones."
+        None,
+        "Side of the small images, in pixels; it must divide that of the large ones. None: the pretrained model's.",
     )
-    max_noise_level: int = arg(
-        0,
+    max_noise_level: int | None = arg(
+        None,
         "The small images go through 0 to so many steps of the noising chain, all equally likely; 0: no noise. Above "
-        "0, the U-Net needs a `time_cond_proj_dim`.",
+        "0, the U-Net needs a `time_cond_proj_dim`. None: the pretrained model's, or 0.",
     )
 
     def __post_init__(self):
-        if self.low_res_size is None:
-            raise ValueError("`low_res_size` is missing: the side of the small images, in pixels, e.g. 32.")
         check_at_least(self, 1, "low_res_size")
         check_at_least(self, 0, "max_noise_level")
+
+    def inherit(self, pipeline_config: dict[str, Any]) -> None:
+        """
+        Takes what was not given from the pretrained pipeline.
+
+        Raises:
+            ValueError: If that does not name the size of the small images either.
+        """
+        if self.low_res_size is None:
+            self.low_res_size = pipeline_config.get("low_res_size")
+        if self.max_noise_level is None:
+            self.max_noise_level = pipeline_config.get("max_noise_level") or 0
+        if self.low_res_size is None:
+            raise ValueError("`low_res_size` is missing: the side of the small images, in pixels, e.g. 32.")
 
     def check(self, resolution: int, scheduler: LearnedVarianceDDPMScheduler, time_cond_proj_dim: int | None) -> None:
         """
@@ -180,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_super_resolution")
+    sr_args.inherit(pretrained_pipeline_config(model_args, data_args))
     settings = {name: value for arguments in all_args for name, value in vars(arguments).items()}
 
     # 2. diffusion process and data: the cheap checks first

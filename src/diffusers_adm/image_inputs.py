@@ -61,8 +61,23 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
             item = item.convert("L")
         elif isinstance(item, (np.ndarray, torch.Tensor)) and item.dtype in (np.bool_, torch.bool):
             item = item * np.uint8(255) if isinstance(item, np.ndarray) else item.to(torch.uint8) * 255
+        _check_white(item, name)
         grey.append(item)
     return read_images(grey, name, 1) >= MASK_THRESHOLD
+
+
+def _check_white(mask: OneImage, name: str) -> None:
+    """Raises a `ValueError` for 8-bit masks of 0 and 1: both are next to black, but 1 was surely meant as white."""
+    if isinstance(mask, Image.Image):
+        highest = mask.getextrema()[1] if mask.mode == "L" else None
+    else:
+        is_bytes = getattr(mask, "dtype", None) in (np.uint8, torch.uint8)
+        highest = int(mask.max()) if is_bytes and 0 not in mask.shape else None
+    if highest == 1:
+        raise ValueError(
+            f"`{name}` holds 8-bit numbers up to 1, of which white would be 255. Pass 0 and 255, or `bool`, or "
+            "floating point numbers in [0, 1]."
+        )
 
 
 def _read_one(image: OneImage, name: str, channels: int) -> torch.Tensor:
@@ -79,6 +94,11 @@ def _read_one(image: OneImage, name: str, channels: int) -> torch.Tensor:
                 f"`{name}` has mode {image.mode} and transparent pixels, which this model knows nothing of. Lay it on "
                 "a background first, such as `Image.alpha_composite(Image.new('RGBA', image.size, 'white'), "
                 f"image.convert('RGBA')).convert('{mode}')`."
+            )
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            raise ValueError(
+                f"`{name}` has mode {image.mode}, whose range of values is not known. Pass an array of floating point "
+                "numbers in [0, 1], such as `np.asarray(image) / 65535` for 16 bits."
             )
         if image.mode not in LOSSLESS_PIL_MODES[channels]:
             raise ValueError(

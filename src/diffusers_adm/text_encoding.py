@@ -187,7 +187,11 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
             embedding, or the tokenizer is missing, empty, or has more tokens than the encoder knows.
     """
     if tokenizer is None:
-        raise ValueError("`text_encoder` was given without a `tokenizer`. Pass the tokenizer that it was trained with.")
+        raise ValueError(
+            "`text_encoder` was given without a `tokenizer`. Pass the tokenizer that it was trained with, to "
+            "`from_pretrained` as `tokenizer=` (for converted GLIDE models: "
+            "`diffusers_adm.conversion.load_glide_tokenizer`)."
+        )
     name = type(text_encoder).__name__
     width, wanted = getattr(text_encoder.config, "hidden_size", None), cross_attention_width(unet_config)
     if wanted is None:

@@ -190,7 +190,9 @@ def test_by_class_resumed_and_fine_tuned(short, tmp_path, capsys):
     assert_same_checkpoint(folder / "checkpoint-4", Path(other["output_dir"]) / "checkpoint-4")
     assert read_metrics(folder) == read_metrics(other["output_dir"])
 
-    del by_class["model_config_name_or_path"]
+    # Fine-tuned without saying what the pipeline knows.
+    for name in ("model_config_name_or_path", "low_res_size", "max_noise_level"):
+        del by_class[name]
     tuned = by_class | {"pretrained_model_name_or_path": str(folder), "output_dir": str(tmp_path / "tuned")}
     train(**tuned | {"max_train_steps": 1, "use_ema": False, "learning_rate": 1e-6})
     before, after = (
@@ -198,6 +200,8 @@ def test_by_class_resumed_and_fine_tuned(short, tmp_path, capsys):
     )
     changes = [(after[name] - before[name]).abs().max() for name in before]
     assert 0 < max(changes) < 2e-6  # one step of Adam
+    tuned_config = ADMSuperResolutionPipeline.load_config(tmp_path / "tuned")
+    assert (tuned_config["low_res_size"], tuned_config["max_noise_level"]) == (4, 5)
 
 
 def test_by_caption(short, seen, tmp_path):

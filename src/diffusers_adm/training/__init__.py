@@ -96,6 +96,7 @@ from .unets import (
     check_guidance_of_grids,
     learned_classes,
     load_unet_config,
+    pretrained_pipeline_config,
     widen_input,
 )
 
@@ -178,6 +179,7 @@ __all__ = [
     "plot_loss_curves",
     "prepare_captions",
     "prepare_output_dir",
+    "pretrained_pipeline_config",
     "random_known",
     "reading",
     "rest_of_epoch",

@@ -196,11 +196,17 @@ def check_guidance_of_grids(
         )
 
 
-def learned_classes(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
-    """The names of the pretrained pipeline's classes; none from a repository without `model_index.json`."""
+def pretrained_pipeline_config(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """The config of the pretrained pipeline; empty without one, or for a repository without `model_index.json`."""
     with contextlib.suppress(OSError):
-        index = DiffusionPipeline.load_config(
-            model_args.pretrained_model_name_or_path, revision=model_args.revision, cache_dir=data_args.cache_dir
-        )
-        return {int(number): name for number, name in (index.get("id2label") or {}).items()}
+        if model_args.pretrained_model_name_or_path is not None:
+            return DiffusionPipeline.load_config(
+                model_args.pretrained_model_name_or_path, revision=model_args.revision, cache_dir=data_args.cache_dir
+            )
     return {}
+
+
+def learned_classes(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
+    """The names of the pretrained pipeline's classes, as far as it names any."""
+    names = pretrained_pipeline_config(model_args, data_args).get("id2label") or {}
+    return {int(number): name for number, name in names.items()}
