@@ -32,7 +32,6 @@ class TestImages:
             [EXPECTED[:1], EXPECTED[1:]],
             [Image.fromarray(PIXELS[0]), EXPECTED[1]],
         ],
-        ids=str,
     )
     def test_forms(self, images):
         actual = read_images(images, "image", 3)
@@ -121,7 +120,6 @@ class TestMasks:
             torch.from_numpy(WHITE),
             torch.from_numpy(WHITE)[None].float(),
         ],
-        ids=str,
     )
     def test_forms(self, mask):
         read = read_masks(mask, "mask_image")
