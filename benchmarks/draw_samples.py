@@ -1,7 +1,9 @@
 """
-Pictures of samples: prompts by seed, and samples beside the training images that are nearest to them.
+Pictures of samples: prompts by seed, samples and what an upsampler makes of them, and samples beside the training
+images that are nearest to them.
 
     python benchmarks/draw_samples.py seeds --model DIR --output seeds.png
+    python benchmarks/draw_samples.py cascade --model DIR --upsampler DIR --output cascade.png
     python benchmarks/draw_samples.py nearest --model DIR --output nearest.png
 
 `nearest` also prints how far samples lie from the nearest training image (root mean square over pixels, 0 to 255), and
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_adm import ADMPipeline
+from diffusers_adm import ADMPipeline, ADMSuperResolutionPipeline
 from diffusers_adm.training import labelled_grid
 
 
@@ -32,6 +34,7 @@ PROMPTS = (
     "woman astronaut, medium skin tone",
 )
 NUM_SEEDS = 8
+NUM_CASCADES = 4
 NUM_NEAREST = 4
 
 
@@ -46,6 +49,25 @@ def draw_seeds(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
     images = sample(pipe, [prompt for prompt in args.prompts for _ in range(NUM_SEEDS)], generators, args)
     columns = [f"seed {args.seed + i}" for i in range(NUM_SEEDS)]
     return labelled_grid(images, len(args.prompts), NUM_SEEDS, args.prompts, columns, scale=args.scale)
+
+
+def draw_cascade(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
+    upsampler = ADMSuperResolutionPipeline.from_pretrained(args.upsampler)
+    upsampler.set_progress_bar_config(disable=True)
+    generators = [
+        torch.Generator().manual_seed(args.seed + i % NUM_CASCADES) for i in range(NUM_CASCADES * len(args.prompts))
+    ]
+    small = sample(pipe, [prompt for prompt in args.prompts for _ in range(NUM_CASCADES)], generators, args)
+    large = upsampler(
+        small,
+        noise_level=args.noise_level,
+        num_inference_steps=args.num_inference_steps,
+        generator=generators,
+    ).images
+    small = [image.resize(large[0].size, Image.Resampling.NEAREST) for image in small]
+    pairs = [image for pair in zip(small, large, strict=True) for image in pair]
+    columns = [name for i in range(NUM_CASCADES) for name in (f"seed {args.seed + i}", "enlarged")]
+    return labelled_grid(pairs, len(args.prompts), len(columns), args.prompts, columns)
 
 
 def draw_nearest(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
@@ -90,13 +112,15 @@ def sample(
     return images
 
 
-DRAWINGS = {"seeds": draw_seeds, "nearest": draw_nearest}
+DRAWINGS = {"seeds": draw_seeds, "cascade": draw_cascade, "nearest": draw_nearest}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=DRAWINGS)
     parser.add_argument("--model", required=True, help="A pipeline that reads captions.")
+    parser.add_argument("--upsampler", help="For `cascade`.")
+    parser.add_argument("--noise_level", type=int, default=20, help="Of the upsampler.")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
     parser.add_argument("--train_file", default="data/noto-emoji-32/train.parquet")
     parser.add_argument("--test_file", default="data/noto-emoji-32/test.parquet")

@@ -410,7 +410,9 @@ class TestBadInput:
         pipe = make_pipeline(
             "bert", block_out_channels=(4, 16), addition_embed_type="text_embeds", time_embedding_dim=TEXT_WIDTH
         )
-        self.refused(pipe, "`pooled_prompt_embeds` go with `prompt_embeds`", prompt_embeds=self.EMBEDS)
+        self.refused(
+            pipe, "`pooled_prompt_embeds` are missing: this U-Net needs them beside", prompt_embeds=self.EMBEDS
+        )
 
     @pytest.mark.parametrize(
         "components, message",

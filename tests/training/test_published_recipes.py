@@ -80,6 +80,7 @@ def test_the_training_script_takes_it(name, monkeypatch):
     if kind == "upsampler":
         *_, super_resolution = rest
         assert super_resolution.low_res_size == flags["small_size"]
+        super_resolution.inherit({})  # trained from scratch
         super_resolution.check(flags["large_size"], scheduler, None)
         with pytest.raises(ValueError, match="takes 6 channels; this"):
             load_unet_config(model, data, scheduler)

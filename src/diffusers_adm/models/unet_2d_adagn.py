@@ -760,8 +760,7 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         dual_cross_attention (`bool`, defaults to `False`), attention_type (`str`, defaults to `"default"`),
             class_embeddings_concat (`bool`, defaults to `False`), addition_time_embed_dim (`int`, *optional*),
             timestep_post_act (`str`, *optional*), conv_in_kernel (`int`, defaults to 3), conv_out_kernel (`int`,
-            defaults to 3): Of parts of `UNet2DConditionModel` that this family
-            does not have; they take no other value.
+            defaults to 3): Of parts of `UNet2DConditionModel` that this family does not have; they take no other value.
         num_attention_heads (`int` or `tuple[int]`, *optional*): Number of heads, for all levels or per level. Where
             given, it wins over `attention_head_dim`.
         num_attention_heads_up (`int`, *optional*): Number of heads at every level on the way up (`num_heads_upsample`
@@ -828,12 +827,12 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         resnet_skip_time_act: bool = False,
         resnet_out_scale_factor: float = 1.0,
         time_embedding_act_fn: AdaGNActivation | None = None,
+        time_cond_proj_dim: int | None = None,
         dual_cross_attention: bool = False,
         attention_type: str = "default",
         class_embeddings_concat: bool = False,
         addition_time_embed_dim: int | None = None,
         timestep_post_act: str | None = None,
-        time_cond_proj_dim: int | None = None,
         conv_in_kernel: int = 3,
         conv_out_kernel: int = 3,
         num_attention_heads: int | tuple[int, ...] | None = None,
