@@ -288,8 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     def build_pipeline() -> ADMSuperResolutionPipeline:
         return ADMSuperResolutionPipeline(
             unet=accelerator.unwrap_model(unet),
-            # A copy: sampling chooses timesteps, and what is shared with training must not change.
-            scheduler=LearnedVarianceDDPMScheduler.from_config(noise_scheduler.config),
+            scheduler=noise_scheduler,
             vae=None,
             text_encoder=accelerator.unwrap_model(text_encoder) if has_text else None,
             tokenizer=tokenizer,
