@@ -674,7 +674,384 @@ class ResBlockCompileMixin(ModelMixin):
         super().compile_repeated_blocks(*args, **kwargs)
 
 
-class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class TimeEmbedding(NamedTuple):
+    """What residual blocks are conditioned by, `(B, time_embed_dim)`: as it is, and with their first activation."""
+
+    emb: torch.Tensor
+    activated_emb: torch.Tensor
+
+    def of(self, block: nn.Module) -> torch.Tensor:
+        return self.emb if block.skip_time_act else self.activated_emb
+
+
+class EncoderMixin(ResBlockCompileMixin):
+    """
+    What a U-Net and its ControlNet share: the embedding of time, class and text, the way down and the middle, with one
+    set of names for arguments and parameters. All of it reads `self.config`.
+    """
+
+    reads_text: bool
+    embedding_act_fn: AdaGNActivation
+    time_embed_dim: int
+
+    def _check_encoder(self, down_block_types: tuple[str, ...]) -> None:
+        """Raises a `ValueError` for what would otherwise fail late, or build something else than was asked for."""
+        config = self.config
+        levels = len(config.block_out_channels)
+        check_levels(config, down_block_types)
+        _check_choice("mid_block_type", config.mid_block_type, (*MID_BLOCK_TYPES, None))
+        _check_choice("time_embedding_type", config.time_embedding_type, get_args(TimeEmbeddingType))
+        _check_choice("class_embed_type", config.class_embed_type, (*get_args(ClassEmbedType), None))
+
+        mid_kind = MID_BLOCK_TYPES.get(config.mid_block_type)
+        if mid_kind == "self" and (self.reads_text or not config.add_attention):
+            mid_kind = None
+        has_mid_attention = mid_kind == "self"
+        groups, channels = config.attn_norm_num_groups, config.block_out_channels[-1]
+        if has_mid_attention and groups is not None and (groups < 1 or channels % groups):
+            raise ValueError(
+                f"`attn_norm_num_groups` is {groups}; it must divide the {channels} channels of the middle block."
+            )
+        if config.time_embedding_type == "learned":
+            if config.num_train_timesteps is None:
+                raise ValueError('`time_embedding_type="learned"` needs `num_train_timesteps`, the rows of its table.')
+            if config.timestep_scale != 1.0:
+                raise ValueError(
+                    f"`timestep_scale` is {config.timestep_scale}, but the table of "
+                    '`time_embedding_type="learned"` has rows for whole timesteps alone. Leave `timestep_scale` at 1.0.'
+                )
+        if config.class_embed_type is not None and config.num_class_embeds is not None:
+            raise ValueError(
+                f"`class_embed_type` is {config.class_embed_type!r} and `num_class_embeds` is "
+                f"{config.num_class_embeds}: only `class_embed_type=None` has a table. Drop one of them."
+            )
+        if config.null_class_id is not None and not 0 <= config.null_class_id < (config.num_class_embeds or 0):
+            raise ValueError(
+                f"`null_class_id` is {config.null_class_id}; it must name one of the `num_class_embeds` "
+                f"({config.num_class_embeds}) rows of the class embedding. Count the null class as one of them."
+            )
+
+        check_heads(config, [DOWN_BLOCK_TYPES[block_type].attention for block_type in down_block_types])
+        if mid_kind is not None:
+            check_heads(config, [None] * (levels - 1) + [mid_kind])
+        self._check_text_config()
+
+    def _check_text_config(self) -> None:
+        config = self.config
+        for name, value in NEUTRAL_ARGUMENTS.items():
+            if config.get(name, value) != value:
+                raise ValueError(
+                    f"`{name}` is {config[name]!r}, for a part that this family does not have; it must stay {value!r}. "
+                    "Load such a model with `diffusers.UNet2DConditionModel`."
+                )
+        for name in ("cross_attention_dim", "transformer_layers_per_block", "only_cross_attention"):
+            _entries(config, name)
+        self._check_transformer_layers()
+        _check_choice("cross_attention_norm", config.cross_attention_norm, ("layer_norm", "group_norm", None))
+        _check_choice("addition_embed_type", config.addition_embed_type, (*get_args(AdditionEmbedType), None))
+        _check_choice("encoder_hid_dim_type", config.encoder_hid_dim_type, ("text_proj", None))
+        _check_choice("time_embedding_act_fn", config.time_embedding_act_fn, (*ADAGN_ACTIVATIONS, None))
+        pools_text = config.addition_embed_type == "text" and config.encoder_hid_dim is None
+        if pools_text and not isinstance(config.cross_attention_dim, int):
+            raise ValueError(
+                f"`addition_embed_type` is 'text' and `cross_attention_dim` is {config.cross_attention_dim}: states "
+                "are pooled once, from one width. Pass one number."
+            )
+        if config.encoder_hid_dim_type is not None and config.encoder_hid_dim is None:
+            raise ValueError("`encoder_hid_dim_type` needs `encoder_hid_dim`, the width of the states to project.")
+        if not self.reads_text:
+            for name in ("encoder_hid_dim", "addition_embed_type"):
+                if config[name] is not None:
+                    raise ValueError(
+                        f"`{name}` is {config[name]!r}, but none of the block types has cross-attention. Leave it out, "
+                        "or choose such block types."
+                    )
+        if config.encoder_hid_dim is not None and not isinstance(config.cross_attention_dim, int):
+            raise ValueError(
+                f"`encoder_hid_dim` is {config.encoder_hid_dim} and `cross_attention_dim` is "
+                f"{config.cross_attention_dim}: states are projected once, to one width. Pass one number."
+            )
+        if (config.class_embed_type == "projection") != (config.projection_class_embeddings_input_dim is not None):
+            raise ValueError(
+                f"`class_embed_type` is {config.class_embed_type!r} and `projection_class_embeddings_input_dim` is "
+                f"{config.projection_class_embeddings_input_dim}: 'projection' and the width of what it projects go "
+                "together."
+            )
+        if self.reads_text and config.time_embedding_type != "positional":
+            raise ValueError(
+                f"`time_embedding_type` is {config.time_embedding_type!r}; networks with text have 'positional' alone."
+            )
+
+    def _check_transformer_layers(self) -> None:
+        config, levels = self.config, len(self.config.block_out_channels)
+        number = per_level(config.layers_per_block, levels)
+        depths, depths_up = config.transformer_layers_per_block, config.get("reverse_transformer_layers_per_block")
+        nested = any(isinstance(depth, (list, tuple)) for depth in per_level(depths, levels))
+        if depths_up is not None and len(depths_up) != levels:
+            raise ValueError(
+                f"`reverse_transformer_layers_per_block` has {len(depths_up)} entries for {levels} levels. Give one "
+                "per level, the lowest resolution first."
+            )
+        if nested and depths_up is None and "up_block_types" in config:
+            raise ValueError(
+                f"`transformer_layers_per_block` is {depths}, with a number for each block of a level. The way up has "
+                "one block more: pass `reverse_transformer_layers_per_block` as well."
+            )
+        ways = {
+            "transformer_layers_per_block": (per_level(depths, levels), number),
+            "reverse_transformer_layers_per_block": (depths_up or (), [n + 1 for n in reversed(number)]),
+        }
+        for name, (entries, blocks) in ways.items():
+            for entry, expected in zip(entries, blocks, strict=False):
+                if isinstance(entry, (list, tuple)) and len(entry) != expected:
+                    raise ValueError(
+                        f"`{name}` holds {tuple(entry)} for a level of {expected} blocks. Give one number a block, or "
+                        "one for all."
+                    )
+
+    def _build_encoder(self, down_block_types: tuple[str, ...]) -> tuple[BlockFactory, list[int]]:
+        """Adds the layers; returns what builds further blocks, and the channels of the skip connections."""
+        config = self.config
+        levels = len(config.block_out_channels)
+        # `act_fn` reaches further in nets with text than in those without.
+        self.embedding_act_fn = act_fn = config.act_fn if self.reads_text else "silu"
+        self.time_embed_dim = time_embed_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
+        time_proj_dim = config.time_proj_dim or config.block_out_channels[0]
+
+        # 1. input
+        self.conv_in = nn.Conv2d(config.in_channels, config.block_out_channels[0], kernel_size=3, padding=1)
+
+        # 2. time and class
+        timestep_input_dim = time_proj_dim
+        if config.time_embedding_type == "fourier":
+            self.time_proj = GaussianFourierProjection(embedding_size=time_proj_dim, scale=16)
+            timestep_input_dim = 2 * time_proj_dim
+        elif config.time_embedding_type == "positional":
+            self.time_proj = Timesteps(time_proj_dim, config.flip_sin_to_cos, config.freq_shift)
+        else:
+            self.time_proj = nn.Embedding(config.num_train_timesteps, time_proj_dim)
+        self.time_embedding = TimestepEmbedding(
+            timestep_input_dim, time_embed_dim, act_fn=act_fn, cond_proj_dim=config.time_cond_proj_dim
+        )
+
+        if config.class_embed_type == "timestep":
+            self.class_embedding = TimestepEmbedding(timestep_input_dim, time_embed_dim, act_fn=act_fn)
+        elif config.class_embed_type == "projection":
+            self.class_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, time_embed_dim)
+        elif config.class_embed_type == "identity":
+            self.class_embedding = nn.Identity()
+        elif config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, time_embed_dim)
+        else:
+            self.class_embedding = None
+
+        # 3. text
+        self.encoder_hid_proj = None
+        if config.encoder_hid_dim is not None:
+            self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, per_level(config.cross_attention_dim, 1)[0])
+        self.add_embedding = None
+        if config.addition_embed_type == "text":
+            text_dim = config.encoder_hid_dim or config.cross_attention_dim
+            self.add_embedding = TextTimeEmbedding(
+                text_dim, time_embed_dim, num_heads=config.addition_embed_type_num_heads
+            )
+
+        factory = BlockFactory(config, time_embed_dim)
+
+        # 4. down
+        depths = per_level(config.transformer_layers_per_block, levels)
+        self.down_blocks, skip_channels = factory.down_blocks(
+            down_block_types, config.layers_per_block, config.downsample_type, config.downsample_padding, depths
+        )
+
+        # 5. middle
+        self.mid_block = None
+        if config.mid_block_type is not None:
+            kind = MID_BLOCK_TYPES[config.mid_block_type]
+            groups = config.attn_norm_num_groups
+            if groups is None and config.resnet_time_scale_shift == "default":
+                groups = config.norm_num_groups
+            only_cross_attention = config.mid_block_only_cross_attention
+            if only_cross_attention is None:
+                only_cross_attention = config.only_cross_attention is True
+            self.mid_block = factory.mid_block(
+                kind if config.add_attention or kind != "self" else None,
+                groups,
+                config.mid_block_scale_factor,
+                depth=per_level(depths[-1], 1)[0],
+                only_cross_attention=only_cross_attention,
+                # In nets with text a plain middle is one residual block alone.
+                num_resnets=1 if kind == "self" and self.reads_text else 2,
+            )
+        return factory, skip_channels
+
+    def _embed(
+        self,
+        timesteps: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        class_labels: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None,
+        timestep_cond: torch.Tensor | None,
+    ) -> TimeEmbedding:
+        """Time, class and pooled text, for `(B,)` timesteps, in `dtype`."""
+        config = self.config
+        scaled_timesteps = timesteps
+        if config.timestep_scale != 1.0:
+            scaled_timesteps = timesteps.float() * config.timestep_scale
+        # The sinusoid is float32 whatever the timesteps are; a half-precision embedding needs it in its own dtype.
+        if timestep_cond is not None:
+            timestep_cond = timestep_cond.to(dtype)
+        emb = self.time_embedding(self.time_proj(scaled_timesteps).to(dtype), timestep_cond)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full_like(timesteps, config.null_class_id, dtype=torch.long)
+            if config.class_embed_type == "timestep":
+                class_labels = self.time_proj(class_labels)
+            if class_labels.is_floating_point():
+                class_labels = class_labels.to(dtype)
+            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
+        if config.addition_embed_type == "text":
+            emb = emb + self.add_embedding(encoder_hidden_states)
+        elif config.addition_embed_type == "text_embeds":
+            emb = emb + added_cond_kwargs["text_embeds"].to(emb.dtype)
+        if config.time_embedding_act_fn is not None:
+            emb = ADAGN_ACTIVATIONS[config.time_embedding_act_fn](emb)
+        # Every residual block starts with this activation: once here instead of once in each.
+        return TimeEmbedding(emb, ADAGN_ACTIVATIONS[config.act_fn](emb))
+
+    def _text_context(
+        self,
+        dtype: torch.dtype,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> TextContext | None:
+        if not self.reads_text:
+            return None
+        if self.encoder_hid_proj is not None:
+            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)  # (B, L, cross_attention_dim)
+        return TextContext(
+            encoder_hidden_states,
+            _mask_to_bias(attention_mask, dtype),
+            _mask_to_bias(encoder_attention_mask, dtype),
+            cross_attention_kwargs or {},
+        )
+
+    def _encode(
+        self, hidden_states: torch.Tensor, temb: TimeEmbedding, context: TextContext | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The way down and the middle: its output, and the skip connections, that of the input convolution first."""
+        skips = (hidden_states,)
+        for block in self.down_blocks:
+            hidden_states, block_skips = block(hidden_states, temb.of(block), context)
+            skips += block_skips
+        if self.mid_block is not None:
+            hidden_states = self.mid_block(hidden_states, temb.of(self.mid_block), context)
+        return hidden_states, skips
+
+    def _check_conditions(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        *,
+        class_labels: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None,
+        timestep_cond: torch.Tensor | None,
+    ) -> None:
+        """Raises the `ValueError`s of `forward`."""
+        check_sample(sample, timestep, self.config.in_channels, len(self.config.block_out_channels))
+        self._check_class_labels(sample, class_labels)
+        self._check_timestep_cond(sample, timestep_cond)
+        self._check_text(sample, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
+
+    def _check_timestep_cond(self, sample: torch.Tensor, timestep_cond: torch.Tensor | None) -> None:
+        width = self.config.time_cond_proj_dim
+        if timestep_cond is None:
+            return
+        if width is None:
+            raise ValueError(
+                "`timestep_cond` was given to a model without `time_cond_proj_dim`, which takes none. Leave it at None."
+            )
+        if tuple(timestep_cond.shape) != (sample.shape[0], width):
+            raise ValueError(
+                f"`timestep_cond` has shape {tuple(timestep_cond.shape)}; this model takes {(sample.shape[0], width)}, "
+                "one vector an example."
+            )
+
+    def _check_text(
+        self,
+        sample: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None,
+    ) -> None:
+        config = self.config
+        if self.reads_text != (encoder_hidden_states is not None):
+            raise ValueError(
+                "`encoder_hidden_states` are missing: this model has cross-attention. Pass (batch_size, L, width)."
+                if self.reads_text
+                else "`encoder_hidden_states` were given to a model without cross-attention. Leave them out."
+            )
+        if self.reads_text:
+            widths = per_level(config.encoder_hid_dim or config.cross_attention_dim, 1)
+            states = encoder_hidden_states
+            if states.ndim != 3 or states.shape[0] != sample.shape[0] or states.shape[-1] not in widths:
+                raise ValueError(
+                    f"`encoder_hidden_states` has shape {tuple(states.shape)} for {sample.shape[0]} examples; this "
+                    f"model takes ({sample.shape[0]}, length, {widths[0]})."
+                )
+            if encoder_attention_mask is not None and encoder_attention_mask.shape != states.shape[:2]:
+                raise ValueError(
+                    f"`encoder_attention_mask` has shape {tuple(encoder_attention_mask.shape)}; these states need "
+                    f"{tuple(states.shape[:2])}, one number a state."
+                )
+        if config.addition_embed_type == "text_embeds":
+            pooled, expected = (added_cond_kwargs or {}).get("text_embeds"), (len(sample), self.time_embed_dim)
+            if pooled is None or tuple(pooled.shape) != expected:
+                raise ValueError(
+                    f"`added_cond_kwargs` {'lack' if pooled is None else f'hold {tuple(pooled.shape)} as'} "
+                    f"`text_embeds`: this model adds a pooled text, {expected}, to the time embedding."
+                )
+
+    def _check_class_labels(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
+        config = self.config
+        label_ndim = 2 if config.class_embed_type in ("identity", "projection") else 1
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError(
+                    "`class_labels` were given to a model without class embedding. Leave them out, or build the model "
+                    "with `num_class_embeds`."
+                )
+        elif class_labels is None:
+            if config.null_class_id is None:
+                raise ValueError(
+                    "`class_labels` are missing: this model is class-conditional and its config names no "
+                    "`null_class_id`. Pass one label per example."
+                )
+        elif class_labels.shape[:1] != sample.shape[:1] or class_labels.ndim != label_ndim:
+            raise ValueError(
+                f"`class_labels` has shape {tuple(class_labels.shape)} for {sample.shape[0]} examples. Pass one label "
+                "for each example, shape (batch_size,); for `class_embed_type` identity and projection one vector each."
+            )
+        elif (
+            isinstance(self.class_embedding, nn.Embedding)
+            and class_labels.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
+            low, high = int(class_labels.min()), int(class_labels.max())
+            if low < 0 or high >= config.num_class_embeds:
+                raise ValueError(
+                    f"`class_labels` reach from {low} to {high}; this model has the classes 0 to "
+                    f"{config.num_class_embeds - 1}."
+                )
+
+
+class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     U-Net that predicts noise (and, with twice the output channels, a variance) from a noisy image and a timestep.
 
@@ -847,75 +1224,11 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         down_block_types = tuple(name.removeprefix("UNetRes") for name in down_block_types)
         up_block_types = tuple(name.removeprefix("UNetRes") for name in up_block_types)
         self.reads_text = reads_text((*down_block_types, mid_block_type, *up_block_types))
-        self._check_config(down_block_types, up_block_types)
-        # `act_fn` reaches further in nets with text than in those without.
-        embedding_act_fn = act_fn if self.reads_text else "silu"
+        self._check_encoder(down_block_types)
+        self._check_way_up(up_block_types)
 
-        self.time_embed_dim = time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
-        time_proj_dim = time_proj_dim or block_out_channels[0]
-
-        # 1. input
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
-
-        # 2. time and class
-        timestep_input_dim = time_proj_dim
-        if time_embedding_type == "fourier":
-            self.time_proj = GaussianFourierProjection(embedding_size=time_proj_dim, scale=16)
-            timestep_input_dim = 2 * time_proj_dim
-        elif time_embedding_type == "positional":
-            self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos, freq_shift)
-        else:
-            self.time_proj = nn.Embedding(num_train_timesteps, time_proj_dim)
-        self.time_embedding = TimestepEmbedding(
-            timestep_input_dim, time_embed_dim, act_fn=embedding_act_fn, cond_proj_dim=time_cond_proj_dim
-        )
-
-        if class_embed_type == "timestep":
-            self.class_embedding = TimestepEmbedding(timestep_input_dim, time_embed_dim, act_fn=embedding_act_fn)
-        elif class_embed_type == "projection":
-            self.class_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, time_embed_dim)
-        elif class_embed_type == "identity":
-            self.class_embedding = nn.Identity()
-        elif num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(num_class_embeds, time_embed_dim)
-        else:
-            self.class_embedding = None
-
-        # 3. text
-        self.encoder_hid_proj = None
-        if encoder_hid_dim is not None:
-            self.encoder_hid_proj = nn.Linear(encoder_hid_dim, per_level(cross_attention_dim, 1)[0])
-        self.add_embedding = None
-        if addition_embed_type == "text":
-            text_dim = encoder_hid_dim or cross_attention_dim
-            self.add_embedding = TextTimeEmbedding(text_dim, time_embed_dim, num_heads=addition_embed_type_num_heads)
-
-        factory = BlockFactory(self.config, time_embed_dim)
-
-        # 4. down
-        depths = per_level(transformer_layers_per_block, levels)
-        self.down_blocks, skip_channels = factory.down_blocks(
-            down_block_types, layers_per_block, downsample_type, downsample_padding, depths
-        )
-
-        # 5. middle
-        self.mid_block = None
-        if mid_block_type is not None:
-            kind = MID_BLOCK_TYPES[mid_block_type]
-            groups = attn_norm_num_groups
-            if groups is None and resnet_time_scale_shift == "default":
-                groups = norm_num_groups
-            if mid_block_only_cross_attention is None:
-                mid_block_only_cross_attention = only_cross_attention is True
-            self.mid_block = factory.mid_block(
-                kind if add_attention or kind != "self" else None,
-                groups,
-                mid_block_scale_factor,
-                depth=per_level(depths[-1], 1)[0],
-                only_cross_attention=mid_block_only_cross_attention,
-                # In nets with text a plain middle is one residual block alone.
-                num_resnets=1 if kind == "self" and self.reads_text else 2,
-            )
+        # 1. input, 2. time and class, 3. text, 4. down, 5. middle
+        factory, skip_channels = self._build_encoder(down_block_types)
 
         # 6. up
         self.up_blocks = factory.up_blocks(
@@ -923,21 +1236,18 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             layers_per_block,
             upsample_type,
             skip_channels,
-            reverse_transformer_layers_per_block or depths[::-1],
+            reverse_transformer_layers_per_block or per_level(transformer_layers_per_block, levels)[::-1],
             num_attention_heads_up,
         )
-
         self.num_up_skips = [number + 1 for number in reversed(per_level(layers_per_block, levels))]
 
         # 7. output
-        self.conv_norm_out = AdaGroupNormAct(norm_num_groups, block_out_channels[0], norm_eps, embedding_act_fn)
+        self.conv_norm_out = AdaGroupNormAct(norm_num_groups, block_out_channels[0], norm_eps, self.embedding_act_fn)
         self.conv_out = zero_init(nn.Conv2d(block_out_channels[0], out_channels, kernel_size=3, padding=1))
 
-    def _check_config(self, down_block_types: tuple[str, ...], up_block_types: tuple[str, ...]) -> None:
+    def _check_way_up(self, up_block_types: tuple[str, ...]) -> None:
         """Raises a `ValueError` for what would otherwise fail late, or build something else than was asked for."""
-        config = self.config
-        levels = len(config.block_out_channels)
-        check_levels(config, down_block_types)
+        config, levels = self.config, len(self.config.block_out_channels)
         if len(up_block_types) != levels:
             raise ValueError(
                 f"`up_block_types` has {len(up_block_types)} entries {tuple(up_block_types)} but `block_out_channels` "
@@ -945,124 +1255,14 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
             )
         for block_type in up_block_types:
             _check_choice("up_block_types", block_type, UP_BLOCK_TYPES)
-        _check_choice("mid_block_type", config.mid_block_type, (*MID_BLOCK_TYPES, None))
-        _check_choice("time_embedding_type", config.time_embedding_type, get_args(TimeEmbeddingType))
         _check_choice("upsample_type", config.upsample_type, get_args(ResampleKind))
-        _check_choice("class_embed_type", config.class_embed_type, (*get_args(ClassEmbedType), None))
-
-        mid_kind = MID_BLOCK_TYPES.get(config.mid_block_type)
-        if mid_kind == "self" and (self.reads_text or not config.add_attention):
-            mid_kind = None
-        has_mid_attention = mid_kind == "self"
-        groups, channels = config.attn_norm_num_groups, config.block_out_channels[-1]
-        if has_mid_attention and groups is not None and (groups < 1 or channels % groups):
-            raise ValueError(
-                f"`attn_norm_num_groups` is {groups}; it must divide the {channels} channels of the middle block."
-            )
-        if config.time_embedding_type == "learned":
-            if config.num_train_timesteps is None:
-                raise ValueError('`time_embedding_type="learned"` needs `num_train_timesteps`, the rows of its table.')
-            if config.timestep_scale != 1.0:
-                raise ValueError(
-                    f"`timestep_scale` is {config.timestep_scale}, but the table of "
-                    '`time_embedding_type="learned"` has rows for whole timesteps alone. Leave `timestep_scale` at 1.0.'
-                )
-        if config.class_embed_type is not None and config.num_class_embeds is not None:
-            raise ValueError(
-                f"`class_embed_type` is {config.class_embed_type!r} and `num_class_embeds` is "
-                f"{config.num_class_embeds}: only `class_embed_type=None` has a table. Drop one of them."
-            )
-        if config.null_class_id is not None and not 0 <= config.null_class_id < (config.num_class_embeds or 0):
-            raise ValueError(
-                f"`null_class_id` is {config.null_class_id}; it must name one of the `num_class_embeds` "
-                f"({config.num_class_embeds}) rows of the class embedding. Count the null class as one of them."
-            )
-
-        kinds_down = [DOWN_BLOCK_TYPES[block_type].attention for block_type in down_block_types]
         kinds_up = [UP_BLOCK_TYPES[block_type].attention for block_type in reversed(up_block_types)]
-        check_heads(config, kinds_down)
-        if mid_kind is not None:
-            check_heads(config, [None] * (levels - 1) + [mid_kind])
         heads_up = config.num_attention_heads_up
         if isinstance(heads_up, (list, tuple)):
             raise ValueError(
                 f"`num_attention_heads_up` is {heads_up}; it must be one number, for all levels on the way up."
             )
         check_heads(config, kinds_up, "num_attention_heads" if heads_up is None else "num_attention_heads_up")
-        self._check_text_config()
-
-    def _check_text_config(self) -> None:
-        config = self.config
-        for name, value in NEUTRAL_ARGUMENTS.items():
-            if config[name] != value:
-                raise ValueError(
-                    f"`{name}` is {config[name]!r}, for a part that this family does not have; it must stay {value!r}. "
-                    "Load such a model with `diffusers.UNet2DConditionModel`."
-                )
-        for name in ("cross_attention_dim", "transformer_layers_per_block", "only_cross_attention"):
-            _entries(config, name)
-        self._check_transformer_layers()
-        _check_choice("cross_attention_norm", config.cross_attention_norm, ("layer_norm", "group_norm", None))
-        _check_choice("addition_embed_type", config.addition_embed_type, (*get_args(AdditionEmbedType), None))
-        _check_choice("encoder_hid_dim_type", config.encoder_hid_dim_type, ("text_proj", None))
-        _check_choice("time_embedding_act_fn", config.time_embedding_act_fn, (*ADAGN_ACTIVATIONS, None))
-        pools_text = config.addition_embed_type == "text" and config.encoder_hid_dim is None
-        if pools_text and not isinstance(config.cross_attention_dim, int):
-            raise ValueError(
-                f"`addition_embed_type` is 'text' and `cross_attention_dim` is {config.cross_attention_dim}: states "
-                "are pooled once, from one width. Pass one number."
-            )
-        if config.encoder_hid_dim_type is not None and config.encoder_hid_dim is None:
-            raise ValueError("`encoder_hid_dim_type` needs `encoder_hid_dim`, the width of the states to project.")
-        if not self.reads_text:
-            for name in ("encoder_hid_dim", "addition_embed_type"):
-                if config[name] is not None:
-                    raise ValueError(
-                        f"`{name}` is {config[name]!r}, but none of the block types has cross-attention. Leave it out, "
-                        "or choose such block types."
-                    )
-        if config.encoder_hid_dim is not None and not isinstance(config.cross_attention_dim, int):
-            raise ValueError(
-                f"`encoder_hid_dim` is {config.encoder_hid_dim} and `cross_attention_dim` is "
-                f"{config.cross_attention_dim}: states are projected once, to one width. Pass one number."
-            )
-        if (config.class_embed_type == "projection") != (config.projection_class_embeddings_input_dim is not None):
-            raise ValueError(
-                f"`class_embed_type` is {config.class_embed_type!r} and `projection_class_embeddings_input_dim` is "
-                f"{config.projection_class_embeddings_input_dim}: 'projection' and the width of what it projects go "
-                "together."
-            )
-        if self.reads_text and config.time_embedding_type != "positional":
-            raise ValueError(
-                f"`time_embedding_type` is {config.time_embedding_type!r}; networks with text have 'positional' alone."
-            )
-
-    def _check_transformer_layers(self) -> None:
-        config, levels = self.config, len(self.config.block_out_channels)
-        number = per_level(config.layers_per_block, levels)
-        depths, depths_up = config.transformer_layers_per_block, config.reverse_transformer_layers_per_block
-        nested = any(isinstance(depth, (list, tuple)) for depth in per_level(depths, levels))
-        if depths_up is not None and len(depths_up) != levels:
-            raise ValueError(
-                f"`reverse_transformer_layers_per_block` has {len(depths_up)} entries for {levels} levels. Give one "
-                "per level, the lowest resolution first."
-            )
-        if nested and depths_up is None:
-            raise ValueError(
-                f"`transformer_layers_per_block` is {depths}, with a number for each block of a level. The way up has "
-                "one block more: pass `reverse_transformer_layers_per_block` as well."
-            )
-        ways = {
-            "transformer_layers_per_block": (per_level(depths, levels), number),
-            "reverse_transformer_layers_per_block": (depths_up or (), [n + 1 for n in reversed(number)]),
-        }
-        for name, (entries, blocks) in ways.items():
-            for entry, expected in zip(entries, blocks, strict=False):
-                if isinstance(entry, (list, tuple)) and len(entry) != expected:
-                    raise ValueError(
-                        f"`{name}` holds {tuple(entry)} for a level of {expected} blocks. Give one number a block, or "
-                        "one for all."
-                    )
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -1137,10 +1337,15 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
                 missing on a class-conditional model without a null class, states that are missing, superfluous or of
                 another width or number, and a `timestep_cond` of another shape or for a model that takes none.
         """
-        check_sample(sample, timestep, self.config.in_channels, len(self.config.block_out_channels))
-        self._check_class_labels(sample, class_labels)
-        self._check_timestep_cond(sample, timestep_cond)
-        self._check_text(sample, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
+        self._check_conditions(
+            sample,
+            timestep,
+            class_labels=class_labels,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            added_cond_kwargs=added_cond_kwargs,
+            timestep_cond=timestep_cond,
+        )
 
         # 0. centre
         if self.config.center_input_sample:
@@ -1148,68 +1353,36 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
 
         # 1. time and class -> (B, time_embed_dim)
         timesteps = expand_timesteps(timestep, sample)
-        scaled_timesteps = timesteps
-        if self.config.timestep_scale != 1.0:
-            scaled_timesteps = timesteps.float() * self.config.timestep_scale
-        # The sinusoid is float32 whatever the timesteps are; a half-precision embedding needs it in its own dtype.
-        if timestep_cond is not None:
-            timestep_cond = timestep_cond.to(sample.dtype)
-        emb = self.time_embedding(self.time_proj(scaled_timesteps).to(sample.dtype), timestep_cond)
-        if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full_like(timesteps, self.config.null_class_id, dtype=torch.long)
-            if self.config.class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels)
-            if class_labels.is_floating_point():
-                class_labels = class_labels.to(sample.dtype)
-            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
-        if self.config.addition_embed_type == "text":
-            emb = emb + self.add_embedding(encoder_hidden_states)
-        elif self.config.addition_embed_type == "text_embeds":
-            emb = emb + added_cond_kwargs["text_embeds"].to(emb.dtype)
-        if self.config.time_embedding_act_fn is not None:
-            emb = ADAGN_ACTIVATIONS[self.config.time_embedding_act_fn](emb)
-        # Every residual block starts with this activation: once here instead of once in each.
-        activated_emb = ADAGN_ACTIVATIONS[self.config.act_fn](emb)
-
-        def temb_of(block: nn.Module) -> torch.Tensor:
-            return emb if block.skip_time_act else activated_emb
+        temb = self._embed(
+            timesteps,
+            sample.dtype,
+            class_labels=class_labels,
+            encoder_hidden_states=encoder_hidden_states,
+            added_cond_kwargs=added_cond_kwargs,
+            timestep_cond=timestep_cond,
+        )
 
         # 2. text
-        context = None
-        if self.reads_text:
-            if self.encoder_hid_proj is not None:
-                encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)  # (B, L, cross_attention_dim)
-            context = TextContext(
-                encoder_hidden_states,
-                _mask_to_bias(attention_mask, sample.dtype),
-                _mask_to_bias(encoder_attention_mask, sample.dtype),
-                cross_attention_kwargs or {},
-            )
+        context = self._text_context(
+            sample.dtype, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs
+        )
 
         # 3. input -> (B, block_out_channels[0], H, W)
         hidden_states = self.conv_in(sample)
 
-        # 4. down
-        skips = (hidden_states,)
-        for block in self.down_blocks:
-            hidden_states, block_skips = block(hidden_states, temb_of(block), context)
-            skips += block_skips
+        # 4. down, 5. middle
+        hidden_states, skips = self._encode(hidden_states, temb, context)
         if down_block_additional_residuals is not None:
             skips = tuple(
                 skip + residual for skip, residual in zip(skips, down_block_additional_residuals, strict=True)
             )
-
-        # 5. middle
-        if self.mid_block is not None:
-            hidden_states = self.mid_block(hidden_states, temb_of(self.mid_block), context)
         if mid_block_additional_residual is not None:
             hidden_states = hidden_states + mid_block_additional_residual
 
         # 6. up
         for block, number in zip(self.up_blocks, self.num_up_skips, strict=True):
             block_skips, skips = skips[-number:], skips[:-number]
-            hidden_states = block(hidden_states, block_skips, temb_of(block), context)
+            hidden_states = block(hidden_states, block_skips, temb.of(block), context)
 
         # 7. output -> (B, out_channels, H, W)
         hidden_states = self.conv_out(self.conv_norm_out(hidden_states))
@@ -1219,84 +1392,3 @@ class AdaGNUNet2DModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigM
         if not return_dict:
             return (hidden_states,)
         return UNet2DOutput(sample=hidden_states)
-
-    def _check_timestep_cond(self, sample: torch.Tensor, timestep_cond: torch.Tensor | None) -> None:
-        width = self.config.time_cond_proj_dim
-        if timestep_cond is None:
-            return
-        if width is None:
-            raise ValueError(
-                "`timestep_cond` was given to a model without `time_cond_proj_dim`, which takes none. Leave it at None."
-            )
-        if tuple(timestep_cond.shape) != (sample.shape[0], width):
-            raise ValueError(
-                f"`timestep_cond` has shape {tuple(timestep_cond.shape)}; this model takes {(sample.shape[0], width)}, "
-                "one vector an example."
-            )
-
-    def _check_text(
-        self,
-        sample: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        encoder_attention_mask: torch.Tensor | None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None,
-    ) -> None:
-        config = self.config
-        if self.reads_text != (encoder_hidden_states is not None):
-            raise ValueError(
-                "`encoder_hidden_states` are missing: this model has cross-attention. Pass (batch_size, L, width)."
-                if self.reads_text
-                else "`encoder_hidden_states` were given to a model without cross-attention. Leave them out."
-            )
-        if self.reads_text:
-            widths = per_level(config.encoder_hid_dim or config.cross_attention_dim, 1)
-            states = encoder_hidden_states
-            if states.ndim != 3 or states.shape[0] != sample.shape[0] or states.shape[-1] not in widths:
-                raise ValueError(
-                    f"`encoder_hidden_states` has shape {tuple(states.shape)} for {sample.shape[0]} examples; this "
-                    f"model takes ({sample.shape[0]}, length, {widths[0]})."
-                )
-            if encoder_attention_mask is not None and encoder_attention_mask.shape != states.shape[:2]:
-                raise ValueError(
-                    f"`encoder_attention_mask` has shape {tuple(encoder_attention_mask.shape)}; these states need "
-                    f"{tuple(states.shape[:2])}, one number a state."
-                )
-        if config.addition_embed_type == "text_embeds":
-            pooled, expected = (added_cond_kwargs or {}).get("text_embeds"), (len(sample), self.time_embed_dim)
-            if pooled is None or tuple(pooled.shape) != expected:
-                raise ValueError(
-                    f"`added_cond_kwargs` {'lack' if pooled is None else f'hold {tuple(pooled.shape)} as'} "
-                    f"`text_embeds`: this model adds a pooled text, {expected}, to the time embedding."
-                )
-
-    def _check_class_labels(self, sample: torch.Tensor, class_labels: torch.Tensor | None) -> None:
-        config = self.config
-        label_ndim = 2 if config.class_embed_type in ("identity", "projection") else 1
-        if self.class_embedding is None:
-            if class_labels is not None:
-                raise ValueError(
-                    "`class_labels` were given to a model without class embedding. Leave them out, or build the model "
-                    "with `num_class_embeds`."
-                )
-        elif class_labels is None:
-            if config.null_class_id is None:
-                raise ValueError(
-                    "`class_labels` are missing: this model is class-conditional and its config names no "
-                    "`null_class_id`. Pass one label per example."
-                )
-        elif class_labels.shape[:1] != sample.shape[:1] or class_labels.ndim != label_ndim:
-            raise ValueError(
-                f"`class_labels` has shape {tuple(class_labels.shape)} for {sample.shape[0]} examples. Pass one label "
-                "for each example, shape (batch_size,); for `class_embed_type` identity and projection one vector each."
-            )
-        elif (
-            isinstance(self.class_embedding, nn.Embedding)
-            and class_labels.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-        ):
-            low, high = int(class_labels.min()), int(class_labels.max())
-            if low < 0 or high >= config.num_class_embeds:
-                raise ValueError(
-                    f"`class_labels` reach from {low} to {high}; this model has the classes 0 to "
-                    f"{config.num_class_embeds - 1}."
-                )
