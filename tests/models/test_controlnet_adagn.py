@@ -587,7 +587,7 @@ class TestSeveral:
         unet = random_unet()
         both = AdaGNMultiControlNetModel([random_branch(unet, 1), random_branch(unet, 4, width=0.5)])
         both.save_pretrained(tmp_path)
-        assert sorted(folder.name for folder in tmp_path.iterdir()) == ["0", "1"]
+        assert sorted(folder.name for folder in tmp_path.iterdir()) == ["net.0", "net.1"]
         again = AdaGNMultiControlNetModel.from_pretrained(tmp_path, dtype=torch.float64)
         for (name, value), loaded in zip(both.state_dict().items(), again.state_dict().values(), strict=True):
             assert torch.equal(value.double(), loaded), name
@@ -595,7 +595,7 @@ class TestSeveral:
     def test_refusals(self, tmp_path):
         with pytest.raises(ValueError, match="`controlnets` is empty"):
             AdaGNMultiControlNetModel([])
-        with pytest.raises(ValueError, match="has no folder `0`"):
+        with pytest.raises(ValueError, match="has no folder `net.0`"):
             AdaGNMultiControlNetModel.from_pretrained(tmp_path)
         unet = random_unet()
         both = AdaGNMultiControlNetModel([AdaGNControlNetModel.from_unet(unet)] * 2)

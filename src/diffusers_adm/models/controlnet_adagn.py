@@ -609,11 +609,19 @@ class AdaGNMultiControlNetModel(ModelMixin):
             return tuple(down), mid
         return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
 
+    @staticmethod
+    def _folder(directory: str | os.PathLike, index: int) -> Path:
+        # Below that of the whole, since the Hub's client loads none beside it that model_index.json does not name. With
+        # a dot, behind which diffusers looks for a variant in the name of whatever lies in a component's folder.
+        return Path(directory) / f"net.{index}"
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes each branch to a folder of its own below `save_directory`: `0`, `1`, ... Arguments are as of one."""
-        # Below it, since the Hub's client loads no folder beside it that model_index.json does not name.
+        """
+        Writes each branch to a folder of its own below `save_directory`: `net.0`, `net.1`, ... Arguments are as of one.
+        A pipeline hands none of them on, so that it saves several branches without its `variant`, and finds them so.
+        """
         for index, net in enumerate(self.nets):
-            net.save_pretrained(Path(save_directory) / str(index), **kwargs)
+            net.save_pretrained(self._folder(save_directory, index), **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -623,14 +631,14 @@ class AdaGNMultiControlNetModel(ModelMixin):
         Reads what `save_pretrained` wrote, from a folder. Arguments are those of `AdaGNControlNetModel`.
 
         Raises:
-            ValueError: If there is no such folder `0`.
+            ValueError: If there is no such folder `net.0`.
         """
         folders = []
-        while (folder := Path(pretrained_model_name_or_path) / str(len(folders))).is_dir():
+        while (folder := cls._folder(pretrained_model_name_or_path, len(folders))).is_dir():
             folders.append(folder)
         if not folders:
             raise ValueError(
-                f"{pretrained_model_name_or_path} has no folder `0`, so no `{cls.__name__}` was saved there. A single "
-                "ControlNet is loaded with `AdaGNControlNetModel.from_pretrained`."
+                f"{pretrained_model_name_or_path} has no folder `net.0`, so no `{cls.__name__}` was saved there. A "
+                "single ControlNet is loaded with `AdaGNControlNetModel.from_pretrained`."
             )
-        return cls([AdaGNControlNetModel.from_pretrained(folder, **kwargs) for folder in folders])
+        return cls([AdaGNControlNetModel.from_pretrained(folder, **kwargs) for folder in folders]).eval()

@@ -32,6 +32,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
+from ..ops.conv import Conv2d
 
 
 # What follows each residual block (None: nothing): self-attention; transformer blocks, in which the image attends to
@@ -131,7 +132,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int = 1):
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, kernel_size=3, stride=2, padding=padding)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.padding == 0:
@@ -144,7 +145,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv = Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
@@ -181,12 +182,12 @@ class ResBlock(nn.Module):
         self.resample = resample
         self.output_scale_factor = output_scale_factor
         self.norm1 = AdaGroupNormAct(groups, in_channels, eps, act_fn)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, (2 if time_injection == "scale_shift" else 1) * out_channels)
         self.norm2 = AdaGroupNormAct(groups, out_channels, eps, act_fn)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = zero_init(Conv2d(out_channels, out_channels, kernel_size=3, padding=1))
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         # (B, C_in, H, W) and the activated (B, temb_channels)
@@ -1243,7 +1244,7 @@ class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
         # 7. output
         self.conv_norm_out = AdaGroupNormAct(norm_num_groups, block_out_channels[0], norm_eps, self.embedding_act_fn)
-        self.conv_out = zero_init(nn.Conv2d(block_out_channels[0], out_channels, kernel_size=3, padding=1))
+        self.conv_out = zero_init(Conv2d(block_out_channels[0], out_channels, kernel_size=3, padding=1))
 
     def _check_way_up(self, up_block_types: tuple[str, ...]) -> None:
         """Raises a `ValueError` for what would otherwise fail late, or build something else than was asked for."""

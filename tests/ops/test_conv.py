@@ -1,0 +1,114 @@
+"""Convolutions that are not trained, against `F.conv2d`: values, gradients, and what is kept for them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from toy_models import random_unet
+
+from diffusers_adm.ops.conv import Conv2d, conv2d
+
+
+CASES = {
+    "3x3": ((3, 3), (1, 1), (1, 1), (8, 8)),
+    "1x1": ((1, 1), (1, 1), (0, 0), (8, 8)),
+    "halving": ((3, 3), (2, 2), (1, 1), (8, 6)),
+    "halving-unpadded": ((3, 3), (2, 2), (0, 0), (9, 7)),
+    "halving-odd-size": ((3, 3), (2, 2), (1, 1), (7, 5)),
+}
+
+
+def random_case(name, dtype=torch.float64):
+    kernel, stride, padding, size = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, *size), (6, 4, *kernel), (6,))
+    x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return x, weight, bias, stride, padding
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["planar", "nhwc"])
+@pytest.mark.parametrize("name", CASES)
+def test_same_values_and_gradients(name, memory_format, dtype):
+    x, weight, bias, stride, padding = random_case(name, dtype)
+    weight = weight.contiguous(memory_format=memory_format)  # as `model.to(memory_format=...)` does
+    results = []
+    for function in (conv2d, F.conv2d):
+        own = x.clone(memory_format=memory_format).requires_grad_()
+        output = function(own, weight, bias, stride, padding)
+        output.float().cos().sum().backward()
+        results.append((output, own.grad))
+    (output, gradient), (expected, expected_gradient) = results
+    assert torch.equal(output, expected)
+    assert torch.equal(gradient, expected_gradient)
+    assert gradient.dtype == dtype
+
+
+def test_gradients_of_gradients():
+    """For who differentiates a guided sample twice."""
+    x, weight, bias, stride, padding = random_case("halving")
+    results = []
+    for function in (conv2d, F.conv2d):
+        own = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            function(own, weight, bias, stride, padding).pow(3).sum(), own, create_graph=True
+        )
+        (second,) = torch.autograd.grad(gradient.square().sum(), own)
+        results.append(second)
+    assert torch.equal(*results)
+
+
+def test_under_autocast():
+    x, weight, bias, stride, padding = random_case("3x3", torch.float32)
+    results = []
+    for function in (conv2d, F.conv2d):
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = function(own, weight, bias, stride, padding)
+        output.float().cos().sum().backward()
+        results.append((output, own.grad))
+    assert results[0][0].dtype == torch.bfloat16
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].dtype == torch.float32
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_functional_transforms():
+    x, weight, bias, stride, padding = random_case("3x3")
+
+    def value(one):
+        return conv2d(one[None], weight, bias, stride, padding).cos().sum()
+
+    def expected(one):
+        return F.conv2d(one[None], weight, bias, stride, padding).cos().sum()
+
+    torch.testing.assert_close(torch.vmap(torch.func.grad(value))(x), torch.vmap(torch.func.grad(expected))(x))
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "both", "neither"])
+def test_keeps_the_input_only_for_what_is_trained(trained):
+    x, *_ = random_case("3x3", torch.float32)
+    layer = Conv2d(4, 6, kernel_size=3, padding=1)
+    layer.weight.requires_grad_(trained in ("weight", "both"))
+    layer.bias.requires_grad_(trained in ("bias", "both"))
+    kept = []
+    own = x.requires_grad_() * 1.0
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(own).sum().backward()
+    assert any(tensor is own or tensor.shape == own.shape for tensor in kept) == (trained != "neither")
+    assert (layer.weight.grad is not None) == (trained in ("weight", "both"))
+    assert (layer.bias.grad is not None) == (trained in ("bias", "both"))
+
+
+def test_a_network_that_is_not_trained():
+    """Its gradient with respect to the image is the same, and it keeps less for it."""
+    unet, found = random_unet(), {}
+    for is_trained in (True, False):
+        unet.requires_grad_(is_trained)
+        image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        kept = []
+        with saved_tensors_hooks(lambda tensor, kept=kept: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+            unet(image, 5).sample.square().sum().backward()
+        found[is_trained] = image.grad, sum(kept)
+    torch.testing.assert_close(found[True][0], found[False][0])
+    assert found[False][1] < 0.9 * found[True][1]
