@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import describe_machine
+from measuring import describe_machine, mean_and_error
 from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline
@@ -51,10 +51,6 @@ def border_step(image: np.ndarray, known: np.ndarray) -> float:
         differences = np.abs(np.diff(pixels, axis=axis)).mean(axis=2)
         steps.append(differences[np.diff(known, axis=axis)])
     return float(np.concatenate(steps).mean())
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def ratio_and_error(values: list[float], others: list[float]) -> tuple[float, float]:

@@ -1,9 +1,10 @@
-"""What the benchmarks share: the clock, alternating pairs, intervals."""
+"""What the benchmarks share: the clock, alternating pairs, intervals, standard errors."""
 
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -52,6 +53,11 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
         "low": low,
         "high": high,
     }
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def describe_machine(device: str) -> str:

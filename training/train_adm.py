@@ -18,19 +18,20 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 import torch
 from accelerate.logging import get_logger
 from PIL import Image
 
-from diffusers_adm import ADMInpaintPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import ADMInpaintPipeline, ADMPipeline
 from diffusers_adm.inpainting import known_channels
 from diffusers_adm.training import (
     IMAGE_CHANNELS,
     INPAINT_CHANNELS,
     TIMESTEP_SAMPLERS,
+    AfterStep,
     DataArguments,
     DiffusionArguments,
     DiffusionTrainingArguments,
@@ -56,7 +57,9 @@ from diffusers_adm.training import (
     check_guidance_of_grids,
     check_images,
     checkpoint_adapter_alone,
+    choose_examples,
     choose_resolution,
+    draw,
     drop_labels,
     evaluation_weights,
     labelled_grid,
@@ -68,6 +71,7 @@ from diffusers_adm.training import (
     plot_loss_curves,
     prepare_captions,
     prepare_output_dir,
+    record_losses,
     rest_of_epoch,
     resume_checkpoint,
     save_checkpoint,
@@ -158,27 +162,6 @@ def choose_prompts(
     return chosen
 
 
-def draw(
-    pipeline: ADMPipeline, wanted: list[dict[str, Any]], training_args: DiffusionTrainingArguments
-) -> list[Image.Image]:
-    """Images from fixed noise, so that grids of different steps can be compared; `wanted`: arguments for each."""
-    pipeline.set_progress_bar_config(disable=True)
-    # A copy: sampling chooses timesteps, and a component that is shared with training must not change.
-    pipeline.scheduler = LearnedVarianceDDPMScheduler.from_config(pipeline.scheduler.config)
-    images = []
-    for start in range(0, len(wanted), training_args.train_batch_size):
-        batch = wanted[start : start + training_args.train_batch_size]
-        arguments = {name: [each[name] for each in batch] for name in batch[0]}
-        is_conditional = "prompt" in arguments or "class_labels" in arguments
-        images += pipeline(
-            **arguments or {"batch_size": len(batch)},
-            num_inference_steps=training_args.validation_num_inference_steps,
-            guidance_scale=training_args.validation_guidance_scale if is_conditional else 1.0,
-            generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
-        ).images
-    return images
-
-
 def sample_grid(
     pipeline: ADMPipeline,
     training_args: DiffusionTrainingArguments,
@@ -212,21 +195,13 @@ def inpainting_grid(
 ) -> Image.Image:
     """Validation images: one row per image, evenly spaced over the data; what is known of it, then what is drawn."""
     total = training_args.num_validation_images
-    rows = min(math.ceil(math.sqrt(total)), len(dataset))
-    cols = math.ceil(total / rows)
+    examples = choose_examples(dataset, math.ceil(math.sqrt(total)), null_class_id)
+    rows, cols = len(examples), math.ceil(total / len(examples))
     masked, wanted = [], []
-    for row in range(rows):
-        index = row * len(dataset) // rows
-        example = dataset[index]
-        image, known = example["images"] / 2 + 0.5, example["known"]
+    for tensors, told in examples:
+        image, known = tensors["images"] / 2 + 0.5, tensors["known"]
         masked.append(torch.where(known == 1, image, UNKNOWN_GREY))
-        arguments = {"image": image, "mask_image": 1 - known}
-        if pipeline.reads_text:
-            arguments["prompt"] = dataset.dataset[index]["caption"]
-        if "class_labels" in example and pipeline.unet.config.num_class_embeds is not None:
-            label = int(example["class_labels"])
-            arguments["class_labels"] = label if label >= 0 else null_class_id
-        wanted += [arguments] * cols
+        wanted += [{"image": image, "mask_image": 1 - known, **told}] * cols
     drawn = draw(pipeline, wanted, training_args)
     shown = pipeline.image_processor.numpy_to_pil(torch.stack(masked).permute(0, 2, 3, 1).numpy())
     cells = [cell for row in range(rows) for cell in (shown[row], *drawn[row * cols : (row + 1) * cols])]
@@ -357,6 +332,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{max_train_steps}, {steps_per_epoch} an epoch"
     )
     log = TrainingLog(accelerator, output_dir, settings, progress.global_step, max_train_steps, total_batch_size)
+    after_step = AfterStep(
+        accelerator, training_args, max_train_steps, progress, lr_scheduler, ema, trained_parameters, metrics, log
+    )
 
     def build_pipeline() -> ADMPipeline:
         return (ADMInpaintPipeline if inpaints else ADMPipeline)(
@@ -421,40 +399,22 @@ def main(argv: list[str] | None = None) -> None:
                     extra_channels=extra_channels,
                     model_kwargs=model_kwargs,
                 )
-                # Both see the loss as it is: the sampler would learn from its own weights.
-                timestep_sampler.update(timesteps, terms.loss.detach())
-                vb = terms.vb.detach() if diffusion_args.objective != "simple" else None
-                metrics.update(timesteps, terms.loss.detach(), terms.mse.detach(), vb, weights)
+                record_losses(terms, timesteps, weights, diffusion_args.objective, timestep_sampler, metrics)
                 accelerator.backward((terms.loss * weights).mean())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained_parameters, training_args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            progress.micro_step += 1
-            progress.batch_in_epoch += 1
+            progress.count_batch()
             if not accelerator.sync_gradients:
                 continue
 
-            if not accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
-                lr_scheduler.step()
-            if ema is not None:
-                ema.step(trained_parameters)
-            progress.global_step += 1
-            log.advance()
-            is_last = progress.global_step == max_train_steps
-            save_now = progress.global_step % training_args.checkpointing_steps == 0 or is_last
-
-            # A checkpoint ends a row, too: it does not hold the sums of an unfinished one.
-            if progress.global_step % training_args.logging_steps == 0 or save_now:
-                values = metrics.compute(accelerator)  # collective, and the one place that waits for the device
-                metrics.reset()
-                log.write(progress.global_step, values, lr_scheduler.get_last_lr()[0])
-
-            if save_now:
+            due = after_step()  # learning rate, average, a row of the log
+            if due.checkpoint:
                 save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
-            if is_last:  # the last grid is drawn below
+            if due.end:  # the last grid is drawn below
                 break
-            if training_args.validation_steps and progress.global_step % training_args.validation_steps == 0:
+            if due.validation:
                 validate()
                 log.start_clock(progress.global_step)
     log.close()

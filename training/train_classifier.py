@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Subset
 
 from diffusers_adm import AdaGNClassifierModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import (
+    AfterStep,
     ClassificationMetrics,
     DataArguments,
     ImageDataset,
@@ -103,11 +104,10 @@ class ClassifierTrainingArguments(TrainingArguments):
     use_ema: bool = arg(False, "Keep an exponential moving average of the weights; validation and the result use it.")
     noised: bool = arg(True, "Train on noisy images; otherwise on clean ones, at timestep 0.")
     num_timestep_bins: int = arg(10, "Loss and accuracy are reported for so many equal parts of the timesteps.")
-    validation_steps: int | None = arg(None, "Optimizer steps between validations; none: only at the end.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least(self, 1, "num_timestep_bins", "validation_steps")
+        check_at_least(self, 1, "num_timestep_bins")
 
 
 ARGUMENT_TYPES = (ModelArguments, ClassifierDataArguments, NoiseArguments, ClassifierTrainingArguments)
@@ -280,12 +280,13 @@ def main(argv: list[str] | None = None) -> None:
         classifier.enable_gradient_checkpointing()
     if model_args.channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(classifier.parameters(), training_args)
+    trained_parameters = list(classifier.parameters())
+    optimizer = build_optimizer(trained_parameters, training_args)
     classifier, optimizer, train_dataloader = accelerator.prepare(classifier, optimizer, train_dataloader)
     steps_per_epoch = math.ceil(len(train_dataloader) / training_args.gradient_accumulation_steps)
     max_train_steps = training_args.max_train_steps or training_args.num_train_epochs * steps_per_epoch
     lr_scheduler = build_lr_scheduler(optimizer, training_args, max_train_steps)
-    ema = build_ema(accelerator.unwrap_model(classifier).parameters(), training_args)
+    ema = build_ema(trained_parameters, training_args)
     timestep_sampler = UniformTimestepSampler(num_train_timesteps)
     progress = TrainingProgress()
     accelerator.register_for_checkpointing(lr_scheduler, progress, *([ema] if ema else []))
@@ -302,12 +303,15 @@ def main(argv: list[str] | None = None) -> None:
         training_args.train_batch_size * accelerator.num_processes * training_args.gradient_accumulation_steps
     )
     logger.info(
-        f"{sum(p.numel() for p in classifier.parameters()) / 1e6:.2f}M parameters, {len(images)} "
+        f"{sum(p.numel() for p in trained_parameters) / 1e6:.2f}M parameters, {len(images)} "
         f"{'noisy' if training_args.noised else 'clean'} images in {len(id2label)} classes at {resolution} x "
         f"{resolution}, {total_batch_size} per optimizer step; steps {progress.global_step} to {max_train_steps}, "
         f"{steps_per_epoch} an epoch; {len(validation_images) if validation_images else 0} held-out images"
     )
     log = TrainingLog(accelerator, output_dir, settings, progress.global_step, max_train_steps, total_batch_size)
+    after_step = AfterStep(
+        accelerator, training_args, max_train_steps, progress, lr_scheduler, ema, trained_parameters, metrics, log
+    )
 
     def validate() -> None:
         """On all processes; log and pictures on the main one."""
@@ -359,40 +363,23 @@ def main(argv: list[str] | None = None) -> None:
                 metrics.update(timesteps, logits.detach(), class_labels, loss.detach())
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(classifier.parameters(), training_args.max_grad_norm)
+                    accelerator.clip_grad_norm_(trained_parameters, training_args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            progress.micro_step += 1
-            progress.batch_in_epoch += 1
+            progress.count_batch()
             if not accelerator.sync_gradients:
                 continue
 
-            if not accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
-                lr_scheduler.step()
-            if ema is not None:
-                ema.step(accelerator.unwrap_model(classifier).parameters())
-            progress.global_step += 1
-            log.advance()
-            is_last = progress.global_step == max_train_steps
-            save_now = progress.global_step % training_args.checkpointing_steps == 0 or is_last
-            validate_now = validation_images is not None and (
-                is_last
-                or bool(training_args.validation_steps and progress.global_step % training_args.validation_steps == 0)
-            )
-
-            # A checkpoint ends a row, too: it does not hold the sums of an unfinished one.
-            if progress.global_step % training_args.logging_steps == 0 or save_now:
-                values = metrics.compute(accelerator)  # collective, and the one place that waits for the device
-                metrics.reset()
-                log.write(progress.global_step, values, lr_scheduler.get_last_lr()[0])
+            due = after_step()  # learning rate, average, a row of the log
+            validate_now = validation_images is not None and (due.validation or due.end)
             # Before the checkpoint: what a resumed run does not do again must have been written.
             if validate_now:
                 validate()
-            if save_now:
+            if due.checkpoint:
                 save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
             if validate_now:
                 log.start_clock(progress.global_step)
-            if is_last:
+            if due.end:
                 break
     log.close()
 

@@ -19,7 +19,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
 from accelerate.logging import get_logger
 from diffusers.image_processor import VaeImageProcessor
@@ -29,6 +28,7 @@ from diffusers_adm import ADMSuperResolutionPipeline, LearnedVarianceDDPMSchedul
 from diffusers_adm.super_resolution import add_noise_to_low_res, enlarge, noise_level_embedding, shrink
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
+    AfterStep,
     DataArguments,
     DiffusionArguments,
     DiffusionTrainingArguments,
@@ -51,10 +51,12 @@ from diffusers_adm.training import (
     check_grids,
     check_guidance_of_grids,
     check_images,
+    choose_examples,
     choose_resolution,
+    draw,
     drop_labels,
     evaluation_weights,
-    labelled_grid,
+    labelled_strips,
     learned_classes,
     load_image_dataset,
     load_text,
@@ -64,6 +66,7 @@ from diffusers_adm.training import (
     prepare_captions,
     prepare_output_dir,
     pretrained_pipeline_config,
+    record_losses,
     rest_of_epoch,
     resume_checkpoint,
     save_checkpoint,
@@ -144,46 +147,22 @@ ARGUMENT_TYPES = (
 )
 
 
-def choose_examples(images: datasets.Dataset, number: int, resolution: int) -> dict[str, Any]:
-    """What grids show: large images, evenly spaced over the data, with their captions and classes if there are any."""
-    number = min(number, len(images))
-    chosen = images.select([len(images) * index // number for index in range(number)])
-    large = [example["images"] for example in ImageDataset(chosen, resolution, center_crop=True)]
-    columns = {"prompt": "caption", "class_labels": "label"}
-    given = {name: chosen[column][:] for name, column in columns.items() if column in chosen.column_names}
-    return {"large": torch.stack(large), **given}
-
-
 def sample_grid(
     pipeline: ADMSuperResolutionPipeline,
-    examples: dict[str, Any],
+    examples: list[tuple[dict[str, torch.Tensor], dict[str, Any]]],
     training_args: DiffusionTrainingArguments,
-    null_class_id: int | None,
 ) -> Image.Image:
-    """Small image | sample | large image, each of `examples`, from fixed noise, so that grids can be compared."""
-    large, conditions = examples["large"], {name: values for name, values in examples.items() if name != "large"}
-    if "class_labels" in conditions:
-        conditions["class_labels"] = [null_class_id if label < 0 else label for label in conditions["class_labels"]]
-    factor = large.shape[-1] // pipeline.config.low_res_size
+    """Small image | sample | large image, each of `examples`."""
+    large = torch.stack([tensors["images"] for tensors, _ in examples])
     to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
-    small = to_pil(shrink(large, factor), output_type="pil")
-    samples = []
-    for start in range(0, len(large), training_args.train_batch_size):
-        batch = slice(start, start + training_args.train_batch_size)
-        samples += pipeline(
-            small[batch],
-            **{name: values[batch] for name, values in conditions.items()},
-            num_inference_steps=training_args.validation_num_inference_steps,
-            guidance_scale=training_args.validation_guidance_scale,
-            generator=[torch.Generator().manual_seed(training_args.seed + i) for i in range(len(large))[batch]],
-        ).images
-    small = [image.resize(samples[0].size, Image.Resampling.NEAREST) for image in small]
-    triples = [
-        image for triple in zip(small, samples, to_pil(large, output_type="pil"), strict=True) for image in triple
-    ]
-    across = math.ceil(math.sqrt(len(large) / 3))  # triples beside each other, so that the grid is about square
-    labels = ["small", "sample", "large"] * across
-    return labelled_grid(triples, math.ceil(len(large) / across), len(labels), col_labels=labels)
+    small = to_pil(shrink(large, large.shape[-1] // pipeline.config.low_res_size), output_type="pil")
+    wanted = [{"image": image, **told} for image, (_, told) in zip(small, examples, strict=True)]
+    columns = {
+        "small": [image.resize(large.shape[-2:], Image.Resampling.NEAREST) for image in small],
+        "sample": draw(pipeline, wanted, training_args),
+        "large": to_pil(large, output_type="pil"),
+    }
+    return labelled_strips(columns)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -234,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     if id2label is not None and model_args.pretrained_model_name_or_path is not None:
         warn_of_other_classes(learned_classes(model_args, data_args), id2label, "model")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
-    examples = choose_examples(images, training_args.num_validation_images, resolution)
+    shown_dataset = ImageDataset(images, resolution, center_crop=True, seed=training_args.seed)
+    examples = choose_examples(shown_dataset, training_args.num_validation_images, null_class_id)
     train_dataset = ImageDataset(
         images,
         resolution,
@@ -284,6 +264,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{progress.global_step} to {max_train_steps}, {steps_per_epoch} an epoch"
     )
     log = TrainingLog(accelerator, output_dir, settings, progress.global_step, max_train_steps, total_batch_size)
+    after_step = AfterStep(
+        accelerator, training_args, max_train_steps, progress, lr_scheduler, ema, trained_parameters, metrics, log
+    )
 
     def build_pipeline() -> ADMSuperResolutionPipeline:
         return ADMSuperResolutionPipeline(
@@ -303,12 +286,11 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             pipeline = build_pipeline()
-            pipeline.set_progress_bar_config(disable=True)
             if has_text:
                 pipeline.text_encoder.to(accelerator.device)
             # Mixed precision is in the forward of what was prepared; a frozen encoder is exact here as in training.
             with evaluation_weights(trained_models, ema, trained_parameters):
-                grid = sample_grid(pipeline, examples, training_args, null_class_id)
+                grid = sample_grid(pipeline, examples, training_args)
             if text_args.precompute_text_embeddings:
                 pipeline.text_encoder.to("cpu")
             save_samples(accelerator, grid, output_dir, progress.global_step)
@@ -352,40 +334,22 @@ def main(argv: list[str] | None = None) -> None:
                     extra_channels=enlarge(low_res, resolution, resolution),
                     model_kwargs=model_kwargs,
                 )
-                # Both see the loss as it is: the sampler would learn from its own weights.
-                timestep_sampler.update(timesteps, terms.loss.detach())
-                vb = terms.vb.detach() if diffusion_args.objective != "simple" else None
-                metrics.update(timesteps, terms.loss.detach(), terms.mse.detach(), vb, weights)
+                record_losses(terms, timesteps, weights, diffusion_args.objective, timestep_sampler, metrics)
                 accelerator.backward((terms.loss * weights).mean())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained_parameters, training_args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            progress.micro_step += 1
-            progress.batch_in_epoch += 1
+            progress.count_batch()
             if not accelerator.sync_gradients:
                 continue
 
-            if not accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
-                lr_scheduler.step()
-            if ema is not None:
-                ema.step(trained_parameters)
-            progress.global_step += 1
-            log.advance()
-            is_last = progress.global_step == max_train_steps
-            save_now = progress.global_step % training_args.checkpointing_steps == 0 or is_last
-
-            # A checkpoint ends a row, too: it does not hold the sums of an unfinished one.
-            if progress.global_step % training_args.logging_steps == 0 or save_now:
-                values = metrics.compute(accelerator)  # collective, and the one place that waits for the device
-                metrics.reset()
-                log.write(progress.global_step, values, lr_scheduler.get_last_lr()[0])
-
-            if save_now:
+            due = after_step()  # learning rate, average, a row of the log
+            if due.checkpoint:
                 save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
-            if is_last:  # the last grid is drawn below
+            if due.end:  # the last grid is drawn below
                 break
-            if training_args.validation_steps and progress.global_step % training_args.validation_steps == 0:
+            if due.validation:
                 validate()
                 log.start_clock(progress.global_step)
     log.close()

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import random
+import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +52,26 @@ def run_distributed(function: Callable, *arguments: Any, num_processes: int = 2)
     if codes != [0] * num_processes:
         raise RuntimeError(f"The processes ended with exit codes {codes} (None: not within 60 seconds).")
     return [result for _, result in sorted(queue.get() for _ in processes)]
+
+
+def kill_distributed(function: Callable, *arguments: Any, once: Callable[[], bool], within: float) -> None:
+    """
+    Starts `function(*arguments)` in two processes, and ends them with SIGKILL at a random time up to `within` seconds
+    after `once()` first holds. The function calls `os.setsid()`, so that what it starts is killed with it.
+    """
+    processes, _ = start_distributed(function, *arguments)
+    try:
+        while not once() and all(process.is_alive() for process in processes):
+            time.sleep(0.01)
+        time.sleep(random.SystemRandom().uniform(0, within))
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if codes != [-signal.SIGKILL] * len(processes):
+        raise RuntimeError(f"The processes ended by themselves, with exit codes {codes}.")
 
 
 def _run_rank(rank: int, num_processes: int, port: int, queue: Any, function: Callable, arguments: tuple) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_adm.training.images import labelled_grid
+from diffusers_adm.training.images import labelled_grid, labelled_strips
 
 
 def solid(value, size=(8, 6)):
@@ -59,3 +59,20 @@ def test_missing_pictures_stay_blank_and_grey_is_accepted():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         labelled_grid(**{"images": [solid(0)], "rows": 1, "cols": 2, **arguments})
+
+
+def test_strips():
+    """Five strips of two pictures: two in a row, the sixth place blank."""
+    columns = {"one": [solid(10 * index) for index in range(5)], "two": [solid(100 + index) for index in range(5)]}
+    assert (
+        labelled_strips(columns).tobytes()
+        == labelled_grid(
+            [solid(value) for value in (0, 100, 10, 101, 20, 102, 30, 103, 40, 104)], 3, 4, None, ["one", "two"] * 2
+        ).tobytes()
+    )
+    assert (
+        labelled_strips({"one": columns["one"][:1]}, scale=2).tobytes()
+        == labelled_grid([solid(0)], 1, 1, None, ["one"], scale=2).tobytes()
+    )
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        labelled_strips({"one": columns["one"], "two": columns["two"][:4]})

@@ -4,9 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-import random
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from PIL import Image
-from processes import run_distributed, start_distributed
+from processes import kill_distributed, run_distributed
 from runs import (
     CONFIGS,
     EMOJI,
@@ -37,11 +35,13 @@ from diffusers_adm.text_encoding import check_text_encoder
 from diffusers_adm.training import build_text_encoder, find_latest_checkpoint, parse_args
 
 
-# Those that train from scratch. (Upsamplers and inpainters: test_train_super_resolution.py, test_train_adm_inpaint.py.)
+# Those that train from scratch. (Upsamplers, inpainters and branches: test_train_super_resolution.py,
+# test_train_adm_inpaint.py, test_train_controlnet.py.)
 RECIPES = sorted(
     path
     for path in CONFIGS.glob("*.yaml")
-    if not path.name.startswith(("accelerate_", "classifier_")) and not path.stem.endswith(("_inpaint", "_upsampler"))
+    if not path.name.startswith(("accelerate_", "classifier_"))
+    and not path.stem.endswith(("_inpaint", "_upsampler", "_edges"))
 )
 
 
@@ -251,18 +251,13 @@ class TestLaunched:
     def test_killed_and_resumed_it_ends_bit_by_bit_the_same(self, launched, tmp_path):
         folder, _, arguments = launched
         arguments = arguments | {"output_dir": str(tmp_path / "run")}
-        processes, _ = start_distributed(train_slowly, flags(**arguments))
-        try:
-            while find_latest_checkpoint(tmp_path / "run") is None and all(p.is_alive() for p in processes):
-                time.sleep(0.01)
-            # Anywhere in the steps that follow; at 0.2 seconds a batch they take some three seconds.
-            time.sleep(random.SystemRandom().uniform(0, 1.5))
-        finally:
-            for process in processes:
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+        # Anywhere in the steps that follow the first checkpoint; at 0.2 seconds a batch they take some three seconds.
+        kill_distributed(
+            train_slowly,
+            flags(**arguments),
+            once=lambda: find_latest_checkpoint(tmp_path / "run") is not None,
+            within=1.5,
+        )
         assert not (tmp_path / "run" / "model_index.json").exists()
 
         states = run_distributed(train_and_fingerprint, flags(**arguments, resume_from_checkpoint="latest"))

@@ -50,6 +50,7 @@ from .classification import (
     warn_of_other_classes,
 )
 from .conditioning import caption_model_kwargs, drop_labels, load_text, prepare_captions
+from .control import ControlDataset
 from .data import (
     EpochShuffleSampler,
     ImageDataset,
@@ -60,7 +61,8 @@ from .data import (
     load_image_dataset,
 )
 from .ema import ema_weights, evaluation_weights
-from .images import labelled_grid
+from .fingerprints import FrozenNetworks
+from .images import labelled_grid, labelled_strips
 from .lora import add_lora, checkpoint_adapter_alone, save_lora
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
 from .masks import MASK_SHARES, InpaintingDataset, random_known
@@ -81,6 +83,7 @@ from .setup import (
     save_samples,
     start_accelerator,
 )
+from .steps import AfterStep, record_losses
 from .timestep_samplers import (
     TIMESTEP_SAMPLERS,
     LossSecondMomentTimestepSampler,
@@ -99,6 +102,7 @@ from .unets import (
     pretrained_pipeline_config,
     widen_input,
 )
+from .validation import choose_examples, draw
 
 
 __all__ = [
@@ -106,15 +110,18 @@ __all__ = [
     "INPAINT_CHANNELS",
     "MASK_SHARES",
     "TIMESTEP_SAMPLERS",
+    "AfterStep",
     "BalancedClassSampler",
     "CaptionEmbeddings",
     "CaptionTokens",
     "Captions",
     "ClassificationMetrics",
+    "ControlDataset",
     "DataArguments",
     "DiffusionArguments",
     "DiffusionTrainingArguments",
     "EpochShuffleSampler",
+    "FrozenNetworks",
     "ImageDataset",
     "InpaintingDataset",
     "LossMetrics",
@@ -149,10 +156,12 @@ __all__ = [
     "check_images",
     "check_objective",
     "checkpoint_adapter_alone",
+    "choose_examples",
     "choose_resolution",
     "decode_rgb",
     "delete_checkpoints",
     "derive_seed",
+    "draw",
     "drop_captions",
     "drop_labels",
     "ema_weights",
@@ -162,6 +171,7 @@ __all__ = [
     "freeze_unused_parameters",
     "from_subfolder_or_root",
     "labelled_grid",
+    "labelled_strips",
     "learned_classes",
     "load_id2label",
     "load_image_dataset",
@@ -182,6 +192,7 @@ __all__ = [
     "pretrained_pipeline_config",
     "random_known",
     "reading",
+    "record_losses",
     "rest_of_epoch",
     "resume_checkpoint",
     "save_checkpoint",

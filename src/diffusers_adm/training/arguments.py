@@ -181,10 +181,12 @@ class TrainingArguments:
     logging_steps: int = arg(20, "Optimizer steps between rows of the curves.")
     logging_dir: str = arg("logs", "For TensorBoard, below `output_dir`.")
     report_to: Literal["tensorboard", "none"] = arg("tensorboard", "Where curves go beside the files.")
+    validation_steps: int | None = arg(None, "Optimizer steps between validations; none: only at the end.")
 
     def __post_init__(self):
         check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
         check_at_least(self, 1, "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps")
+        check_at_least(self, 1, "validation_steps")
         check_at_least(self, 0, "lr_warmup_steps")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
@@ -260,16 +262,15 @@ class TextArguments:
 
 @dataclass
 class DiffusionTrainingArguments(TrainingArguments):
-    """With grids of samples on the way."""
+    """Validation is a grid of samples."""
 
-    validation_steps: int | None = arg(None, "Optimizer steps between sample grids; none: only at the end.")
     num_validation_images: int = arg(16, "Images in a grid.")
     validation_num_inference_steps: int = arg(50, "Sampling steps of a grid.")
     validation_guidance_scale: float = arg(1.0, "Classifier-free guidance of a grid; 1 is off.")
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least(self, 1, "validation_steps", "num_validation_images", "validation_num_inference_steps")
+        check_at_least(self, 1, "num_validation_images", "validation_num_inference_steps")
 
 
 # 2. From recipe and command line to dataclasses

@@ -42,6 +42,11 @@ class TrainingProgress:
     epoch: int = 0
     batch_in_epoch: int = 0
 
+    def count_batch(self) -> None:
+        """Each process has consumed one more."""
+        self.micro_step += 1
+        self.batch_in_epoch += 1
+
     def state_dict(self) -> dict[str, int]:
         return dataclasses.asdict(self)
 

@@ -42,11 +42,12 @@ SKIP_REPORT_NAME = "skipped_images.txt"
 # Reasons to leave an image out, as they appear in logs and in the report.
 MISSING, UNREADABLE, TOO_LARGE = "missing", "unreadable", "too large (decompression bomb)"
 TOO_SMALL, NO_LABEL = "too small", "no label"
+NO_CONDITION, MISSHAPEN_CONDITION = "no usable condition", "condition of another aspect ratio"
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLIT_FOLDERS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 # Bump when `_examine` changes its verdicts: cached results of older versions are then not used.
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 # A run survives files that vanish one by one; a data folder that vanished is an error, found after this many in a row.
 MAX_SUBSTITUTIONS = 100
 
@@ -66,10 +67,11 @@ def load_image_dataset(
     max_train_samples: int | None = None,
     seed: int = 0,
     caption_column: str | None = None,
+    conditioning_image_column: str | None = None,
 ) -> tuple[datasets.Dataset, dict[int, str] | None]:
     """
-    Loads images, and labels and captions if asked for, from exactly one of `dataset_name`, `train_data_dir` and
-    `data_files`.
+    Loads images, and labels, captions and conditioning images if asked for, from exactly one of `dataset_name`,
+    `train_data_dir` and `data_files`.
 
     Safe inside `accelerator.main_process_first()`: what the first process prepares, the others find in the cache.
 
@@ -91,13 +93,16 @@ def load_image_dataset(
             the whole dataset.
         seed (`int`, defaults to 0): Selects the subset.
         caption_column (`str`, *optional*): Text. None loads no captions.
+        conditioning_image_column (`str`, *optional*): What a ControlNet is shown of each image; images again, as in
+            `image_column`. None loads none.
 
     Returns:
         `tuple` of the dataset and `id2label`. The dataset has the columns `image` (not decoded: a dict of `bytes` and
         `path`), `row` (the index in the source) and, with `label_column`, `label`: an int64 in `[0, len(id2label))`, or
         -1 for an example without a label (None, NaN, -1 or empty text); with `caption_column`, `caption`: text, "" for
-        a missing one. `id2label` (`dict[int, str]`) is None without `label_column`. Class names keep their ids;
-        integers and text get ids in sorted order.
+        a missing one; with `conditioning_image_column`, `conditioning_image`, not decoded either. `id2label`
+        (`dict[int, str]`) is None without `label_column`. Class names keep their ids; integers and text get ids in
+        sorted order.
 
     Raises:
         ValueError: If not exactly one source is given, it does not exist or is empty, the split or a column is missing,
@@ -108,7 +113,9 @@ def load_image_dataset(
     dataset, source = load_source(
         dataset_name, dataset_config_name, train_data_dir, data_files, split, cache_dir, label_column
     )
-    dataset, id2label = _standardise_columns(dataset, source, image_column, label_column, caption_column)
+    dataset, id2label = _standardise_columns(
+        dataset, source, image_column, label_column, caption_column, conditioning_image_column
+    )
     if max_train_samples is not None and max_train_samples < len(dataset):
         chosen = random.Random(derive_seed(seed, "max_train_samples")).sample(range(len(dataset)), max_train_samples)
         dataset = dataset.select(sorted(chosen))
@@ -255,10 +262,8 @@ def _standardise_columns(
     image_column: str,
     label_column: str | None,
     caption_column: str | None = None,
+    conditioning_image_column: str | None = None,
 ) -> tuple[datasets.Dataset, dict[int, str] | None]:
-    import datasets
-    import pyarrow
-
     check_column(dataset, source, "image_column", image_column)
     if label_column is not None:
         check_column(dataset, source, "label_column", label_column)
@@ -271,22 +276,37 @@ def _standardise_columns(
         values = dataset.select_columns(label_column).with_format("arrow")[:].column(label_column).to_pylist()
         ids, id2label = _label_ids(values, getattr(feature, "names", None), label_column)
 
-    images = dataset.select_columns(image_column)
-    if image_column != "image":
-        images = images.rename_column(image_column, "image")
-    try:
-        images = images.cast_column("image", datasets.Image(decode=False))
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"`image_column` {image_column!r} of {source} is of type {dataset.features[image_column]}, which cannot "
-            "hold images, encoded images or paths of images. Pass the name of a column that does."
-        ) from error
+    image_columns = {image_column: ("image_column", "image")}
+    if conditioning_image_column is not None:
+        check_column(dataset, source, "conditioning_image_column", conditioning_image_column)
+        others = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
+        for argument, column in others.items():
+            if column == conditioning_image_column:
+                raise ValueError(f"`{argument}` and `conditioning_image_column` are both {column!r}. Name two columns.")
+        image_columns[conditioning_image_column] = ("conditioning_image_column", "conditioning_image")
+    images = dataset.select_columns(list(image_columns))
+    images = images.rename_columns({column: name for column, (_, name) in image_columns.items()})
+    for column, (argument, name) in image_columns.items():
+        images = _cast_to_images(images, name, f"`{argument}` {column!r} of {source}")
     images = images.add_column("row", np.arange(len(images)))
     if ids is not None:
         images = images.add_column("label", np.array(ids, dtype=np.int64))
     if captions is not None:
         images = images.add_column("caption", captions)
     return images, id2label
+
+
+def _cast_to_images(dataset: datasets.Dataset, column: str, description: str) -> datasets.Dataset:
+    import datasets
+    import pyarrow
+
+    try:
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{description} is of type {dataset.features[column]}, which cannot hold images, encoded images or paths "
+            "of images. Pass the name of a column that does."
+        ) from error
 
 
 def check_column(dataset: datasets.Dataset, source: str, argument: str, column: str) -> None:
@@ -424,6 +444,37 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return image.convert("RGB")
 
 
+def decode_condition(condition: dict[str, Any] | None, image_size: tuple[int, int]) -> Image.Image:
+    """
+    Decodes what a ControlNet is shown of an image, as `decode_rgb` does; transparency becomes black, "no condition".
+
+    Args:
+        condition (`dict`): As `datasets` stores images.
+        image_size (`tuple[int, int]`): Width and height of the decoded image that it belongs to.
+
+    Returns:
+        `PIL.Image.Image`: Mode RGB.
+
+    Raises:
+        UnusableImageError: Whatever is wrong with the condition, or if it has another aspect ratio than its image, by
+            more than a pixel of the condition either way. The message names the condition's file, if it has one.
+    """
+    path = (condition or {}).get("path")
+    name = f"the condition {path}" if path else "the condition"
+    try:
+        decoded = decode_rgb(condition, background=(0, 0, 0))
+    except UnusableImageError as error:
+        raise UnusableImageError(NO_CONDITION, f"{name} is {error.reason}: {error}") from error
+    (width, height), (image_width, image_height) = decoded.size, image_size
+    # One scale brings the image within a pixel of both sides.
+    if abs(width * image_height - height * image_width) > image_width + image_height:
+        raise UnusableImageError(
+            MISSHAPEN_CONDITION,
+            f"{name} has {width} x {height} pixels, its image {image_width} x {image_height}",
+        )
+    return decoded
+
+
 def check_images(
     dataset: datasets.Dataset,
     resolution: int,
@@ -434,7 +485,8 @@ def check_images(
     max_names: int = 10,
 ) -> tuple[datasets.Dataset, dict[str, list[str]]]:
     """
-    Decodes every image once and leaves out those that cannot be used, with a count and their names.
+    Decodes every image once, and its conditioning image if there are any, and leaves out those that cannot be used,
+    with a count and their names.
 
     The result is cached by `datasets` beside the dataset, so that a second launch, and the other processes of the
     first, do not decode again. It is taken afresh when the dataset, the limits or the version of Pillow change.
@@ -514,6 +566,8 @@ def _examine(example: dict[str, Any], min_image_size: int, allow_unlabelled: boo
     """The verdict on one example; `version` takes part in the cache's key alone."""
     try:
         size = decode_rgb(example["image"]).size
+        if "conditioning_image" in example:
+            decode_condition(example["conditioning_image"], size)
     except UnusableImageError as error:
         return {"reason": error.reason, "details": str(error)}
     if min(size) < min_image_size:
@@ -628,14 +682,13 @@ class ImageDataset(torch.utils.data.Dataset):
             candidate = (index + offset) % len(self)
             example = self.dataset[candidate]
             try:
-                image = decode_rgb(example["image"], self.background)
+                result = self._image_tensors(example, candidate)
             except UnusableImageError as error:
                 if not self._reported[candidate]:
                     self._reported[candidate] = True
                     name = _example_name(example, candidate)
                     logger.warning("%s became %s (%s); another image takes its place.", name, error.reason, error)
                 continue
-            result = {"images": self._transform(image, candidate)}
             if self.has_labels:
                 result["class_labels"] = torch.tensor(example["label"], dtype=torch.int64)
             if self.captions is not None:
@@ -646,14 +699,23 @@ class ImageDataset(torch.utils.data.Dataset):
             "Is the storage of the dataset still there?"
         )
 
-    def _transform(self, image: Image.Image, index: int) -> torch.Tensor:
+    def _image_tensors(self, example: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
+        """What an example holds that depends on its pixels."""
+        pixels = self._transform(decode_rgb(example["image"], self.background), index)
+        return {"images": pixels.float() / 127.5 - 1}
+
+    def _transform(self, image: Image.Image, index: int, source_size: tuple[int, int] | None = None) -> torch.Tensor:
+        """
+        8-bit pixels, `(3, resolution, resolution)`, resized, cropped and flipped as the seed, the epoch and the index
+        say; for a condition, which belongs to an image of `source_size` (width, height), as that image is.
+        """
         # All three are drawn whatever the options, so that switching one leaves the others as they were.
         generator = random.Random(derive_seed(self.seed, "augmentation", self.epoch, index))
         x, y, flip = generator.random(), generator.random(), generator.random() < 0.5
         if self.center_crop:
             x = y = 0.5
 
-        width, height = image.size
+        width, height = source_size or image.size
         ratio = self.resolution / min(width, height)
         size = (max(self.resolution, round(width * ratio)), max(self.resolution, round(height * ratio)))
         if size != image.size:
@@ -663,8 +725,7 @@ class ImageDataset(torch.utils.data.Dataset):
         image = image.crop((left, top, left + self.resolution, top + self.resolution))
         if self.random_flip and flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W) uint8
-        return pixels.to(torch.float32) / 127.5 - 1
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 class EpochShuffleSampler(torch.utils.data.Sampler[int]):

@@ -70,3 +70,54 @@ def hash_tokenizer(tokenizer: Any) -> str:
     sides = [tokenizer.padding_side, tokenizer.truncation_side]
     tokens = [tokenizer.get_vocab(), tokenizer.special_tokens_map]
     return hash_plain([tokenizer.model_max_length, sides, tokens, rules])
+
+
+class FrozenNetworks:
+    """
+    Freezes networks beside which another one is trained, and vouches for them. Registered with
+    `accelerator.register_for_checkpointing`, it keeps their hashes in checkpoints, so that a run is resumed beside the
+    same ones.
+
+    Args:
+        networks (mapping of `torch.nn.Module`): By the names that errors call them.
+    """
+
+    def __init__(self, networks: Mapping[str, torch.nn.Module]):
+        self.networks = networks
+        for network in networks.values():
+            network.requires_grad_(False).eval()
+        self.hashes = self._hash()
+
+    def _hash(self) -> dict[str, str]:
+        return {name: hash_tensors(network.state_dict()) for name, network in self.networks.items()}
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: If a weight is not what it was.
+        """
+        changed = [name for name, now in self._hash().items() if now != self.hashes[name]]
+        if changed:
+            raise RuntimeError(
+                f"Weights of the frozen {' and '.join(changed)} have changed during training, so what was trained "
+                "beside them does not fit those that were loaded. Nothing is saved; please report this."
+            )
+
+    def state_dict(self) -> dict[str, str]:
+        return dict(self.hashes)
+
+    def load_state_dict(self, state_dict: Mapping[str, str]) -> None:
+        """
+        Raises:
+            ValueError: If the checkpoint was written beside other weights.
+        """
+        if dict(state_dict) != self.hashes:
+            raise ValueError(
+                f"The checkpoint was written beside a frozen {_list_hashes(state_dict)}, but this run has "
+                f"{_list_hashes(self.hashes)}. Resume it with the `pretrained_model_name_or_path` that it was begun "
+                "with, or start anew."
+            )
+
+
+def _list_hashes(hashes: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in hashes.items())

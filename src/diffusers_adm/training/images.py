@@ -1,6 +1,7 @@
 """Grids of pictures with row and column labels, for validation images and the demo."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -79,6 +80,23 @@ def labelled_grid(
             baseline = top - (len(lines) - 1 - line) * line_height - line_height // 4
             draw.text((middle, baseline), text, fill=TEXT_COLOR, font=font, anchor="ms")
     return grid
+
+
+def labelled_strips(columns: Mapping[str, Sequence[Image.Image]], scale: int = 1) -> Image.Image:
+    """
+    Pictures that belong together side by side, such as `condition | sample | target`, with so many strips in a row that
+    the grid is about square.
+
+    Args:
+        columns (mapping of sequences of `PIL.Image.Image`): What a strip holds, by the names above the columns; all of
+            one size, and equally many.
+        scale (`int`, defaults to 1): As of `labelled_grid`.
+    """
+    strips = list(zip(*columns.values(), strict=True))
+    across = math.ceil(math.sqrt(len(strips) / len(columns)))
+    labels = [*columns] * across
+    pictures = [picture for strip in strips for picture in strip]
+    return labelled_grid(pictures, math.ceil(len(strips) / across), len(labels), col_labels=labels, scale=scale)
 
 
 def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -1,0 +1,106 @@
+"""What follows a step: the learning rate, the average, the row of the log; and what is due when."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from runs import reset_accelerate
+
+from diffusers_adm.training import AfterStep, LossMetrics, TrainingArguments, TrainingProgress, UniformTimestepSampler
+from diffusers_adm.training.losses import TrainingLosses
+from diffusers_adm.training.steps import record_losses
+
+
+class Log:
+    """Rows as `TrainingLog.write` gets them."""
+
+    def __init__(self):
+        self.steps, self.rows = 0, []
+
+    def advance(self):
+        self.steps += 1
+
+    def write(self, step, values, learning_rate):
+        self.rows.append((step, values["loss"], learning_rate))
+
+
+class Run:
+    """One weight of 0, to which each step adds 1; the learning rate falls from 1 by a tenth a step."""
+
+    def __init__(self, max_train_steps, **arguments):
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / 10)
+        self.ema = EMAModel([self.weight], decay=0.5)
+        self.progress, self.metrics, self.log = TrainingProgress(), LossMetrics(100), Log()
+        reset_accelerate()
+        self.accelerator = Accelerator(cpu=True)
+        self.after_step = AfterStep(
+            self.accelerator,
+            TrainingArguments(**arguments),
+            max_train_steps,
+            self.progress,
+            self.lr_scheduler,
+            self.ema,
+            [self.weight],
+            self.metrics,
+            self.log,
+        )
+
+    def step(self):
+        with torch.no_grad():
+            self.weight += 1
+        self.optimizer.step()  # without gradients it does nothing, but the scheduler warns if it is left out
+        self.metrics.update(torch.tensor([3]), torch.tensor([float(self.progress.global_step)]))
+        return self.after_step()
+
+
+def test_what_is_due_when():
+    run = Run(7, logging_steps=2, checkpointing_steps=3, validation_steps=5)
+    dues = {step: run.step() for step in range(1, 8)}
+    assert run.progress == TrainingProgress(global_step=7)
+    assert run.log.steps == 7
+    assert [step for step, due in dues.items() if due.checkpoint] == [3, 6, 7]
+    assert [step for step, due in dues.items() if due.end] == [7]
+    assert [step for step, due in dues.items() if due.validation] == [5]
+    # Losses 0, 1, ... 6; a row has the mean of those since the row before, and ends with a checkpoint.
+    assert run.log.rows == [
+        (step, mean, 1 - step / 10) for step, mean in ((2, 0.5), (3, 2.0), (4, 3.0), (6, 4.5), (7, 6.0))
+    ]
+
+
+def test_the_average_and_validation_at_the_end_alone():
+    run = Run(3)
+    assert not any(run.step().validation for _ in range(3))
+    # Decays of 0, 2/11 and 3/12 for weights of 1, 2 and 3, by diffusers' warm-up.
+    assert float(run.ema.shadow_params[0]) == pytest.approx((1 * 2 / 11 + 2 * 9 / 11) / 4 + 3 * 3 / 4)
+
+
+def test_a_step_that_the_gradient_scaler_skipped(monkeypatch):
+    """The learning rate waits; the step counts all the same."""
+    run = Run(3)
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
+    run.step()
+    assert run.lr_scheduler.get_last_lr() == [1.0]
+    assert run.progress.global_step == 1
+
+
+def test_losses_as_they_are():
+    """Whatever the weights: the sampler sees none, and the simple objective has no bound term."""
+    terms = TrainingLosses(*(torch.tensor([1.0, 3.0], requires_grad=True) * factor for factor in (1, 0.75, 0.25)))
+    timesteps, weights = torch.tensor([10, 90]), torch.tensor([1.0, 3.0])
+
+    class Sampler(UniformTimestepSampler):
+        def update(self, timesteps, losses):
+            self.seen = timesteps, losses
+
+    accelerator = Accelerator(cpu=True)
+    for objective, names in (("simple", {"loss", "mse"}), ("hybrid", {"loss", "mse", "vb"})):
+        sampler, metrics = Sampler(100), LossMetrics(100)
+        record_losses(terms, timesteps, weights, objective, sampler, metrics)
+        assert torch.equal(sampler.seen[0], timesteps)
+        assert torch.equal(sampler.seen[1], torch.tensor([1.0, 3.0]))
+        assert not sampler.seen[1].requires_grad
+        values = metrics.compute(accelerator)
+        assert {name for name in values if not name.startswith("loss_q")} == names
+        assert values["loss"] == 2.5  # (1 x 1 + 3 x 3) / 4
