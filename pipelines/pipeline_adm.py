@@ -114,6 +114,11 @@ class Denoising:
     guidance_end: float
     classifier_guidance_scale: float
 
+    def is_within(self, index: int, start: float, end: float) -> bool:
+        """Whether step `index` lies between two fractions of the steps."""
+        num_steps = len(self.timesteps)
+        return start <= index / num_steps and (index + 1) / num_steps <= end
+
 
 class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     r"""
@@ -590,22 +595,25 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         Returns:
             `tuple`: What `scheduler.step` takes as its first argument, and further keyword arguments of it.
         """
-        scheduler, channels, num_steps = denoising.scheduler, self.sample_channels, len(denoising.timesteps)
-        started = index / num_steps >= denoising.guidance_start
-        is_guided = started and (index + 1) / num_steps <= denoising.guidance_end
+        scheduler, channels = denoising.scheduler, self.sample_channels
+        is_guided = denoising.is_within(index, denoising.guidance_start, denoising.guidance_end)
         scaled_latents = scheduler.scale_model_input(latents, t)
         model_input = scaled_latents if extra_channels is None else torch.cat([scaled_latents, extra_channels], dim=1)
         model_input = model_input.to(self.unet.dtype)
 
         # A callback may have changed it, also from or to "off".
-        guidance_scale, both = self._guidance_scale, denoising.both
-        if is_guided and guidance_scale != 1.0 and both is not None:
-            output = self.unet(torch.cat([model_input] * 2), t, **both).sample.to(denoising.dtype)
+        guidance_scale = self._guidance_scale
+        runs_both = is_guided and guidance_scale != 1.0 and denoising.both is not None
+        if runs_both:
+            model_input = torch.cat([model_input] * 2)
+        unet_kwargs = self._unet_kwargs(denoising, model_input, index, t, runs_both)
+        output = self.unet(model_input, t, **unet_kwargs).sample.to(denoising.dtype)
+        if runs_both:
             uncond, cond = output.chunk(2)
             mean = guide(cond[:, :channels], uncond[:, :channels], guidance_scale, denoising.guidance_rescale)
             model_output = torch.cat([mean, cond[:, channels:]], dim=1)
         else:
-            model_output = self.unet(model_input, t, **denoising.conditional).sample.to(denoising.dtype)
+            model_output = output
         if not self._takes_variance(scheduler):
             model_output = model_output[:, :channels]
         if not is_guided or denoising.classifier_guidance_scale == 0.0:
@@ -619,6 +627,20 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         at = signal_and_std(scheduler, t, denoising.alphas_cumprod)
         mean = shift_prediction(mean, score, *at, scheduler.config.prediction_type)
         return torch.cat([mean, variance], dim=1), {}
+
+    def _unet_kwargs(
+        self, denoising: Denoising, model_input: torch.Tensor, index: int, t: torch.Tensor, runs_both: bool
+    ) -> dict[str, Any]:
+        r"""
+        Keyword arguments of the U-Net for one step: the conditions. Subclasses add what they make of its input.
+
+        Args:
+            denoising (`Denoising`), index (`int`), t (`torch.Tensor` of shape `()`): As of `_predict`.
+            model_input (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The U-Net's, in its dtype;
+                twice as many as images where `runs_both`.
+            runs_both (`bool`): Whether the batch holds the unconditional pass and, behind it, the conditional one.
+        """
+        return denoising.both if runs_both else denoising.conditional
 
     def _call_back(
         self,
@@ -1087,6 +1109,43 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             return None, None
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def _size_to_draw(self, height: int | None, width: int | None, image: torch.Tensor) -> tuple[int, int]:
+        """In pixels: what was asked for, or what the U-Net was made for, or the size of the user's image."""
+        height, width = (
+            size if size is not None else made_for if made_for is not None else own
+            for size, made_for, own in zip((height, width), self._default_size(), image.shape[-2:], strict=True)
+        )
+        return height, width
+
+    @staticmethod
+    def _check_numbers(
+        lengths: dict[str, int],
+        batch_size: int,
+        prompt: str | Sequence[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None,
+    ) -> int:
+        """
+        `batch_size`, or the number of images where there are several; raises a `ValueError` unless all agree.
+        `lengths`: of the arguments that hold images, by their names.
+        """
+        several = {name: length for name, length in lengths.items() if length > 1}
+        if not several:
+            return batch_size
+        others = {"prompt": prompt, "prompt_embeds": prompt_embeds, "class_labels": class_labels}
+        for name, values in others.items():
+            if isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0:
+                several[name] = len(values)
+        if batch_size != 1:
+            several["batch_size"] = batch_size
+        if len(set(several.values())) > 1:
+            numbers = ", ".join(f"`{name}`: {length}" for name, length in several.items())
+            raise ValueError(
+                f"These do not ask for the same number of images: {numbers}. Pass one of each for all images, or one "
+                "for each."
+            )
+        return next(iter(several.values()))
 
     def _prepare_class_labels(
         self, class_labels: int | str | Sequence[int | str] | torch.Tensor | None

@@ -440,11 +440,7 @@ class ADMInpaintPipeline(ADMPipeline):
     ) -> tuple[int, int]:
         """Height and width of the images to draw; raises a `ValueError` unless all that is given has them."""
         given = tuple(images.shape[2:])
-        default = self._default_size()
-        height, width = (
-            size if size is not None else made_for if made_for is not None else own
-            for size, made_for, own in zip((height, width), default, given, strict=True)
-        )
+        height, width = self._size_to_draw(height, width, images)
         if given != (height, width):
             raise ValueError(
                 f"`image` is {given[1]} x {given[0]} pixels (width x height), but {width} x {height} are drawn. Resize "
@@ -492,32 +488,6 @@ class ADMInpaintPipeline(ADMPipeline):
                 "jump. Pass `jump_n_sample=1` (the known part is replaced in each step all the same), or take a "
                 "`LearnedVarianceDDPMScheduler`, `DDPMScheduler` or `DDIMScheduler`."
             )
-
-    @staticmethod
-    def _check_numbers(
-        lengths: dict[str, int],
-        batch_size: int,
-        prompt: str | Sequence[str] | None,
-        prompt_embeds: torch.Tensor | None,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor | None,
-    ) -> int:
-        """`batch_size`, or the number of images where there are several; raises a `ValueError` unless all agree."""
-        several = {name: length for name, length in lengths.items() if length > 1}
-        if not several:
-            return batch_size
-        others = {"prompt": prompt, "prompt_embeds": prompt_embeds, "class_labels": class_labels}
-        for name, values in others.items():
-            if isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0:
-                several[name] = len(values)
-        if batch_size != 1:
-            several["batch_size"] = batch_size
-        if len(set(several.values())) > 1:
-            numbers = ", ".join(f"`{name}`: {length}" for name, length in several.items())
-            raise ValueError(
-                f"These do not ask for the same number of images: {numbers}. Pass one of each for all images, or one "
-                "for each."
-            )
-        return next(iter(several.values()))
 
     def _check_components(self) -> None:
         config = self.unet.config

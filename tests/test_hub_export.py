@@ -15,7 +15,10 @@ from toy_models import CONDITIONAL, MAX_PROMPT_LENGTH, random_classifier, random
 import diffusers_adm
 from diffusers_adm import (
     AdaGNClassifierModel,
+    AdaGNControlNetModel,
+    AdaGNMultiControlNetModel,
     AdaGNUNet2DModel,
+    ADMControlNetPipeline,
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
@@ -27,8 +30,16 @@ from diffusers_adm import (
 from diffusers_adm.hub import export_model_file
 
 
-PIPELINES = [ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline]
-CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, GLIDETextModel, LearnedVarianceDDPMScheduler, *PIPELINES]
+PIPELINES = [ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline]
+CLASSES = [
+    AdaGNUNet2DModel,
+    AdaGNControlNetModel,
+    AdaGNMultiControlNetModel,
+    AdaGNClassifierModel,
+    GLIDETextModel,
+    LearnedVarianceDDPMScheduler,
+    *PIPELINES,
+]
 
 # A machine without the package: a finder in front of all others refuses it, however it is installed.
 WITHOUT_PACKAGE = """
@@ -157,7 +168,7 @@ class TestFile:
         text = export_model_file(AdaGNUNet2DModel, tmp_path).read_text()
         header = [line for line in text.splitlines()[:4] if line.startswith("#")]
         assert f"diffusers-adm {diffusers_adm.__version__}" in header[0]
-        assert header[1] == "# diffusers_adm.ops.adagn, diffusers_adm.models.unet_2d_adagn"
+        assert header[1] == "# diffusers_adm.ops.adagn, diffusers_adm.ops.conv, diffusers_adm.models.unet_2d_adagn"
         assert header[2] == "# SPDX-License-Identifier: Apache-2.0"
 
     def test_is_the_same_each_time(self, tmp_path):

@@ -22,7 +22,10 @@ from toy_models import CONDITIONAL, random_classifier, random_unet
 import diffusers_adm
 from diffusers_adm import (
     AdaGNClassifierModel,
+    AdaGNControlNetModel,
+    AdaGNMultiControlNetModel,
     AdaGNUNet2DModel,
+    ADMControlNetPipeline,
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
@@ -33,8 +36,16 @@ from diffusers_adm import (
 
 
 COMPONENTS = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
-PIPELINES = [ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline]
-CLASSES = [AdaGNUNet2DModel, AdaGNClassifierModel, GLIDETextModel, LearnedVarianceDDPMScheduler, *PIPELINES]
+PIPELINES = [ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline]
+CLASSES = [
+    AdaGNUNet2DModel,
+    AdaGNControlNetModel,
+    AdaGNMultiControlNetModel,
+    AdaGNClassifierModel,
+    GLIDETextModel,
+    LearnedVarianceDDPMScheduler,
+    *PIPELINES,
+]
 
 
 def make_pipeline() -> ADMPipeline:
@@ -85,6 +96,10 @@ class TestNames:
     def test_hints_of_the_pipeline_name_the_network(self, pipeline):
         assert AdaGNUNet2DModel in pipeline._get_signature_types()["unet"]
         assert GLIDETextModel in pipeline._get_signature_types()["text_encoder"]
+        for_controlnet = {AdaGNControlNetModel, AdaGNMultiControlNetModel}
+        assert pipeline is not ADMControlNetPipeline or for_controlnet < {
+            *pipeline._get_signature_types()["controlnet"]
+        }
 
     def test_every_public_name_exists(self):
         assert [name for name in diffusers_adm.__all__ if not hasattr(diffusers_adm, name)] == []
@@ -157,7 +172,8 @@ class TestHub:
 import sys, torch
 import diffusers_adm
 from diffusers import AutoModel, DiffusionPipeline
-from diffusers_adm import AdaGNClassifierModel, ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNClassifierModel, AdaGNMultiControlNetModel, AdaGNUNet2DModel
+from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 
 def draw(pipe):
     pipe.set_progress_bar_config(disable=True)
@@ -182,10 +198,13 @@ try:
     DiffusionPipeline.from_pretrained("alice/unregistered")
 except ValueError as refusal:
     error = str(refusal)
+controlled = DiffusionPipeline.from_pretrained("alice/controlled")
+assert type(controlled.controlnet) is AdaGNMultiControlNetModel
 images, weights = [draw(base), draw(named)], [unet.state_dict(), alone.state_dict()]
+control = controlled.controlnet.state_dict()
 with torch.no_grad():
     logits = classifier(torch.ones(1, 3, 8, 8), 7).logits
-torch.save({"images": images, "weights": weights, "logits": logits, "error": error}, sys.argv[1])
+torch.save({"images": images, "weights": weights, "control": control, "logits": logits, "error": error}, sys.argv[1])
 """
 
     def test_index_names_the_package(self, tmp_path):
@@ -206,6 +225,10 @@ torch.save({"images": images, "weights": weights, "logits": logits, "error": err
         pipe.unet.save_pretrained(tmp_path / "unet")
         classifier = random_classifier()
         classifier.save_pretrained(tmp_path / "classifier")
+        # Several ControlNets lie in folders below that of their component.
+        nets = [AdaGNControlNetModel.from_unet(pipe.unet, width=width) for width in (1.0, 0.5)]
+        controlled = ADMControlNetPipeline(**pipe.components, controlnet=nets)
+        controlled.save_pretrained(tmp_path / "controlled")
         # As a plugin saves it that is not registered: modules in place of the package. What all this is for.
         shutil.copytree(tmp_path / "adm", tmp_path / "unregistered")
         index = tmp_path / "unregistered" / "model_index.json"
@@ -216,7 +239,7 @@ torch.save({"images": images, "weights": weights, "logits": logits, "error": err
 
         result = tmp_path / "result.pt"
         with HubServer(
-            {f"alice/{name}": tmp_path / name for name in ("adm", "unet", "classifier", "unregistered")}
+            {f"alice/{name}": tmp_path / name for name in ("adm", "unet", "classifier", "controlled", "unregistered")}
         ) as hub:
             hub.run_client(self.CLIENT, result, torch.get_num_threads(), cache=tmp_path / "cache")
             assert hub.downloaded("alice/adm") == {
@@ -233,6 +256,9 @@ torch.save({"images": images, "weights": weights, "logits": logits, "error": err
         for weights in loaded["weights"]:
             assert weights.keys() == pipe.unet.state_dict().keys()
             assert all(torch.equal(weights[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+        assert loaded["control"].keys() == controlled.controlnet.state_dict().keys()
+        for name, tensor in controlled.controlnet.state_dict().items():
+            assert torch.equal(loaded["control"][name], tensor)
         with torch.no_grad():
             assert torch.equal(loaded["logits"], classifier(torch.ones(1, 3, 8, 8), 7).logits)
         assert "as defined in `model_index.json` does not exist in alice/unregistered" in loaded["error"]

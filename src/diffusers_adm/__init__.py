@@ -5,17 +5,26 @@ __version__ = "0.1.0"
 # `ModelMixin` and `SchedulerMixin` are not ours: diffusers looks up the base classes of a library's components here.
 from diffusers import ModelMixin, SchedulerMixin
 
-from .models import AdaGNClassifierModel, AdaGNUNet2DModel, GLIDETextModel
-from .pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
+from .models import (
+    AdaGNClassifierModel,
+    AdaGNControlNetModel,
+    AdaGNMultiControlNetModel,
+    AdaGNUNet2DModel,
+    GLIDETextModel,
+)
+from .pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from .registration import register_with_diffusers
 from .schedulers import LearnedVarianceDDPMScheduler
 
 
 __all__ = [
+    "ADMControlNetPipeline",
     "ADMInpaintPipeline",
     "ADMPipeline",
     "ADMSuperResolutionPipeline",
     "AdaGNClassifierModel",
+    "AdaGNControlNetModel",
+    "AdaGNMultiControlNetModel",
     "AdaGNUNet2DModel",
     "GLIDETextModel",
     "LearnedVarianceDDPMScheduler",

@@ -12,11 +12,12 @@ import types
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from .models import classifier_adagn, text_encoder_glide, unet_2d_adagn
+from .models import classifier_adagn, controlnet_adagn, text_encoder_glide, unet_2d_adagn
 from .models.classifier_adagn import AdaGNClassifierModel
+from .models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from .models.text_encoder_glide import GLIDETextModel
 from .models.unet_2d_adagn import AdaGNUNet2DModel
-from .pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
+from .pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from .schedulers import scheduling_ddpm_learned_variance
 from .schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 
@@ -29,18 +30,26 @@ COMPONENT_CLASSES = {
     "ModelMixin": ["save_pretrained", "from_pretrained"],
     "SchedulerMixin": ["save_pretrained", "from_pretrained"],
 }
-PIPELINE_CLASSES = (ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline)
+PIPELINE_CLASSES = (ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline)
 # Looked up in `diffusers`: pipelines by the `_class_name` of model_index.json, models by that of a lone config.json.
 PUBLIC_CLASSES = (
     AdaGNUNet2DModel,
     AdaGNClassifierModel,
+    AdaGNControlNetModel,
+    AdaGNMultiControlNetModel,
     GLIDETextModel,
     LearnedVarianceDDPMScheduler,
     *PIPELINE_CLASSES,
 )
 # Looked up by name in `diffusers.pipelines`: a repository that ships the files of its components names these as their
 # libraries, and the installed module is used in place of the shipped file.
-COMPONENT_MODULES = (unet_2d_adagn, classifier_adagn, text_encoder_glide, scheduling_ddpm_learned_variance)
+COMPONENT_MODULES = (
+    unet_2d_adagn,
+    classifier_adagn,
+    controlnet_adagn,
+    text_encoder_glide,
+    scheduling_ddpm_learned_variance,
+)
 
 
 def register_with_diffusers() -> None:
@@ -67,6 +76,8 @@ def register_with_diffusers() -> None:
         hints["unet"] |= AdaGNUNet2DModel
         hints["classifier"] |= AdaGNClassifierModel
         hints["text_encoder"] |= GLIDETextModel
+        if "controlnet" in hints:
+            hints["controlnet"] |= AdaGNControlNetModel | AdaGNMultiControlNetModel
 
 
 def _check_free(namespace: types.ModuleType, name: str) -> None:

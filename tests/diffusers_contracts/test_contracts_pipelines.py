@@ -1,12 +1,13 @@
-"""`ADMPipeline` under the common pipeline tests of diffusers' repository."""
+"""`ADMPipeline` and `ADMControlNetPipeline` under the common pipeline tests of diffusers' repository."""
 
 import unittest
 import unittest.mock
 
 import diffusers_checkout
-from toy_models import CONDITIONAL, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
+import torch
+from toy_models import CONDITIONAL, fill_randomly, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
-from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
 
 
 mixins = diffusers_checkout.load("pipelines.testing_utils")
@@ -81,6 +82,23 @@ class TextConditional(ClassConditional):
         }
 
 
+class Controlled(ClassConditional):
+    pipeline_class = ADMControlNetPipeline
+    required_input_params_in_call_signature = frozenset(
+        ["image", "controlnet_conditioning_scale", "guess_mode", "control_guidance_start", "control_guidance_end"]
+    )
+    batch_input_params = frozenset(["class_labels", "image"])
+
+    def get_dummy_components(self) -> dict:
+        base = components(**CONDITIONAL)
+        controlnet = fill_randomly(AdaGNControlNetModel.from_unet(base["unet"]), seed=1)
+        return {**base, "controlnet": controlnet}
+
+    def get_dummy_inputs(self) -> dict:
+        image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        return {"image": image, **super().get_dummy_inputs()}
+
+
 IN_ISOLATION = diffusers_checkout.skip(
     "test_encode_prompt_works_in_isolation", reason="no pipeline without a U-Net, which says how prompts are padded"
 )
@@ -104,6 +122,11 @@ class TestTextConditional(TextConditional, mixins.PipelineTesterMixin):
     pass
 
 
+@IN_ISOLATION
+class TestControlled(Controlled, mixins.PipelineTesterMixin):
+    pass
+
+
 @diffusers_checkout.skip(*OFFLOADING_TESTS, reason=NEEDS_ACCELERATOR, only_without_accelerator=True)
 class TestMemoryTextConditional(TextConditional, mixins.MemoryTesterMixin):
     pass
@@ -111,6 +134,11 @@ class TestMemoryTextConditional(TextConditional, mixins.MemoryTesterMixin):
 
 @diffusers_checkout.skip(*OFFLOADING_TESTS, reason=NEEDS_ACCELERATOR, only_without_accelerator=True)
 class TestMemoryClassConditional(ClassConditional, mixins.MemoryTesterMixin):
+    pass
+
+
+@diffusers_checkout.skip(*OFFLOADING_TESTS, reason=NEEDS_ACCELERATOR, only_without_accelerator=True)
+class TestMemoryControlled(Controlled, mixins.MemoryTesterMixin):
     pass
 
 
