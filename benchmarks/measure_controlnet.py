@@ -88,7 +88,7 @@ def draw(
         batch = slice(start, start + args.batch_size)
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(edges))[batch]]
         drawn += pipeline(
-            edges[batch],
+            image=edges[batch],
             **{name: values[batch] for name, values in given.items()},
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,

@@ -9,6 +9,7 @@ diffusers.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DCondition
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..image_inputs import ImageInput, read_images
+from ..image_inputs import ImageInput, read_conditions
 from .pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, Denoising, OutputType
 
 
@@ -142,8 +143,8 @@ class ADMControlNetPipeline(ADMPipeline):
                 0.0 does not run.
             guess_mode (`bool`, defaults to `False`): What a ControlNet gives is scaled from 0.1 at the first skip
                 connection to 1.0 in the middle, and in guided steps the unconditional pass gets none of it: images then
-                follow `image` also without class or prompt. Goes with a `guidance_scale` of 3 to 5. Always on for
-                ControlNets with `global_pool_conditions`, whose residuals are not scaled.
+                follow `image` also with an empty prompt (`prompt=""`). Goes with a `guidance_scale` of 3 to 5. Always
+                on for ControlNets with `global_pool_conditions`, whose residuals are not scaled.
             control_guidance_start (`float` or list of `float`, defaults to 0.0), control_guidance_end (`float` or list
                 of `float`, defaults to 1.0): Fractions of the steps between which a ControlNet runs, for all or for
                 each; counted as `guidance_start` and `guidance_end`.
@@ -207,7 +208,7 @@ class ADMControlNetPipeline(ADMPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         # Pooled residuals were trained to be left out of the unconditional pass, as in diffusers.
-        guess_mode = guess_mode or all(net.config.global_pool_conditions for net in self._nets)
+        guess_mode = guess_mode or self._nets[0].config.global_pool_conditions
         denoising = ControlledDenoising(
             **vars(denoising),
             conditions=[
@@ -292,7 +293,8 @@ class ADMControlNetPipeline(ADMPipeline):
         nets = self._nets
         if image is None:
             raise ValueError(
-                "`image` is missing: pass what the images shall follow, or draw without it with `ADMPipeline`."
+                "`image` is missing: pass what the images shall follow, as `pipe(prompt, image)` or by name, or draw "
+                "without it with `ADMPipeline`."
             )
         if self._has_several_nets:
             if not isinstance(image, (list, tuple)) or len(image) != len(nets):
@@ -310,7 +312,7 @@ class ADMControlNetPipeline(ADMPipeline):
                 )
             entries = [image]
         return [
-            read_images(entry, self._name_of_image(i), net.config.conditioning_channels)
+            read_conditions(entry, self._name_of_image(i), net.config.conditioning_channels)
             for i, (entry, net) in enumerate(zip(entries, nets, strict=True))
         ]
 
@@ -330,6 +332,9 @@ class ADMControlNetPipeline(ADMPipeline):
     def _one_for_each_net(self, values: float | Sequence[float], name: str) -> list[float]:
         """Raises a `ValueError` unless there is one number for all ControlNets, or one for each."""
         number = len(self._nets)
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            if not isinstance(value, Real):
+                raise ValueError(f"`{name}` is {values!r}; pass a number, or a list with one for each ControlNet.")
         if not isinstance(values, (list, tuple)):
             return [float(values)] * number
         if len(values) != number:
@@ -395,7 +400,14 @@ class ADMControlNetPipeline(ADMPipeline):
                 f"`unet` is a {type(self.unet).__name__}, which takes nothing from a ControlNet. Load it with "
                 "`AdaGNUNet2DModel.from_pretrained`, which gives the same numbers."
             )
-        self._check_kind(self._nets)
+        # diffusers' `MultiControlNetModel` has `nets` as well, and does not hand on all that these take.
+        self._check_kind(self._nets if hasattr(self.controlnet, "check_base") else [self.controlnet])
+        pools = [net.config.global_pool_conditions for net in self._nets]
+        if len(set(pools)) > 1:
+            raise ValueError(
+                f"The ControlNets have `global_pool_conditions` {pools}. Those that pool are left out of the "
+                "unconditional pass and the others are not, so they cannot be used together."
+            )
         for net in self._nets:
             net.check_base(self.unet)
             if net.conditioning_factor != self.vae_scale_factor:

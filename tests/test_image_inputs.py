@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_adm.image_inputs import read_images, read_masks
+from diffusers_adm.image_inputs import read_conditions, read_images, read_masks
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)  # height 5, width 4
@@ -151,3 +151,63 @@ class TestMasks:
     def test_refused(self, mask, message):
         with pytest.raises(ValueError, match=re.escape(message)):
             read_masks(mask, "mask_image")
+
+
+class TestConditions:
+    """As images, and what edge detectors return."""
+
+    EDGES = np.random.default_rng(0).random((4, 5)) < 0.5
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda edges: edges,
+            lambda edges: edges.astype(np.float32),
+            lambda edges: edges.astype(np.uint8) * 255,
+            lambda edges: torch.from_numpy(edges),
+            lambda edges: torch.from_numpy(edges).float(),
+            lambda edges: Image.fromarray(edges),
+            lambda edges: Image.fromarray(edges).convert("L"),
+            lambda edges: Image.fromarray(edges).convert("RGB").convert("L"),
+            lambda edges: Image.fromarray(edges).convert("RGBA").convert("LA"),
+        ],
+        ids=["bool", "float", "uint8", "tensor", "float-tensor", "1", "L", "RGB-L", "LA-opaque"],
+    )
+    def test_every_form_of_edges(self, form, channels):
+        found = read_conditions(form(self.EDGES), "image", channels)
+        expected = torch.from_numpy(self.EDGES).float().expand(1, channels, 4, 5)
+        assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            EDGES.astype(np.uint8),
+            np.stack([EDGES.astype(np.uint8)] * 3, axis=-1),
+            torch.from_numpy(EDGES.astype(np.uint8)),
+            Image.fromarray(EDGES.astype(np.uint8)),
+            Image.fromarray(EDGES.astype(np.uint8)).convert("RGB"),
+        ],
+        ids=["array", "colour-array", "tensor", "L", "RGB"],
+    )
+    def test_refuses_8_bit_ones(self, condition):
+        with pytest.raises(ValueError, match="`image` holds 8-bit numbers up to 1"):
+            read_conditions([condition], "image", 3)
+
+    def test_black_is_one(self):
+        assert not read_conditions(Image.new("RGB", (5, 4)), "image", 3).any()
+
+    def test_opaque_pictures_need_no_background(self):
+        picture = Image.fromarray(np.random.default_rng(1).integers(256, size=(4, 5, 3), dtype=np.uint8))
+        for read in (read_images, read_conditions):
+            assert torch.equal(read(picture.convert("RGBA"), "image", 3), read_images(picture, "image", 3))
+
+    def test_drawings_on_a_transparent_layer_belong_on_black(self):
+        with pytest.raises(ValueError, match="image.size, 'black'"):
+            read_conditions(Image.new("RGBA", (5, 4)), "image", 3)
+
+    def test_arrays_that_cannot_be_written_to(self, recwarn):
+        array = np.asarray(Image.new("RGB", (5, 4)))
+        assert not array.flags.writeable
+        read_images(array, "image", 3)
+        assert not recwarn.list

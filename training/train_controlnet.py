@@ -66,6 +66,7 @@ from diffusers_adm.training import (
     plot_loss_curves,
     prepare_captions,
     prepare_output_dir,
+    pretrained_pipeline_config,
     reading,
     record_losses,
     rest_of_epoch,
@@ -142,6 +143,9 @@ def check_base_stays(model_args: UNetArguments, diffusion_args: DiffusionArgumen
             "`model_config_name_or_path` out."
         )
     given = [name for name in OF_THE_SCHEDULER if getattr(diffusion_args, name) is not None]
+    # Which of the fixed variances they mean, some repositories of networks without a learned one do not say.
+    if (diffusion_args.variance_type or "").startswith("learned"):
+        given.append("variance_type")
     if given:
         raise ValueError(
             "The pretrained model stays as it is, and so does its scheduler: drop "
@@ -149,6 +153,22 @@ def check_base_stays(model_args: UNetArguments, diffusion_args: DiffusionArgumen
         )
     if text_args.train_text_encoder:
         raise ValueError("The pretrained model stays as it is, its text encoder included: drop `train_text_encoder`.")
+
+
+def check_text_stays(model_args: UNetArguments, data_args: DataArguments, text_args: TextArguments) -> None:
+    """
+    Raises:
+        ValueError: If another text encoder or tokenizer shall take the place of the pretrained model's own.
+    """
+    index = pretrained_pipeline_config(model_args, data_args)
+    for name in ("text_encoder", "tokenizer"):
+        argument = f"{name}_name_or_path"
+        has_own = (index.get(name) or [None])[0] is not None
+        if has_own and getattr(text_args, argument) is not None:
+            raise ValueError(
+                f"`{argument}` is {getattr(text_args, argument)!r}, but the pretrained model has a {name} of its own "
+                f"({index[name][1]}), and stays as it is. Leave the argument out."
+            )
 
 
 def build_controlnet(
@@ -242,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     unet_config = load_unet_config(model_args, data_args, noise_scheduler)
     has_text = text_args.caption_column is not None
     check_grids(training_args, noise_scheduler, data_args.label_column is not None, has_text)
+    check_text_stays(model_args, data_args, text_args)
     text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, training_args.seed)
     with accelerator.main_process_first():
         images, id2label = load_image_dataset(
@@ -405,6 +426,7 @@ def main(argv: list[str] | None = None) -> None:
 
             due = after_step()  # learning rate, average, a row of the log
             if due.checkpoint:
+                frozen.check()
                 save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
             if due.end:  # the last grid is drawn below
                 break

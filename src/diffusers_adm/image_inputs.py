@@ -15,7 +15,7 @@ LOSSLESS_PIL_MODES = {1: ("1", "L"), 3: ("1", "L", "P", "RGB")}
 MASK_THRESHOLD = 0.5
 
 
-def read_images(images: ImageInput, name: str, channels: int) -> torch.Tensor:
+def read_images(images: ImageInput, name: str, channels: int, background: str = "white") -> torch.Tensor:
     r"""
     Images as a tensor `(batch_size, channels, height, width)` in [0, 1], float32, where they came from.
 
@@ -25,6 +25,7 @@ def read_images(images: ImageInput, name: str, channels: int) -> torch.Tensor:
             or `uint8`. With one channel its dimension may be missing.
         name (`str`): Of the argument, for messages.
         channels (`int`): Of the model.
+        background (`str`, defaults to `"white"`): What messages suggest to lay transparent pictures on.
 
     Raises:
         ValueError: For another type, shape or mode, transparency, values out of range, or images of several sizes.
@@ -32,7 +33,7 @@ def read_images(images: ImageInput, name: str, channels: int) -> torch.Tensor:
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
         raise ValueError(f"`{name}` is empty; pass at least one image.")
-    batches = [_read_one(item, name, channels) for item in items]
+    batches = [_read_one(item, name, channels, background) for item in items]
     sizes = sorted({tuple(batch.shape[2:]) for batch in batches})
     if len(sizes) > 1:
         raise ValueError(
@@ -40,6 +41,25 @@ def read_images(images: ImageInput, name: str, channels: int) -> torch.Tensor:
             "each size."
         )
     return torch.cat(batches)
+
+
+def read_conditions(conditions: ImageInput, name: str, channels: int) -> torch.Tensor:
+    r"""
+    Conditioning images, such as edges, as `read_images` gives images; of `bool` as well, and of one channel for three.
+
+    Raises:
+        ValueError: As `read_images`; for 8-bit numbers of 0 and 1.
+    """
+    items = list(conditions) if isinstance(conditions, (list, tuple)) else [conditions]
+    read = []
+    for item in items:
+        if isinstance(item, (np.ndarray, torch.Tensor)):
+            item = _from_bool(item)
+            if item.ndim == 2 and channels == 3:
+                item = np.stack([item] * 3, axis=-1) if isinstance(item, np.ndarray) else item.expand(3, -1, -1)
+        _check_white(item, name)
+        read.append(item)
+    return read_images(read, name, channels, background="black")
 
 
 def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
@@ -59,17 +79,24 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
     for item in items:
         if isinstance(item, Image.Image) and item.mode in LOSSLESS_PIL_MODES[3] and not item.has_transparency_data:
             item = item.convert("L")
-        elif isinstance(item, (np.ndarray, torch.Tensor)) and item.dtype in (np.bool_, torch.bool):
-            item = item * np.uint8(255) if isinstance(item, np.ndarray) else item.to(torch.uint8) * 255
+        elif isinstance(item, (np.ndarray, torch.Tensor)):
+            item = _from_bool(item)
         _check_white(item, name)
         grey.append(item)
     return read_images(grey, name, 1) >= MASK_THRESHOLD
 
 
+def _from_bool(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """0 and 255 for `bool`."""
+    if image.dtype not in (np.bool_, torch.bool):
+        return image
+    return image * np.uint8(255) if isinstance(image, np.ndarray) else image.to(torch.uint8) * 255
+
+
 def _check_white(mask: OneImage, name: str) -> None:
-    """Raises a `ValueError` for 8-bit masks of 0 and 1: both are next to black, but 1 was surely meant as white."""
+    """Raises a `ValueError` for 8-bit numbers of 0 and 1: both are next to black, but 1 was surely meant as white."""
     if isinstance(mask, Image.Image):
-        highest = mask.getextrema()[1] if mask.mode == "L" else None
+        highest = int(np.asarray(mask).max()) if mask.mode in ("L", "RGB") else None
     else:
         is_bytes = getattr(mask, "dtype", None) in (np.uint8, torch.uint8)
         highest = int(mask.max()) if is_bytes and 0 not in mask.shape else None
@@ -80,7 +107,7 @@ def _check_white(mask: OneImage, name: str) -> None:
         )
 
 
-def _read_one(image: OneImage, name: str, channels: int) -> torch.Tensor:
+def _read_one(image: OneImage, name: str, channels: int, background: str) -> torch.Tensor:
     """One image, or a batch of them as one array or tensor, as a batch."""
     if isinstance(image, Image.Image):
         mode = PIL_MODES.get(channels)
@@ -89,10 +116,12 @@ def _read_one(image: OneImage, name: str, channels: int) -> torch.Tensor:
                 f"`{name}` is a Pillow image, but this model's images have {channels} channels. Pass an array (height, "
                 "width, channels) or a tensor (channels, height, width) in [0, 1]."
             )
+        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() == (255, 255):
+            image = image.convert("RGB" if channels == 3 else "L")  # as drawing programs save what is opaque
         if image.has_transparency_data:
             raise ValueError(
-                f"`{name}` has mode {image.mode} and transparent pixels, which this model knows nothing of. Lay it on "
-                "a background first, such as `Image.alpha_composite(Image.new('RGBA', image.size, 'white'), "
+                f"`{name}` has mode {image.mode} and transparent pixels, whose colour is not known. Lay it on "
+                f"a background first, such as `Image.alpha_composite(Image.new('RGBA', image.size, {background!r}), "
                 f"image.convert('RGBA')).convert('{mode}')`."
             )
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -105,11 +134,11 @@ def _read_one(image: OneImage, name: str, channels: int) -> torch.Tensor:
                 f"`{name}` has mode {image.mode}, but this model's images have {channels} channels. Pass "
                 f"`image.convert('{mode}')`."
             )
-        image = np.array(image.convert(mode))  # a copy: what Pillow lends cannot be written to, which torch warns of
+        image = np.asarray(image.convert(mode))
     if isinstance(image, np.ndarray):
         if channels == 1 and image.shape[-1:] != (1,):
             image = image[..., None]
-        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        tensor = torch.from_numpy(np.array(image, order="C"))  # a copy: some cannot be written to, which torch warns of
         tensor = tensor.movedim(-1, -3) if tensor.ndim in (3, 4) else tensor
         layout = "(height, width, channels)"
     elif isinstance(image, torch.Tensor):

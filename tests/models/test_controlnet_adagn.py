@@ -143,6 +143,9 @@ class TestAgainstDiffusers:
         unet = random_condition_model({**STABLE_DIFFUSION, "layers_per_block": 2})
         theirs = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256))
         ours = AdaGNControlNetModel.from_unet(unet, conditioning_downsampling_factor=8)
+        for key, value in theirs.config.items():
+            if not key.startswith("_"):
+                assert ours.config[key] == value, key
         expected, found = theirs.state_dict(), ours.state_dict()
         assert expected.keys() == found.keys()
         for name, value in expected.items():
@@ -309,6 +312,27 @@ class TestFromUNet:
         of_unet = sum(p.numel() for p in unet.down_blocks.parameters())
         assert blocks == of_unet if width == 1 else blocks < 0.4 * of_unet
 
+    @pytest.mark.parametrize("width", [0.2, 0.25, 0.3, 0.33, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9])
+    def test_groups_of_narrow_ones_have_about_as_many_channels(self, width):
+        unet = random_unet(block_out_channels=(64, 128), norm_num_groups=32, attn_norm_num_groups=32)
+        config = AdaGNControlNetModel.from_unet(unet, width=width).config
+        for own, wide in zip(config.block_out_channels, (64, 128), strict=True):
+            assert own == pytest.approx(width * wide, abs=4 * wide / 64)
+            # 2 and 4 in the U-Net.
+            assert 0.5 <= own / config.norm_num_groups / (wide / 32) <= 2
+
+    @pytest.mark.parametrize("width, expected", [(0.01, (1, 2, 3)), (0.5, (6, 12, 18)), (0.9, (8, 16, 24))])
+    def test_narrow_ones_keep_the_proportions_of_the_levels(self, width, expected):
+        config = {"block_out_channels": (12, 24, 36), "attention_head_dim": 4, "norm_num_groups": 4}
+        kinds = {"down_block_types": ("AttnDownBlock2D",) * 3, "up_block_types": ("AttnUpBlock2D",) * 3}
+        unet = random_unet(**config, **kinds)
+        assert AdaGNControlNetModel.from_unet(unet, width=width).config.block_out_channels == expected
+
+    def test_of_a_compiled_unet(self):
+        unet = random_unet()
+        branch = AdaGNControlNetModel.from_unet(torch.compile(unet, backend="eager"))
+        assert torch.equal(branch.conv_in.weight, unet.conv_in.weight)
+
     @pytest.mark.parametrize("width", [0, -1, 1.1, float("nan")])
     def test_refuses_widths(self, width):
         with pytest.raises(ValueError, match=re.escape(f"`width` is {width}; it must lie in (0, 1]")):
@@ -387,6 +411,14 @@ class TestLora:
         without = unet(*inputs, **conditions).sample
         assert not torch.equal(with_lora, without)
 
+    def test_weights_that_an_adapter_trains_a_copy_of(self):
+        from peft import LoraConfig
+
+        unet = random_unet(**CONDITIONAL)
+        expected = unet.class_embedding.weight.clone()
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["class_embedding"]))
+        assert torch.equal(AdaGNControlNetModel.from_unet(unet).class_embedding.weight, expected)
+
     def test_the_weights_below_it_are_copied(self):
         plain = AdaGNControlNetModel.from_unet(random_unet(**CONDITIONAL)).state_dict()
         adapted = AdaGNControlNetModel.from_unet(self.adapted()).state_dict()
@@ -419,7 +451,12 @@ class TestConditioningImage:
     def test_strides(self, factor, stages, expected):
         assert strides_of(factor, stages) == expected
 
-    @pytest.mark.parametrize("factor, stages", [(16, 3), (6, 1), (2, 0), (0, 3), (-2, 3)])
+    @pytest.mark.parametrize("factor", [0, -2, 1.5])
+    def test_refuses_what_is_no_factor(self, factor):
+        with pytest.raises(ValueError, match=f"is {factor}; it must be a whole number from 1 on"):
+            AdaGNControlNetModel.from_unet(random_unet(), conditioning_downsampling_factor=factor)
+
+    @pytest.mark.parametrize("factor, stages", [(16, 3), (6, 1), (2, 0)])
     def test_refuses_factors(self, factor, stages):
         message = f"`conditioning_downsampling_factor` is {factor}, but .* has {stages + 1} entries"
         with pytest.raises(ValueError, match=message):
@@ -478,7 +515,7 @@ class TestTraining:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+        assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_gradient_checkpointing_recomputes_to_the_same_numbers(self, use_reentrant):
@@ -533,6 +570,11 @@ class TestBase:
             branch.check_base(random_text_unet("added_kv", addition_embed_type="text_embeds", cross_attention_dim=24))
         with pytest.raises(ValueError, match="width of the pooled text: 32 here, 64 there"):
             branch.check_base(random_text_unet("added_kv", addition_embed_type="text_embeds", time_embedding_dim=64))
+
+    def test_what_is_no_unet(self):
+        branch = AdaGNControlNetModel.from_unet(random_unet())
+        with pytest.raises(ValueError, match="belongs to a U-Net, but this is a AdaGNControlNetModel"):
+            branch.check_base(branch)
 
     def test_fits_other_weights_and_other_classes_of_unet(self):
         branch = AdaGNControlNetModel.from_unet(random_unet())
@@ -592,7 +634,15 @@ class TestSeveral:
         for (name, value), loaded in zip(both.state_dict().items(), again.state_dict().values(), strict=True):
             assert torch.equal(value.double(), loaded), name
 
+    def test_saving_fewer_where_there_were_more(self, tmp_path):
+        unet = random_unet()
+        for number in (3, 2):
+            AdaGNMultiControlNetModel([random_branch(unet, seed) for seed in range(number)]).save_pretrained(tmp_path)
+        assert len(AdaGNMultiControlNetModel.from_pretrained(tmp_path).nets) == 2
+
     def test_refusals(self, tmp_path):
+        with pytest.raises(ValueError, match="`push_to_hub` of several branches"):
+            AdaGNMultiControlNetModel([random_branch(random_unet())]).save_pretrained(tmp_path, push_to_hub=True)
         with pytest.raises(ValueError, match="`controlnets` is empty"):
             AdaGNMultiControlNetModel([])
         with pytest.raises(ValueError, match="has no folder `net.0`"):

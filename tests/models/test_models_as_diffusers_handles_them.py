@@ -7,8 +7,16 @@ import inspect
 
 import pytest
 import torch
-from toy_models import CONDITIONAL, MAX_PROMPT_LENGTH, random_classifier, random_text_encoder, random_unet
+from toy_models import (
+    CONDITIONAL,
+    MAX_PROMPT_LENGTH,
+    fill_randomly,
+    random_classifier,
+    random_text_encoder,
+    random_unet,
+)
 
+from diffusers_adm import AdaGNControlNetModel
 from diffusers_adm.models.unet_2d_adagn import ResBlock
 
 
@@ -29,6 +37,7 @@ MODELS = {
     "classifier-adaptive-pool": lambda: random_classifier(pool="adaptive"),
     "classifier-spatial-pool": lambda: random_classifier(pool="spatial"),
     "text-encoder": lambda: random_text_encoder("glide"),
+    "controlnet": lambda: fill_randomly(AdaGNControlNetModel.from_unet(random_unet())),
 }
 SAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 INPUT_IDS = torch.arange(2 * MAX_PROMPT_LENGTH).view(2, -1) % 11
@@ -41,6 +50,9 @@ def model(request) -> torch.nn.Module:
 
 def predict(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
+        if hasattr(model, "controlnet_cond_embedding"):
+            down, mid = model(SAMPLE, 5, controlnet_cond=SAMPLE, return_dict=False)
+            return torch.cat([residual.flatten() for residual in (*down, mid)])
         if hasattr(model, "text_projection"):
             return torch.cat([output.flatten() for output in model(INPUT_IDS, INPUT_IDS < 8)])
         return model(SAMPLE, 5, return_dict=False)[0]
@@ -102,7 +114,7 @@ class TestCompiling:
         yield
         torch.compiler.reset()
 
-    @pytest.mark.parametrize("name", ["unet", "classifier-attention-pool", "text-encoder"])
+    @pytest.mark.parametrize("name", ["unet", "classifier-attention-pool", "text-encoder", "controlnet"])
     def test_whole_without_a_break_or_a_second_time(self, name):
         model = MODELS[name]()
         expected = predict(model)

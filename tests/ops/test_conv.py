@@ -85,6 +85,49 @@ def test_functional_transforms():
     torch.testing.assert_close(torch.vmap(torch.func.grad(value))(x), torch.vmap(torch.func.grad(expected))(x))
 
 
+def test_forward_mode_and_products_with_the_hessian():
+    x, weight, bias, stride, padding = random_case("halving")
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    results = []
+    for function in (conv2d, F.conv2d):
+
+        def value(x, function=function):
+            return function(x, weight, bias, stride, padding).cos().sum()
+
+        results.append(torch.func.jvp(torch.func.grad(value), (x,), (tangent,))[1])
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(), tangent)
+            results.append(torch.autograd.forward_ad.unpack_dual(value(dual)).tangent)
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[3])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"padding_mode": "circular"}, {"dilation": (2, 2)}, {"groups": 2}, {"padding": "same"}], ids=str
+)
+def test_what_else_layers_of_torch_do(changes):
+    """Set after construction too: `padding_mode = "circular"` makes images tile."""
+    torch.manual_seed(0)
+    ours = Conv2d(4, 6, kernel_size=3, **{"padding": 1, **changes}).requires_grad_(False)
+    theirs = torch.nn.Conv2d(4, 6, kernel_size=3, **{"padding": 1, **changes}).requires_grad_(False)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    assert torch.equal(ours(x), theirs(x))
+
+
+@torch.no_grad()
+def test_images_that_tile():
+    """A network whose convolutions are circular shifts its output with its input."""
+    unet = random_unet(add_attention=False, down_block_types=("ResnetDownsampleBlock2D",) * 2).requires_grad_(False)
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1):
+            module.padding_mode = "circular"
+            module._reversed_padding_repeated_twice = [1] * 4
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    shifted = unet(image.roll((4, 6), (2, 3)), 5).sample
+    torch.testing.assert_close(shifted, unet(image, 5).sample.roll((4, 6), (2, 3)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("trained", ["weight", "bias", "both", "neither"])
 def test_keeps_the_input_only_for_what_is_trained(trained):
     x, *_ = random_case("3x3", torch.float32)

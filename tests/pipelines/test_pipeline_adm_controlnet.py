@@ -424,6 +424,8 @@ class TestSampling:
         assert all(len(call["sample"]) == 2 for call in of_branch)
         assert not seen[0]["mid_block_additional_residual"][:2].any()
         assert seen[0]["mid_block_additional_residual"].shape[2:] == (1, 1)
+        with pytest.raises(ValueError, match=r"have `global_pool_conditions` \[False, True\]"):
+            make_pipeline(unet, [nets[0], branch])
 
 
 @pytest.fixture(scope="module")
@@ -507,6 +509,8 @@ class TestStableDiffusion:
         assert (pipe.unet, pipe.controlnet) == (theirs.unet, ours.controlnet)
         with pytest.raises(ValueError, match="holds, a ControlNetModel; pass an `AdaGNControlNetModel`"):
             ADMControlNetPipeline.from_pipe(theirs, classifier=None, controlnet=list(theirs.controlnet.nets))
+        with pytest.raises(ValueError, match="holds, a MultiControlNetModel; pass an `AdaGNControlNetModel`"):
+            ADMControlNetPipeline.from_pipe(theirs, classifier=None, controlnet=theirs.controlnet)
 
     def test_sizes_are_those_of_decoded_images(self, pipelines):
         message = "`image[1]` is 8 x 8 pixels (width x height), but 16 x 16 are drawn"
@@ -791,6 +795,7 @@ class TestBadInput:
             ({"image": 2 * conditions() - 1}, "`image` has values from -1 to "),
             ({"image": 255 * conditions()}, "they must lie in [0, 1]"),
             ({"image": PIL.Image.new("RGBA", (8, 8))}, "`image` has mode RGBA and transparent pixels"),
+            ({"image": torch.ones(3, 8, 8, dtype=torch.uint8)}, "`image` holds 8-bit numbers up to 1"),
             ({"image": [conditions(1), conditions(1, 6, 6)]}, "`image` holds images of several sizes"),
             ({"image": [[conditions(1)], [conditions(1)]]}, "a list of lists, as for several ControlNets, but this"),
             ({"image": conditions(3), "class_labels": [1, 2]}, "`image`: 3, `class_labels`: 2"),
@@ -802,6 +807,8 @@ class TestBadInput:
             ),
             ({"controlnet_conditioning_scale": []}, "holds 0 entries, but this pipeline has 1 ControlNet. Pass one"),
             ({"controlnet_conditioning_scale": float("nan")}, "`controlnet_conditioning_scale` is nan"),
+            ({"controlnet_conditioning_scale": None}, "`controlnet_conditioning_scale` is None; pass a number"),
+            ({"control_guidance_start": "0.5"}, "`control_guidance_start` is '0.5'; pass a number"),
             ({"controlnet_conditioning_scale": float("inf")}, "`controlnet_conditioning_scale` is inf; it must be a f"),
             ({"control_guidance_start": [0.0, 0.5]}, "`control_guidance_start` holds 2 entries, but this pipeline has"),
             ({"control_guidance_end": (0.5, 0.5)}, "`control_guidance_end` holds 2 entries, but this pipeline has 1 C"),

@@ -1,5 +1,6 @@
 """training/train_controlnet.py: the base stays, the branch is trained, resumed and loaded; what is refused."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -142,7 +143,10 @@ class TestBranch:
         picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         followed, free = (
             pipe(
-                picture, generator=torch.Generator().manual_seed(0), controlnet_conditioning_scale=scale, **arguments
+                image=picture,
+                generator=torch.Generator().manual_seed(0),
+                controlnet_conditioning_scale=scale,
+                **arguments,
             ).images
             for scale in (1.0, 0.0)
         )
@@ -193,7 +197,7 @@ class TestBranch:
     def test_a_narrower_branch(self, short, calls):
         train(**short | {"max_train_steps": 1}, controlnet_width=0.5, conditioning_embedding_out_channels=[4, 6])
         branch = branch_of(short["output_dir"])
-        assert list(branch.config.block_out_channels) == [8, 8]
+        assert list(branch.config.block_out_channels) == [4, 8]
         assert list(branch.config.unet_block_out_channels) == [8, 16]
         assert list(branch.config.conditioning_embedding_out_channels) == [4, 6]
         branch.check_base(calls.base)
@@ -450,6 +454,23 @@ class TestResuming:
 
 
 class TestRecipe:
+    def test_the_text_encoder_is_that_of_the_model(self, tmp_path):
+        index = {
+            "_class_name": "ADMPipeline",
+            "text_encoder": ["diffusers_adm", "GLIDETextModel"],
+            "tokenizer": [None] * 2,
+        }
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        model, data, _, _, text, _ = parse_args(
+            train_controlnet.ARGUMENT_TYPES,
+            ["--pretrained_model_name_or_path", str(tmp_path), "--caption_column", "text", "--condition", "edges"]
+            + ["--tokenizer_name_or_path", "some/tokenizer", "--data_files", "a.parquet"],
+        )
+        train_controlnet.check_text_stays(model, data, text)  # it has no tokenizer of its own
+        text.text_encoder_name_or_path = "some/encoder"
+        with pytest.raises(ValueError, match=r"`text_encoder_name_or_path` is 'some/encoder', .* \(GLIDETextModel\)"):
+            train_controlnet.check_text_stays(model, data, text)
+
     def test_it_parses_and_fits_the_model_it_is_for(self, monkeypatch):
         monkeypatch.chdir(REPOSITORY)  # its paths are relative to it
         recipe = CONFIGS / "emoji_32_edges.yaml"
@@ -510,6 +531,7 @@ class TestBadInput:
                 {"prediction_type": "sample", "ddpm_num_steps": 10},
                 "stays as it is, .* drop `ddpm_num_steps`, `prediction_type`",
             ),
+            ({"variance_type": "learned_log"}, "so does its scheduler: drop `variance_type`"),
             (
                 {"caption_column": "text", "train_text_encoder": True},
                 "its text encoder included: drop `train_text_encoder`",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -78,18 +79,19 @@ def strides_of(factor: int, stages: int) -> list[int]:
     The strides of `stages` convolutions that shrink an image `factor` times: its prime factors, then ones.
 
     Raises:
-        ValueError: If it has more prime factors than there are stages.
+        ValueError: If it is no whole number from 1 on, or has more prime factors than there are stages.
     """
+    if not isinstance(factor, int) or factor < 1:
+        raise ValueError(f"`conditioning_downsampling_factor` is {factor}; it must be a whole number from 1 on.")
     strides, rest = [], factor
     while rest > 1:
         divisor = next(d for d in range(2, rest + 1) if rest % d == 0)
         strides.append(divisor)
         rest //= divisor
-    if factor < 1 or len(strides) > stages:
+    if len(strides) > stages:
         raise ValueError(
             f"`conditioning_downsampling_factor` is {factor}, but `conditioning_embedding_out_channels` has "
-            f"{stages + 1} entries, for {stages} steps by a prime factor. Give it {len(strides) + 1} entries or more, "
-            "or another factor of at least 1."
+            f"{stages + 1} entries, for {stages} steps by a prime factor. Give it {len(strides) + 1} entries or more."
         )
     return strides + [1] * (stages - len(strides))
 
@@ -237,7 +239,9 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
                 f"`unet_block_out_channels` has {len(wide)} entries {tuple(wide)} but `block_out_channels` has "
                 f"{len(block_out_channels)} {tuple(block_out_channels)}. Give one per level."
             )
-        factor = conditioning_downsampling_factor or 2 ** (len(conditioning_embedding_out_channels) - 1)
+        factor = conditioning_downsampling_factor
+        if factor is None:
+            factor = 2 ** (len(conditioning_embedding_out_channels) - 1)
         self.conditioning_factor = factor
 
         # 1. encoder and middle, of the U-Net's blocks
@@ -310,6 +314,7 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
             ValueError: For a `width` outside (0, 1], a U-Net that reads its text on the way up alone, and what the
                 constructor raises.
         """
+        unet = getattr(unet, "_orig_mod", unet)  # of a compiled one
         if not 0 < width <= 1:
             raise ValueError(f"`width` is {width}; it must lie in (0, 1]: 1 is the width of the U-Net.")
         # Which gives all arguments, also those of other classes, the meaning that they have here.
@@ -337,15 +342,16 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         )
         if load_weights_from_unet:
             controlnet._copy_weights(unet, CONDITION_PARTS if width != 1 else None)
-        return controlnet.to(unet.conv_in.weight)  # device and dtype
+        # Not by `ModelMixin.to`, which warns of every dtype.
+        return nn.Module.to(controlnet, device=unet.device, dtype=unet.dtype)
 
     def _copy_weights(self, unet: ModelMixin, parts: tuple[str, ...] | None) -> None:
         """Copies what a U-Net has under the same names, or of that these `parts` alone."""
-        # PEFT keeps the layer that it adapts as `base_layer`.
+        # PEFT keeps the layer that it adapts as `base_layer`, one that it trains a copy of as `original_module`.
         weights = {
-            name.replace(".base_layer.", "."): value
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): value
             for name, value in unet.state_dict().items()
-            if ".lora_" not in name
+            if ".lora_" not in name and ".modules_to_save." not in name
         }
         state = {
             name: weights[name]
@@ -361,6 +367,8 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
                 given other conditions.
         """
         config, base = self.config, unet.config
+        if "up_block_types" not in base:
+            raise ValueError(f"A {type(self).__name__} belongs to a U-Net, but this is a {type(unet).__name__}.")
         base_types = [*base["down_block_types"], base.get("mid_block_type"), *base["up_block_types"]]
         base_channels = residual_channels(base["block_out_channels"], base["layers_per_block"])
         found = {"channels of skip connections and middle": (self.residual_channels, base_channels)}
@@ -496,12 +504,18 @@ def _narrow(unet: AdaGNUNet2DModel, width: float) -> dict[str, Any]:
     """What the arguments of a branch with about `width` times the channels of a U-Net differ in from the U-Net's."""
     config = unet.config
     wide = config.block_out_channels
-    channels = [max(8, round(width * number / 8) * 8) for number in wide]
-    # About as many channels in a group, and as wide heads, as in the U-Net.
-    groups = math.gcd(max(1, round(width * config.norm_num_groups)), *channels)
+    # The levels keep their proportions, so that the numbers have large divisors.
+    common_of_unet = math.gcd(*wide)
+    common = max(1, round(width * common_of_unet))
+    if common >= 8:
+        common = round(common / 8) * 8
+    channels = [number // common_of_unet * common for number in wide]
+    # About as many channels in a group as in the U-Net.
+    wanted = width * config.norm_num_groups
+    groups = min((d for d in range(1, common + 1) if common % d == 0), key=lambda divisor: abs(divisor - wanted))
 
     def divisors(name: str) -> tuple[int | None, ...]:
-        """Of numbers or widths of heads: what divides the fewer channels as well."""
+        """Of numbers or widths of heads: the same where it divides the fewer channels, else what does."""
         entries = per_level(config[name], len(wide))
         return tuple(None if n is None else math.gcd(n, own) for n, own in zip(entries, channels, strict=True))
 
@@ -619,9 +633,19 @@ class AdaGNMultiControlNetModel(ModelMixin):
         """
         Writes each branch to a folder of its own below `save_directory`: `net.0`, `net.1`, ... Arguments are as of one.
         A pipeline hands none of them on, so that it saves several branches without its `variant`, and finds them so.
+        Branches that an earlier call has left there are removed.
+
+        Raises:
+            ValueError: For `push_to_hub`: each branch would become a repository.
         """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("`push_to_hub` of several branches is done by their pipeline, or by each branch itself.")
         for index, net in enumerate(self.nets):
-            net.save_pretrained(self._folder(save_directory, index), **kwargs)
+            net.save_pretrained(str(self._folder(save_directory, index)), **kwargs)
+        stale = len(self.nets)
+        while (folder := self._folder(save_directory, stale)).is_dir():
+            shutil.rmtree(folder)
+            stale += 1
 
     @classmethod
     def from_pretrained(

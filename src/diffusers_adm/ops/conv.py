@@ -34,6 +34,7 @@ class _FrozenConv2d(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
         x, weight, _, ctx.stride, ctx.padding = inputs
         ctx.save_for_backward(weight)
+        ctx.save_for_forward(weight)
         ctx.shape, ctx.dtype = x.shape, x.dtype
 
     @staticmethod
@@ -43,6 +44,11 @@ class _FrozenConv2d(torch.autograd.Function):
         weight = weight.to(gradient.dtype)
         of_input = conv2d_input(ctx.shape, weight, gradient, ctx.stride, ctx.padding)
         return of_input.to(ctx.dtype), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+        (weight,) = ctx.saved_tensors
+        return F.conv2d(tangent, weight, None, ctx.stride, ctx.padding)
 
 
 def conv2d(
@@ -63,7 +69,11 @@ def conv2d(
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with zeros around the image, by [`conv2d`]: it needs less memory while it is frozen."""
+    """`nn.Conv2d` by [`conv2d`]: it needs less memory while it is frozen."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # For images that tile, users set `padding_mode` of layers that were built without.
+        is_plain = self.padding_mode == "zeros" and self.dilation == (1, 1) and self.groups == 1
+        if not is_plain or isinstance(self.padding, str):
+            return super().forward(x)
         return conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]

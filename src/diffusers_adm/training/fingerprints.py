@@ -100,7 +100,8 @@ class FrozenNetworks:
         if changed:
             raise RuntimeError(
                 f"Weights of the frozen {' and '.join(changed)} have changed during training, so what was trained "
-                "beside them does not fit those that were loaded. Nothing is saved; please report this."
+                "beside them does not fit those that were loaded. It is not saved; the checkpoints are sound. Please "
+                "report this."
             )
 
     def state_dict(self) -> dict[str, str]:
