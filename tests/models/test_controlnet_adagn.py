@@ -654,7 +654,7 @@ class TestSeveral:
             both(SAMPLE, TIMESTEP, controlnet_cond=[IMAGE], conditioning_scale=[1, 1])
         with pytest.raises(ValueError, match="no branch has anything to add"):
             both(SAMPLE, TIMESTEP, controlnet_cond=[IMAGE] * 2, conditioning_scale=[0, 0.0])
-        with pytest.raises(ValueError, match="made for another U-Net"):
+        with pytest.raises(ValueError, match="Branch 0 of 2, counted from 0: .* made for another U-Net"):
             both.check_base(random_unet(**CONDITIONAL))
 
 
@@ -688,6 +688,11 @@ class TestBadInput:
         (sample, timestep), conditions = inputs_of(unet)
         with pytest.raises(ValueError, match=message):
             branch(sample, timestep, controlnet_cond=IMAGE, **{**conditions, **inputs})
+
+    def test_the_folder_of_a_unet(self, tmp_path):
+        random_unet().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="config of a U-Net .* make a branch for it with"):
+            AdaGNControlNetModel.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize(
         "config, message",

@@ -269,7 +269,13 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers. What the config of a [`~diffusers.ControlNetModel`] leaves out has that class's defaults."""
-        if isinstance(config, dict) and config.get("_class_name") == "ControlNetModel":
+        saved_as = config.get("_class_name") if isinstance(config, dict) else None
+        if saved_as in ("AdaGNUNet2DModel", "UNet2DModel", "UNet2DConditionModel"):
+            raise ValueError(
+                f"This is the config of a U-Net (`{saved_as}`). Load it with its class, and make a branch for it with "
+                "`AdaGNControlNetModel.from_unet`."
+            )
+        if saved_as == "ControlNetModel":
             own = inspect.signature(cls.__init__).parameters
             parameters = inspect.signature(ControlNetModel.__init__).parameters
             config = {name: p.default for name, p in parameters.items() if name in own and name != "self"} | config
@@ -553,8 +559,11 @@ class AdaGNMultiControlNetModel(ModelMixin):
         Raises:
             ValueError: As `AdaGNControlNetModel.check_base`.
         """
-        for net in self.nets:
-            net.check_base(unet)
+        for number, net in enumerate(self.nets):
+            try:
+                net.check_base(unet)
+            except ValueError as error:
+                raise ValueError(f"Branch {number} of {len(self.nets)}, counted from 0: {error}") from error
 
     def forward(
         self,
