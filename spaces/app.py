@@ -1,0 +1,494 @@
+"""
+The Space of diffusers-adm: draw, repaint and follow sketches with small models in pixels, and look inside them.
+
+`python spaces/app.py` from a clone; ADM_SPACE_MODELS or `--models` names the folder of the models (see README.md).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import secrets
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+from PIL import Image
+from space_models import (
+    ANY_CATEGORY,
+    MAX_CLASSIFIER_SCALE,
+    MAX_CONTROLNET_SCALE,
+    MAX_GUIDANCE_SCALE,
+    MAX_IMAGES,
+    MAX_PROMPT_LENGTH,
+    MAX_SEED,
+    MAX_STEPS,
+    SAMPLERS,
+    Finished,
+    Inside,
+    Models,
+    OnStep,
+    Recipe,
+    stream,
+)
+
+
+MODELS = Path(__file__).parent / "model"
+MAX_QUEUE = 20  # visitors who wait; more are told to come back
+CACHE_SECONDS = 3600
+STRIP_PICTURES = 10
+STRIP_SIDE = 64  # pixels
+# The models draw few pixels, which shall be seen as they are.
+CSS = """
+.pixels img { image-rendering: pixelated; object-fit: contain; }
+.pixels .grid-wrap img, .pixels .thumbnail-item img { width: 100%; height: 100%; }
+footer { display: none !important; }
+"""
+NO_MODEL_WAIT = {"concurrency_id": "model", "concurrency_limit": 1}  # one picture after the other: the cores are few
+DRAWING_SIDE = 256  # pixels
+EXAMPLES = [
+    ["fire", ANY_CATEGORY, 4.0, 0.0, 25, "DPM-Solver++", 0, 2, False],
+    ["red heart", "Smileys & Emotion", 4.0, 0.0, 25, "DPM-Solver++", 1, 2, False],
+    ["grinning face", "Smileys & Emotion", 4.0, 0.0, 25, "DDPM", 2, 2, False],
+    ["", "Flags", 4.0, 0.0, 25, "DPM-Solver++", 3, 2, False],
+]
+INTRODUCTION = """
+# Small pictures from noise
+Models of [diffusers-adm](https://pypi.org/project/diffusers-adm/) that draw emoji, pixel by pixel, and were trained for
+this page. They know things that have an emoji, and little else.
+"""
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """What a visitor did wrong is told on the page; anything else is an error of ours, and goes to the log."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+def run(draw: Callable[[OnStep], Any], progress: gr.Progress) -> Iterator[tuple[str, Any, bool]]:
+    """Status, preview or result, and whether it is the result."""
+    with readable_errors():
+        for event in stream(draw):
+            if isinstance(event, Finished):
+                yield "Done.", event.result, True
+                return
+            progress((event.done, event.total), desc=event.task, unit="steps")
+            yield f"{event.task}: step {event.done} of {event.total}", event.previews, False
+
+
+def pack(pictures: list[Image.Image], recipe: str) -> str:
+    """A ZIP file with the pictures as they are and their recipe; the folder is cleaned by Gradio."""
+    folder = Path(get_upload_folder()) / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    path = folder / "pictures.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, picture in enumerate(pictures):
+            data = io.BytesIO()
+            picture.save(data, "PNG")
+            archive.writestr(f"{number:02d}.png", data.getvalue())
+        archive.writestr("recipe.json", recipe)
+    return str(path)
+
+
+def drawn_on(editor: dict | None) -> tuple[Image.Image | None, list[Image.Image]]:
+    """The picture and the layers of an image editor, some of which may be missing."""
+    editor = editor or {}
+    return editor.get("background"), [layer for layer in editor.get("layers") or [] if layer is not None]
+
+
+def strip(inside: Inside) -> Image.Image:
+    """x_t above the predicted x_0, from noise to picture."""
+    last = len(inside.timesteps) - 1
+    count = min(STRIP_PICTURES, last + 1)
+    chosen = [round(i * last / max(count - 1, 1)) for i in range(count)]
+    canvas = Image.new("RGB", (count * STRIP_SIDE, 2 * STRIP_SIDE), "white")
+    for column, i in enumerate(chosen):
+        for row, pictures in enumerate((inside.samples, inside.predictions)):
+            enlarged = pictures[i].resize((STRIP_SIDE, STRIP_SIDE), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (column * STRIP_SIDE, row * STRIP_SIDE))
+    return canvas
+
+
+def plot(inside: Inside) -> Any:
+    """The learned variance between its bounds, and the terms of the variational bound, by timestep."""
+    from matplotlib.figure import Figure  # slow to import, and not pyplot, which keeps figures
+
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    top, bottom = figure.subplots(2)
+    lower, upper = zip(*inside.bounds, strict=True)
+    low, middle, high = zip(*inside.log_variances, strict=True)
+    top.plot(inside.timesteps, upper, "--", label=r"upper bound, $\log\,\beta_t$")
+    top.plot(inside.timesteps, lower, ":", label=r"lower bound, $\log\,\tilde\beta_t$")
+    top.plot(inside.timesteps, middle, label="learned (median)")
+    top.fill_between(inside.timesteps, low, high, alpha=0.3, label="learned (10% to 90% of the pixels)")
+    top.set(xlabel="timestep", ylabel="log-variance", title="Learned variance")
+    top.legend()
+    bottom.plot(inside.timesteps, inside.terms, "o-", markersize=3)
+    bottom.set_yscale("log")
+    bottom.set(xlabel="timestep", ylabel="bits per dimension", title="Terms of the variational bound")
+    return figure
+
+
+class Space:
+    """The functions behind the page, around models that are loaded once."""
+
+    def __init__(self, models: Models):
+        self.models = models
+
+    def generate(
+        self,
+        prompt,
+        category,
+        guidance_scale,
+        classifier_scale,
+        steps,
+        sampler,
+        seed,
+        num_images,
+        upscale,
+        progress=gr.Progress(),  # noqa: B008  (Gradio finds it by its default)
+    ):
+        """Draws pictures of a prompt, a category or both. The last value is what made them, as JSON and as a link."""
+        with readable_errors():
+            recipe = Recipe(
+                prompt, category, guidance_scale, classifier_scale, steps, sampler, seed, num_images, upscale
+            )
+            self.models.check(recipe)
+        yield from self._generate(recipe, progress)
+
+    def reproduce(self, recipe, progress=gr.Progress()):  # noqa: B008
+        """Draws the pictures of a recipe (JSON) again, exactly."""
+        with readable_errors():
+            recipe, weights = Recipe.from_json(recipe)
+            self.models.check(recipe)
+        if weights not in (None, self.models.weights):
+            gr.Warning("The recipe was made with other weights than this Space has, so the pictures will differ.")
+        yield from self._generate(recipe, progress)
+
+    def _generate(self, recipe: Recipe, progress: gr.Progress) -> Iterator[tuple]:
+        text = recipe.to_json(self.models.weights)
+        for status, pictures, is_done in run(lambda on_step: self.models.generate(recipe, on_step), progress):
+            if is_done:
+                link = f"[Link to these pictures](?{urlencode(recipe.query())})"
+                yield pictures, status, text, link, gr.update(value=pack(pictures, text), interactive=True)
+            else:
+                yield pictures, status, text, "", gr.update(interactive=False)
+
+    def edit(
+        self, drawing, prompt, category, guidance_scale, steps, seed, num_images, progress=gr.Progress()  # noqa: B008
+    ):
+        """Draws the painted part of a picture anew (RePaint)."""
+        with readable_errors():
+            recipe = Recipe(
+                prompt, category, guidance_scale, steps=steps, seed=seed, num_images=num_images
+            )
+            self.models.check(recipe)
+            picture, layers = drawn_on(drawing)
+            picture = self.models.read_picture(picture)
+            mask = self.models.read_mask(layers)
+        for status, pictures, _ in run(lambda on_step: self.models.inpaint(recipe, picture, mask, on_step), progress):
+            yield pictures, status
+
+    def sketch(
+        self,
+        drawing,
+        prompt,
+        category,
+        strength,
+        guidance_scale,
+        steps,
+        seed,
+        num_images,
+        progress=gr.Progress(),  # noqa: B008
+    ):
+        """Draws pictures that follow strokes or, where there are none, the edges of an uploaded picture."""
+        with readable_errors():
+            recipe = Recipe(prompt, category, guidance_scale, steps=steps, seed=seed, num_images=num_images)
+            self.models.check(recipe)
+            condition = self._condition(drawing)
+        shown = condition.resize((DRAWING_SIDE, DRAWING_SIDE), Image.Resampling.NEAREST)
+
+        def draw(on_step: OnStep) -> list[Image.Image]:
+            return self.models.sketch(recipe, condition, strength, on_step)
+
+        for status, pictures, _ in run(draw, progress):
+            yield shown, pictures, status
+
+    def _condition(self, drawing: dict | None) -> Image.Image:
+        picture, layers = drawn_on(drawing)
+        is_drawn = any(layer.convert("RGBA").getchannel("A").getextrema() != (0, 0) for layer in layers)
+        is_uploaded = picture is not None and picture.convert("RGBA").getchannel("A").getextrema() != (0, 0)
+        if is_uploaded and not is_drawn:
+            return self.models.find_edges(picture)
+        return self.models.read_strokes(layers)
+
+    def look_inside(
+        self, prompt, category, guidance_scale, classifier_scale, steps, seed, progress=gr.Progress()  # noqa: B008
+    ):
+        """Draws one picture, and shows each prediction, the learned variance and the bits per dimension."""
+        with readable_errors():
+            recipe = Recipe(prompt, category, guidance_scale, classifier_scale, steps, seed=seed, num_images=1)
+            self.models.check(recipe)
+        for status, result, is_done in run(lambda on_step: self.models.look_inside(recipe, on_step), progress):
+            if is_done:
+                by_step = [
+                    (picture, f"t = {t}")
+                    for picture, t in zip(result.predictions, result.timesteps, strict=True)
+                ]
+                yield [result.picture], status, strip(result), by_step, plot(result), describe_bound(result)
+            else:
+                yield result, status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
+
+    def fill_in(self, request: gr.Request):
+        """The controls as a link says; as by default without one."""
+        try:
+            recipe = Recipe.from_query(dict(request.query_params))
+            self.models.check(recipe)
+        except ValueError as error:
+            gr.Warning(f"The link does not hold a recipe. {error}")
+            recipe = Recipe()
+        return recipe_values(recipe)
+
+
+def recipe_values(recipe: Recipe) -> list:
+    return [
+        recipe.prompt,
+        recipe.category,
+        recipe.guidance_scale,
+        recipe.classifier_scale,
+        recipe.steps,
+        recipe.sampler,
+        recipe.seed,
+        recipe.num_images,
+        recipe.upscale,
+    ]
+
+
+def describe_bound(inside: Inside) -> str:
+    decoder, others = inside.terms[-1], sum(inside.terms[:-1])
+    return (
+        f"At most **{inside.bits_per_dim:.3f} bits per dimension** for this picture and a chain of {len(inside.terms)} "
+        f"steps: {others:.3f} for the steps, {decoder:.3f} for the decoder of the last one, {inside.prior:.2g} for the "
+        "prior. (One draw of the noise; without guidance.)"
+    )
+
+
+def new_seed() -> int:
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+def prompt_and_category(models: Models, prompt: str = "") -> tuple[gr.Textbox, gr.Dropdown]:
+    return (
+        gr.Textbox(prompt, label="Prompt", max_length=MAX_PROMPT_LENGTH, placeholder="fire, red heart, dog face ..."),
+        gr.Dropdown(models.categories, value=ANY_CATEGORY, label="Category"),
+    )
+
+
+def seed_box() -> gr.Number:
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+    gr.Button("New seed", size="sm").click(new_seed, None, seed, api_visibility="private", queue=False)
+    return seed
+
+
+def guidance_slider() -> gr.Slider:
+    return gr.Slider(1, MAX_GUIDANCE_SCALE, 4, step=0.5, label="Guidance", info="How closely the prompt is followed.")
+
+
+def classifier_slider() -> gr.Slider:
+    return gr.Slider(
+        0, MAX_CLASSIFIER_SCALE, 0, step=0.5, label="Classifier guidance", info="Towards the category; 0 is off."
+    )
+
+
+def steps_slider(value: int = 25) -> gr.Slider:
+    return gr.Slider(2, MAX_STEPS, value, step=1, label="Steps")
+
+
+def images_slider(value: int) -> gr.Slider:
+    return gr.Slider(1, MAX_IMAGES, value, step=1, label="Pictures")
+
+
+def gallery(label: str = "Pictures", **kwargs: Any) -> gr.Gallery:
+    options = {"columns": 2, "format": "png", "object_fit": "contain", "elem_classes": "pixels", "interactive": False}
+    return gr.Gallery(label=label, **{**options, **kwargs})
+
+
+def status_line() -> gr.Textbox:
+    return gr.Textbox("Ready.", label="Status", interactive=False, max_lines=1)
+
+
+def generate_tab(space: Space) -> list[gr.components.Component]:
+    with gr.Row():
+        with gr.Column(min_width=280):
+            prompt, category = prompt_and_category(space.models, "fire")
+            button = gr.Button("Generate", variant="primary")
+            guidance = guidance_slider()
+            images = images_slider(4)
+            seed = seed_box()
+            with gr.Accordion("More", open=False):
+                classifier = classifier_slider()
+                steps = steps_slider()
+                sampler = gr.Dropdown(list(SAMPLERS), value=Recipe().sampler, label="Sampler")
+                upscale = gr.Checkbox(False, label="Enlarge to 64 x 64", interactive=space.models.upsampler is not None)
+        with gr.Column(min_width=280):
+            status = status_line()
+            pictures = gallery()
+            download = gr.DownloadButton("Download all", interactive=False)
+            link = gr.Markdown()
+            with gr.Accordion("Reproduce", open=False):
+                recipe = gr.Textbox(label="Recipe (JSON)", lines=6, elem_id="recipe")
+                again = gr.Button("Draw this recipe")
+    controls = [prompt, category, guidance, classifier, steps, sampler, seed, images, upscale]
+    outputs = [pictures, status, recipe, link, download]
+    options = {"outputs": outputs, "show_progress_on": status, **NO_MODEL_WAIT}
+    gr.on([button.click, prompt.submit], space.generate, controls, api_name="generate", **options)
+    again.click(space.reproduce, recipe, api_name="reproduce", **options)
+    gr.Examples(
+        [example for example in EXAMPLES if example[1] in space.models.categories],
+        controls,
+        outputs,
+        space.generate,
+        cache_examples=True,
+        example_labels=[
+            example[0] or example[1] for example in EXAMPLES if example[1] in space.models.categories
+        ],
+        api_visibility="private",
+    )
+    return controls
+
+
+def edit_tab(space: Space) -> None:
+    gr.Markdown("Upload a picture, paint over what shall change, and say what shall be there.")
+    with gr.Row():
+        with gr.Column(min_width=280):
+            drawing = gr.ImageEditor(
+                type="pil",
+                label="Picture and mask",
+                sources=("upload", "clipboard"),
+                brush=gr.Brush(default_size=40, colors=["#ff00ff"], color_mode="fixed"),
+                layers=False,
+                transforms=(),
+                canvas_size=(DRAWING_SIDE, DRAWING_SIDE),
+                format="png",
+                elem_id="edit-drawing",
+            )
+            prompt, category = prompt_and_category(space.models)
+            button = gr.Button("Repaint", variant="primary")
+            guidance, steps, images = guidance_slider(), steps_slider(), images_slider(2)
+            seed = seed_box()
+        with gr.Column(min_width=280):
+            status = status_line()
+            pictures = gallery()
+    button.click(
+        space.edit,
+        [drawing, prompt, category, guidance, steps, seed, images],
+        [pictures, status],
+        api_name="edit",
+        show_progress_on=status,
+        **NO_MODEL_WAIT,
+    )
+
+
+def sketch_tab(space: Space) -> None:
+    gr.Markdown("Draw outlines, or upload a picture to take the edges of; then say what it is.")
+    with gr.Row():
+        with gr.Column(min_width=280):
+            drawing = gr.ImageEditor(
+                type="pil",
+                label="Sketch",
+                sources=("upload", "clipboard"),
+                brush=gr.Brush(default_size=8, colors=["#000000"], color_mode="fixed"),
+                layers=False,
+                transforms=(),
+                canvas_size=(DRAWING_SIDE, DRAWING_SIDE),
+                format="png",
+                elem_id="sketch-drawing",
+            )
+            prompt, category = prompt_and_category(space.models)
+            button = gr.Button("Draw it", variant="primary")
+            strength = gr.Slider(0, MAX_CONTROLNET_SCALE, 1, step=0.1, label="Strength of the sketch")
+            guidance, steps, images = guidance_slider(), steps_slider(), images_slider(2)
+            seed = seed_box()
+        with gr.Column(min_width=280):
+            status = status_line()
+            condition = gr.Image(
+                label="What the ControlNet sees", format="png", interactive=False, height=280, elem_classes="pixels"
+            )
+            pictures = gallery()
+    button.click(
+        space.sketch,
+        [drawing, prompt, category, strength, guidance, steps, seed, images],
+        [condition, pictures, status],
+        api_name="sketch",
+        show_progress_on=status,
+        **NO_MODEL_WAIT,
+    )
+
+
+def look_inside_tab(space: Space) -> None:
+    with gr.Row():
+        with gr.Column(min_width=280):
+            prompt, category = prompt_and_category(space.models, "fire")
+            button = gr.Button("Look inside", variant="primary")
+            guidance, classifier, steps = guidance_slider(), classifier_slider(), steps_slider(50)
+            seed = seed_box()
+        with gr.Column(min_width=280):
+            status = status_line()
+            picture = gallery("Picture", columns=1, height=280)
+    film = gr.Image(label="From noise to picture: x_t above the predicted x_0", format="png", interactive=False)
+    predictions = gallery("Predicted x_0 by step", columns=10, height=320)
+    bound = gr.Markdown()
+    curves = gr.Plot(label="By timestep", format="png")
+    button.click(
+        space.look_inside,
+        [prompt, category, guidance, classifier, steps, seed],
+        [picture, status, film, predictions, curves, bound],
+        api_name="look_inside",
+        show_progress_on=status,
+        **NO_MODEL_WAIT,
+    )
+
+
+def build(models: Models) -> gr.Blocks:
+    """The page."""
+    # Examples of other weights are others.
+    cache = Path(tempfile.gettempdir()) / "diffusers-adm-space" / models.weights
+    os.environ["GRADIO_EXAMPLES_CACHE"] = str(cache)
+    space = Space(models)
+    with gr.Blocks(title="diffusers-adm", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Tab("Generate"):
+            controls = generate_tab(space)
+        with gr.Tab("Edit"):
+            edit_tab(space)
+        if models.controlnet is not None:
+            with gr.Tab("Sketch"):
+                sketch_tab(space)
+        with gr.Tab("Look inside"):
+            look_inside_tab(space)
+        page.load(space.fill_in, None, controls, api_visibility="private")
+    return page.queue(max_size=MAX_QUEUE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    default = Path(os.environ.get("ADM_SPACE_MODELS", MODELS))
+    parser.add_argument("--models", type=Path, default=default, help="The folder of the models.")
+    parser.add_argument("--port", type=int, help="By default GRADIO_SERVER_PORT, or the first free one from 7860.")
+    args = parser.parse_args()
+    page = build(Models(args.models))
+    page.launch(server_port=args.port, max_file_size="5mb", css=CSS, theme=gr.themes.Soft(), ssr_mode=False)
+
+
+if __name__ == "__main__":
+    main()
