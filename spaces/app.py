@@ -20,7 +20,7 @@ from urllib.parse import urlencode
 
 import gradio as gr
 from gradio.utils import get_upload_folder
-from PIL import Image
+from PIL import Image, ImageDraw
 from space_models import (
     ANY_CATEGORY,
     MAX_CLASSIFIER_SCALE,
@@ -44,14 +44,18 @@ MODELS = Path(__file__).parent / "model"
 MAX_QUEUE = 20  # visitors who wait; more are told to come back
 CACHE_SECONDS = 3600
 STRIP_PICTURES = 10
+SHEET_COLUMNS = 10
 STRIP_SIDE = 64  # pixels
+CAPTION_HEIGHT = 14
 # The models draw few pixels, which shall be seen as they are.
 CSS = """
 .pixels img { image-rendering: pixelated; object-fit: contain; }
-.pixels .grid-wrap img, .pixels .thumbnail-item img { width: 100%; height: 100%; }
+.pixels img { width: 100%; height: 100%; }
+/* All tabs in sight on a phone. */
+@media (max-width: 480px) { .tab-container button[role=tab] { padding: 0 7px; font-size: 0.9em; } }
 footer { display: none !important; }
 """
-NO_MODEL_WAIT = {"concurrency_id": "model", "concurrency_limit": 1}  # one picture after the other: the cores are few
+ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # one picture after the other: the cores are few
 DRAWING_SIDE = 256  # pixels
 EXAMPLES = [
     ["fire", ANY_CATEGORY, 4.0, 0.0, 25, "DPM-Solver++", 0, 2, False],
@@ -116,6 +120,19 @@ def strip(inside: Inside) -> Image.Image:
         for row, pictures in enumerate((inside.samples, inside.predictions)):
             enlarged = pictures[i].resize((STRIP_SIDE, STRIP_SIDE), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (column * STRIP_SIDE, row * STRIP_SIDE))
+    return canvas
+
+
+def sheet(inside: Inside) -> Image.Image:
+    """The predicted x_0 of every step, each with its timestep."""
+    rows = -(-len(inside.timesteps) // SHEET_COLUMNS)
+    height = STRIP_SIDE + CAPTION_HEIGHT
+    canvas = Image.new("RGB", (SHEET_COLUMNS * STRIP_SIDE, rows * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (picture, timestep) in enumerate(zip(inside.predictions, inside.timesteps, strict=True)):
+        x, y = i % SHEET_COLUMNS * STRIP_SIDE, i // SHEET_COLUMNS * height
+        canvas.paste(picture.resize((STRIP_SIDE, STRIP_SIDE), Image.Resampling.NEAREST), (x, y))
+        draw.text((x + 4, y + STRIP_SIDE), f"t = {timestep}", fill="black")
     return canvas
 
 
@@ -185,13 +202,19 @@ class Space:
                 yield pictures, status, text, "", gr.update(interactive=False)
 
     def edit(
-        self, drawing, prompt, category, guidance_scale, steps, seed, num_images, progress=gr.Progress()  # noqa: B008
+        self,
+        drawing,
+        prompt,
+        category,
+        guidance_scale,
+        steps,
+        seed,
+        num_images,
+        progress=gr.Progress(),  # noqa: B008
     ):
         """Draws the painted part of a picture anew (RePaint)."""
         with readable_errors():
-            recipe = Recipe(
-                prompt, category, guidance_scale, steps=steps, seed=seed, num_images=num_images
-            )
+            recipe = Recipe(prompt, category, guidance_scale, steps=steps, seed=seed, num_images=num_images)
             self.models.check(recipe)
             picture, layers = drawn_on(drawing)
             picture = self.models.read_picture(picture)
@@ -233,7 +256,14 @@ class Space:
         return self.models.read_strokes(layers)
 
     def look_inside(
-        self, prompt, category, guidance_scale, classifier_scale, steps, seed, progress=gr.Progress()  # noqa: B008
+        self,
+        prompt,
+        category,
+        guidance_scale,
+        classifier_scale,
+        steps,
+        seed,
+        progress=gr.Progress(),  # noqa: B008
     ):
         """Draws one picture, and shows each prediction, the learned variance and the bits per dimension."""
         with readable_errors():
@@ -241,13 +271,9 @@ class Space:
             self.models.check(recipe)
         for status, result, is_done in run(lambda on_step: self.models.look_inside(recipe, on_step), progress):
             if is_done:
-                by_step = [
-                    (picture, f"t = {t}")
-                    for picture, t in zip(result.predictions, result.timesteps, strict=True)
-                ]
-                yield [result.picture], status, strip(result), by_step, plot(result), describe_bound(result)
+                yield result.picture, status, strip(result), sheet(result), plot(result), describe_bound(result)
             else:
-                yield result, status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
+                yield result[0], status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
     def fill_in(self, request: gr.Request):
         """The controls as a link says; as by default without one."""
@@ -281,6 +307,15 @@ def describe_bound(inside: Inside) -> str:
         f"steps: {others:.3f} for the steps, {decoder:.3f} for the decoder of the last one, {inside.prior:.2g} for the "
         "prior. (One draw of the noise; without guidance.)"
     )
+
+
+def take_first(pictures: list[tuple[str, str | None]] | None) -> dict:
+    """For an image editor, large enough to be painted on."""
+    if not pictures:
+        raise gr.Error("There is no picture yet. Generate one first.", print_exception=False)
+    with Image.open(pictures[0][0]) as picture:
+        enlarged = picture.convert("RGBA").resize((DRAWING_SIDE, DRAWING_SIDE), Image.Resampling.NEAREST)
+    return {"background": enlarged, "layers": [], "composite": enlarged}
 
 
 def new_seed() -> int:
@@ -318,16 +353,31 @@ def images_slider(value: int) -> gr.Slider:
     return gr.Slider(1, MAX_IMAGES, value, step=1, label="Pictures")
 
 
-def gallery(label: str = "Pictures", **kwargs: Any) -> gr.Gallery:
-    options = {"columns": 2, "format": "png", "object_fit": "contain", "elem_classes": "pixels", "interactive": False}
-    return gr.Gallery(label=label, **{**options, **kwargs})
+def gallery(label: str = "Pictures") -> gr.Gallery:
+    # No label is shown: it would lie on the first picture.
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        columns=2,
+        format="png",
+        object_fit="contain",
+        elem_classes="pixels",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+    )
+
+
+def picture_box(label: str, **kwargs: Any) -> gr.Image:
+    options = {"show_label": False, "format": "png", "interactive": False, "elem_classes": "pixels"}
+    return gr.Image(label=label, buttons=["download", "fullscreen"], **options, **kwargs)
 
 
 def status_line() -> gr.Textbox:
     return gr.Textbox("Ready.", label="Status", interactive=False, max_lines=1)
 
 
-def generate_tab(space: Space) -> list[gr.components.Component]:
+def generate_tab(space: Space) -> tuple[list[gr.components.Component], gr.Gallery]:
+    """The controls that make up a recipe, and the pictures."""
     with gr.Row():
         with gr.Column(min_width=280):
             prompt, category = prompt_and_category(space.models, "fire")
@@ -350,7 +400,7 @@ def generate_tab(space: Space) -> list[gr.components.Component]:
                 again = gr.Button("Draw this recipe")
     controls = [prompt, category, guidance, classifier, steps, sampler, seed, images, upscale]
     outputs = [pictures, status, recipe, link, download]
-    options = {"outputs": outputs, "show_progress_on": status, **NO_MODEL_WAIT}
+    options = {"outputs": outputs, "show_progress_on": status, **ONE_AT_A_TIME}
     gr.on([button.click, prompt.submit], space.generate, controls, api_name="generate", **options)
     again.click(space.reproduce, recipe, api_name="reproduce", **options)
     gr.Examples(
@@ -359,15 +409,13 @@ def generate_tab(space: Space) -> list[gr.components.Component]:
         outputs,
         space.generate,
         cache_examples=True,
-        example_labels=[
-            example[0] or example[1] for example in EXAMPLES if example[1] in space.models.categories
-        ],
+        example_labels=[example[0] or example[1] for example in EXAMPLES if example[1] in space.models.categories],
         api_visibility="private",
     )
-    return controls
+    return controls, pictures
 
 
-def edit_tab(space: Space) -> None:
+def edit_tab(space: Space, generated: gr.Gallery) -> None:
     gr.Markdown("Upload a picture, paint over what shall change, and say what shall be there.")
     with gr.Row():
         with gr.Column(min_width=280):
@@ -382,6 +430,9 @@ def edit_tab(space: Space) -> None:
                 format="png",
                 elem_id="edit-drawing",
             )
+            gr.Button("Take the first picture of Generate", size="sm").click(
+                take_first, generated, drawing, api_visibility="private", queue=False
+            )
             prompt, category = prompt_and_category(space.models)
             button = gr.Button("Repaint", variant="primary")
             guidance, steps, images = guidance_slider(), steps_slider(), images_slider(2)
@@ -395,7 +446,7 @@ def edit_tab(space: Space) -> None:
         [pictures, status],
         api_name="edit",
         show_progress_on=status,
-        **NO_MODEL_WAIT,
+        **ONE_AT_A_TIME,
     )
 
 
@@ -421,9 +472,8 @@ def sketch_tab(space: Space) -> None:
             seed = seed_box()
         with gr.Column(min_width=280):
             status = status_line()
-            condition = gr.Image(
-                label="What the ControlNet sees", format="png", interactive=False, height=280, elem_classes="pixels"
-            )
+            gr.Markdown("What the ControlNet sees:")
+            condition = picture_box("What the ControlNet sees", height=280)
             pictures = gallery()
     button.click(
         space.sketch,
@@ -431,7 +481,7 @@ def sketch_tab(space: Space) -> None:
         [condition, pictures, status],
         api_name="sketch",
         show_progress_on=status,
-        **NO_MODEL_WAIT,
+        **ONE_AT_A_TIME,
     )
 
 
@@ -444,18 +494,21 @@ def look_inside_tab(space: Space) -> None:
             seed = seed_box()
         with gr.Column(min_width=280):
             status = status_line()
-            picture = gallery("Picture", columns=1, height=280)
-    film = gr.Image(label="From noise to picture: x_t above the predicted x_0", format="png", interactive=False)
-    predictions = gallery("Predicted x_0 by step", columns=10, height=320)
+            picture = picture_box("Picture", height=280)
+    gr.Markdown("### From noise to picture: x_t above the predicted x_0")
+    film = picture_box("From noise to picture")
+    gr.Markdown("### Predicted x_0 by step")
+    predictions = picture_box("Predicted x_0 by step")
+    gr.Markdown("### Learned variance and bits per dimension")
     bound = gr.Markdown()
-    curves = gr.Plot(label="By timestep", format="png")
+    curves = gr.Plot(label="By timestep", show_label=False, format="png")
     button.click(
         space.look_inside,
         [prompt, category, guidance, classifier, steps, seed],
         [picture, status, film, predictions, curves, bound],
         api_name="look_inside",
         show_progress_on=status,
-        **NO_MODEL_WAIT,
+        **ONE_AT_A_TIME,
     )
 
 
@@ -468,9 +521,9 @@ def build(models: Models) -> gr.Blocks:
     with gr.Blocks(title="diffusers-adm", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Tab("Generate"):
-            controls = generate_tab(space)
+            controls, generated = generate_tab(space)
         with gr.Tab("Edit"):
-            edit_tab(space)
+            edit_tab(space, generated)
         if models.controlnet is not None:
             with gr.Tab("Sketch"):
                 sketch_tab(space)

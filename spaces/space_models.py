@@ -279,7 +279,7 @@ class Models:
         watch(pipe.scheduler, lambda *step: record.append(step))
         # Distributions and bound are asked for the same chain, which is named in this way.
         chain = {"timestep_respacing": str(recipe.steps)}
-        (picture,) = self._draw(pipe, recipe, on_step, classifier_guidance_scale=recipe.classifier_scale, **chain)
+        (picture,) = self._draw(pipe, recipe, on_step, chain, classifier_guidance_scale=recipe.classifier_scale)
         log_variances, bounds = [], []
         for output, t, sample, _ in record:
             log_variance = self.base.scheduler.predicted_distribution(output, t, sample, **chain)[1]
@@ -327,7 +327,9 @@ class Models:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _draw(self, pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, **kwargs: Any) -> list[Image.Image]:
+    def _draw(
+        self, pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, chain: dict[str, str] | None = None, **kwargs: Any
+    ) -> list[Image.Image]:
         return run_pipeline(
             pipe,
             recipe,
@@ -337,7 +339,8 @@ class Models:
             class_labels=None if recipe.category == ANY_CATEGORY else recipe.category,
             num_images_per_prompt=recipe.num_images,
             guidance_scale=recipe.guidance_scale,
-            **{"num_inference_steps": recipe.steps, **kwargs},
+            **(chain or {"num_inference_steps": recipe.steps}),
+            **kwargs,
         )
 
     def _upscale(self, images: list[Image.Image], recipe: Recipe, on_step: OnStep) -> list[Image.Image]:
@@ -402,9 +405,7 @@ class Models:
         return conditions
 
 
-def run_pipeline(
-    pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, task: str, **kwargs: Any
-) -> list[Image.Image]:
+def run_pipeline(pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, task: str, **kwargs: Any) -> list[Image.Image]:
     """Calls a pipeline with one generator a picture, and tells of each step what x_0 it predicted."""
     latest: list[torch.Tensor] = []
     watch(pipe.scheduler, lambda *step: latest.append(step[-1]))
