@@ -31,6 +31,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
+from ..publishing import PublishedPipelineMixin
 from ..text_encoding import (
     TextConditioning,
     check_text_encoder,
@@ -120,7 +121,7 @@ class Denoising:
         return start <= index / num_steps and (index + 1) / num_steps <= end
 
 
-class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     r"""
     Draws images from an ablated diffusion model: by class, by prompt, by both or by neither, with classifier-free and
     classifier guidance, in pixels or in the latents of an autoencoder.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils.dynamic_modules_utils import check_imports, get_relative_imports
+from hub_server import WITHOUT_PACKAGE
 from toy_models import CONDITIONAL, MAX_PROMPT_LENGTH, random_classifier, random_text_encoder, random_unet
 
 import diffusers_adm
@@ -40,24 +41,6 @@ CLASSES = [
     LearnedVarianceDDPMScheduler,
     *PIPELINES,
 ]
-
-# A machine without the package: a finder in front of all others refuses it, however it is installed.
-WITHOUT_PACKAGE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "diffusers_adm":
-            raise ModuleNotFoundError(f"{name} is not installed here")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import diffusers_adm
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("diffusers_adm can be imported")
-"""
 
 
 def run_without_package(code: str, *folders: Path, arguments: object = None) -> None:
@@ -168,7 +151,8 @@ class TestFile:
         text = export_model_file(AdaGNUNet2DModel, tmp_path).read_text()
         header = [line for line in text.splitlines()[:4] if line.startswith("#")]
         assert f"diffusers-adm {diffusers_adm.__version__}" in header[0]
-        assert header[1] == "# diffusers_adm.ops.adagn, diffusers_adm.ops.conv, diffusers_adm.models.unet_2d_adagn"
+        modules = ("ops.adagn", "ops.conv", "publishing", "models.unet_2d_adagn")
+        assert header[1] == "# " + ", ".join(f"diffusers_adm.{module}" for module in modules)
         assert header[2] == "# SPDX-License-Identifier: Apache-2.0"
 
     def test_is_the_same_each_time(self, tmp_path):

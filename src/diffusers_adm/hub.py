@@ -4,24 +4,42 @@ What this package puts on the Hub for machines without it.
 A repository may ship one Python file for each component, and that of a model must stand alone: files beside it are not
 downloaded. So `export_model_file` joins a module and the modules of this package it imports into one file. The text of
 every module stays as it is, except for the imports between them, which become superfluous.
+
+    python -m diffusers_adm.hub push FOLDER USER/NAME
+
+pushes the pipeline or model in the folder of a run.
 """
 
+import argparse
 import ast
 import importlib.util
 import itertools
 import symtable
+import tempfile
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusers import AutoModel, DiffusionPipeline
+from huggingface_hub import CommitInfo
+from huggingface_hub.errors import HfHubHTTPError
+
 from . import __version__
-from .registration import PACKAGE
+from .registration import PACKAGE, PIPELINE_CLASSES
 
 
 HEADER = """\
 # Written by diffusers-adm {version} for machines without that package. Do not edit it; its sources are, in this order:
 # {modules}
 # SPDX-License-Identifier: Apache-2.0
+"""
+PIPELINE_FOOTER = """
+
+# diffusers wants one pipeline in this module. It runs the `pipeline.py` of each repository in the same one, so there
+# may be another repository's beside the base class.
+for _other in {others}:
+    globals().pop(_other, None)
 """
 
 
@@ -82,6 +100,36 @@ def export_model_file(cls_or_module: type | types.ModuleType, save_directory: st
         "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n", encoding="utf-8", newline="\n"
     )
     return path
+
+
+def export_class_file(cls: type, path: str | Path) -> None:
+    r"""
+    Writes the module of a class as `export_model_file` does, to a file of any name.
+
+    The file of a pipeline has no other pipeline among its names: diffusers wants to find just one in a `pipeline.py`.
+
+    Raises:
+        ValueError: As of `export_model_file`; if another pipeline is used by its name when the file has been loaded.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        text = export_model_file(cls, folder).read_text(encoding="utf-8")
+    if cls in PIPELINE_CLASSES:
+        others = {pipeline.__name__ for pipeline in PIPELINE_CLASSES} - {cls.__name__}
+        functions = _functions(symtable.symtable(text, str(path), "exec"))
+        if used := sorted(others.intersection(set().union(*map(_global_names, functions)))):
+            raise ValueError(f"The methods in the file of `{cls.__name__}` use {used}, which it may not keep.")
+        text += PIPELINE_FOOTER.format(others=tuple(sorted(others)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _functions(table: symtable.SymbolTable) -> list[symtable.SymbolTable]:
+    """The outermost functions in a module or class: what runs later than the module itself."""
+    found = []
+    for child in table.get_children():
+        found += [child] if child.get_type() == "function" else _functions(child)
+    return found
 
 
 def _collect(name: str) -> list[_Source]:
@@ -215,3 +263,75 @@ def _check_names(sources: list[_Source]) -> None:
                 f"`{source.name}` uses {sorted(captured)} without importing them, and `{other.name}` defines them, "
                 "so they cannot share a file. Rename the latter."
             )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    include_code: bool = False,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    r"""
+    Pushes what a training script or `save_pretrained` left in a folder: a pipeline, or a model alone. Its card tells of
+    the run. Checkpoints and logs stay where they are.
+
+    Args:
+        folder (`str` or `Path`): Holds a `model_index.json` or a `config.json`.
+        repo_id (`str`): `user/name`.
+        include_code (`bool`), private (`bool`, *optional*), create_pr (`bool`), commit_message (`str`, *optional*),
+            variant (`str`, *optional*), token (`str`, *optional*): As of `push_to_hub`. `variant` is what to push as.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: With `pr_url` for `create_pr`.
+
+    Raises:
+        ValueError: If there is neither file, or for `include_code` with a model alone.
+    """
+    folder = Path(folder)
+    options = {
+        "private": private,
+        "create_pr": create_pr,
+        "commit_message": commit_message,
+        "variant": variant,
+        "token": token,
+    }
+    if (folder / "model_index.json").is_file():
+        return DiffusionPipeline.from_pretrained(folder).push_to_hub(repo_id, include_code=include_code, **options)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds neither a model_index.json nor a config.json: no pipeline or model was saved."
+        )
+    if include_code:
+        raise ValueError(f"{folder} holds a model alone; code goes with a pipeline. Leave `include_code` out.")
+    return AutoModel.from_pretrained(folder).push_to_hub(repo_id, **options)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `python -m diffusers_adm.hub push FOLDER USER/NAME`."""
+    parser = argparse.ArgumentParser(prog="python -m diffusers_adm.hub", description="Pushes to the Hugging Face Hub.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    push = commands.add_parser("push", help="a pipeline or a model from the folder of a run")
+    push.add_argument("folder", type=Path)
+    push.add_argument("repo_id", metavar="user/name")
+    push.add_argument("--include_code", action="store_true", help="make it load without this package, too")
+    push.add_argument("--private", action="store_true", default=None)
+    push.add_argument("--create_pr", action="store_true", help="open a pull request")
+    push.add_argument("--commit_message")
+    push.add_argument("--variant", help="e.g. fp16, in the names of the weight files")
+    push.add_argument("--token", help="by default that of `hf auth login`, or $HF_TOKEN")
+    options = vars(parser.parse_args(arguments))
+    del options["command"]
+    try:
+        commit = push_folder(options.pop("folder"), options.pop("repo_id"), **options)
+    except (ValueError, HfHubHTTPError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(commit.pr_url or commit.commit_url)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
+from ..publishing import ModelCardMixin
 from .unet_2d_adagn import (
     DOWN_BLOCK_TYPES,
     BlockFactory,
@@ -96,7 +97,9 @@ class SpatialPool(nn.Sequential):
         return to_out(features), features  # (B, out_dim), (B, SPATIAL_POOL_HIDDEN_DIM)
 
 
-class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AdaGNClassifierModel(
+    ModelCardMixin, ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
+):
     r"""
     Classifies noisy images: log p(y | x_t) and, by its gradient with respect to x_t, classifier guidance.
 

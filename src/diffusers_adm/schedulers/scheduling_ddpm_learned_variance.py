@@ -24,6 +24,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..publishing import ModelCardMixin
+
 
 VarianceType = Literal["learned_range", "learned_log", "fixed_small", "fixed_large"]
 BetaSchedule = Literal["linear", "scaled_linear", "quadratic", "squaredcos_cap_v2", "sigmoid"]
@@ -307,7 +309,7 @@ class DiffusionChain:
         return self._uploads[key, device]
 
 
-class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
+class LearnedVarianceDDPMScheduler(ModelCardMixin, SchedulerMixin, ConfigMixin):
     r"""
     DDPM with a fixed or learned variance: forward process, reverse step (ancestral or DDIM), distributions and bound.
 

@@ -1,0 +1,259 @@
+"""
+Model cards of what is pushed to the Hub, from the object itself and from the folder of the run that trained it.
+
+A run's folder holds `train_args.yaml`, `loss_curves.png`, `samples-*.png` and, once measured, `bits_per_dim.json`.
+What is not known is left out: a card claims no licence, data or score that nothing here tells.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError
+
+from .models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
+from .pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline
+
+
+MARK = "<!-- Written by diffusers-adm. Without this line, the next push keeps the text as it is. -->"
+DIFFUSERS_MARK = "This model card has been automatically generated."
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# Embedded data sets by a part of their path: what to say about them, and the licence of models trained on them alone.
+KNOWN_DATA = {
+    "noto-emoji": (
+        "[Noto Emoji](https://github.com/googlefonts/noto-emoji) by Google; image resources under the Apache License "
+        "2.0, flags in the public domain or otherwise exempt from copyright",
+        "apache-2.0",
+    ),
+    "twemoji": (
+        "[Twemoji](https://github.com/jdecked/twemoji), graphics by Twitter, Inc. and other contributors, under "
+        "[CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/)",
+        "cc-by-4.0",
+    ),
+}
+SCRIPTS = {
+    AdaGNClassifierModel: "train_classifier.py",
+    AdaGNControlNetModel: "train_controlnet.py",
+    ADMSuperResolutionPipeline: "train_super_resolution.py",
+}
+
+
+def write_model_card(pushed: Any, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> Path:
+    """
+    Writes `README.md`, and the pictures that it shows, into a folder that is about to be pushed.
+
+    A card that somebody wrote, in the folder or in the repository, keeps its text; it gets the metadata it lacks. Of a
+    card that this function wrote before, the metadata stay.
+
+    Args:
+        pushed (pipeline, model or scheduler): What the folder holds. Where it was loaded from the folder of a run, or
+            `folder` is one, the card tells of the run.
+        folder (`str` or `os.PathLike`): The folder.
+        repo_id (`str`): `user/name`.
+        token (`str`, *optional*): For a private repository that has a card.
+
+    Returns:
+        `Path`: The card.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    existing = _existing_card(path, repo_id, token)
+    run = _find_run(pushed, folder)
+    args = _read_args(run)
+    data = _metadata(pushed, repo_id, run, args)
+    if existing is not None:
+        data = ModelCardData(**(data.to_dict() | existing.data.to_dict()), ignore_metadata_errors=True)
+    is_ours = existing is None or MARK in existing.text or DIFFUSERS_MARK in existing.text
+    text = _text(pushed, folder, repo_id, run, args) if is_ours else existing.text
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(path)
+    return path
+
+
+def _existing_card(path: Path, repo_id: str, token: str | None) -> ModelCard | None:
+    if path.is_file():
+        card = ModelCard.load(path)
+        if DIFFUSERS_MARK not in card.text:
+            return card
+    try:
+        return ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        return None
+
+
+def _find_run(pushed: Any, folder: Path) -> Path | None:
+    """The folder of the run that trained it, if it is on this machine."""
+    origin = getattr(pushed.config, "_name_or_path", None) or getattr(pushed, "_name_or_path", None)
+    places = [folder] if not origin else [folder, Path(origin), Path(origin).parent]
+    return next((place for place in places if (place / "train_args.yaml").is_file()), None)
+
+
+def _read_args(run: Path | None) -> dict[str, Any]:
+    """The arguments of a run that were given a value, without the folders of the machine it ran on."""
+    if run is None:
+        return {}
+    import yaml
+
+    args = yaml.safe_load((run / "train_args.yaml").read_text(encoding="utf-8"))
+
+    def public(value: Any) -> Any:
+        if isinstance(value, list):
+            return [public(item) for item in value]
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+    return {name: public(value) for name, value in args.items() if value is not None}
+
+
+def _bits_per_dim(run: Path | None) -> Mapping[str, Any] | None:
+    path = run / "bits_per_dim.json" if run is not None else None
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+
+
+def _known_data(args: Mapping[str, Any]) -> list[tuple[str, str]]:
+    places = json.dumps([args.get(name) for name in ("data_files", "train_data_dir", "dataset_name")])
+    return [known for part, known in KNOWN_DATA.items() if part in places]
+
+
+def _task(pushed: Any) -> str | None:
+    """The Hub's word. It has none for "by class", which is counted with what needs no input but noise."""
+    if isinstance(pushed, (ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline)):
+        return "image-to-image"
+    if isinstance(pushed, AdaGNControlNetModel):
+        return "image-to-image"
+    if isinstance(pushed, AdaGNClassifierModel):
+        return "image-classification"
+    if isinstance(pushed, GLIDETextModel):
+        return "feature-extraction"
+    if isinstance(pushed, DiffusionPipeline):
+        return "unconditional-image-generation" if pushed.text_encoder is None else "text-to-image"
+    return "unconditional-image-generation" if isinstance(pushed, ModelMixin) else None
+
+
+def _metadata(pushed: Any, repo_id: str, run: Path | None, args: Mapping[str, Any]) -> ModelCardData:
+    known = _known_data(args)
+    data_set, base = args.get("dataset_name"), args.get("pretrained_model_name_or_path")
+    is_hub_id = {
+        value: bool(value and HUB_ID.fullmatch(value) and not os.path.exists(value)) for value in (data_set, base)
+    }
+    tags = ["diffusers-adm", "ablated-diffusion-model", type(pushed).__name__]
+    if isinstance(pushed, DiffusionPipeline):
+        tags.insert(0, f"diffusers:{type(pushed).__name__}")
+    results = None
+    if (bits := _bits_per_dim(run)) is not None:
+        settings = bits.get("settings", {})
+        name = (
+            settings.get("dataset_name") or settings.get("data_files") or settings.get("data_dir") or "held-out images"
+        )
+        name = Path(str(name[0] if isinstance(name, list) else name)).name
+        results = [
+            EvalResult(
+                task_type=_task(pushed) or "unconditional-image-generation",
+                dataset_type=name,
+                dataset_name=name,
+                metric_type="bits_per_dim",
+                metric_name="Variational bound (bits per dimension)",
+                metric_value=round(bits["bits_per_dim"], 4),
+            )
+        ]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=_task(pushed),
+        license=known[0][1] if len(known) == 1 and not is_hub_id[base] else None,
+        datasets=[data_set] if is_hub_id[data_set] else None,
+        base_model=base if is_hub_id[base] else None,
+        tags=tags,
+        model_name=repo_id.rpartition("/")[2] if results else None,
+        eval_results=results,
+        metrics=["bits_per_dim"] if results else None,
+    )
+
+
+def _text(pushed: Any, folder: Path, repo_id: str, run: Path | None, args: Mapping[str, Any]) -> str:
+    parts = [MARK, f"# {repo_id.rpartition('/')[2]}", _description(pushed)]
+    pictures = _copy_pictures(run, folder)
+    if "samples.png" in pictures:
+        parts.append("![Samples](images/samples.png)")
+    parts += ["## How to load it", _loading(pushed, folder, repo_id)]
+    if args:
+        script = next((script for cls, script in SCRIPTS.items() if isinstance(pushed, cls)), "train_adm.py")
+        import yaml
+
+        recipe = yaml.safe_dump(args, sort_keys=False, allow_unicode=True).strip()
+        parts += [
+            "## Training",
+            f"With diffusers-adm, `train_args.yaml` holding the recipe below:\n\n```bash\naccelerate launch "
+            f"training/{script} --config train_args.yaml\n```",
+            f"<details><summary>train_args.yaml</summary>\n\n```yaml\n{recipe}\n```\n\n</details>",
+        ]
+    if "loss_curves.png" in pictures:
+        parts.append("![Loss](images/loss_curves.png)")
+    if (bits := _bits_per_dim(run)) is not None:
+        parts += [
+            "## Measured",
+            f"Variational bound: {bits['bits_per_dim']:.3f} ± {bits['bits_per_dim_standard_error']:.3f} bits per "
+            f"dimension (mean and standard error of {bits['num_images']} images, {bits['num_timesteps']} timesteps).",
+        ]
+    parts += ["## Limits", _limits(pushed)]
+    if args:
+        known = [text for text, _ in _known_data(args)]
+        named = args.get("dataset_name") or "images of its author's, whose rights this card does not know"
+        parts += ["## Data", f"Trained on {'; '.join(known) or named}."]
+    return "\n\n".join(parts)
+
+
+def _copy_pictures(run: Path | None, folder: Path) -> set[str]:
+    if run is None:
+        return set()
+    grids = sorted(run.glob("samples-*.png")) + sorted(run.glob("samples.png"))
+    found = {"samples.png": grids[-1]} if grids else {}
+    if (run / "loss_curves.png").is_file():
+        found["loss_curves.png"] = run / "loss_curves.png"
+    for name, path in found.items():
+        (folder / "images").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "images" / name)
+    return set(found)
+
+
+def _description(pushed: Any) -> str:
+    described = (type(pushed).__doc__ or "").strip().split("\n\n")[0]
+    described = " ".join(line.strip() for line in described.splitlines())
+    lines = [f"`{type(pushed).__name__}` of diffusers-adm. {described}"]
+    if isinstance(pushed, DiffusionPipeline):
+        unet = pushed.unet.config
+        lines.append(f"{unet.sample_size}x{unet.sample_size} {'latents' if pushed.vae is not None else 'pixels'}.")
+        if pushed.id2label:
+            lines.append("Classes: " + ", ".join(f"{number} {name}" for number, name in pushed.id2label.items()) + ".")
+    if isinstance(pushed, ModelMixin):
+        lines.append(f"{sum(parameter.numel() for parameter in pushed.parameters()):,} parameters.")
+    return "\n\n".join(lines)
+
+
+def _loading(pushed: Any, folder: Path, repo_id: str) -> str:
+    name = type(pushed).__name__
+    if not isinstance(pushed, DiffusionPipeline):
+        return f'```python\nfrom diffusers_adm import {name}\n\nmodel = {name}.from_pretrained("{repo_id}")\n```'
+    loaded = (
+        "```python\nimport diffusers_adm  # registers the classes with diffusers\nfrom diffusers import "
+        f'DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}")\n```'
+    )
+    if (folder / "pipeline.py").is_file():
+        loaded += (
+            "\n\nWithout diffusers-adm, by the code in this repository:\n\n```python\nfrom diffusers import "
+            f'DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(\n    "{repo_id}", '
+            'custom_pipeline="pipeline", trust_remote_code=True\n)\n```'
+        )
+    return loaded
+
+
+def _limits(pushed: Any) -> str:
+    if isinstance(pushed, AdaGNClassifierModel):
+        return "It was made to steer sampling on noisy images, not to classify photographs."
+    return (
+        "It draws what its training data show, at their size, and nothing else reliably: their gaps and biases are its "
+        "own. Look at what it draws before you use it."
+    )

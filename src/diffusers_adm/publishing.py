@@ -1,0 +1,187 @@
+"""
+What the classes of this package add to diffusers' `push_to_hub`: a model card, and for pipelines `include_code=True`.
+
+These mixins are part of the files that go to machines without this package, where its other modules are missing. So
+they find those by name when they are needed, and not by an import statement, which the exporter would follow.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import PushToHubMixin
+from huggingface_hub import CommitInfo, create_repo
+
+
+def _of_package(name: str) -> types.ModuleType | None:
+    """A module of this package, or None where a shipped file is all there is of it."""
+    package = "diffusers_adm"
+    return importlib.import_module(f"{package}.{name}") if __name__.startswith(f"{package}.") else None
+
+
+class ModelCardMixin(PushToHubMixin):
+    """Writes the model card of what is pushed."""
+
+    def _upload_folder(
+        self,
+        working_dir: str | os.PathLike,
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> CommitInfo:
+        # What diffusers calls last, whichever way something is pushed. Its own generic card lies in the folder by then.
+        cards = _of_package("model_cards")
+        if cards is not None and not subfolder:
+            cards.write_model_card(self, working_dir, repo_id, token=token)
+        return super()._upload_folder(
+            working_dir,
+            repo_id,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            subfolder=subfolder,
+        )
+
+
+class PublishedPipelineMixin(ModelCardMixin):
+    """Saves and pushes a pipeline, with its code if that is wanted."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
+        include_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        r"""
+        Saves the pipeline as [`DiffusionPipeline.save_pretrained`] does.
+
+        Args:
+            save_directory (`str` or `os.PathLike`), safe_serialization (`bool`), variant (`str`, *optional*),
+                max_shard_size (`int` or `str`, *optional*), use_flashpack (`bool`): As of diffusers.
+            push_to_hub (`bool`): Whether to push the folder as well, with a model card.
+            include_code (`bool`): Whether to write the code of pipeline and components beside their weights. Where this
+                package is not installed, the repository then loads with `DiffusionPipeline.from_pretrained(repository,
+                custom_pipeline="pipeline", trust_remote_code=True)`; where it is, as any other and with the installed
+                code. A pipeline that was loaded in the former way always gets its code.
+            kwargs: For `push_to_hub`: `repo_id` (by default the name of the folder), `commit_message`, `private`,
+                `token` and `create_pr`.
+        """
+        self._save(
+            save_directory,
+            include_code=include_code,
+            push_to_hub=push_to_hub,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            use_flashpack=use_flashpack,
+            **kwargs,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        include_code: bool = False,
+        max_shard_size: int | str | None = None,
+    ) -> CommitInfo:
+        r"""
+        Pushes the pipeline, with a model card, to a repository on the Hub, which is made if it does not exist.
+
+        Args:
+            repo_id (`str`): `user/name`, or `name` for the owner of the token.
+            commit_message (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*), create_pr
+                (`bool`), safe_serialization (`bool`), variant (`str`, *optional*): As of diffusers.
+            include_code (`bool`), max_shard_size (`int` or `str`, *optional*): As of `save_pretrained`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: With `pr_url` and `pr_revision` for `create_pr`.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: If the Hub refuses: no or a wrong token, no right to write there.
+                Nothing has been uploaded then.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return self._save(
+                folder,
+                include_code=include_code,
+                push_to_hub=True,
+                repo_id=repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+            )
+
+    def _save(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        include_code: bool,
+        push_to_hub: bool,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        if push_to_hub:
+            # First of all, so that a wrong token shows before anything is written.
+            repo_id = repo_id or Path(save_directory).resolve().name
+            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+        super().save_pretrained(save_directory, **kwargs)
+        if include_code or _is_shipped(type(self)):
+            self._write_code(Path(save_directory))
+        if push_to_hub:
+            return self._upload_folder(
+                save_directory, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+            )
+        return None
+
+    def _write_code(self, folder: Path) -> None:
+        """Adds the code to a saved pipeline: one file a component, named in the index in place of its library."""
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        _write_code_file(type(self), folder / "pipeline.py")
+        for name, component in self.components.items():
+            cls = type(getattr(component, "_orig_mod", component))  # below what `torch.compile` wraps around it
+            if cls.__module__.startswith("diffusers_adm.") or _is_shipped(cls):
+                file = folder / name / f"{cls.__module__.rpartition('.')[2]}.py"
+                _write_code_file(cls, file)
+                index[name] = [file.stem, cls.__name__]
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_shipped(cls: type) -> bool:
+    return cls.__module__.startswith("diffusers_modules.")  # where diffusers puts code from repositories
+
+
+def _write_code_file(cls: type, path: Path) -> None:
+    hub = _of_package("hub")
+    if _is_shipped(cls) or hub is None:
+        shutil.copyfile(inspect.getfile(cls), path)
+    else:
+        hub.export_class_file(cls, path)
