@@ -6,11 +6,10 @@ The Space of diffusers-adm: draw, repaint and follow sketches with small models 
 
 import argparse
 import contextlib
+import hashlib
 import io
-import json
 import os
 import secrets
-import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from urllib.parse import urlencode
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageDraw
 from space_models import (
     ANY_CATEGORY,
@@ -197,9 +197,9 @@ class Space:
         for status, pictures, is_done in run(lambda on_step: self.models.generate(recipe, on_step), progress):
             if is_done:
                 link = f"[Link to these pictures](?{urlencode(recipe.query())})"
-                yield pictures, status, text, link, gr.update(value=pack(pictures, text), interactive=True)
+                yield pictures, status, text, link, pack(pictures, text)
             else:
-                yield pictures, status, text, "", gr.update(interactive=False)
+                yield pictures, status, text, "", None
 
     def edit(
         self,
@@ -393,7 +393,7 @@ def generate_tab(space: Space) -> tuple[list[gr.components.Component], gr.Galler
         with gr.Column(min_width=280):
             status = status_line()
             pictures = gallery()
-            download = gr.DownloadButton("Download all", interactive=False)
+            download = gr.File(label="All pictures, with their recipe", interactive=False)
             link = gr.Markdown()
             with gr.Accordion("Reproduce", open=False):
                 recipe = gr.Textbox(label="Recipe (JSON)", lines=6, elem_id="recipe")
@@ -514,9 +514,9 @@ def look_inside_tab(space: Space) -> None:
 
 def build(models: Models) -> gr.Blocks:
     """The page."""
-    # Examples of other weights are others.
-    cache = Path(tempfile.gettempdir()) / "diffusers-adm-space" / models.weights
-    os.environ["GRADIO_EXAMPLES_CACHE"] = str(cache)
+    # Of the same weights and examples; others are drawn at the start.
+    key = hashlib.sha256(f"{models.weights} {EXAMPLES}".encode()).hexdigest()[:12]
+    os.environ["GRADIO_EXAMPLES_CACHE"] = str(Path(HF_HOME) / "diffusers-adm-space" / key)
     space = Space(models)
     with gr.Blocks(title="diffusers-adm", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
         gr.Markdown(INTRODUCTION)

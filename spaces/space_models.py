@@ -177,9 +177,9 @@ class Inside:
     r"""
     What happened inside while one picture was drawn. Lists by step, from noise to picture.
 
-    `log_variances` are natural logs: the 10th, 50th and 90th percentile over the picture; `bounds` those of the smallest
-    and the largest variance that the network could choose. `terms` of the variational bound and `prior` are in bits per
-    dimension; their sum, `bits_per_dim`, is the bound of the chain that was stepped through.
+    `log_variances` are natural logs, the 10th, 50th and 90th percentile over the picture; `bounds` those of the least
+    and the greatest variance that the network could choose. `terms` of the variational bound and `prior` are in bits
+    per dimension; their sum, `bits_per_dim`, is the bound of the chain that was stepped through.
     """
 
     picture: Image.Image
