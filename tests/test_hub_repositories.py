@@ -171,6 +171,7 @@ class TestBadInput:
 result, package = sys.argv[1:]
 if package:
     import diffusers_adm
+    from diffusers_adm import AdaGNUNet2DModel
 load = DiffusionPipeline.from_pretrained
 code = {"custom_pipeline": "pipeline"}
 torch.save({
@@ -184,6 +185,8 @@ torch.save({
     "unknown pipeline": refusal(load, "alice/other"),
     "unknown library": refusal(load, "alice/library"),
     "altered": refusal(load, "alice/altered"),
+    "damaged": refusal(load, "alice/damaged", trust_remote_code=True, **({} if package else code)),
+    "damaged part": refusal(AdaGNUNet2DModel.from_pretrained, "alice/damaged", subfolder="unet") if package else None,
     "loaded": load("alice/private", token="token-of-alice").unet.config.in_channels if package else None,
 }, result)
 """
@@ -196,6 +199,10 @@ torch.save({
         with HubServer({f"alice/{name}": root for name, root in roots.items()}) as hub:
             hub.add_commit("alice/private", folder / "lean", private=True)
             hub.add_commit("alice/marked", folder / "plain")
+            hub.add_commit("alice/damaged", folder / "upscale")
+            # Of the right length, so that the client finds no fault with it.
+            damaged = (folder / "upscale" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+            hub.tampered[hub.store(damaged)] = damaged[:-1] + bytes([damaged[-1] ^ 1])
 
             def alter(repo: str, path: str, change) -> None:
                 repository = hub.repositories[repo]
@@ -223,6 +230,9 @@ torch.save({
             assert f"Cannot load model alice/{name}: the model is not fully cached locally" in said[key], said[key]
         assert not mark.exists()
         assert "trust_remote_code=True" in said["untrusted"]
+        for key in ("damaged", "damaged part") if package else ("damaged",):
+            assert "has the SHA-256" in said[key], said[key]
+            assert "not used" in said[key]
         assert "as defined in `model_index.json` does not exist in alice/library" in said["unknown library"]
         if package:
             assert "unet/os.py" in said["unknown library"]

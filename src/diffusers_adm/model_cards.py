@@ -104,7 +104,7 @@ def _read_args(run: Path | None) -> dict[str, Any]:
     def public(value: Any) -> Any:
         if isinstance(value, list):
             return [public(item) for item in value]
-        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+        return "/".join(Path(value).parts[1:][-2:]) if isinstance(value, str) and os.path.isabs(value) else value
 
     return {name: public(value) for name, value in args.items() if value is not None}
 

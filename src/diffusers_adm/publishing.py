@@ -5,10 +5,12 @@ These mixins are part of the files that go to machines without this package, whe
 they find those by name when they are needed, and not by an import statement, which the exporter would follow.
 """
 
+import hashlib
 import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 import types
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import PushToHubMixin
-from huggingface_hub import CommitInfo, create_repo
+from huggingface_hub import CommitInfo, create_repo, try_to_load_from_cache
 
 
 def _of_package(name: str) -> types.ModuleType | None:
@@ -49,6 +51,52 @@ class ModelCardMixin(PushToHubMixin):
             create_pr=create_pr,
             subfolder=subfolder,
         )
+
+
+class PublishedModelMixin(ModelCardMixin):
+    """Besides the card: weights that came from the Hub are loaded only if they are what the Hub has."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
+        r"""
+        Loads a model as [`ModelMixin.from_pretrained`] does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A repository on the Hub, or a folder.
+            kwargs: As of diffusers.
+
+        Raises:
+            OSError: As of diffusers; if a weight file in the Hub's cache has another SHA-256 than on the Hub.
+        """
+        subfolder = kwargs.get("subfolder") or ""
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            _check_cached_weights(Path(pretrained_model_name_or_path) / subfolder)  # e.g. for a pipeline
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = try_to_load_from_cache(
+            str(pretrained_model_name_or_path),
+            f"{subfolder}/{cls.config_name}".lstrip("/"),
+            cache_dir=kwargs.get("cache_dir"),
+            revision=kwargs.get("revision"),
+        )
+        if isinstance(config, str):
+            _check_cached_weights(Path(config).parent)
+        return loaded
+
+
+def _check_cached_weights(folder: Path) -> None:
+    # The client itself compares nothing but sizes. Large files lie in its cache as links to files named by their hash.
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        blob = path.resolve()
+        if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name):
+            continue
+        with open(blob, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != blob.name:
+            raise OSError(
+                f"{path} has the SHA-256 {actual}, but that of the file on the Hub is {blob.name}: it was damaged on "
+                f"its way or altered since, and is not used. Delete {blob} and load again."
+            )
 
 
 class PublishedPipelineMixin(ModelCardMixin):

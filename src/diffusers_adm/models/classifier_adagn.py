@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
-from ..publishing import ModelCardMixin
+from ..publishing import PublishedModelMixin
 from .unet_2d_adagn import (
     DOWN_BLOCK_TYPES,
     BlockFactory,
@@ -98,7 +98,7 @@ class SpatialPool(nn.Sequential):
 
 
 class AdaGNClassifierModel(
-    ModelCardMixin, ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
+    PublishedModelMixin, ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
 ):
     r"""
     Classifies noisy images: log p(y | x_t) and, by its gradient with respect to x_t, classifier guidance.

@@ -26,7 +26,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..ops.adagn import AdaGNActivation
-from ..publishing import ModelCardMixin
+from ..publishing import PublishedModelMixin
 from .unet_2d_adagn import (
     AdaGNUNet2DModel,
     ClassEmbedType,
@@ -131,7 +131,7 @@ class ConditioningEmbedding(nn.Module):
         return self.conv_out(hidden_states)
 
 
-class AdaGNControlNetModel(ModelCardMixin, EncoderMixin, AttentionMixin, ConfigMixin):
+class AdaGNControlNetModel(PublishedModelMixin, EncoderMixin, AttentionMixin, ConfigMixin):
     r"""
     A ControlNet for [`AdaGNUNet2DModel`], [`~diffusers.UNet2DModel`] and [`~diffusers.UNet2DConditionModel`]: of
     pixels or latents, by class, by text, with a learned variance, with further input channels.

@@ -33,7 +33,7 @@ from torch import nn
 
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
 from ..ops.conv import Conv2d
-from ..publishing import ModelCardMixin
+from ..publishing import PublishedModelMixin
 
 
 # What follows each residual block (None: nothing): self-attention; transformer blocks, in which the image attends to
@@ -1053,7 +1053,7 @@ class EncoderMixin(ResBlockCompileMixin):
                 )
 
 
-class AdaGNUNet2DModel(ModelCardMixin, EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AdaGNUNet2DModel(PublishedModelMixin, EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     U-Net that predicts noise (and, with twice the output channels, a variance) from a noisy image and a timestep.
 
