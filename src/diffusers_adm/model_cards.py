@@ -89,7 +89,11 @@ def _existing_card(path: Path, repo_id: str, token: str | None) -> ModelCard | N
 def _find_run(pushed: Any, folder: Path) -> Path | None:
     """The folder of the run that trained it, if it is on this machine."""
     origin = getattr(pushed.config, "_name_or_path", None) or getattr(pushed, "_name_or_path", None)
-    places = [folder] if not origin else [folder, Path(origin), Path(origin).parent]
+    places = [folder]
+    if origin and os.path.isdir(origin):
+        places.append(Path(origin))
+        if not isinstance(pushed, DiffusionPipeline):  # a part, from the folder of its pipeline
+            places.append(Path(origin).resolve().parent)
     return next((place for place in places if (place / "train_args.yaml").is_file()), None)
 
 
@@ -100,13 +104,14 @@ def _read_args(run: Path | None) -> dict[str, Any]:
     import yaml
 
     args = yaml.safe_load((run / "train_args.yaml").read_text(encoding="utf-8"))
+    return {name: _public(value) for name, value in args.items() if value is not None}
 
-    def public(value: Any) -> Any:
-        if isinstance(value, list):
-            return [public(item) for item in value]
-        return "/".join(Path(value).parts[1:][-2:]) if isinstance(value, str) and os.path.isabs(value) else value
 
-    return {name: public(value) for name, value in args.items() if value is not None}
+def _public(value: Any) -> Any:
+    """Of the path to a file or folder on somebody's machine, the end alone."""
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return "/".join(Path(value).parts[1:][-2:]) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _bits_per_dim(run: Path | None) -> Mapping[str, Any] | None:
@@ -145,11 +150,8 @@ def _metadata(pushed: Any, repo_id: str, run: Path | None, args: Mapping[str, An
         tags.insert(0, f"diffusers:{type(pushed).__name__}")
     results = None
     if (bits := _bits_per_dim(run)) is not None:
-        settings = bits.get("settings", {})
-        name = (
-            settings.get("dataset_name") or settings.get("data_files") or settings.get("data_dir") or "held-out images"
-        )
-        name = Path(str(name[0] if isinstance(name, list) else name)).name
+        place = bits.get("settings", {}).get("dataset", "held-out images")
+        name = _public(place[0] if isinstance(place, list) else place)
         results = [
             EvalResult(
                 task_type=_task(pushed) or "unconditional-image-generation",

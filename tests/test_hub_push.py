@@ -1,0 +1,231 @@
+"""Pushing pipelines, models, schedulers and folders of runs by the real client; what their cards say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from PIL import Image
+from toy_models import CONDITIONAL, random_unet
+
+from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler, model_cards
+from diffusers_adm.model_cards import write_model_card
+
+
+NONE = dict.fromkeys(("vae", "text_encoder", "tokenizer", "classifier"))
+RECIPE = {
+    "dataset_name": None,
+    "data_files": ["/home/somebody/data/noto-emoji-32/train.parquet"],
+    "output_dir": "/home/somebody/runs/emoji",
+    "seed": 3,
+}
+
+
+def make_pipeline() -> ADMPipeline:
+    names = {0: "cat", 1: "dog", 2: "fox", 3: "owl"}
+    return ADMPipeline(
+        unet=random_unet(**CONDITIONAL), scheduler=LearnedVarianceDDPMScheduler(), **NONE, id2label=names
+    )
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The folder that a training script leaves behind, measured."""
+    folder = tmp_path / "run"
+    make_pipeline().save_pretrained(folder)
+    (folder / "train_args.yaml").write_text(yaml.safe_dump(RECIPE))
+    for name, colour in (("samples-0000100", "red"), ("samples-0000200", "blue"), ("loss_curves", "white")):
+        Image.new("RGB", (4, 4), colour).save(folder / f"{name}.png")
+    bits = {"num_images": 8, "num_timesteps": 50, "bits_per_dim": 4.95361, "bits_per_dim_standard_error": 0.145}
+    bits["settings"] = {"dataset": ["/home/somebody/data/noto-emoji-32/test.parquet"]}
+    (folder / "bits_per_dim.json").write_text(json.dumps(bits))
+    (folder / "checkpoint-200").mkdir()
+    (folder / "checkpoint-200" / "optimizer.bin").write_bytes(b"0" * 100)
+    return folder
+
+
+class TestCard:
+    @pytest.fixture(autouse=True)
+    def no_remote_card(self, monkeypatch):
+        monkeypatch.setattr(model_cards, "_existing_card", self.local_card)
+
+    @staticmethod
+    def local_card(path: Path, repo_id: str, token: str | None) -> ModelCard | None:
+        return ModelCard.load(path) if path.is_file() else None
+
+    def test_of_a_run(self, run, tmp_path):
+        pipe = ADMPipeline.from_pretrained(run)
+        folder = tmp_path / "pushed"
+        folder.mkdir()
+        card = ModelCard.load(write_model_card(pipe, folder, "alice/emoji"))
+        data = card.data
+        assert (data.library_name, data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+        assert data.license == "apache-2.0"
+        assert "ADMPipeline" in data.tags
+        assert data.model_name == "emoji"
+        (result,) = data.eval_results
+        assert (result.metric_type, result.metric_value) == ("bits_per_dim", 4.9536)
+        assert result.dataset_name == "noto-emoji-32/test.parquet"
+        assert 'DiffusionPipeline.from_pretrained("alice/emoji")' in card.text
+        assert "trust_remote_code" not in card.text
+        assert "accelerate launch training/train_adm.py --config train_args.yaml" in card.text
+        assert "4.954 ± 0.145 bits per dimension" in card.text
+        assert "0 cat, 1 dog, 2 fox, 3 owl" in card.text
+        assert "Noto Emoji" in card.text
+        assert "seed: 3" in card.text
+        assert "/home/somebody" not in card.content  # nothing of the machine it was trained on
+        assert Image.open(folder / "images" / "samples.png").getpixel((0, 0)) == (0, 0, 255)  # the last ones
+        assert (folder / "images" / "loss_curves.png").is_file()
+
+    def test_claims_nothing_unknown(self, tmp_path):
+        card = ModelCard.load(write_model_card(make_pipeline(), tmp_path, "alice/emoji"))
+        assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+        assert "## Training" not in card.text
+        assert "## Data" not in card.text
+
+    def test_keeps_what_somebody_wrote(self, run, tmp_path):
+        folder = tmp_path / "pushed"
+        folder.mkdir()
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# My own words\n")
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), folder, "alice/emoji"))
+        assert card.text.strip() == "# My own words"
+        assert card.data.license == "mit"
+        assert card.data.library_name == "diffusers"
+
+    def test_follows_the_model_and_keeps_metadata(self, run, tmp_path):
+        folder = tmp_path / "pushed"
+        folder.mkdir()
+        path = write_model_card(make_pipeline(), folder, "alice/emoji")
+        path.write_text(path.read_text().replace("library_name: diffusers", "library_name: diffusers\nlicense: mit"))
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), folder, "alice/emoji"))
+        assert card.data.license == "mit"
+        assert "## Training" in card.text
+
+    @pytest.mark.parametrize("name, tag", [("unet", "unconditional-image-generation"), ("scheduler", None)])
+    def test_of_a_component(self, name, tag, tmp_path):
+        component = getattr(make_pipeline(), name)
+        card = ModelCard.load(write_model_card(component, tmp_path, "alice/part"))
+        assert card.data.pipeline_tag == tag
+        assert f'{type(component).__name__}.from_pretrained("alice/part")' in card.text
+
+
+class TestPush:
+    CLIENT = """
+import sys
+import diffusers_adm
+from diffusers import DiffusionPipeline
+from diffusers_adm import ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
+from diffusers_adm.hub import main
+from huggingface_hub.errors import HfHubHTTPError
+run, copy = sys.argv[1:]
+pipe = ADMPipeline.from_pretrained(run)
+mine = {"token": "token-of-alice"}
+pipe.push_to_hub("alice/pushed", commit_message="First", private=True, include_code=True, **mine)
+pipe.save_pretrained(copy, push_to_hub=True, repo_id="saved", commit_message="Second", **mine)
+pull = pipe.push_to_hub("alice/saved", create_pr=True, include_code=True, token="token-of-bob")
+assert pull.pr_revision == "refs/pr/1", pull
+pipe.unet.push_to_hub("alice/unet", variant="fp16", **mine)
+pipe.scheduler.push_to_hub("alice/scheduler", **mine)
+pipe.scheduler.save_pretrained(copy + "/scheduler", push_to_hub=True, repo_id="alice/scheduler2", **mine)
+main(["push", run, "alice/run", "--token", "token-of-alice", "--include_code"])
+for token in (None, "wrong", "token-of-bob"):
+    try:
+        pipe.push_to_hub("alice/refused", token=token)
+    except HfHubHTTPError as error:
+        print("refused", error.response.status_code)
+    else:
+        raise SystemExit(f"{token} was taken")
+loaded = DiffusionPipeline.from_pretrained("alice/saved", revision="refs/pr/1")
+assert type(loaded.unet) is AdaGNUNet2DModel
+assert AdaGNUNet2DModel.from_pretrained("alice/unet", variant="fp16").config.in_channels == 3
+assert LearnedVarianceDDPMScheduler.from_pretrained("alice/scheduler").config.num_train_timesteps == 1000
+assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == "dog"
+"""
+
+    def test_all_that_can_be_pushed(self, run, tmp_path):
+        with HubServer() as hub:
+            said = hub.run_client(self.CLIENT, run, tmp_path / "copy", cache=tmp_path / "cache")
+        assert said.count("refused") == 3
+        assert "refused 401" in said
+        assert "refused 403" in said
+        assert "alice/refused" not in hub.repositories
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert hub.files("alice/pushed")[weights] == (run / weights).read_bytes()
+        assert len(hub.uploads) == len(set(hub.uploads))  # what lies on the Hub is not sent again
+        pushed = hub.repositories["alice/pushed"]
+        assert pushed.private
+        assert pushed.commits[pushed.refs["main"]].message == "First"
+        saved = hub.repositories["alice/saved"]
+        assert saved.commits[saved.refs["main"]].message == "Second"
+        assert not saved.private
+        assert "pipeline.py" not in hub.files("alice/saved")
+        assert "pipeline.py" in hub.files("alice/saved", "refs/pr/1")
+        for repo in ("pushed", "saved", "unet", "scheduler", "scheduler2", "run"):
+            card = ModelCard(hub.files(f"alice/{repo}")["README.md"].decode())
+            assert card.data.library_name == "diffusers"
+            assert model_cards.MARK in card.text
+        run_files = hub.files("alice/run")
+        assert {"pipeline.py", "images/samples.png", "images/loss_curves.png"} < set(run_files)
+        assert not [name for name in run_files if "checkpoint" in name]
+        assert b"trust_remote_code=True" in run_files["README.md"]
+        assert b"trust_remote_code=True" not in hub.files("alice/saved")["README.md"]
+
+
+class TestLoad:
+    ONLINE = """
+import sys, torch
+import diffusers_adm
+from diffusers import DiffusionPipeline
+from diffusers_adm import ADMPipeline
+load = DiffusionPipeline.from_pretrained
+first, second, branch, result = sys.argv[1:]
+steps = lambda pipe: pipe.scheduler.config.num_train_timesteps
+assert steps(load("alice/adm")) == 1000
+assert steps(load("alice/adm", revision=first)) == 500
+assert steps(load("alice/adm", revision=branch)) == 500
+half = ADMPipeline.from_pretrained("alice/adm", variant="fp16", torch_dtype=torch.float16)
+assert half.unet.dtype == torch.float16
+torch.save(half.unet.state_dict(), result)
+mapped = load("alice/adm", device_map="cpu")
+assert mapped.unet.device.type == "cpu"
+"""
+    OFFLINE = """
+import sys
+import diffusers_adm
+from diffusers import DiffusionPipeline
+first, = sys.argv[1:]
+assert DiffusionPipeline.from_pretrained("alice/adm").scheduler.config.num_train_timesteps == 1000
+assert DiffusionPipeline.from_pretrained("alice/adm", revision=first).scheduler.config.num_train_timesteps == 500
+try:
+    DiffusionPipeline.from_pretrained("alice/other")
+except OSError as error:
+    print(error)
+else:
+    raise SystemExit("loaded what was never downloaded")
+"""
+
+    def test_online_then_offline(self, tmp_path):
+        pipe = make_pipeline()
+        for number, steps in enumerate((500, 1000)):
+            pipe.scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=steps)
+            pipe.save_pretrained(tmp_path / f"adm{number}")
+        half = {name: tensor.half() for name, tensor in pipe.unet.state_dict().items()}
+        pipe.unet.half().save_pretrained(tmp_path / "adm1" / "unet", variant="fp16")
+        pipe.unet.float().save_pretrained(tmp_path / "adm1" / "unet")
+        pipe.unet.half().save_pretrained(tmp_path / "adm1" / "unet", variant="fp16")
+        with HubServer() as hub:
+            first = hub.add_commit("alice/adm", tmp_path / "adm0")
+            hub.add_commit("alice/adm", tmp_path / "adm0", ref="older")
+            second = hub.add_commit("alice/adm", tmp_path / "adm1")
+            cache = tmp_path / "cache"
+            hub.run_client(self.ONLINE, first, second, "older", tmp_path / "half.pt", cache=cache)
+            asked = len(hub.requests)
+            said = hub.run_client(self.OFFLINE, first, cache=cache, env={"HF_HUB_OFFLINE": "1"})
+            assert len(hub.requests) == asked
+        assert "alice/other" in said
+        loaded = torch.load(tmp_path / "half.pt")
+        assert loaded.keys() == half.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in half.items())
