@@ -52,7 +52,7 @@ CSS = """
 .pixels img { image-rendering: pixelated; object-fit: contain; }
 .pixels img { width: 100%; height: 100%; }
 /* All tabs in sight on a phone. */
-@media (max-width: 480px) { .tab-container button[role=tab] { padding: 0 7px; font-size: 0.9em; } }
+@media (max-width: 480px) { .tab-container button { padding: 0 7px; font-size: 0.9em; } }
 footer { display: none !important; }
 """
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # one picture after the other: the cores are few
@@ -409,6 +409,7 @@ def generate_tab(space: Space) -> tuple[list[gr.components.Component], gr.Galler
         outputs,
         space.generate,
         cache_examples=True,
+        cache_mode="eager",
         example_labels=[example[0] or example[1] for example in EXAMPLES if example[1] in space.models.categories],
         api_visibility="private",
     )
@@ -422,6 +423,7 @@ def edit_tab(space: Space, generated: gr.Gallery) -> None:
             drawing = gr.ImageEditor(
                 type="pil",
                 label="Picture and mask",
+                show_label=False,
                 sources=("upload", "clipboard"),
                 brush=gr.Brush(default_size=40, colors=["#ff00ff"], color_mode="fixed"),
                 layers=False,
@@ -457,6 +459,7 @@ def sketch_tab(space: Space) -> None:
             drawing = gr.ImageEditor(
                 type="pil",
                 label="Sketch",
+                show_label=False,
                 sources=("upload", "clipboard"),
                 brush=gr.Brush(default_size=8, colors=["#000000"], color_mode="fixed"),
                 layers=False,

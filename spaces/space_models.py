@@ -330,6 +330,7 @@ class Models:
     def _draw(
         self, pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, chain: dict[str, str] | None = None, **kwargs: Any
     ) -> list[Image.Image]:
+        has_condition = bool(recipe.prompt) or recipe.category != ANY_CATEGORY  # else nothing to guide towards
         return run_pipeline(
             pipe,
             recipe,
@@ -338,7 +339,7 @@ class Models:
             prompt=recipe.prompt or None,
             class_labels=None if recipe.category == ANY_CATEGORY else recipe.category,
             num_images_per_prompt=recipe.num_images,
-            guidance_scale=recipe.guidance_scale,
+            guidance_scale=recipe.guidance_scale if has_condition else 1.0,
             **(chain or {"num_inference_steps": recipe.steps}),
             **kwargs,
         )

@@ -1,0 +1,49 @@
+"""The folder of models that the Space needs, at toy size, and the app itself, importable."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from toy_models import (
+    CONDITIONAL,
+    fill_randomly,
+    random_classifier,
+    random_text_encoder,
+    random_text_unet,
+    random_unet,
+    toy_tokenizer,
+)
+
+from diffusers_adm import (
+    AdaGNControlNetModel,
+    ADMPipeline,
+    ADMSuperResolutionPipeline,
+    LearnedVarianceDDPMScheduler,
+)
+
+
+SPACES = Path(__file__).parents[2] / "spaces"
+CATEGORIES = {0: "cats", 1: "dogs", 2: "hats", 3: "mats"}
+sys.path.insert(0, str(SPACES))
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    unet = random_text_unet("added_kv", **CONDITIONAL)
+    parts = {"text_encoder": random_text_encoder(), "tokenizer": toy_tokenizer(), "vae": None}
+    classifier = random_classifier(num_classes=len(CATEGORIES))
+    scheduler = LearnedVarianceDDPMScheduler()
+    ADMPipeline(unet, scheduler, classifier=classifier, id2label=CATEGORIES, **parts).save_pretrained(folder / "base")
+    upsampler = ADMSuperResolutionPipeline(
+        random_unet(seed=1, sample_size=16, in_channels=6),
+        scheduler,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        classifier=None,
+        low_res_size=8,
+    )
+    upsampler.save_pretrained(folder / "upsampler")
+    fill_randomly(AdaGNControlNetModel.from_unet(unet), seed=2).save_pretrained(folder / "controlnet")
+    return folder

@@ -1,0 +1,294 @@
+"""The Space without its page: recipes, limits, drawings, and what the look inside says."""
+
+import json
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from space_models import (
+    MAX_PROMPT_LENGTH,
+    SAMPLERS,
+    Finished,
+    Models,
+    Recipe,
+    Step,
+    fit,
+    fit_mask,
+    paint_of,
+    stream,
+)
+
+
+@pytest.fixture(scope="module")
+def models(models_folder):
+    return Models(models_folder, device="cpu")
+
+
+def nothing(step):
+    pass
+
+
+def pixels(pictures):
+    return np.stack([np.array(picture) for picture in pictures])
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"prompt": "x" * (MAX_PROMPT_LENGTH + 1)}, "has 201 characters"),
+        ({"prompt": 5}, "must be text"),
+        ({"steps": 101}, "Steps is 101"),
+        ({"steps": 1}, "Steps is 1"),
+        ({"steps": 2.5}, "whole number"),
+        ({"steps": True}, "whole number"),
+        ({"num_images": 9}, "Pictures is 9"),
+        ({"num_images": 0}, "Pictures is 0"),
+        ({"seed": -1}, "Seed is -1"),
+        ({"seed": 2**32}, "Seed is"),
+        ({"seed": None}, "Seed is None"),
+        ({"guidance_scale": float("nan")}, "Guidance is nan"),
+        ({"guidance_scale": float("inf")}, "Guidance is inf"),
+        ({"guidance_scale": "4"}, "Guidance is '4'"),
+        ({"classifier_scale": 11, "category": "cats"}, "Classifier guidance is 11"),
+        ({"classifier_scale": 1}, "Choose one, or set the scale to 0"),
+        ({"sampler": "Euler"}, "no sampler 'Euler'"),
+        ({"category": None}, "category is None"),
+        ({"upscale": "yes"}, "true or false"),
+    ],
+)
+def test_recipe_refuses_what_is_out_of_range(entries, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**entries)
+
+
+RECIPE = Recipe("a cat & a hat? 50%+", "cats", 2.5, 1.5, 7, "DDIM", 2**32 - 1, 3, True)
+
+
+def test_recipes_survive_json_and_links():
+    assert Recipe.from_json(RECIPE.to_json("abc")) == (RECIPE, "abc")
+    assert Recipe.from_query(RECIPE.query()) == RECIPE
+    assert Recipe().query() == {}
+    assert Recipe.from_query({"__theme": "dark"}) == Recipe()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no recipe"),
+        ("{", "not valid JSON"),
+        ("[" * 1000, "not valid JSON"),
+        ("[1]", "not a JSON object"),
+        (json.dumps({"step": 5}), "entry 'step'"),
+        (json.dumps({"prompt": "x" * 3000}), "at most 2000"),
+        ('{"steps": NaN}', "Steps is nan"),
+    ],
+)
+def test_recipes_that_are_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_json(text)
+
+
+def test_link_with_something_unreadable():
+    with pytest.raises(ValueError, match="steps is 'many'"):
+        Recipe.from_query({"steps": "many"})
+
+
+# Drawing
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_same_recipe_same_pictures(models, sampler):
+    recipe = Recipe("red cat", "cats", steps=3, sampler=sampler, seed=5, num_images=2)
+    first, second = models.generate(recipe, nothing), models.generate(recipe, nothing)
+    assert np.array_equal(pixels(first), pixels(second))
+    other = models.generate(Recipe("red cat", "cats", steps=3, sampler=sampler, seed=6, num_images=1), nothing)
+    assert np.abs(pixels(other)[0].astype(int) - pixels(first)[1]).max() <= 1  # seed 5 goes on with 6
+    assert not np.array_equal(pixels(other)[0], pixels(first)[0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_last_preview_is_about_the_picture(models, sampler):
+    steps = []
+    pictures = models.generate(Recipe(steps=5, sampler=sampler, num_images=2, guidance_scale=1.0), steps.append)
+    assert [(step.done, step.total, step.task) for step in steps] == [(i, 5, "Drawing") for i in range(1, 6)]
+    assert len(steps[-1].previews) == 2
+    if sampler != "UniPC":  # its corrector moves on from the predicted x_0
+        difference = pixels(steps[-1].previews).astype(int) - pixels(pictures)
+        assert np.abs(difference).max() <= 1
+
+
+def test_enlarging(models):
+    steps = []
+    pictures = models.generate(Recipe(steps=2, num_images=2, upscale=True), steps.append)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    assert {step.task for step in steps} == {"Drawing", "Enlarging"}
+
+
+def test_inpainting_keeps_the_rest(models):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (0, 0, 4, 8))
+    steps = []
+    (result,) = models.inpaint(Recipe(steps=8, num_images=1), picture, mask, steps.append)
+    assert np.array_equal(np.array(result)[:, 4:], np.array(picture)[:, 4:])
+    assert not np.array_equal(np.array(result)[:, :4], np.array(picture)[:, :4])
+    assert steps[-1].done == steps[-1].total > 8  # RePaint goes back and forth
+
+
+def test_sketch_is_followed_by_its_strength(models):
+    condition = Image.new("RGB", (8, 8))
+    ImageDraw.Draw(condition).line((1, 1, 6, 6), fill="white")
+    recipe = Recipe(steps=3, num_images=1)
+    without, with_it = (pixels(models.sketch(recipe, condition, scale, nothing)) for scale in (0.0, 1.0))
+    assert np.array_equal(without, pixels(models.generate(recipe, nothing)))
+    assert not np.array_equal(without, with_it)
+    with pytest.raises(ValueError, match="Strength of the sketch is 3"):
+        models.sketch(recipe, condition, 3, nothing)
+
+
+def test_look_inside(models):
+    inside = models.look_inside(Recipe("red cat", "cats", 2.0, 1.0, steps=6, seed=3, num_images=4), nothing)
+    assert len(inside.timesteps) == 6
+    assert inside.timesteps == sorted(inside.timesteps, reverse=True)
+    assert (inside.timesteps[0], inside.timesteps[-1]) == (999, 0)
+    # beta and beta_tilde of the chain of these six steps, anew from the definition.
+    alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[inside.timesteps]
+    previous = np.append(alphas_cumprod[1:], 1.0)
+    betas = 1 - alphas_cumprod / previous
+    posterior = betas * (1 - previous) / (1 - alphas_cumprod)
+    posterior[-1] = posterior[-2]  # its own is 0, and has no log
+    lower, upper = zip(*inside.bounds, strict=True)
+    np.testing.assert_allclose(upper, np.log(betas), rtol=1e-5)
+    np.testing.assert_allclose(lower, np.log(posterior), rtol=1e-5)
+    assert inside.bits_per_dim == pytest.approx(sum(inside.terms) + inside.prior)
+    assert all(low <= middle <= high for low, middle, high in inside.log_variances)
+
+
+def test_bound_is_that_of_the_condition(models):
+    one, other = (models.look_inside(Recipe(prompt, steps=3, guidance_scale=1.0), nothing) for prompt in ("cat", "mat"))
+    assert one.terms != other.terms
+
+
+def test_what_these_models_cannot(models, models_folder, tmp_path):
+    with pytest.raises(ValueError, match="no category 'Cats'. Choose one of: any, cats"):
+        models.check(Recipe(category="Cats"))
+    shutil.copytree(models_folder / "base", tmp_path / "base")
+    alone = Models(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="no upsampler"):
+        alone.check(Recipe(upscale=True))
+    with pytest.raises(ValueError, match="no ControlNet"):
+        alone.sketch(Recipe(), Image.new("RGB", (8, 8)), 1.0, nothing)
+    assert alone.weights != models.weights
+    with pytest.raises(FileNotFoundError, match="ADM_SPACE_MODELS"):
+        Models(tmp_path / "base")
+
+
+# Streams
+
+
+def test_stream_ends_with_the_result():
+    def draw(on_step):
+        for i in range(3):
+            on_step(Step(i + 1, 3, "Drawing", []))
+        return "picture"
+
+    events = list(stream(draw, seconds_between=0))
+    assert [event.done for event in events[:-1]] == [1, 2, 3]
+    assert events[-1] == Finished("picture")
+    assert len(list(stream(draw, seconds_between=100))) == 2  # the first step, and the result however soon
+
+
+def test_stream_hands_on_errors():
+    def draw(on_step):
+        raise ValueError("too much")
+
+    with pytest.raises(ValueError, match="too much"):
+        list(stream(draw))
+
+
+def test_drawing_ends_when_the_visitor_leaves():
+    steps, ended = [], threading.Event()
+
+    def draw(on_step):
+        try:
+            for i in range(1000):
+                steps.append(i)
+                on_step(Step(i + 1, 1000, "Drawing", []))
+                time.sleep(0.005)
+        finally:
+            ended.set()
+
+    events = stream(draw)
+    next(events)
+    events.close()
+    assert ended.wait(5)
+    assert len(steps) < 100
+
+
+# Drawings
+
+
+def test_pictures_of_all_kinds_become_small_squares_on_white():
+    wide = Image.new("RGBA", (64, 32), (255, 0, 0, 255))
+    fitted = np.array(fit(wide, 8))
+    assert fitted.shape == (8, 8, 3)
+    assert (fitted[:2] == 255).all()
+    assert (fitted[2:6] == (255, 0, 0)).all()
+    assert (np.array(fit(Image.new("LA", (5, 5), (0, 0)), 8)) == 255).all()  # nothing but transparency
+
+
+def test_mask_is_where_the_paint_is():
+    layers = [Image.new("RGBA", (32, 32)), Image.new("RGBA", (32, 32))]
+    ImageDraw.Draw(layers[0]).rectangle((0, 0, 15, 15), fill="magenta")
+    ImageDraw.Draw(layers[1]).rectangle((24, 24, 31, 31), fill="black")
+    mask = np.array(fit_mask(paint_of(layers), 8, coverage=0.5)) > 0
+    expected = np.zeros((8, 8), bool)
+    expected[:4, :4] = expected[6:, 6:] = True
+    assert np.array_equal(mask, expected)
+
+
+def test_drawings_that_are_none(models):
+    for read in (models.read_mask, models.read_strokes):
+        with pytest.raises(ValueError, match="Nothing is drawn yet"):
+            read([])
+    with pytest.raises(ValueError, match="Nothing is marked"):
+        models.read_mask([Image.new("RGBA", (32, 32))])
+    with pytest.raises(ValueError, match="sketch is empty"):
+        models.read_strokes([Image.new("RGBA", (32, 32))])
+    with pytest.raises(ValueError, match="no picture"):
+        models.read_picture(None)
+    with pytest.raises(ValueError, match="5000 x 10 pixels"):
+        models.read_picture(Image.new("L", (5000, 10)))
+    with pytest.raises(ValueError, match="differ in size"):
+        models.read_mask([Image.new("RGBA", (32, 32)), Image.new("RGBA", (16, 16))])
+
+
+def test_strokes_become_lines_a_pixel_wide(models):
+    pytest.importorskip("skimage")
+    layer = Image.new("RGBA", (64, 64))
+    ImageDraw.Draw(layer).line((4, 28, 60, 28), fill="black", width=12)  # a pixel and a half of 8
+    lines = np.array(models.read_strokes([layer]))[..., 0]
+    assert set(np.unique(lines)) == {0, 255}
+    assert (lines > 0).sum(axis=0).max() == 1
+    assert (lines > 0).any(axis=0).sum() >= 5
+
+
+def test_global_random_state_is_left_alone(models):
+    state = torch.random.get_rng_state()
+    models.generate(Recipe(steps=2, num_images=1), nothing)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_nothing_to_guide_towards(models):
+    """Guidance stays at what the page has by default."""
+    free, guided = (
+        pixels(models.generate(Recipe(steps=2, num_images=1, guidance_scale=scale), nothing)) for scale in (1.0, 4.0)
+    )
+    assert np.array_equal(free, guided)
