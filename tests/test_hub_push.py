@@ -119,6 +119,7 @@ import diffusers_adm
 from diffusers import DiffusionPipeline
 from diffusers_adm import ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.hub import main
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 run, copy = sys.argv[1:]
 pipe = ADMPipeline.from_pretrained(run)
@@ -130,6 +131,10 @@ assert pull.pr_revision == "refs/pr/1", pull
 pipe.unet.push_to_hub("alice/unet", variant="fp16", **mine)
 pipe.scheduler.push_to_hub("alice/scheduler", **mine)
 pipe.scheduler.save_pretrained(copy + "/scheduler", push_to_hub=True, repo_id="alice/scheduler2", **mine)
+hub = HfApi(token="token-of-alice")
+words = b"---\\nlicense: mit\\n---\\n\\n# My own words\\n"
+hub.upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id="alice/unet")
+pipe.unet.push_to_hub("alice/unet", **mine)
 main(["push", run, "alice/run", "--token", "token-of-alice", "--include_code"])
 for token in (None, "wrong", "token-of-bob"):
     try:
@@ -163,7 +168,10 @@ assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == 
         assert not saved.private
         assert "pipeline.py" not in hub.files("alice/saved")
         assert "pipeline.py" in hub.files("alice/saved", "refs/pr/1")
-        for repo in ("pushed", "saved", "unet", "scheduler", "scheduler2", "run"):
+        kept = ModelCard(hub.files("alice/unet")["README.md"].decode())
+        assert kept.text.strip() == "# My own words"
+        assert (kept.data.license, kept.data.library_name) == ("mit", "diffusers")
+        for repo in ("pushed", "saved", "scheduler", "scheduler2", "run"):
             card = ModelCard(hub.files(f"alice/{repo}")["README.md"].decode())
             assert card.data.library_name == "diffusers"
             assert model_cards.MARK in card.text

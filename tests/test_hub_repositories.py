@@ -163,18 +163,34 @@ torch.save({"images": images, "modules": modules}, result)
                 indices[0].pop("_name_or_path")
                 assert indices[0] == indices[1]
 
+    PRIVATE = """
+from diffusers import DiffusionPipeline
+code = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+pipe = DiffusionPipeline.from_pretrained("alice/adm", revision="refs/pr/1", **code)
+assert type(pipe).__name__ == "ADMInpaintPipeline", pipe
+pipe = DiffusionPipeline.from_pretrained("alice/adm", **code)
+assert type(pipe).__name__ == "ADMPipeline", pipe
+"""
+
+    def test_private_and_at_a_revision(self, folder, tmp_path):
+        with HubServer() as hub:
+            hub.add_commit("alice/adm", folder / "plain", private=True)
+            hub.add_commit("alice/adm", folder / "inpaint", ref="refs/pr/1")
+            env = {"HF_TOKEN": "token-of-alice"}
+            hub.run_client(self.PRIVATE, cache=tmp_path / "cache", package=False, env=env)
+
 
 class TestBadInput:
     CLIENT = (
         SHARED
         + """
-result, package = sys.argv[1:]
+result, marks, package = sys.argv[1:]
 if package:
     import diffusers_adm
     from diffusers_adm import AdaGNUNet2DModel
 load = DiffusionPipeline.from_pretrained
 code = {"custom_pipeline": "pipeline"}
-torch.save({
+said = {
     "missing": refusal(load, "alice/missing"),
     "wrong token": refusal(load, "alice/private", token="wrong"),
     "no token": refusal(load, "alice/private"),
@@ -188,13 +204,21 @@ torch.save({
     "damaged": refusal(load, "alice/damaged", trust_remote_code=True, **({} if package else code)),
     "damaged part": refusal(AdaGNUNet2DModel.from_pretrained, "alice/damaged", subfolder="unet") if package else None,
     "loaded": load("alice/private", token="token-of-alice").unet.config.in_channels if package else None,
-}, result)
+}
+if package:
+    load("alice/marked")
+    load("alice/marked", trust_remote_code=True)
+said["executed"] = os.listdir(marks)
+load("alice/marked", **code, trust_remote_code=True)
+said["executed if trusted"] = os.listdir(marks)
+torch.save(said, result)
 """
     )
 
     @pytest.mark.parametrize("package", [True, False])
     def test_refusals(self, folder, tmp_path, package):
-        mark = tmp_path / "mark"
+        marks = tmp_path / "marks"
+        marks.mkdir()
         roots = dict.fromkeys(("lean", "unknown", "other", "library", "altered"), folder / "lean")
         with HubServer({f"alice/{name}": root for name, root in roots.items()}) as hub:
             hub.add_commit("alice/private", folder / "lean", private=True)
@@ -213,22 +237,26 @@ torch.save({
             def rewrite(repo: str, **entries) -> None:
                 alter(repo, "model_index.json", lambda old: json.dumps(json.loads(old) | entries).encode())
 
-            leave_a_mark = f"open({str(mark)!r}, 'w').close()\n".encode()
-            for path in ("pipeline.py", "unet/unet_2d_adagn.py", "scheduler/scheduling_ddpm_learned_variance.py"):
-                alter("alice/marked", path, lambda old: old.replace(b"\n\n\n", b"\n" + leave_a_mark, 1))
+            shipped = [path for path in hub.files("alice/marked") if path.endswith(".py")]
+            for path in shipped:
+                leave_a_mark = f"open({str(marks / Path(path).stem)!r}, 'w').close()\n".encode()
+                alter("alice/marked", path, lambda old, mark=leave_a_mark: old + b"\n" + mark)
             rewrite("alice/unknown", unet=["diffusers_adm", "NoSuchModel"])
             rewrite("alice/other", _class_name="NoSuchPipeline")
             rewrite("alice/library", unet=["os", "system"])
             weights = "unet/diffusion_pytorch_model.safetensors"
             alter("alice/altered", weights, lambda old: old[:-64])
             result = tmp_path / "result.pt"
-            arguments = (result, "yes" if package else "")
+            arguments = (result, marks, "yes" if package else "")
             hub.run_client(self.CLIENT, *arguments, cache=tmp_path / "cache", package=package)
         said = torch.load(result)
         for key in ("missing", "wrong token", "no token", "token of another"):
             name = "missing" if key == "missing" else "private"
             assert f"Cannot load model alice/{name}: the model is not fully cached locally" in said[key], said[key]
-        assert not mark.exists()
+        assert said["executed"] == []
+        # Where the package is, its own components are used even so.
+        expected = {"pipeline"} if package else {Path(path).stem for path in shipped}
+        assert set(said["executed if trusted"]) == expected
         assert "trust_remote_code=True" in said["untrusted"]
         for key in ("damaged", "damaged part") if package else ("damaged",):
             assert "has the SHA-256" in said[key], said[key]
