@@ -23,7 +23,7 @@ BENCH_ARGS ?=
 .NOTPARALLEL:  # two installations into one environment at once would break it
 
 help:
-	@echo 'make demo      train a small model on the embedded emoji, reload it, draw samples'
+	@echo 'make demo      fine-tune the small model in spaces/model to another style, draw before and after'
 	@echo 'make test      run the tests            (TEST_ARGS="-k scheduler" is passed on to pytest)'
 	@echo 'make contracts run the common tests of a checkout of diffusers on our classes (DIFFUSERS_REPO=...)'
 	@echo 'make lint      check style and layout   (changes nothing)'

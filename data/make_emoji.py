@@ -5,6 +5,7 @@ Makes the embedded emoji sets from parquet files of 64x64 emoji in the format of
     python data/make_emoji.py noto-emoji-64-test.parquet data/noto-emoji-32/test.parquet --size 32
     python data/make_emoji.py noto-emoji-64-train.parquet data/noto-emoji-64/train.parquet --size 64
     python data/make_emoji.py noto-emoji-64-test.parquet data/noto-emoji-64/test.parquet --size 64
+    python data/make_emoji.py twemoji-emoji-64-train.parquet data/twemoji-32/train.parquet --size 32 --per_class 24
 
 The same input gives the same bytes (with the versions in constraints.txt: Pillow, zlib and libwebp choose the encoding,
 and pyarrow writes its version into the file).
@@ -12,8 +13,10 @@ and pyarrow writes its version into the file).
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
@@ -50,15 +53,29 @@ def encode(source: bytes, size: int) -> bytes:
     return target.getvalue()
 
 
-def convert(source: Path, target: Path, size: int = 32) -> int:
+def pick(labels: Sequence[int], per_class: int) -> list[int]:
+    """The numbers of at most `per_class` rows of each class, drawn with seed 0, in the order of the table."""
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    picked = [row for label in set(labels) for row in [i for i in shuffled if labels[i] == label][:per_class]]
+    return sorted(int(row) for row in picked)
+
+
+def convert(source: Path, target: Path, size: int = 32, per_class: int | None = None) -> int:
     """
     Writes the columns `image` (at `size`), `text` and `label` of `source` to `target`. The feature types of `datasets`
     go into the file's metadata, so that `load_dataset("parquet", data_files=...)` knows the images and the label names.
 
+    Args:
+        source (`Path`), target (`Path`): The files.
+        size (`int`): As of `encode`.
+        per_class (`int`, *optional*): How many rows of each class are kept; `None`: all.
+
     Returns:
-        `int`: The number of rows.
+        `int`: The number of rows written.
     """
     table = pq.read_table(source)
+    if per_class is not None:
+        table = table.take(pick(table["label"].to_pylist(), per_class))
     source_features = Features.from_arrow_schema(table.schema)
     features = Features({name: source_features[name] for name in ("image", "text", "label")})
     images = [{"bytes": encode(row["bytes"], size), "path": row["path"]} for row in table["image"].to_pylist()]
@@ -78,8 +95,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="parquet file with columns image (64x64 RGB), text and label")
     parser.add_argument("target", type=Path, help="parquet file to write")
     parser.add_argument("--size", type=int, choices=(32, 64), default=32, help="pixels of the images to write")
+    parser.add_argument("--per_class", type=int, help="rows of each class to keep, drawn with seed 0; all by default")
     args = parser.parse_args()
-    rows = convert(args.source, args.target, args.size)
+    rows = convert(args.source, args.target, args.size, args.per_class)
     print(f"{args.target}: {rows} images, {args.target.stat().st_size / 1e6:.2f} MB")
 
 

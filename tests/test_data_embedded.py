@@ -1,4 +1,4 @@
-"""The embedded emoji sets (`data/noto-emoji-32/`, `data/noto-emoji-64/`) and the script that made them."""
+"""The embedded emoji sets (`data/noto-emoji-32/`, `-64/`, `data/twemoji-32/`) and the script that made them."""
 
 import importlib.util
 import io
@@ -96,6 +96,29 @@ class TestLargerSet:
             np.testing.assert_array_equal((sums + 2) // 4, np.asarray(halved["image"]), err_msg=row["text"])
 
 
+class TestSecondStyle:
+    """A few of the same emoji by other hands."""
+
+    def test_same_classes_as_evenly_as_was_asked(self, emoji):
+        drawn = load_dataset("parquet", data_files=str(DATA / "twemoji-32" / "train.parquet"))["train"]
+        assert drawn.features == emoji["train"].features
+        assert Counter(drawn["label"]) == dict.fromkeys(range(len(CATEGORIES)), 24)
+        assert all((row["image"].mode, row["image"].size) == ("RGB", (32, 32)) for row in drawn)
+
+    def test_other_pictures_of_the_same_things(self, emoji):
+        drawn = load_dataset("parquet", data_files=str(DATA / "twemoji-32" / "train.parquet"))["train"]
+        known = {row["text"]: row for row in emoji["train"]}
+        pairs = [(row, known[row["text"]]) for row in drawn if row["text"] in known]
+        assert len(pairs) == len(drawn)
+        distances = []
+        for row, other in pairs:
+            assert row["label"] == other["label"], row["text"]
+            difference = np.asarray(row["image"], np.float64) - np.asarray(other["image"], np.float64)
+            distances.append(np.sqrt((difference**2).mean()))
+        assert min(distances) > 5  # of 255: none is the other set's
+        assert np.median(distances) < 80  # 63; of other pairs than these 97
+
+
 def png(pixels: np.ndarray, **save) -> bytes:
     file = io.BytesIO()
     PILImage.fromarray(pixels).save(file, format="PNG", **save)
@@ -155,6 +178,15 @@ class TestScript:
         )
         assert list(target["text"]) == ["up", "down"]
         assert list(target["label"]) == [1, 0]
+
+    def test_picks_as_many_of_each_class(self, script):
+        labels = [0] * 5 + [1] * 50 + [2] * 20 + [0] * 3
+        picked = script.pick(labels, 8)
+        assert picked == sorted(set(picked))
+        assert Counter(labels[i] for i in picked) == {0: 8, 1: 8, 2: 8}
+        assert [i for i in picked if labels[i] == 1] != list(range(5, 13))  # not just the first ones
+        assert script.pick(labels, 8) == picked
+        assert len(script.pick(labels, 100)) == len(labels)
 
     def test_same_bytes_each_time(self, script, source, tmp_path):
         for name in ("first.parquet", "second.parquet"):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """
-`make demo`: trains a small class-conditional model on the embedded emoji, reloads it, and draws what it learned.
+`make demo`: fine-tunes the demonstration model towards another style, and draws the same noise before and after.
 
-Training is the real script, `accelerate launch training/train_adm.py` with the recipe configs/emoji_32.yaml. Then the
-saved pipeline is loaded with `from_pretrained` and draws two pictures, beside the loss curves that training has drawn:
-samples by class, and one sample on its way from noise to image.
+The model in spaces/model draws Noto emoji. Training is the real script, `accelerate launch training/train_adm.py` with
+the recipe configs/emoji_32_twemoji.yaml: some 200 Twemoji. Beside the loss curves that training has drawn, this draws
+two pictures: samples by prompt of both models, and one sample on its way from noise to image.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_adm import ADMPipeline
@@ -25,10 +26,12 @@ from diffusers_adm.training import labelled_grid
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SAMPLES_PER_CLASS = 5
 DEFAULT_OUTPUT_DIR = Path("outputs/demo")
+# Pictures of the first two are among those that are trained on, in the new style; of the others none is.
+PROMPTS = ("red apple", "clock face ten oclock", "grinning face", "red heart", "dog face", "france flag")
+SAMPLES_PER_PROMPT = 3
 STRIP_IMAGES = 10
-STRIP_CLASS = "Smileys & Emotion"
+STRIP_PROMPT = "grinning face"
 
 
 def train(output_dir: Path, arguments: list[str]) -> None:
@@ -37,9 +40,27 @@ def train(output_dir: Path, arguments: list[str]) -> None:
     # Without it `accelerate launch` sets one thread a process, or as many as there are physical cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     command += ["--num_cpu_threads_per_process", str(cores)]
-    command += [str(REPOSITORY / "training" / "train_adm.py"), "--config", "training/configs/emoji_32.yaml"]
+    command += [str(REPOSITORY / "training" / "train_adm.py"), "--config", "training/configs/emoji_32_twemoji.yaml"]
     # The recipe's paths are relative to the repository.
     subprocess.run([*command, "--output_dir", str(output_dir), *arguments], check=True, cwd=REPOSITORY)
+
+
+def load(folder: Path, **kwargs) -> ADMPipeline:
+    pipeline = ADMPipeline.from_pretrained(folder, **kwargs)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(desc="Sampling")
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def draw(pipeline: ADMPipeline, args: argparse.Namespace) -> list[Image.Image]:
+    """`SAMPLES_PER_PROMPT` pictures of each prompt, the same seeds for each."""
+    prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
+    return pipeline(
+        prompts,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=[torch.Generator().manual_seed(i % SAMPLES_PER_PROMPT) for i in range(len(prompts))],
+    ).images
 
 
 def denoising_strip(pipeline: ADMPipeline, num_inference_steps: int, **kwargs) -> dict[str, Image.Image]:
@@ -62,8 +83,8 @@ def denoising_strip(pipeline: ADMPipeline, num_inference_steps: int, **kwargs) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT_DIR)
-    parser.add_argument("--num_inference_steps", type=int, default=40)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
     args, train_arguments = parser.parse_known_args()
     output_dir = args.output_dir.resolve()
     start = time.perf_counter()
@@ -71,38 +92,30 @@ def main() -> None:
     # The default folder is ours to empty, unless its run shall go on; one that someone names is not.
     if args.output_dir == DEFAULT_OUTPUT_DIR and not any("resume_from_checkpoint" in a for a in train_arguments):
         shutil.rmtree(output_dir, ignore_errors=True)
+    before = draw(load(REPOSITORY / "spaces" / "model" / "base", variant="fp16"), args)
     train(output_dir, train_arguments)
 
-    pipeline = ADMPipeline.from_pretrained(output_dir)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.set_progress_bar_config(desc="Sampling")
-    id2label = pipeline.id2label
-
-    labels = [label for label in id2label for _ in range(SAMPLES_PER_CLASS)]
-    images = pipeline(
-        class_labels=labels,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(labels))],
-    ).images
-    scale = max(1, 64 // images[0].width)
-    grid = labelled_grid(images, len(id2label), SAMPLES_PER_CLASS, row_labels=list(id2label.values()), scale=scale)
-    grid.save(output_dir / "samples.png")
+    pipeline = load(output_dir)
+    after = draw(pipeline, args)
+    scale = max(1, 64 // after[0].width)
+    rows = [list(range(i, i + SAMPLES_PER_PROMPT)) for i in range(0, len(after), SAMPLES_PER_PROMPT)]
+    images = [images[i] for row in rows for images in (before, after) for i in row]
+    columns = [name for name in ("before", "after") for _ in range(SAMPLES_PER_PROMPT)]
+    labelled_grid(images, len(rows), len(columns), PROMPTS, columns, scale=scale).save(output_dir / "samples.png")
 
     strip = denoising_strip(
         pipeline,
         args.num_inference_steps,
-        class_labels=STRIP_CLASS,
+        prompt=STRIP_PROMPT,
         guidance_scale=args.guidance_scale,
-        generator=torch.Generator().manual_seed(0),
     )
-    labelled_grid(list(strip.values()), 1, len(strip), [STRIP_CLASS], list(strip), scale=scale).save(
+    labelled_grid(list(strip.values()), 1, len(strip), [STRIP_PROMPT], list(strip), scale=scale).save(
         output_dir / "denoising.png"
     )
 
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at:")
     for name, what in (
-        ("samples.png", "samples by class, from the reloaded pipeline"),
+        ("samples.png", "the same noise, drawn before and after"),
         ("denoising.png", "one sample on its way from noise to image"),
         ("loss_curves.png", "loss, its terms, and by quarter of the timesteps"),
     ):
