@@ -1,4 +1,4 @@
-# make demo | test | contracts | lint | format | types | bench | clean | distclean
+# make demo | space | test | contracts | lint | format | types | bench | clean | distclean
 #
 # Every target sets up what it needs in ./.venv by itself: the first run downloads packages for some minutes, later runs
 # start at once, and a change of pyproject.toml or constraints.txt installs again.
@@ -14,16 +14,18 @@ PY     := $(VENV)/bin/python
 INPUTS := pyproject.toml constraints.txt
 
 DEMO_ARGS  ?=
+SPACE_ARGS ?=
 TEST_ARGS  ?=
 BENCH      ?= unet sampling
 BENCH_ARGS ?=
 
-.PHONY: help demo test contracts lint format types bench clean distclean
+.PHONY: help demo space test contracts lint format types bench clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two installations into one environment at once would break it
 
 help:
 	@echo 'make demo      fine-tune the small model in spaces/model to another style, draw before and after'
+	@echo 'make space     serve the page of spaces/ on this machine (SPACE_ARGS="--port 7860")'
 	@echo 'make test      run the tests            (TEST_ARGS="-k scheduler" is passed on to pytest)'
 	@echo 'make contracts run the common tests of a checkout of diffusers on our classes (DIFFUSERS_REPO=...)'
 	@echo 'make lint      check style and layout   (changes nothing)'
@@ -34,6 +36,9 @@ help:
 
 demo: $(VENV)/.installed-train
 	$(PY) training/demo.py $(DEMO_ARGS)
+
+space: $(VENV)/.installed-space
+	$(PY) spaces/app.py $(SPACE_ARGS)
 
 test: $(VENV)/.installed-test
 	$(PY) -m pytest -n 2 -q $(TEST_ARGS)
@@ -64,8 +69,9 @@ bench: $(VENV)/.installed-test
 
 # Each of these holds the ones before it (see pyproject.toml), so installing it counts for them as well.
 HELD_train := train
-HELD_test  := train test
-HELD_dev   := train test dev
+HELD_space := space
+HELD_test  := train space test
+HELD_dev   := train space test dev
 
 # setuptools comes first and pinned, because the build below is not isolated: an isolated one would fetch the newest.
 $(VENV)/.installed-%: $(INPUTS) | $(VENV)/.created

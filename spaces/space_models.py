@@ -139,7 +139,7 @@ class Recipe:
     def from_query(cls, query: dict[str, str]) -> "Recipe":
         """From the query of a link; entries that are no part of a recipe belong to somebody else."""
         known = {field.name: field for field in fields(cls)}
-        entries = {}
+        entries: dict[str, Any] = {}
         for name, value in query.items():
             if name not in known:
                 continue
@@ -328,7 +328,7 @@ class Models:
         return pipe
 
     def _draw(
-        self, pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, chain: dict[str, str] | None = None, **kwargs: Any
+        self, pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, chain: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Image.Image]:
         has_condition = bool(recipe.prompt) or recipe.category != ANY_CATEGORY  # else nothing to guide towards
         return run_pipeline(
@@ -418,7 +418,7 @@ def run_pipeline(pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, task: str, 
         return kwargs
 
     generators = [torch.Generator().manual_seed(recipe.seed + i) for i in range(recipe.num_images)]
-    return pipe(generator=generators, callback_on_step_end=call_back, **kwargs).images
+    return pipe(generator=generators, callback_on_step_end=call_back, return_dict=False, **kwargs)[0]
 
 
 def stream(draw: Callable[[OnStep], T], seconds_between: float = SECONDS_BETWEEN_PREVIEWS) -> Iterator[Step | Finished]:
@@ -587,7 +587,7 @@ def paint_of(layers: list[Image.Image]) -> Image.Image:
 def fit_mask(paint: Image.Image, size: int, coverage: float) -> Image.Image:
     """Black and white (mode L): white where more than `coverage` of a pixel is painted; fitted as `fit` does."""
     square = Image.new("L", (max(paint.size),) * 2, 0)
-    square.paste(paint, tuple((max(paint.size) - side) // 2 for side in paint.size))
+    square.paste(paint, ((max(paint.size) - paint.width) // 2, (max(paint.size) - paint.height) // 2))
     share = np.array(square.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
     return Image.fromarray(np.where(share > coverage, 255, 0).astype(np.uint8))
 

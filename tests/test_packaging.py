@@ -161,7 +161,7 @@ class TestSourceDistribution:
             if not name.endswith("/RECORD"):
                 assert rebuilt.read(name) == original.read(name), name
 
-    @pytest.mark.parametrize("folder", ["tests", "training", "data", "benchmarks", ".ci"])
+    @pytest.mark.parametrize("folder", ["tests", "training", "data", "benchmarks", "spaces", ".ci"])
     def test_holds_what_the_commands_need(self, tree, sdist, folder):
         def files(root: Path) -> set[str]:
             paths = (root / folder).rglob("*")
