@@ -10,9 +10,11 @@ import hashlib
 import io
 import os
 import secrets
+import threading
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -39,6 +41,8 @@ from space_models import (
     stream,
 )
 
+from diffusers_adm import __version__
+
 
 MODELS = Path(__file__).parent / "model"
 MAX_QUEUE = 20  # visitors who wait; more are told to come back
@@ -55,14 +59,17 @@ CSS = """
 @media (max-width: 480px) { .tab-container button { padding: 0 7px; font-size: 0.9em; } }
 footer { display: none !important; }
 """
-ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # one picture after the other: the cores are few
+ONE_AT_A_TIME: dict[str, Any] = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+}  # one picture after the other: the cores are few
 DRAWING_SIDE = 256  # pixels
-EXAMPLES = [
-    ["fire", ANY_CATEGORY, 4.0, 0.0, 25, "DPM-Solver++", 0, 2, False],
-    ["red heart", "Smileys & Emotion", 4.0, 0.0, 25, "DPM-Solver++", 1, 2, False],
-    ["grinning face", "Smileys & Emotion", 4.0, 0.0, 25, "DDPM", 2, 2, False],
-    ["", "Flags", 4.0, 0.0, 25, "DPM-Solver++", 3, 2, False],
-]
+EXAMPLES = (
+    Recipe("fire", num_images=2),
+    Recipe("red heart", "Smileys & Emotion", seed=1, num_images=2),
+    Recipe("grinning face", "Smileys & Emotion", sampler="DDPM", seed=2, num_images=2),
+    Recipe("", "Flags", seed=3, num_images=2),
+)
 INTRODUCTION = """
 # Small pictures from noise
 Models of [diffusers-adm](https://pypi.org/project/diffusers-adm/) that draw emoji, pixel by pixel, and were trained for
@@ -77,17 +84,6 @@ def readable_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
-
-
-def run(draw: Callable[[OnStep], Any], progress: gr.Progress) -> Iterator[tuple[str, Any, bool]]:
-    """Status, preview or result, and whether it is the result."""
-    with readable_errors():
-        for event in stream(draw):
-            if isinstance(event, Finished):
-                yield "Done.", event.result, True
-                return
-            progress((event.done, event.total), desc=event.task, unit="steps")
-            yield f"{event.task}: step {event.done} of {event.total}", event.previews, False
 
 
 def pack(pictures: list[Image.Image], recipe: str) -> str:
@@ -161,6 +157,8 @@ class Space:
 
     def __init__(self, models: Models):
         self.models = models
+        self.nobody_waits = threading.Event()
+        self.nobody_waits.set()
 
     def generate(
         self,
@@ -192,14 +190,33 @@ class Space:
             gr.Warning("The recipe was made with other weights than this Space has, so the pictures will differ.")
         yield from self._generate(recipe, progress)
 
+    def example(self, *values):
+        """The pictures of an example, which is drawn when nobody else wants to draw: its steps wait for visitors."""
+        recipe = Recipe(*values)
+        return self._outputs(recipe, self.models.generate(recipe, lambda step: self.nobody_waits.wait()))
+
     def _generate(self, recipe: Recipe, progress: gr.Progress) -> Iterator[tuple]:
         text = recipe.to_json(self.models.weights)
-        for status, pictures, is_done in run(lambda on_step: self.models.generate(recipe, on_step), progress):
-            if is_done:
-                link = f"[Link to these pictures](?{urlencode(recipe.query())})"
-                yield pictures, status, text, link, pack(pictures, text)
-            else:
-                yield pictures, status, text, "", None
+        for status, pictures, is_done in self._run(lambda on_step: self.models.generate(recipe, on_step), progress):
+            yield self._outputs(recipe, pictures) if is_done else (pictures, status, text, "", None)
+
+    def _outputs(self, recipe: Recipe, pictures: list[Image.Image]) -> tuple:
+        text = recipe.to_json(self.models.weights)
+        return pictures, "Done.", text, f"[Link to these pictures](?{urlencode(recipe.query())})", pack(pictures, text)
+
+    def _run(self, draw: Callable[[OnStep], Any], progress: gr.Progress) -> Iterator[tuple[str, Any, bool]]:
+        """Status, preview or result, and whether it is the result. Never twice at once: see `ONE_AT_A_TIME`."""
+        self.nobody_waits.clear()
+        try:
+            with readable_errors():
+                for event in stream(draw):
+                    if isinstance(event, Finished):
+                        yield "Done.", event.result, True
+                        return
+                    progress((event.done, event.total), desc=event.task, unit="steps")
+                    yield f"{event.task}: step {event.done} of {event.total}", event.previews, False
+        finally:
+            self.nobody_waits.set()
 
     def edit(
         self,
@@ -219,7 +236,9 @@ class Space:
             picture, layers = drawn_on(drawing)
             picture = self.models.read_picture(picture)
             mask = self.models.read_mask(layers)
-        for status, pictures, _ in run(lambda on_step: self.models.inpaint(recipe, picture, mask, on_step), progress):
+        for status, pictures, _ in self._run(
+            lambda on_step: self.models.inpaint(recipe, picture, mask, on_step), progress
+        ):
             yield pictures, status
 
     def sketch(
@@ -244,7 +263,7 @@ class Space:
         def draw(on_step: OnStep) -> list[Image.Image]:
             return self.models.sketch(recipe, condition, strength, on_step)
 
-        for status, pictures, _ in run(draw, progress):
+        for status, pictures, _ in self._run(draw, progress):
             yield shown, pictures, status
 
     def _condition(self, drawing: dict | None) -> Image.Image:
@@ -269,7 +288,7 @@ class Space:
         with readable_errors():
             recipe = Recipe(prompt, category, guidance_scale, classifier_scale, steps, seed=seed, num_images=1)
             self.models.check(recipe)
-        for status, result, is_done in run(lambda on_step: self.models.look_inside(recipe, on_step), progress):
+        for status, result, is_done in self._run(lambda on_step: self.models.look_inside(recipe, on_step), progress):
             if is_done:
                 yield result.picture, status, strip(result), sheet(result), plot(result), describe_bound(result)
             else:
@@ -287,17 +306,8 @@ class Space:
 
 
 def recipe_values(recipe: Recipe) -> list:
-    return [
-        recipe.prompt,
-        recipe.category,
-        recipe.guidance_scale,
-        recipe.classifier_scale,
-        recipe.steps,
-        recipe.sampler,
-        recipe.seed,
-        recipe.num_images,
-        recipe.upscale,
-    ]
+    """As the controls of the page hold them."""
+    return [getattr(recipe, field.name) for field in fields(recipe)]
 
 
 def describe_bound(inside: Inside) -> str:
@@ -368,7 +378,7 @@ def gallery(label: str = "Pictures") -> gr.Gallery:
 
 
 def picture_box(label: str, **kwargs: Any) -> gr.Image:
-    options = {"show_label": False, "format": "png", "interactive": False, "elem_classes": "pixels"}
+    options: dict[str, Any] = {"show_label": False, "format": "png", "interactive": False, "elem_classes": "pixels"}
     return gr.Image(label=label, buttons=["download", "fullscreen"], **options, **kwargs)
 
 
@@ -376,7 +386,7 @@ def status_line() -> gr.Textbox:
     return gr.Textbox("Ready.", label="Status", interactive=False, max_lines=1)
 
 
-def generate_tab(space: Space) -> tuple[list[gr.components.Component], gr.Gallery]:
+def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Gallery]:
     """The controls that make up a recipe, and the pictures."""
     with gr.Row():
         with gr.Column(min_width=280):
@@ -398,19 +408,30 @@ def generate_tab(space: Space) -> tuple[list[gr.components.Component], gr.Galler
             with gr.Accordion("Reproduce", open=False):
                 recipe = gr.Textbox(label="Recipe (JSON)", lines=6, elem_id="recipe")
                 again = gr.Button("Draw this recipe")
-    controls = [prompt, category, guidance, classifier, steps, sampler, seed, images, upscale]
+    controls: list[gr.components.Component] = [
+        prompt,
+        category,
+        guidance,
+        classifier,
+        steps,
+        sampler,
+        seed,
+        images,
+        upscale,
+    ]
     outputs = [pictures, status, recipe, link, download]
-    options = {"outputs": outputs, "show_progress_on": status, **ONE_AT_A_TIME}
+    options: dict[str, Any] = {"outputs": outputs, "show_progress_on": status, **ONE_AT_A_TIME}
     gr.on([button.click, prompt.submit], space.generate, controls, api_name="generate", **options)
     again.click(space.reproduce, recipe, api_name="reproduce", **options)
+    examples = [recipe for recipe in EXAMPLES if recipe.category in space.models.categories]
     gr.Examples(
-        [example for example in EXAMPLES if example[1] in space.models.categories],
+        [recipe_values(recipe) for recipe in examples],
         controls,
         outputs,
-        space.generate,
+        space.example,
         cache_examples=True,
         cache_mode="eager",
-        example_labels=[example[0] or example[1] for example in EXAMPLES if example[1] in space.models.categories],
+        example_labels=[recipe.prompt or recipe.category for recipe in examples],
         api_visibility="private",
     )
     return controls, pictures
@@ -517,8 +538,8 @@ def look_inside_tab(space: Space) -> None:
 
 def build(models: Models) -> gr.Blocks:
     """The page."""
-    # Of the same weights and examples; others are drawn at the start.
-    key = hashlib.sha256(f"{models.weights} {EXAMPLES}".encode()).hexdigest()[:12]
+    # Examples are drawn at the start, unless those of the same weights, recipes and version lie here.
+    key = hashlib.sha256(f"{models.weights} {EXAMPLES} {__version__}".encode()).hexdigest()[:12]
     os.environ["GRADIO_EXAMPLES_CACHE"] = str(Path(HF_HOME) / "diffusers-adm-space" / key)
     space = Space(models)
     with gr.Blocks(title="diffusers-adm", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
