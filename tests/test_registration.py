@@ -159,7 +159,7 @@ import diffusers_adm
 assert state() == before
 # What only training, evaluation and the Space need takes seconds to import, or is not installed.
 imported = {name.split(".")[0] for name in set(sys.modules) - modules}
-heavy = {"datasets", "peft", "tensorboard", "matplotlib", "torchdata", "scipy", "gradio", "yaml"}
+heavy = {"datasets", "pyarrow", "peft", "tensorboard", "matplotlib", "torchdata", "scipy", "skimage", "gradio", "yaml"}
 assert not imported & heavy, imported & heavy
 assert "diffusers_adm.training" not in sys.modules
 """
