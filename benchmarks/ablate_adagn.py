@@ -1,5 +1,6 @@
 """
-What adaptive group normalisation is worth: the network of `make demo`, trained with it and without, on held-out images.
+What adaptive group normalisation is worth: the network of training/configs/emoji_32.yaml, trained with it and without,
+on held-out images.
 
     python benchmarks/ablate_adagn.py [--seeds 0 1 2] [--output_dir outputs/adagn_ablation] [--json results.json]
 

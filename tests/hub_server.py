@@ -127,12 +127,19 @@ class HubServer:
         return {match[1] for match in found if match}
 
     def run_client(
-        self, code: str, *args: str | Path, cache: Path, package: bool = True, env: Mapping[str, str] | None = None
+        self,
+        code: str,
+        *args: str | Path,
+        cache: Path,
+        package: bool = True,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 300,
     ) -> str:
         """
         Runs Python code as a client, with or without this package, and without a token; returns what it prints.
 
-        `cache` is the folder of its caches, and `env` goes on top of the environment, e.g. `HF_TOKEN`.
+        `cache` is the folder of its caches, and `env` goes on top of the environment, e.g. `HF_TOKEN`. `timeout` is in
+        seconds.
         """
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         environment |= {
@@ -156,7 +163,7 @@ class HubServer:
             cwd=cache.parent,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
         )
         assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{self.requests}"
         return result.stdout

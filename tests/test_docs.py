@@ -1,0 +1,63 @@
+"""The pages: their links lead somewhere, README.md lists them all, and their code can be parsed."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from markdown_pages import REPOSITORY, blocks
+
+
+PAGES = [
+    *REPOSITORY.glob("*.md"),
+    *(path for folder in ("docs", "data", "spaces") for path in (REPOSITORY / folder).rglob("*.md")),
+]
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them: lower case, no punctuation, hyphens for spaces."""
+    outside_of_code = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", outside_of_code, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue  # another site
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "other.md").write_text("# What it *is*, here\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](other.md) [b](other.md#what-it-is-here) ![c](no.png) [d](other.md#no) [e](https://x.y/z) [f](#no)"
+    )
+    assert broken_links(page) == ["no.png", "other.md#no", "#no"]
+
+
+def test_readme_lists_every_page():
+    linked = set(LINK.findall((REPOSITORY / "README.md").read_text(encoding="utf-8")))
+    assert {f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_code_can_be_parsed(page):
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.padded, page.name, "exec")
+        else:
+            result = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True)
+            assert result.returncode == 0, f"{page.name}, line {block.line}: {result.stderr}"
