@@ -55,6 +55,7 @@ class Commit:
 @dataclass
 class Repository:
     private: bool = False
+    sdk: str | None = None  # of a Space
     commits: dict[str, Commit] = field(default_factory=dict)  # by name (a SHA-1)
     refs: dict[str, str] = field(default_factory=dict)  # names of commits by "main", "refs/pr/1", ...
 
@@ -72,7 +73,8 @@ class Repository:
 
 class HubServer:
     """
-    Serves model repositories. Users and their tokens are `TOKENS`; each may write to what bears their name.
+    Serves repositories: of models by `user/name`, of Spaces by `spaces/user/name`. Users and their tokens are `TOKENS`;
+    each may write to what bears their name.
 
     Args:
         repositories (mapping of `str` to `Path`): Folders by repository name (`"alice/adm"`), the first commits.
@@ -165,7 +167,7 @@ class HubServer:
             text=True,
             timeout=timeout,
         )
-        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{self.requests}"
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{self.requests[-20:]}"
         return result.stdout
 
 
@@ -220,19 +222,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path: str) -> Answer:
         method = "GET" if self.command == "HEAD" else self.command
-        repo, revision, rest = r"([^/]+/[^/]+)", r"([^/]+)", r"(.*)"
+        repo, revision, rest = r"((?:spaces/)?[^/]+/[^/]+)", r"([^/]+)", r"(.*)"
+        api = f"/api/(?:models/)?{repo}"
         # Revisions are quoted ("refs%2Fpr%2F1"), so parts are matched before they are unquoted.
         routes: dict[str, Callable[..., Answer]] = {
             "GET /api/whoami-v2": self._whoami,
             "POST /api/repos/create": self._create,
             "POST /api/validate-yaml": self._validate_card,
-            f"GET /api/models/{repo}": self._info,
-            f"GET /api/models/{repo}/revision/{revision}": self._info,
-            f"GET /api/models/{repo}/tree/{revision}/?{rest}": self._tree,
-            f"GET /api/models/{repo}/refs": self._refs,
-            f"POST /api/models/{repo}/branch/{revision}": self._branch,
-            f"POST /api/models/{repo}/preupload/{revision}": self._preupload,
-            f"POST /api/models/{repo}/commit/{revision}": self._commit,
+            f"GET {api}": self._info,
+            f"GET {api}/auth-check/write": self._check_write,
+            f"GET {api}/revision/{revision}": self._info,
+            f"GET {api}/tree/{revision}/?{rest}": self._tree,
+            f"GET {api}/refs": self._refs,
+            f"POST {api}/branch/{revision}": self._branch,
+            f"POST {api}/preupload/{revision}": self._preupload,
+            f"POST {api}/commit/{revision}": self._commit,
             rf"POST /{repo}\.git/info/lfs/objects/batch": self._lfs_batch,
             r"PUT /lfs/(\w+)": self._lfs_upload,
             "POST /lfs/verify": self._lfs_verify,
@@ -245,6 +249,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Who asks, and for what.
 
+    @staticmethod
+    def _owner(repo: str) -> str:
+        return repo.removeprefix("spaces/").partition("/")[0]
+
     def _user(self) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in TOKENS:
@@ -253,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, repo: str) -> Repository:
         user, repository = self._user(), self.hub.repositories.get(repo)
-        if repository is None or (repository.private and user != repo.partition("/")[0]):
+        if repository is None or (repository.private and user != self._owner(repo)):
             # To strangers, what is private looks like what is not there; only with a token does the Hub say 404.
             raise _Refusal(401 if user is None else 404, "RepoNotFound", "Repository not found")
         return repository
@@ -262,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository, user = self._repository(repo), self._user()
         if user is None:
             raise _Refusal(401, message="Invalid username or password.")
-        if user != repo.partition("/")[0] and "create_pr" not in self.query:
+        if user != self._owner(repo) and "create_pr" not in self.query:
             raise _Refusal(403, message="You are not allowed to write here. Pass create_pr=1.")
         return repository
 
@@ -272,6 +280,10 @@ class _Handler(BaseHTTPRequestHandler):
         if name is None:
             raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return name, repository.commits[name].files
+
+    def _check_write(self, repo: str) -> Answer:
+        self._writable(repo)
+        return _json({})
 
     def _whoami(self) -> Answer:
         user = self._user()
@@ -291,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, repo: str, revision: str = "main") -> Answer:
         name, files = self._revision(repo, revision)
-        info = {"id": repo, "modelId": repo, "sha": name, "gated": False, "tags": []}
+        info = {"id": repo.removeprefix("spaces/"), "sha": name, "gated": False, "tags": []}
         info["private"] = self.hub.repositories[repo].private
         info["siblings"] = [self._entry(path, blob) for path, blob in sorted(files.items())]
         return _json(info)
@@ -326,14 +338,17 @@ class _Handler(BaseHTTPRequestHandler):
         if user is None:
             raise _Refusal(401, message="Invalid username or password.")
         owner = wanted.get("organization") or user
-        repo = f"{owner}/{wanted['name']}"
+        kind = wanted.get("type", "model")
+        repo = f"{'spaces/' if kind == 'space' else ''}{owner}/{wanted['name']}"
+        if kind == "space" and "sdk" not in wanted:
+            raise _Refusal(400, message='Invalid input: expected one of "gradio", "docker" or "static" as sdk')
         url = {"url": f"{self.hub.endpoint}/{repo}"}
         if repo in self.hub.repositories:
-            return _json({"error": "You already created this model repo", **url}, status=409)
+            return _json({"error": f"You already created this {kind} repo", **url}, status=409)
         if owner != user:
-            raise _Refusal(403, message=f"You don't have the rights to create a model under the namespace {owner!r}.")
+            raise _Refusal(403, message=f"You don't have the rights to create a {kind} under the namespace {owner!r}.")
         private = wanted.get("private") or wanted.get("visibility") == "private"
-        self.hub.repositories[repo] = Repository(private=bool(private))
+        self.hub.repositories[repo] = Repository(private=bool(private), sdk=wanted.get("sdk"))
         attributes = "".join(f"*{suffix} filter=lfs\n" for suffix in LFS_SUFFIXES)
         self.hub.repositories[repo].add("main", {".gitattributes": self.hub.store(attributes.encode())}, "initial")
         return _json(url)

@@ -71,9 +71,11 @@ from diffusers_adm.training import (
     plot_loss_curves,
     prepare_captions,
     prepare_output_dir,
+    push_result,
     record_losses,
     rest_of_epoch,
     resume_checkpoint,
+    run_settings,
     save_checkpoint,
     save_lora,
     save_samples,
@@ -227,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_adm")
-    settings = {name: value for arguments in all_args for name, value in vars(arguments).items()}
+    settings = run_settings(*all_args)
 
     # 2. diffusion process and data: the cheap checks first
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
@@ -433,6 +435,7 @@ def main(argv: list[str] | None = None) -> None:
             saved = "pipeline"
         logger.info(f"Saved the {saved}, its samples and loss_curves.png to {output_dir}")
     accelerator.end_training()
+    push_result(accelerator, training_args)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,11 @@ from diffusers_adm.training import (
     plot_accuracy_by_timestep,
     plot_classifier_curves,
     prepare_output_dir,
+    push_result,
     reading,
     rest_of_epoch,
     resume_checkpoint,
+    run_settings,
     save_checkpoint,
     save_id2label,
     seed_step,
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_classifier")
-    settings = {k: v for a in (model_args, data_args, noise_args, training_args) for k, v in vars(a).items()}
+    settings = run_settings(model_args, data_args, noise_args, training_args)
 
     # 2. noise and data: the cheap checks first
     config = load_classifier_config(model_args, data_args)
@@ -395,6 +397,7 @@ def main(argv: list[str] | None = None) -> None:
         plot_classifier_curves(log.history.rows(), os.path.join(output_dir, "classifier_curves.png"))
         logger.info(f"Saved the classifier and its curves to {output_dir}")
     accelerator.end_training()
+    push_result(accelerator, training_args)
 
 
 if __name__ == "__main__":

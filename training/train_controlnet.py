@@ -67,10 +67,12 @@ from diffusers_adm.training import (
     prepare_captions,
     prepare_output_dir,
     pretrained_pipeline_config,
+    push_result,
     reading,
     record_losses,
     rest_of_epoch,
     resume_checkpoint,
+    run_settings,
     save_checkpoint,
     save_samples,
     seed_step,
@@ -255,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_controlnet")
-    settings = {name: value for arguments in all_args for name, value in vars(arguments).items()}
+    settings = run_settings(*all_args)
 
     # 2. diffusion process and data: the cheap checks first
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
@@ -446,6 +448,7 @@ def main(argv: list[str] | None = None) -> None:
         trained_model.save_pretrained(output_dir)
         logger.info(f"Saved the branch, its samples and loss_curves.png to {output_dir}")
     accelerator.end_training()
+    push_result(accelerator, training_args)
 
 
 if __name__ == "__main__":

@@ -66,9 +66,11 @@ from diffusers_adm.training import (
     prepare_captions,
     prepare_output_dir,
     pretrained_pipeline_config,
+    push_result,
     record_losses,
     rest_of_epoch,
     resume_checkpoint,
+    run_settings,
     save_checkpoint,
     save_samples,
     seed_step,
@@ -174,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_super_resolution")
     sr_args.inherit(pretrained_pipeline_config(model_args, data_args))
-    settings = {name: value for arguments in all_args for name, value in vars(arguments).items()}
+    settings = run_settings(*all_args)
 
     # 2. diffusion process and data: the cheap checks first
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
@@ -362,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
         build_pipeline().save_pretrained(output_dir)
         logger.info(f"Saved the pipeline, its samples and loss_curves.png to {output_dir}")
     accelerator.end_training()
+    push_result(accelerator, training_args)
 
 
 if __name__ == "__main__":

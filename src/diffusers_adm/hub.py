@@ -7,13 +7,18 @@ every module stays as it is, except for the imports between them, which become s
 
     python -m diffusers_adm.hub push FOLDER USER/NAME
 
-pushes the pipeline or model in the folder of a run.
+pushes the pipeline, model or adapter in the folder of a run, and from a clone
+
+    python -m diffusers_adm.hub push-space USER/NAME
+
+pushes the Space with its models.
 """
 
 import argparse
 import ast
 import importlib.util
 import itertools
+import shutil
 import symtable
 import tempfile
 import types
@@ -21,12 +26,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusers import AutoModel, DiffusionPipeline
-from huggingface_hub import CommitInfo
-from huggingface_hub.errors import HfHubHTTPError
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import CommitInfo, create_repo
 
 from . import __version__
+from .model_cards import LoraAdapter
 from .registration import PACKAGE, PIPELINE_CLASSES
+from .space import push_space
+from .training.classification import ID2LABEL_NAME
 
 
 HEADER = """\
@@ -277,11 +285,13 @@ def push_folder(
     token: str | None = None,
 ) -> CommitInfo:
     r"""
-    Pushes what a training script or `save_pretrained` left in a folder: a pipeline, or a model alone. Its card tells of
-    the run. Checkpoints and logs stay where they are.
+    Pushes what a training script or `save_pretrained` left in a folder: a pipeline, a model alone (a classifier with
+    the names of its classes and the scheduler of its noise), or an adapter. Its card tells of the run. Checkpoints and
+    logs stay where they are.
 
     Args:
-        folder (`str` or `Path`): Holds a `model_index.json` or a `config.json`.
+        folder (`str` or `Path`): Holds a `model_index.json`, a `config.json`, a folder `classifier`, or
+            `pytorch_lora_weights.safetensors`.
         repo_id (`str`): `user/name`.
         include_code (`bool`), private (`bool`, *optional*), create_pr (`bool`), commit_message (`str`, *optional*),
             variant (`str`, *optional*), token (`str`, *optional*): As of `push_to_hub`. `variant` is what to push as.
@@ -290,45 +300,67 @@ def push_folder(
         `huggingface_hub.CommitInfo`: With `pr_url` for `create_pr`.
 
     Raises:
-        ValueError: If there is neither file, or for `include_code` with a model alone.
+        ValueError: If there is none of these, or for `include_code` without a pipeline.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     folder = Path(folder)
-    options = {
-        "private": private,
-        "create_pr": create_pr,
-        "commit_message": commit_message,
-        "variant": variant,
-        "token": token,
-    }
-    if (folder / "model_index.json").is_file():
-        return DiffusionPipeline.from_pretrained(folder).push_to_hub(repo_id, include_code=include_code, **options)
-    if not (folder / "config.json").is_file():
+    if (folder / DiffusionPipeline.config_name).is_file():
+        return DiffusionPipeline.from_pretrained(folder).push_to_hub(
+            repo_id,
+            include_code=include_code,
+            private=private,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            variant=variant,
+            token=token,
+        )
+    places = [folder, folder / "classifier"]
+    place = next((place for place in places if (place / ModelMixin.config_name).is_file()), None)
+    if place is None and not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
         raise ValueError(
-            f"{folder} holds neither a model_index.json nor a config.json: no pipeline or model was saved."
+            f"{folder} holds neither a model_index.json nor a config.json: no pipeline, model or adapter was saved."
         )
     if include_code:
-        raise ValueError(f"{folder} holds a model alone; code goes with a pipeline. Leave `include_code` out.")
-    return AutoModel.from_pretrained(folder).push_to_hub(repo_id, **options)
+        raise ValueError(f"{folder} holds no pipeline, and code goes with pipelines alone. Leave `include_code` out.")
+    pushed = LoraAdapter(folder) if place is None else AutoModel.from_pretrained(place)
+    repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+    with tempfile.TemporaryDirectory() as staged:
+        if place is None:
+            shutil.copyfile(folder / LORA_WEIGHT_NAME_SAFE, Path(staged, LORA_WEIGHT_NAME_SAFE))
+        else:
+            pushed.save_pretrained(staged, variant=variant)
+            if (place / ID2LABEL_NAME).is_file():
+                shutil.copyfile(place / ID2LABEL_NAME, Path(staged, ID2LABEL_NAME))
+            if (folder / "scheduler").is_dir():
+                shutil.copytree(folder / "scheduler", Path(staged, "scheduler"))
+        return pushed._upload_folder(staged, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: `python -m diffusers_adm.hub push FOLDER USER/NAME`."""
+    """The command line: `push FOLDER USER/NAME`, and `push-space USER/NAME`."""
     parser = argparse.ArgumentParser(prog="python -m diffusers_adm.hub", description="Pushes to the Hugging Face Hub.")
     commands = parser.add_subparsers(dest="command", required=True)
-    push = commands.add_parser("push", help="a pipeline or a model from the folder of a run")
+    push = commands.add_parser("push", help="a pipeline, a model or an adapter from the folder of a run")
+    push.set_defaults(run=push_folder)
     push.add_argument("folder", type=Path)
     push.add_argument("repo_id", metavar="user/name")
     push.add_argument("--include_code", action="store_true", help="make it load without this package, too")
-    push.add_argument("--private", action="store_true", default=None)
-    push.add_argument("--create_pr", action="store_true", help="open a pull request")
-    push.add_argument("--commit_message")
     push.add_argument("--variant", help="e.g. fp16, in the names of the weight files")
-    push.add_argument("--token", help="by default that of `hf auth login`, or $HF_TOKEN")
+    space = commands.add_parser("push-space", help="the Space, from a clone of the repository")
+    space.set_defaults(run=push_space)
+    space.add_argument("repo_id", metavar="user/name")
+    space.add_argument("--models", type=Path, metavar="FOLDER", help="by default spaces/model")
+    for command in (push, space):
+        command.add_argument("--private", action="store_true", default=None)
+        command.add_argument("--create_pr", action="store_true", help="open a pull request")
+        command.add_argument("--commit_message")
+        command.add_argument("--token", help="by default that of `hf auth login`, or $HF_TOKEN")
     options = vars(parser.parse_args(arguments))
+    run = options.pop("run")
     del options["command"]
     try:
-        commit = push_folder(options.pop("folder"), options.pop("repo_id"), **options)
-    except (ValueError, HfHubHTTPError) as error:
+        commit = run(**options)
+    except (ValueError, OSError) as error:  # HfHubHTTPError is one of the latter
         parser.exit(1, f"error: {error}\n")
     print(commit.pr_url or commit.commit_url)
 

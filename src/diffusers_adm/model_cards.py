@@ -1,15 +1,16 @@
 """
 Model cards of what is pushed to the Hub, from the object itself and from the folder of the run that trained it.
 
-A run's folder holds `train_args.yaml`, `loss_curves.png`, `samples-*.png` and, once measured, `bits_per_dim.json`.
-What is not known is left out: a card claims no licence, data or score that nothing here tells.
+A run's folder holds `train_args.yaml`, `loss_curves.png`, `samples-*.png` and, once measured, `bits_per_dim.json` and
+`frechet.json`: what `python -m diffusers_adm.evaluation.bits_per_dim` writes, and what `...frechet --json` prints. What
+is not known is left out: a card claims no licence, data or score that nothing here tells.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
 from .pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline
+from .publishing import ModelCardMixin
 
 
 MARK = "<!-- Written by diffusers-adm. Without this line, the next push keeps the text as it is. -->"
@@ -37,11 +39,28 @@ KNOWN_DATA = {
         "cc-by-4.0",
     ),
 }
+# Where a run's result goes is no part of its recipe.
+NO_RECIPE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "cache_dir"}
+NO_RECIPE |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
+CURVES = ("loss_curves.png", "classifier_curves.png")
+MEASURES = ("frechet_distance", "inception_score", "precision", "recall", "accuracy")  # of frechet.json
 SCRIPTS = {
     AdaGNClassifierModel: "train_classifier.py",
     AdaGNControlNetModel: "train_controlnet.py",
     ADMSuperResolutionPipeline: "train_super_resolution.py",
 }
+
+
+class LoraAdapter(ModelCardMixin):
+    """
+    Low-rank adapter for a U-Net: what fine-tuning added to the weights of its base, which it needs.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the run that trained it.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.config = {"_name_or_path": os.fspath(folder)}
 
 
 def write_model_card(pushed: Any, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> Path:
@@ -88,7 +107,7 @@ def _existing_card(path: Path, repo_id: str, token: str | None) -> ModelCard | N
 
 def _find_run(pushed: Any, folder: Path) -> Path | None:
     """The folder of the run that trained it, if it is on this machine."""
-    origin = getattr(pushed.config, "_name_or_path", None) or getattr(pushed, "_name_or_path", None)
+    origin = pushed.config.get("_name_or_path") or getattr(pushed, "_name_or_path", None)
     places = [folder]
     if origin and os.path.isdir(origin):
         places.append(Path(origin))
@@ -98,13 +117,13 @@ def _find_run(pushed: Any, folder: Path) -> Path | None:
 
 
 def _read_args(run: Path | None) -> dict[str, Any]:
-    """The arguments of a run that were given a value, without the folders of the machine it ran on."""
+    """The recipe of a run: arguments that were given a value, without the folders of the machine it ran on."""
     if run is None:
         return {}
     import yaml
 
     args = yaml.safe_load((run / "train_args.yaml").read_text(encoding="utf-8"))
-    return {name: _public(value) for name, value in args.items() if value is not None}
+    return {name: _public(value) for name, value in args.items() if value is not None and name not in NO_RECIPE}
 
 
 def _public(value: Any) -> Any:
@@ -114,9 +133,45 @@ def _public(value: Any) -> Any:
     return "/".join(Path(value).parts[1:][-2:]) if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def _bits_per_dim(run: Path | None) -> Mapping[str, Any] | None:
-    path = run / "bits_per_dim.json" if run is not None else None
+def _read_measured(run: Path | None, name: str) -> Mapping[str, Any] | None:
+    path = run / name if run is not None else None
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+
+
+def _names(places: str | Sequence[str]) -> str:
+    """Of the images that something was measured on: a data set of the Hub, or the ends of paths."""
+    return ", ".join(_public([places] if isinstance(places, str) else list(places)))
+
+
+def _eval_results(pushed: Any, run: Path | None) -> list[EvalResult]:
+    found: list[tuple[str, str, str, float]] = []  # data, type, name, value
+    if (bits := _read_measured(run, "bits_per_dim.json")) is not None:
+        data = _names(bits.get("settings", {}).get("dataset", "held-out images"))
+        found.append((data, "bits_per_dim", "Variational bound (bits per dimension)", bits["bits_per_dim"]))
+    if (frechet := _read_measured(run, "frechet.json")) is not None:
+        data, features, images = _names(frechet["settings"]["reference"]), _features(frechet), frechet["num_samples"]
+        for measure in MEASURES:
+            if frechet.get(measure) is not None:
+                # The name that leaderboards compare by is for Inception's features alone.
+                kind = "fid" if (measure, features) == ("frechet_distance", "Inception") else measure
+                name = f"{measure.replace('_', ' ').capitalize()} ({images} samples, features of {features})"
+                found.append((data, kind, name, frechet[measure]))
+    return [
+        EvalResult(
+            task_type=_task(pushed) or "unconditional-image-generation",
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for data, kind, name, value in found
+    ]
+
+
+def _features(frechet: Mapping[str, Any]) -> str:
+    kind, _, path = frechet["settings"]["features"].partition(":")
+    return "Inception" if kind == "inception" else f"the classifier {_public(path)}"
 
 
 def _known_data(args: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -148,30 +203,21 @@ def _metadata(pushed: Any, repo_id: str, run: Path | None, args: Mapping[str, An
     tags = ["diffusers-adm", "ablated-diffusion-model", type(pushed).__name__]
     if isinstance(pushed, DiffusionPipeline):
         tags.insert(0, f"diffusers:{type(pushed).__name__}")
-    results = None
-    if (bits := _bits_per_dim(run)) is not None:
-        place = bits.get("settings", {}).get("dataset", "held-out images")
-        name = _public(place[0] if isinstance(place, list) else place)
-        results = [
-            EvalResult(
-                task_type=_task(pushed) or "unconditional-image-generation",
-                dataset_type=name,
-                dataset_name=name,
-                metric_type="bits_per_dim",
-                metric_name="Variational bound (bits per dimension)",
-                metric_value=round(bits["bits_per_dim"], 4),
-            )
-        ]
+    if isinstance(pushed, LoraAdapter):
+        tags.append("lora")
+    results = _eval_results(pushed, run)
+    is_beside_base = isinstance(pushed, (AdaGNControlNetModel, LoraAdapter))
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=_task(pushed),
         license=known[0][1] if len(known) == 1 and not is_hub_id[base] else None,
         datasets=[data_set] if is_hub_id[data_set] else None,
         base_model=base if is_hub_id[base] else None,
+        base_model_relation=("adapter" if is_beside_base else "finetune") if is_hub_id[base] else None,
         tags=tags,
         model_name=repo_id.rpartition("/")[2] if results else None,
-        eval_results=results,
-        metrics=["bits_per_dim"] if results else None,
+        eval_results=results or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
     )
 
 
@@ -180,7 +226,7 @@ def _text(pushed: Any, folder: Path, repo_id: str, run: Path | None, args: Mappi
     pictures = _copy_pictures(run, folder)
     if "samples.png" in pictures:
         parts.append("![Samples](images/samples.png)")
-    parts += ["## How to load it", _loading(pushed, folder, repo_id)]
+    parts += ["## How to load it", _loading(pushed, folder, repo_id, args)]
     if args:
         script = next((script for cls, script in SCRIPTS.items() if isinstance(pushed, cls)), "train_adm.py")
         import yaml
@@ -194,12 +240,7 @@ def _text(pushed: Any, folder: Path, repo_id: str, run: Path | None, args: Mappi
         ]
     if "loss_curves.png" in pictures:
         parts.append("![Loss](images/loss_curves.png)")
-    if (bits := _bits_per_dim(run)) is not None:
-        parts += [
-            "## Measured",
-            f"Variational bound: {bits['bits_per_dim']:.3f} ± {bits['bits_per_dim_standard_error']:.3f} bits per "
-            f"dimension (mean and standard error of {bits['num_images']} images, {bits['num_timesteps']} timesteps).",
-        ]
+    parts += _measured(run)
     parts += ["## Limits", _limits(pushed)]
     if args:
         known = [text for text, _ in _known_data(args)]
@@ -208,13 +249,31 @@ def _text(pushed: Any, folder: Path, repo_id: str, run: Path | None, args: Mappi
     return "\n\n".join(parts)
 
 
+def _measured(run: Path | None) -> list[str]:
+    lines = []
+    if (bits := _read_measured(run, "bits_per_dim.json")) is not None:
+        lines.append(
+            f"Variational bound: {bits['bits_per_dim']:.3f} ± {bits['bits_per_dim_standard_error']:.3f} bits per "
+            f"dimension (mean and standard error of {bits['num_images']} images, {bits['num_timesteps']} timesteps)."
+        )
+    if (frechet := _read_measured(run, "frechet.json")) is not None:
+        values = [f"{name.replace('_', ' ')} {frechet[name]:.4g}" for name in MEASURES if frechet.get(name) is not None]
+        lines.append(
+            f"By the features of {_features(frechet)}: {', '.join(values)} ({frechet['num_samples']} samples against "
+            f"{frechet['num_reference']} images of {_names(frechet['settings']['reference'])}). Compare them with "
+            "figures of the same features, numbers and images alone."
+        )
+    return ["## Measured", *lines] if lines else []
+
+
 def _copy_pictures(run: Path | None, folder: Path) -> set[str]:
     if run is None:
         return set()
     grids = sorted(run.glob("samples-*.png")) + sorted(run.glob("samples.png"))
     found = {"samples.png": grids[-1]} if grids else {}
-    if (run / "loss_curves.png").is_file():
-        found["loss_curves.png"] = run / "loss_curves.png"
+    for name in CURVES:
+        if (run / name).is_file():
+            found["loss_curves.png"] = run / name
     for name, path in found.items():
         (folder / "images").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "images" / name)
@@ -235,8 +294,20 @@ def _description(pushed: Any) -> str:
     return "\n\n".join(lines)
 
 
-def _loading(pushed: Any, folder: Path, repo_id: str) -> str:
-    name = type(pushed).__name__
+def _loading(pushed: Any, folder: Path, repo_id: str, args: Mapping[str, Any]) -> str:
+    name, base = type(pushed).__name__, args.get("pretrained_model_name_or_path", "the/base")
+    if isinstance(pushed, AdaGNControlNetModel):
+        return (
+            f"It works beside its base, `{base}`:\n\n```python\nfrom diffusers_adm import ADMControlNetPipeline, {name}"
+            f'\n\ncontrolnet = {name}.from_pretrained("{repo_id}")\n'
+            f'pipe = ADMControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)\n```'
+        )
+    if isinstance(pushed, LoraAdapter):
+        return (
+            f"Into its base, `{base}`:\n\n```python\nimport diffusers_adm  # registers the classes with diffusers\n"
+            f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{base}")\n'
+            f'pipe.load_lora_weights("{repo_id}")\n```'
+        )
     if not isinstance(pushed, DiffusionPipeline):
         return f'```python\nfrom diffusers_adm import {name}\n\nmodel = {name}.from_pretrained("{repo_id}")\n```'
     loaded = (

@@ -43,6 +43,7 @@ class ModelCardMixin(PushToHubMixin):
         cards = _of_package("model_cards")
         if cards is not None and not subfolder:
             cards.write_model_card(self, working_dir, repo_id, token=token)
+        _drop_local_paths(Path(working_dir))
         return super()._upload_folder(
             working_dir,
             repo_id,
@@ -51,6 +52,17 @@ class ModelCardMixin(PushToHubMixin):
             create_pr=create_pr,
             subfolder=subfolder,
         )
+
+
+def _drop_local_paths(folder: Path) -> None:
+    """Configs note where they were loaded from. A folder on somebody's machine is nobody else's matter."""
+    for path in [*folder.rglob("model_index.json"), *folder.rglob("*config.json")]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("_name_or_path", "name_or_path"):
+            place = content.get(key)
+            if isinstance(place, str) and (os.path.isabs(place) or os.path.exists(place)):
+                del content[key]
+                path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class PublishedModelMixin(ModelCardMixin):

@@ -67,6 +67,7 @@ from .lora import add_lora, checkpoint_adapter_alone, save_lora
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
 from .masks import MASK_SHARES, InpaintingDataset, random_known
 from .metrics import LossMetrics, MetricsHistory, plot_loss_curves
+from .publication import prepare_repository, push_result, run_settings
 from .repositories import from_subfolder_or_root, reading
 from .seeding import derive_seed, seed_step
 from .setup import (
@@ -189,12 +190,15 @@ __all__ = [
     "plot_loss_curves",
     "prepare_captions",
     "prepare_output_dir",
+    "prepare_repository",
     "pretrained_pipeline_config",
+    "push_result",
     "random_known",
     "reading",
     "record_losses",
     "rest_of_epoch",
     "resume_checkpoint",
+    "run_settings",
     "save_checkpoint",
     "save_id2label",
     "save_lora",

@@ -9,17 +9,21 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 
 # The words for None in a recipe. The empty one is a key with nothing after its colon.
 NULL_WORDS = ("", "~", "null", "none")
+# Checked since the client's own error would show the token.
+HUB_TOKEN = re.compile(r"[\w.|-]+", re.ASCII)
 
 
 # 1. What the scripts have in common
@@ -182,8 +186,25 @@ class TrainingArguments:
     logging_dir: str = arg("logs", "For TensorBoard, below `output_dir`.")
     report_to: Literal["tensorboard", "none"] = arg("tensorboard", "Where curves go beside the files.")
     validation_steps: int | None = arg(None, "Optimizer steps between validations; none: only at the end.")
+    push_to_hub: bool = arg(False, "Push the result to the Hub at the end, with a model card.")
+    hub_model_id: str | None = arg(None, "The repository, `user/name`; none: the name of `output_dir`, for yourself.")
+    hub_token: str | None = dataclasses.field(
+        default=None,
+        repr=False,
+        metadata={"help": "To write there; none: that of `hf auth login` or $HF_TOKEN, which other users cannot see."},
+    )
+    hub_private_repo: bool = arg(False, "Make the repository a private one, if it is not there yet.")
 
     def __post_init__(self):
+        for name in ("hub_model_id", "hub_token", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"`{name}` was given without `push_to_hub`, so nothing would be pushed. Pass both.")
+        if self.hub_model_id is not None:
+            validate_repo_id(self.hub_model_id)
+        if self.hub_token is not None and not HUB_TOKEN.fullmatch(self.hub_token):
+            raise ValueError(
+                "`hub_token` holds other characters than letters, digits, `_`, `-`, `.` and `|`, so it is no token."
+            )
         check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
         check_at_least(self, 1, "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps")
         check_at_least(self, 1, "validation_steps")

@@ -33,6 +33,7 @@ from .checkpoints import delete_checkpoints, find_latest_checkpoint
 from .classification import BalancedClassSampler
 from .data import EpochShuffleSampler, ImageDataset
 from .metrics import MetricsHistory
+from .publication import prepare_repository
 from .repositories import from_subfolder_or_root, reading
 
 
@@ -64,10 +65,10 @@ def join_processes(mixed_precision: str | None, **kwargs: Any) -> Accelerator:
 def start_accelerator(training_args: TrainingArguments, script: str) -> Accelerator:
     """
     Joins the processes and sets up logging: the main process reports what `script` (the name of its logger) and this
-    package do, the others only errors.
+    package do, the others only errors. If the result is to be pushed to the Hub, its repository is made.
 
     Raises:
-        ValueError: If Accelerate is configured to split the weights over processes.
+        ValueError: If Accelerate is configured to split the weights over processes, or the Hub refuses.
     """
     import datasets
 
@@ -95,6 +96,7 @@ def start_accelerator(training_args: TrainingArguments, script: str) -> Accelera
     if training_args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     get_logger(script).info(accelerator.state, main_process_only=True)
+    prepare_repository(accelerator, training_args)
     return accelerator
 
 

@@ -1,0 +1,164 @@
+"""
+The Space of this package on the Hub: `python -m diffusers_adm.hub push-space USER/NAME`, from a clone.
+
+The clone holds the app in `spaces/`, and a wheel of its sources is built and pushed with the app. When the Hub builds a
+Space, pip sees `requirements.txt` and nothing else of the repository. So that file names the wheel by its address on
+the Hub; with its hash, without which the Hub would go on with what it built for an earlier wheel of that name. Of a
+private Space pip could not fetch it: there, the package lies unpacked beside the app.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+
+from .registration import PACKAGE
+
+
+APP_FILES = ("app.py", "space_models.py", "README.md")
+REQUIREMENTS = "requirements.txt"
+# What the wheel is built from.
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src", "pipelines")
+BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+# Else each build would be another file, whether or not the sources have changed.
+BUILD_DATE = "315532800"  # 1 January 1980 in seconds since 1970, the first that a wheel can hold
+# A Space has no GPU unless one is paid for, and the wheels of torch with CUDA are some gigabytes.
+CPU_TORCH = "--extra-index-url https://download.pytorch.org/whl/cpu"
+STALE = ["*.whl", f"{PACKAGE}/*", "model/*"]  # what earlier pushes left, if this one does not write it again
+
+
+def push_space(
+    repo_id: str,
+    models: str | Path | None = None,
+    *,
+    clone: str | Path | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    r"""
+    Pushes the app, a folder of models and a wheel of this package as a Gradio Space, in one commit. The Space is made
+    if it does not exist.
+
+    Args:
+        repo_id (`str`): `user/name`, or `name` for the owner of the token.
+        models (`str` or `Path`, *optional*): Holds `base/` and, if wanted, `upsampler/` and `controlnet/` (see
+            spaces/README.md); by default `spaces/model` of the clone.
+        clone (`str` or `Path`, *optional*): Of the repository of this package; by default the working directory, or
+            else where the package was imported from.
+        private (`bool`, *optional*): Of a Space that is made. One that is there stays as it is.
+        create_pr (`bool`): Whether to open a pull request.
+        commit_message (`str`, *optional*), token (`str`, *optional*): As of `push_to_hub`.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: With `pr_url` for `create_pr`.
+
+    Raises:
+        ValueError: If there is no clone, no model, or the wheel cannot be built. Nothing has been made or uploaded
+            then.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+    """
+    clone = find_clone(clone)
+    models = clone / "spaces" / "model" if models is None else Path(models)
+    if not (models / "base" / "model_index.json").is_file():
+        raise ValueError(
+            f"{models} holds no base/model_index.json, the pipeline of the Space. Name a folder of models."
+        )
+    hub = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder, "space")
+        staged.mkdir()
+        for name in APP_FILES:
+            shutil.copyfile(clone / "spaces" / name, staged / name)
+        shutil.copytree(models, staged / "model", ignore=shutil.ignore_patterns("checkpoint-*", "logs", "__pycache__"))
+        wheel = build_wheel(clone, Path(folder, "wheel"))
+        repo_id = hub.create_repo(
+            repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
+        ).repo_id
+        lines = [(clone / "spaces" / REQUIREMENTS).read_text(encoding="utf-8").strip(), CPU_TORCH]
+        if hub.repo_info(repo_id, repo_type="space").private:
+            lines += _unpack(wheel, staged)
+        else:
+            shutil.copyfile(wheel, staged / wheel.name)
+            digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            lines.append(f"{hub.endpoint}/spaces/{repo_id}/resolve/main/{wheel.name}#sha256={digest}")
+        (staged / REQUIREMENTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return hub.upload_folder(
+            repo_id=repo_id,
+            repo_type="space",
+            folder_path=staged,
+            delete_patterns=STALE,
+            commit_message=commit_message or "Upload the Space with diffusers-adm",
+            create_pr=create_pr,
+        )
+
+
+def find_clone(clone: str | Path | None = None) -> Path:
+    """
+    The clone of the repository: `clone`, or else the working directory or the home of the imported package.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    places = [Path.cwd(), Path(__file__).parents[2]] if clone is None else [Path(clone)]
+    wanted = [*SOURCES, f"src/{PACKAGE}", f"spaces/{REQUIREMENTS}", *(f"spaces/{name}" for name in APP_FILES)]
+    for place in places:
+        if all((place / name).exists() for name in wanted):
+            return place
+    raise ValueError(
+        f"The app of the Space comes from a clone of the repository of diffusers-adm, which holds it in spaces/; an "
+        f"installed package does not. {' and '.join(map(str, places))} are no such clone. Run this in one."
+    )
+
+
+def build_wheel(clone: Path, target: Path) -> Path:
+    """
+    Builds the wheel of the sources in a clone, offline; the same sources give the same file.
+
+    Raises:
+        ValueError: If setuptools cannot build it.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # a build writes into its tree, and takes over what lies in an old one
+        tree = Path(folder)
+        for name in SOURCES:
+            source = clone / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            else:
+                shutil.copyfile(source, tree / name)
+        for path in tree.rglob("*"):
+            os.utime(path, (int(BUILD_DATE), int(BUILD_DATE)))
+        target.mkdir(parents=True, exist_ok=True)
+        built = subprocess.run(
+            [sys.executable, "-c", BUILD, str(target)],
+            cwd=tree,
+            env={**os.environ, "SOURCE_DATE_EPOCH": BUILD_DATE},
+            capture_output=True,
+            text=True,
+        )
+    if built.returncode:
+        raise ValueError(
+            "The wheel could not be built. It takes setuptools 77.0.3 or later (`pip install -U setuptools`). What it "
+            f"said:\n{built.stderr.strip()[-2000:]}"
+        )
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+def _unpack(wheel: Path, folder: Path) -> list[str]:
+    """Puts the package itself beside the app, which finds it there, and returns the requirements of the package."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith(f"{PACKAGE}/")])
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        requirements = message_from_string(archive.read(metadata).decode()).get_all("Requires-Dist")
+    return [requirement for requirement in requirements if "extra ==" not in requirement]
