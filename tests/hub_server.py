@@ -143,8 +143,23 @@ class HubServer:
         `cache` is the folder of its caches, and `env` goes on top of the environment, e.g. `HF_TOKEN`. `timeout` is in
         seconds.
         """
+        if not package:
+            code = f"{WITHOUT_PACKAGE}\n{code}\nassert not [m for m in sys.modules if m.startswith('diffusers_adm')]\n"
+        result = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            env={**self.environment(cache), **(env or {})},
+            cwd=cache.parent,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{self.requests[-20:]}"
+        return result.stdout
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        """Of a client's process, whose caches are in the folder `cache`."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {
+        return environment | {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(cache),
             "HF_HUB_OFFLINE": "0",
@@ -155,20 +170,7 @@ class HubServer:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
-            **(env or {}),
         }
-        if not package:
-            code = f"{WITHOUT_PACKAGE}\n{code}\nassert not [m for m in sys.modules if m.startswith('diffusers_adm')]\n"
-        result = subprocess.run(
-            [sys.executable, "-c", code, *map(str, args)],
-            env=environment,
-            cwd=cache.parent,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{self.requests[-20:]}"
-        return result.stdout
 
 
 class _Refusal(Exception):

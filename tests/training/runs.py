@@ -75,7 +75,7 @@ def own_process_state(script):
         transformers.utils.logging.set_verbosity(verbosity[1])
 
 
-def launch(script, arguments, folder):
+def launch(script, arguments, folder, environment=os.environ):
     """`accelerate launch` of a script, with two processes on the CPU; what it printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -83,7 +83,7 @@ def launch(script, arguments, folder):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
     command += ["--config_file", str(CONFIGS / "accelerate_two_cpu_processes.yaml")]
     command += [str(REPOSITORY / "training" / f"{script}.py"), *flags(**arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**environment, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr

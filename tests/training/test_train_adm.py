@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from PIL import Image
 from processes import kill_distributed, run_distributed
 from runs import (
@@ -164,16 +166,26 @@ def write_messy_folder(root):
     return str(root)
 
 
+PUSHED = {"push_to_hub": True, "hub_model_id": "alice/launched", "hub_private_repo": True}
+
+
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """The finished run, what it printed, and its arguments."""
+def hub():
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def launched(hub, tmp_path_factory):
+    """The finished run, what it printed, and its arguments besides those of the push at its end."""
     folder = tmp_path_factory.mktemp("launched")
     arguments = LAUNCHED | {
         "model_config_name_or_path": write_model_config(folder),
         "train_data_dir": write_messy_folder(folder / "images"),
         "output_dir": str(folder / "run"),
     }
-    output = launch("train_adm", arguments, folder)
+    pushed = PUSHED | {"hub_token": "token-of-alice"}
+    output = launch("train_adm", arguments | pushed, folder, hub.environment(folder / "cache"))
     return folder / "run", output, arguments
 
 
@@ -244,8 +256,31 @@ class TestLaunched:
 
     def test_its_arguments_read_back_as_a_recipe(self, launched):
         folder, _, arguments = launched
-        direct = parse_args(train_adm.ARGUMENT_TYPES, flags(**arguments))
+        direct = parse_args(train_adm.ARGUMENT_TYPES, flags(**arguments, **PUSHED))
         assert parse_args(train_adm.ARGUMENT_TYPES, ["--config", str(folder / "train_args.yaml")]) == direct
+
+    def test_the_result_is_on_the_hub(self, launched, hub):
+        folder, output, _ = launched
+        assert hub.repositories["alice/launched"].private
+        assert f"Pushed the result: {hub.endpoint}/alice/launched/commit/{hub.commit('alice/launched')}" in output
+        files = hub.files("alice/launched")
+        for name in ("unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
+            assert files[name] == (folder / name).read_bytes()
+        assert files["images/samples.png"] == (folder / "samples-0000011.png").read_bytes()
+        assert not [name for name in files if "checkpoint" in name or name.startswith("logs")]
+        card = ModelCard(files["README.md"].decode())
+        assert "lr_warmup_steps: 4" in card.text
+        assert "hub_model_id" not in card.text  # others are not to push there
+        assert card.data.pipeline_tag == "unconditional-image-generation"
+
+    def test_neither_token_nor_paths_get_out(self, launched, hub):
+        folder, output, _ = launched
+        kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert any("tfevents" in path.name for path in kept)
+        for content in (output.encode(), *kept.values(), *hub.files("alice/launched").values()):
+            assert b"token-of-alice" not in content
+        for name, content in hub.files("alice/launched").items():
+            assert str(folder.parent).encode() not in content, name
 
     @pytest.mark.slow
     def test_killed_and_resumed_it_ends_bit_by_bit_the_same(self, launched, tmp_path):
