@@ -55,14 +55,21 @@ CAPTION_HEIGHT = 14
 CSS = """
 .pixels img { image-rendering: pixelated; object-fit: contain; }
 .pixels img { width: 100%; height: 100%; }
+/* All pictures in sight, with no bar to scroll them, and no empty space below. */
+.pixels .grid-wrap { max-height: none; min-height: 0; }
+@media (max-width: 768px) {
+  /* One below the other: the button, what it makes, and then the finer settings. */
+  .controls { display: contents; }
+  .controls > *, .results { flex: 1 1 100%; }
+  .results { order: 1; }
+  .settings { order: 2; }
+}
 /* All tabs in sight on a phone. */
 @media (max-width: 480px) { .tab-container button { padding: 0 7px; font-size: 0.9em; } }
 footer { display: none !important; }
 """
-ONE_AT_A_TIME: dict[str, Any] = {
-    "concurrency_id": "model",
-    "concurrency_limit": 1,
-}  # one picture after the other: the cores are few
+# One drawing after the other: the cores are few.
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 DRAWING_SIDE = 256  # pixels
 EXAMPLES = (
     Recipe("fire", num_images=2),
@@ -236,9 +243,11 @@ class Space:
             picture, layers = drawn_on(drawing)
             picture = self.models.read_picture(picture)
             mask = self.models.read_mask(layers)
-        for status, pictures, _ in self._run(
-            lambda on_step: self.models.inpaint(recipe, picture, mask, on_step), progress
-        ):
+
+        def draw(on_step: OnStep) -> list[Image.Image]:
+            return self.models.inpaint(recipe, picture, mask, on_step)
+
+        for status, pictures, _ in self._run(draw, progress):
             yield pictures, status
 
     def sketch(
@@ -295,13 +304,16 @@ class Space:
                 yield result[0], status, gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
     def fill_in(self, request: gr.Request):
-        """The controls as a link says; as by default without one."""
+        """The controls as a link says; as they are where it says nothing."""
+        unchanged = [gr.skip()] * len(fields(Recipe))
         try:
             recipe = Recipe.from_query(dict(request.query_params))
+            if recipe is None:
+                return unchanged
             self.models.check(recipe)
         except ValueError as error:
             gr.Warning(f"The link does not hold a recipe. {error}")
-            recipe = Recipe()
+            return unchanged
         return recipe_values(recipe)
 
 
@@ -382,6 +394,21 @@ def picture_box(label: str, **kwargs: Any) -> gr.Image:
     return gr.Image(label=label, buttons=["download", "fullscreen"], **options, **kwargs)
 
 
+def drawing_board(label: str, elem_id: str, brush: gr.Brush) -> gr.ImageEditor:
+    return gr.ImageEditor(
+        type="pil",
+        label=label,
+        show_label=False,
+        sources=("upload", "clipboard"),
+        brush=brush,
+        layers=False,
+        transforms=(),
+        canvas_size=(DRAWING_SIDE, DRAWING_SIDE),
+        format="png",
+        elem_id=elem_id,
+    )
+
+
 def status_line() -> gr.Textbox:
     return gr.Textbox("Ready.", label="Status", interactive=False, max_lines=1)
 
@@ -389,78 +416,62 @@ def status_line() -> gr.Textbox:
 def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Gallery]:
     """The controls that make up a recipe, and the pictures."""
     with gr.Row():
-        with gr.Column(min_width=280):
+        with gr.Column(min_width=280, elem_classes="controls"):
             prompt, category = prompt_and_category(space.models, "fire")
             button = gr.Button("Generate", variant="primary")
-            guidance = guidance_slider()
-            images = images_slider(4)
-            seed = seed_box()
-            with gr.Accordion("More", open=False):
-                classifier = classifier_slider()
-                steps = steps_slider()
-                sampler = gr.Dropdown(list(SAMPLERS), value=Recipe().sampler, label="Sampler")
-                upscale = gr.Checkbox(False, label="Enlarge to 64 x 64", interactive=space.models.upsampler is not None)
-        with gr.Column(min_width=280):
+            with gr.Column(elem_classes="settings"):
+                examples = gr.Column()
+                guidance = guidance_slider()
+                images = images_slider(4)
+                seed = seed_box()
+                with gr.Accordion("More", open=False):
+                    classifier = classifier_slider()
+                    steps = steps_slider()
+                    sampler = gr.Dropdown(list(SAMPLERS), value=Recipe().sampler, label="Sampler")
+                    can_enlarge = space.models.upsampler is not None
+                    upscale = gr.Checkbox(False, label="Enlarge to 64 x 64", interactive=can_enlarge)
+        with gr.Column(min_width=280, elem_classes="results"):
             status = status_line()
             pictures = gallery()
-            download = gr.File(label="All pictures, with their recipe", interactive=False, height=90)
+            download = gr.DownloadButton("Download all, with their recipe", size="sm")
             link = gr.Markdown()
             with gr.Accordion("Reproduce", open=False):
                 recipe = gr.Textbox(label="Recipe (JSON)", lines=6, elem_id="recipe")
                 again = gr.Button("Draw this recipe")
-    controls: list[gr.components.Component] = [
-        prompt,
-        category,
-        guidance,
-        classifier,
-        steps,
-        sampler,
-        seed,
-        images,
-        upscale,
-    ]
+    controls = [prompt, category, guidance, classifier, steps, sampler, seed, images, upscale]
     outputs = [pictures, status, recipe, link, download]
     options: dict[str, Any] = {"outputs": outputs, "show_progress_on": status, **ONE_AT_A_TIME}
     gr.on([button.click, prompt.submit], space.generate, controls, api_name="generate", **options)
     again.click(space.reproduce, recipe, api_name="reproduce", **options)
-    examples = [recipe for recipe in EXAMPLES if recipe.category in space.models.categories]
-    gr.Examples(
-        [recipe_values(recipe) for recipe in examples],
-        controls,
-        outputs,
-        space.example,
-        cache_examples=True,
-        cache_mode="eager",
-        example_labels=[recipe.prompt or recipe.category for recipe in examples],
-        api_visibility="private",
-    )
+    recipes = [recipe for recipe in EXAMPLES if recipe.category in space.models.categories]
+    with examples:
+        gr.Examples(
+            [recipe_values(recipe) for recipe in recipes],
+            controls,
+            outputs,
+            space.example,
+            cache_examples=True,
+            cache_mode="eager",
+            example_labels=[recipe.prompt or recipe.category for recipe in recipes],
+            api_visibility="private",
+        )
     return controls, pictures
 
 
 def edit_tab(space: Space, generated: gr.Gallery) -> None:
     gr.Markdown("Upload a picture, paint over what shall change, and say what shall be there.")
     with gr.Row():
-        with gr.Column(min_width=280):
-            drawing = gr.ImageEditor(
-                type="pil",
-                label="Picture and mask",
-                show_label=False,
-                sources=("upload", "clipboard"),
-                brush=gr.Brush(default_size=40, colors=["#ff00ff"], color_mode="fixed"),
-                layers=False,
-                transforms=(),
-                canvas_size=(DRAWING_SIDE, DRAWING_SIDE),
-                format="png",
-                elem_id="edit-drawing",
-            )
+        with gr.Column(min_width=280, elem_classes="controls"):
+            drawing = drawing_board("Picture and mask", "edit-drawing", gr.Brush(40, ["#ff00ff"], color_mode="fixed"))
             gr.Button("Take the first picture of Generate", size="sm").click(
                 take_first, generated, drawing, api_visibility="private", queue=False
             )
             prompt, category = prompt_and_category(space.models)
             button = gr.Button("Repaint", variant="primary")
-            guidance, steps, images = guidance_slider(), steps_slider(), images_slider(2)
-            seed = seed_box()
-        with gr.Column(min_width=280):
+            with gr.Column(elem_classes="settings"):
+                guidance, steps, images = guidance_slider(), steps_slider(), images_slider(2)
+                seed = seed_box()
+        with gr.Column(min_width=280, elem_classes="results"):
             status = status_line()
             pictures = gallery()
     button.click(
@@ -476,25 +487,15 @@ def edit_tab(space: Space, generated: gr.Gallery) -> None:
 def sketch_tab(space: Space) -> None:
     gr.Markdown("Draw outlines, or upload a picture to take the edges of; then say what it is.")
     with gr.Row():
-        with gr.Column(min_width=280):
-            drawing = gr.ImageEditor(
-                type="pil",
-                label="Sketch",
-                show_label=False,
-                sources=("upload", "clipboard"),
-                brush=gr.Brush(default_size=8, colors=["#000000"], color_mode="fixed"),
-                layers=False,
-                transforms=(),
-                canvas_size=(DRAWING_SIDE, DRAWING_SIDE),
-                format="png",
-                elem_id="sketch-drawing",
-            )
+        with gr.Column(min_width=280, elem_classes="controls"):
+            drawing = drawing_board("Sketch", "sketch-drawing", gr.Brush(8, ["#000000"], color_mode="fixed"))
             prompt, category = prompt_and_category(space.models)
             button = gr.Button("Draw it", variant="primary")
-            strength = gr.Slider(0, MAX_CONTROLNET_SCALE, 1, step=0.1, label="Strength of the sketch")
-            guidance, steps, images = guidance_slider(), steps_slider(), images_slider(2)
-            seed = seed_box()
-        with gr.Column(min_width=280):
+            with gr.Column(elem_classes="settings"):
+                strength = gr.Slider(0, MAX_CONTROLNET_SCALE, 1, step=0.1, label="Strength of the sketch")
+                guidance, steps, images = guidance_slider(), steps_slider(), images_slider(2)
+                seed = seed_box()
+        with gr.Column(min_width=280, elem_classes="results"):
             status = status_line()
             gr.Markdown("What the ControlNet sees:")
             condition = picture_box("What the ControlNet sees", height=280)
@@ -511,12 +512,13 @@ def sketch_tab(space: Space) -> None:
 
 def look_inside_tab(space: Space) -> None:
     with gr.Row():
-        with gr.Column(min_width=280):
+        with gr.Column(min_width=280, elem_classes="controls"):
             prompt, category = prompt_and_category(space.models, "fire")
             button = gr.Button("Look inside", variant="primary")
-            guidance, classifier, steps = guidance_slider(), classifier_slider(), steps_slider(50)
-            seed = seed_box()
-        with gr.Column(min_width=280):
+            with gr.Column(elem_classes="settings"):
+                guidance, classifier, steps = guidance_slider(), classifier_slider(), steps_slider(50)
+                seed = seed_box()
+        with gr.Column(min_width=280, elem_classes="results"):
             status = status_line()
             picture = picture_box("Picture", height=280)
     gr.Markdown("### From noise to picture: x_t above the predicted x_0")

@@ -110,12 +110,12 @@ class Recipe:
         return json.dumps({**asdict(self), "weights": weights}, indent=1, ensure_ascii=False)
 
     def query(self) -> dict[str, str]:
-        """As the query of a link, without what is as by default."""
-        default = Recipe()
+        """As the query of a link: the prompt, which tells that there is a recipe, and what is not as by default."""
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            field.name: json.dumps(getattr(self, field.name)) if field.type is not str else getattr(self, field.name)
-            for field in fields(self)
-            if getattr(self, field.name) != getattr(default, field.name)
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in entries.items()
+            if name == "prompt" or value != getattr(Recipe, name)
         }
 
     @classmethod
@@ -136,8 +136,8 @@ class Recipe:
         return cls(**entries), weights
 
     @classmethod
-    def from_query(cls, query: dict[str, str]) -> "Recipe":
-        """From the query of a link; entries that are no part of a recipe belong to somebody else."""
+    def from_query(cls, query: dict[str, str]) -> "Recipe | None":
+        """From the query of a link, if it holds any entry of a recipe; other entries belong to somebody else."""
         known = {field.name: field for field in fields(cls)}
         entries: dict[str, Any] = {}
         for name, value in query.items():
@@ -147,7 +147,7 @@ class Recipe:
                 entries[name] = value if known[name].type is str else json.loads(value)
             except ValueError as error:
                 raise ValueError(f"The link says that {name} is {short(value)}, which cannot be read.") from error
-        return cls(**entries)
+        return cls(**entries) if entries else None
 
     @classmethod
     def _check_names(cls, entries: dict[str, Any]) -> None:

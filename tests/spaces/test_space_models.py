@@ -74,8 +74,9 @@ RECIPE = Recipe("a cat & a hat? 50%+", "cats", 2.5, 1.5, 7, "DDIM", 2**32 - 1, 3
 def test_recipes_survive_json_and_links():
     assert Recipe.from_json(RECIPE.to_json("abc")) == (RECIPE, "abc")
     assert Recipe.from_query(RECIPE.query()) == RECIPE
-    assert Recipe().query() == {}
-    assert Recipe.from_query({"__theme": "dark"}) == Recipe()
+    assert Recipe().query() == {"prompt": ""}
+    assert Recipe.from_query({"prompt": ""}) == Recipe()
+    assert Recipe.from_query({"__theme": "dark"}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,196 @@
+"""
+How long a visitor of the Space waits: `python spaces/app.py` as a process of its own, asked over its API.
+
+    python benchmarks/bench_space.py [--models spaces/model] [--calls 5] [--json results.json]
+
+From the start of the process, with empty caches: until the page answers, until the first preview of the first visitor
+(4 pictures of a prompt at 25 steps) and until the pictures are there; the examples are drawn meanwhile, as on a new
+machine. Then, when they are cached, the same call again and again, how long the page takes to answer while it draws, a
+plain call of the pipeline for comparison, in a process of its own, and `from_pretrained` after the imports, in a fresh
+process each. Seconds, of this machine as it is: close other programs. Nothing is required of them here.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gradio_client
+from measuring import describe_machine
+
+
+ROOT = Path(__file__).parents[1]
+APP = ROOT / "spaces" / "app.py"
+START_SECONDS, EXAMPLES_SECONDS = 180, 600
+NUM_IMAGES, NUM_STEPS = 4, 25
+REQUEST = {
+    "prompt": "fire",
+    "category": "any",
+    "guidance_scale": 4,
+    "classifier_scale": 0,
+    "steps": NUM_STEPS,
+    "sampler": "DPM-Solver++",
+    "seed": 0,
+    "num_images": NUM_IMAGES,
+    "upscale": False,
+}
+# What the Space does with them, less the page: the same solver around the same networks.
+PLAIN_CALLS = f"""
+import json, sys, time
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers_adm import ADMPipeline
+folder, variant, calls = sys.argv[1], sys.argv[2] or None, int(sys.argv[3])
+start = time.perf_counter()
+pipe = ADMPipeline.from_pretrained(folder, variant=variant, dtype=torch.float32)
+times = [time.perf_counter() - start]
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, variance_type=None)
+pipe.set_progress_bar_config(disable=True)
+for _ in range(calls):
+    generators = [torch.Generator().manual_seed(i) for i in range({NUM_IMAGES})]
+    start = time.perf_counter()
+    pipe("fire", num_images_per_prompt={NUM_IMAGES}, num_inference_steps={NUM_STEPS}, guidance_scale=4.0,
+         generator=generators)
+    times.append(time.perf_counter() - start)
+print(json.dumps(times))
+"""
+
+
+@contextmanager
+def app(models: Path, home: Path) -> Iterator[str]:
+    """The app with caches of its own in `home`; its address, at which nothing may answer yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "GRADIO_TEMP_DIR": str(home / "files"),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(APP), "--models", str(models), "--port", str(port)]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_for(what: str, seconds: float, is_there) -> None:
+    end = time.monotonic() + seconds
+    while not is_there():
+        if time.monotonic() > end:
+            raise TimeoutError(f"No {what} within {seconds:.0f} s.")
+        time.sleep(0.05)
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def draw(client: gradio_client.Client) -> tuple[float, float]:
+    """Times of the first preview and of the pictures, by the clock."""
+    first = None
+    job = client.submit(**REQUEST, api_name="/generate")
+    for _ in job:
+        first = first or time.monotonic()
+    job.result()
+    return first, time.monotonic()
+
+
+def latencies(address: str, until: threading.Event) -> list[float]:
+    """Of requests for the page, one after the other, five a second."""
+    times = []
+    while not until.wait(0.2):
+        start = time.monotonic()
+        urllib.request.urlopen(address, timeout=30).close()
+        times.append(time.monotonic() - start)
+    return times
+
+
+def measure_app(models: Path, calls: int) -> Iterator[tuple[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        home, start = Path(folder), time.monotonic()
+        with app(models, home) as address:
+            wait_for("page", START_SECONDS, lambda: answers(address))
+            yield "page answers", time.monotonic() - start
+            client = gradio_client.Client(address, verbose=False, download_files=str(home / "downloads"))
+            preview, pictures = draw(client)
+            yield "first preview", preview - start
+            yield "first pictures", pictures - start
+            examples = next(part["props"] for part in client.config["components"] if part["type"] == "dataset")
+
+            def examples_are_drawn() -> bool:
+                return sum(len(path.read_text().split()) for path in home.rglob("indices.csv")) == len(
+                    examples["samples"]
+                )
+
+            wait_for("examples", EXAMPLES_SECONDS, examples_are_drawn)
+            yield "examples are cached", time.monotonic() - start
+
+            times, done, answered = [], threading.Event(), []
+            watcher = threading.Thread(target=lambda: answered.extend(latencies(address, done)))
+            watcher.start()
+            for _ in range(calls):
+                start = time.monotonic()
+                times.append(draw(client)[1] - start)
+            done.set()
+            watcher.join()
+    yield "call", statistics.median(times)
+    yield "page while drawing", statistics.median(answered)
+    yield "page while drawing, slowest", max(answered)
+
+
+def measure_pipeline(models: Path, calls: int) -> Iterator[tuple[str, float]]:
+    variant = "fp16" if any((models / "base").rglob("*.fp16.safetensors")) else ""
+    command = [sys.executable, "-c", PLAIN_CALLS, str(models / "base"), variant]
+
+    def run(calls: int) -> list[float]:
+        output = subprocess.run([*command, str(calls)], check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(output.splitlines()[-1])
+
+    loads = [run(0)[0] for _ in range(2)]
+    load, *times = run(calls)
+    yield "from_pretrained", statistics.median([*loads, load])
+    yield "plain call", statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=ROOT / "spaces" / "model", help="The folder of the models.")
+    parser.add_argument("--calls", type=int, default=5, help="Of which the median is taken.")
+    parser.add_argument("--json", type=Path, help="Write the results to this file as well.")
+    args = parser.parse_args()
+
+    machine = describe_machine("cpu")
+    print(machine)
+    print(f"{NUM_IMAGES} pictures at {NUM_STEPS} steps, guidance; medians of {args.calls} calls; seconds")
+    results = {}
+    for measure in (measure_app, measure_pipeline):
+        for name, value in measure(args.models, args.calls):
+            results[name] = value
+            print(f"{name:30} {value:8.3f}", flush=True)
+    print(f"{'call / plain call':30} {results['call'] / results['plain call']:8.3f}")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, **results}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
