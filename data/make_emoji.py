@@ -7,12 +7,16 @@ Makes the embedded emoji sets from parquet files of 64x64 emoji in the format of
     python data/make_emoji.py noto-emoji-64-test.parquet data/noto-emoji-64/test.parquet --size 64
     python data/make_emoji.py twemoji-emoji-64-train.parquet data/twemoji-32/train.parquet --size 32 --per_class 24
 
+With `--popular data/popular.txt` it makes the rows that are shown more often than the others while the demonstration
+model is trained (not embedded; spaces/model/README.md has the recipe).
+
 The same input gives the same bytes (with the versions in constraints.txt: Pillow, zlib and libwebp choose the encoding,
 and pyarrow writes its version into the file).
 """
 
 import argparse
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +64,24 @@ def pick(labels: Sequence[int], per_class: int) -> list[int]:
     return sorted(int(row) for row in picked)
 
 
-def convert(source: Path, target: Path, size: int = 32, per_class: int | None = None) -> int:
+def repeat_popular(names: Sequence[str], labels: Sequence[int], lines: Sequence[str]) -> list[tuple[int, str]]:
+    """
+    Rows and what they are called, over and over: in each class that has any, about as many as the class has rows.
+
+    Args:
+        names, labels (sequences): Of the rows of the set.
+        lines (sequence of `str`): Each the name of a row and, after commas, other words for it. Empty lines and those
+            that begin with # are passed over, and so are names that the set does not have.
+    """
+    words = [[word.strip() for word in line.split(",")] for line in lines if line.strip() and line[0] != "#"]
+    chosen = [(names.index(first), word) for first, *others in words if first in names for word in (first, *others)]
+    sizes, shares = Counter(labels), Counter(labels[row] for row, _ in chosen)
+    return [pair for pair in chosen for _ in range(max(1, round(sizes[labels[pair[0]]] / shares[labels[pair[0]]])))]
+
+
+def convert(
+    source: Path, target: Path, size: int = 32, per_class: int | None = None, popular: Path | None = None
+) -> int:
     """
     Writes the columns `image` (at `size`), `text` and `label` of `source` to `target`. The feature types of `datasets`
     go into the file's metadata, so that `load_dataset("parquet", data_files=...)` knows the images and the label names.
@@ -69,6 +90,7 @@ def convert(source: Path, target: Path, size: int = 32, per_class: int | None = 
         source (`Path`), target (`Path`): The files.
         size (`int`): As of `encode`.
         per_class (`int`, *optional*): How many rows of each class are kept; `None`: all.
+        popular (`Path`, *optional*): The file whose lines `repeat_popular` takes; `None`: every row once.
 
     Returns:
         `int`: The number of rows written.
@@ -76,6 +98,11 @@ def convert(source: Path, target: Path, size: int = 32, per_class: int | None = 
     table = pq.read_table(source)
     if per_class is not None:
         table = table.take(pick(table["label"].to_pylist(), per_class))
+    if popular is not None:
+        lines = popular.read_text(encoding="utf-8").splitlines()
+        rows, words = zip(*repeat_popular(table["text"].to_pylist(), table["label"].to_pylist(), lines), strict=True)
+        table = table.take(rows)
+        table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(words))
     source_features = Features.from_arrow_schema(table.schema)
     features = Features({name: source_features[name] for name in ("image", "text", "label")})
     images = [{"bytes": encode(row["bytes"], size), "path": row["path"]} for row in table["image"].to_pylist()]
@@ -96,8 +123,9 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="parquet file to write")
     parser.add_argument("--size", type=int, choices=(32, 64), default=32, help="pixels of the images to write")
     parser.add_argument("--per_class", type=int, help="rows of each class to keep, drawn with seed 0; all by default")
+    parser.add_argument("--popular", type=Path, help="list of names whose rows are repeated, and no others")
     args = parser.parse_args()
-    rows = convert(args.source, args.target, args.size, args.per_class)
+    rows = convert(args.source, args.target, args.size, args.per_class, args.popular)
     print(f"{args.target}: {rows} images, {args.target.stat().st_size / 1e6:.2f} MB")
 
 

@@ -188,6 +188,29 @@ class TestScript:
         assert script.pick(labels, 8) == picked
         assert len(script.pick(labels, 100)) == len(labels)
 
+    def test_popular_rows_get_as_many_as_their_class_has(self, script):
+        names = [f"name {i}" for i in range(20)]
+        labels = [0] * 12 + [1] * 8
+        lines = ["# a comment", "name 3, another word", "", "name 5", "name 15", "nowhere"]
+        pairs = Counter(script.repeat_popular(names, labels, lines))
+        assert pairs == {(3, "name 3"): 4, (3, "another word"): 4, (5, "name 5"): 4, (15, "name 15"): 8}
+
+    def test_popular_rows_keep_picture_and_class(self, script, source, tmp_path):
+        (tmp_path / "popular.txt").write_text("down, below\n")
+        assert script.convert(source, tmp_path / "target.parquet", 64, popular=tmp_path / "popular.txt") == 2
+        target = load_dataset("parquet", data_files=str(tmp_path / "target.parquet"), cache_dir=str(tmp_path))["train"]
+        everything = load_dataset("parquet", data_files=str(source), cache_dir=str(tmp_path))["train"]
+        assert list(target["text"]) == ["down", "below"]
+        for row in target:
+            assert row["label"] == everything[1]["label"]
+            np.testing.assert_array_equal(np.asarray(row["image"]), np.asarray(everything[1]["image"]))
+
+    def test_the_embedded_list_names_pictures_of_the_set(self, emoji):
+        lines = (DATA / "popular.txt").read_text().splitlines()
+        names = [line.split(",")[0].strip() for line in lines if line and line[0] != "#"]
+        assert len(names) == len(set(names)) > 60
+        assert set(names) <= set(emoji["train"]["text"])
+
     def test_same_bytes_each_time(self, script, source, tmp_path):
         for name in ("first.parquet", "second.parquet"):
             script.convert(source, tmp_path / name)
