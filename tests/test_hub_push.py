@@ -136,6 +136,8 @@ words = b"---\\nlicense: mit\\n---\\n\\n# My own words\\n"
 hub.upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id="alice/unet")
 pipe.unet.push_to_hub("alice/unet", **mine)
 main(["push", run, "alice/run", "--token", "token-of-alice", "--include_code"])
+pipe.unet.save_pretrained(copy + "/lone")
+main(["push", copy + "/lone", "alice/lone", "--token", "token-of-alice"])
 for token in (None, "wrong", "token-of-bob"):
     try:
         pipe.push_to_hub("alice/refused", token=token)
@@ -171,7 +173,7 @@ assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == 
         kept = ModelCard(hub.files("alice/unet")["README.md"].decode())
         assert kept.text.strip() == "# My own words"
         assert (kept.data.license, kept.data.library_name) == ("mit", "diffusers")
-        for repo in ("pushed", "saved", "scheduler", "scheduler2", "run"):
+        for repo in ("pushed", "saved", "scheduler", "scheduler2", "run", "lone"):
             card = ModelCard(hub.files(f"alice/{repo}")["README.md"].decode())
             assert card.data.library_name == "diffusers"
             assert model_cards.MARK in card.text

@@ -322,7 +322,7 @@ def push_folder(
         )
     if include_code:
         raise ValueError(f"{folder} holds no pipeline, and code goes with pipelines alone. Leave `include_code` out.")
-    pushed = LoraAdapter(folder) if place is None else AutoModel.from_pretrained(place)
+    pushed = LoraAdapter(folder) if place is None else AutoModel.from_pretrained(str(place))
     repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
     with tempfile.TemporaryDirectory() as staged:
         if place is None:
