@@ -37,6 +37,7 @@ CHANGES = {
 }
 # What a block contains, and why it is not run.
 LEFT_OUT = {
+    "push-space user/name": "builds a wheel; tests/test_hub_space.py runs it",
     "pip install -e": "installs from the network",
     "--checkpoint lsun_cat.pt": "a published file of 2 GB; tests/conversion/ runs the command on small ones",
     'custom_pipeline="pipeline"': "is for machines without this package; tests/test_hub_repositories.py runs it there",
@@ -97,7 +98,7 @@ def clone(tmp_path) -> Path:
     """What the commands need of a clone; and a folder of captioned images."""
     clone = tmp_path / "clone"
     clone.mkdir()
-    for name in ("training", "spaces", "data"):
+    for name in ("src", "training", "spaces", "data"):
         (clone / name).symlink_to(REPOSITORY / name)
     images = clone / "path" / "to" / "images"
     images.mkdir(parents=True)
