@@ -9,10 +9,12 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
-from toy_models import CONDITIONAL, random_unet
+from toy_models import CONDITIONAL, random_classifier, random_unet
 
-from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler, model_cards
-from diffusers_adm.model_cards import write_model_card
+from diffusers_adm import AdaGNControlNetModel, ADMPipeline, LearnedVarianceDDPMScheduler, model_cards
+from diffusers_adm.evaluation import ImageSetComparison
+from diffusers_adm.model_cards import LoraAdapter, write_model_card
+from diffusers_adm.training import add_lora, save_id2label, save_lora
 
 
 NONE = dict.fromkeys(("vae", "text_encoder", "tokenizer", "classifier"))
@@ -42,8 +44,45 @@ def run(tmp_path) -> Path:
     bits = {"num_images": 8, "num_timesteps": 50, "bits_per_dim": 4.95361, "bits_per_dim_standard_error": 0.145}
     bits["settings"] = {"dataset": ["/home/somebody/data/noto-emoji-32/test.parquet"]}
     (folder / "bits_per_dim.json").write_text(json.dumps(bits))
+    compared = ImageSetComparison(
+        num_samples=200,
+        num_reference=163,
+        feature_dim=64,
+        frechet_distance=12.34567,
+        precision=0.75,
+        recall=0.5,
+        diversity=1.0,
+        diversity_standard_error=0.1,
+        reference_diversity=1.0,
+        inception_score=3.25,
+        inception_score_std=0.1,
+    ).to_dict()
+    compared["settings"] = {
+        "features": "classifier:/home/somebody/runs/judge",
+        "samples": ["/home/somebody/samples"],
+        "reference": ["/home/somebody/data/noto-emoji-32/test.parquet"],
+    }
+    (folder / "frechet.json").write_text(json.dumps(compared))
     (folder / "checkpoint-200").mkdir()
     (folder / "checkpoint-200" / "optimizer.bin").write_bytes(b"0" * 100)
+    return folder
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    """Folders of the other kinds of runs: a classifier, a branch and an adapter."""
+    folder = tmp_path / "parts"
+    random_classifier(num_classes=4).save_pretrained(folder / "judge" / "classifier")
+    save_id2label(folder / "judge" / "classifier", {0: "cat", 1: "dog", 2: "fox", 3: "owl"})
+    LearnedVarianceDDPMScheduler(num_train_timesteps=500).save_pretrained(folder / "judge" / "scheduler")
+    unet = random_unet(**CONDITIONAL)
+    AdaGNControlNetModel.from_unet(unet).save_pretrained(folder / "edges")
+    add_lora(unet, 4)
+    (folder / "lora").mkdir()
+    save_lora(unet, folder / "lora")
+    for name in ("judge", "edges", "lora"):
+        recipe = RECIPE | {"pretrained_model_name_or_path": "alice/pushed"}
+        (folder / name / "train_args.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
 
@@ -66,9 +105,20 @@ class TestCard:
         assert data.license == "apache-2.0"
         assert "ADMPipeline" in data.tags
         assert data.model_name == "emoji"
-        (result,) = data.eval_results
-        assert (result.metric_type, result.metric_value) == ("bits_per_dim", 4.9536)
-        assert result.dataset_name == "noto-emoji-32/test.parquet"
+        measured = {result.metric_type: result.metric_value for result in data.eval_results}
+        assert measured == {
+            "bits_per_dim": 4.9536,
+            "frechet_distance": 12.3457,
+            "inception_score": 3.25,
+            "precision": 0.75,
+            "recall": 0.5,
+        }
+        assert data.metrics == list(measured)
+        assert {result.dataset_name for result in data.eval_results} == {"noto-emoji-32/test.parquet"}
+        assert "Frechet distance (200 samples, features of the classifier runs/judge)" in {
+            result.metric_name for result in data.eval_results
+        }
+        assert "frechet distance 12.35, inception score 3.25, precision 0.75, recall 0.5 (200 samples" in card.text
         assert 'DiffusionPipeline.from_pretrained("alice/emoji")' in card.text
         assert "trust_remote_code" not in card.text
         assert "accelerate launch training/train_adm.py --config train_args.yaml" in card.text
@@ -79,6 +129,40 @@ class TestCard:
         assert "/home/somebody" not in card.content  # nothing of the machine it was trained on
         assert Image.open(folder / "images" / "samples.png").getpixel((0, 0)) == (0, 0, 255)  # the last ones
         assert (folder / "images" / "loss_curves.png").is_file()
+
+    def test_fid_is_of_inception_alone(self, run, tmp_path):
+        path = run / "frechet.json"
+        path.write_text(path.read_text().replace("classifier:/home/somebody/runs/judge", "inception"))
+        (run / "bits_per_dim.json").unlink()
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/emoji"))
+        assert card.data.metrics == ["fid", "inception_score", "precision", "recall"]
+        assert "bits per dimension" not in card.text
+
+    @pytest.mark.parametrize("base, named", [("alice/base", "alice/base"), ("/home/somebody/runs/base", "runs/base")])
+    def test_of_what_stands_beside_its_base(self, base, named, run, tmp_path):
+        (run / "train_args.yaml").write_text(yaml.safe_dump(RECIPE | {"pretrained_model_name_or_path": base}))
+        AdaGNControlNetModel.from_unet(random_unet(**CONDITIONAL)).save_pretrained(run)
+        branch = AdaGNControlNetModel.from_pretrained(run)
+        for number, (pushed, line) in enumerate(
+            (
+                (branch, f'ADMControlNetPipeline.from_pretrained("{named}", controlnet=controlnet)'),
+                (LoraAdapter(run), 'pipe.load_lora_weights("alice/part")'),
+            )
+        ):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            card = ModelCard.load(write_model_card(pushed, folder, "alice/part"))
+            assert f"its base, `{named}`" in card.text
+            assert line in card.text
+            relation = (card.data.base_model, card.data.get("base_model_relation"))
+            assert relation == (("alice/base", "adapter") if base == named else (None, None))
+            assert "/home/somebody" not in card.content
+
+    def test_of_a_fine_tuned_pipeline(self, run, tmp_path):
+        (run / "train_args.yaml").write_text(yaml.safe_dump(RECIPE | {"pretrained_model_name_or_path": "alice/base"}))
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/emoji"))
+        assert (card.data.base_model, card.data.base_model_relation) == ("alice/base", "finetune")
+        assert "license" not in card.data.to_dict()  # that of the base counts, too
 
     def test_claims_nothing_unknown(self, tmp_path):
         card = ModelCard.load(write_model_card(make_pipeline(), tmp_path, "alice/emoji"))
@@ -121,7 +205,9 @@ from diffusers_adm import ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMSche
 from diffusers_adm.hub import main
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-run, copy = sys.argv[1:]
+from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
+from diffusers_adm.evaluation.data import load_classifier
+run, copy, parts = sys.argv[1:]
 pipe = ADMPipeline.from_pretrained(run)
 mine = {"token": "token-of-alice"}
 pipe.push_to_hub("alice/pushed", commit_message="First", private=True, include_code=True, **mine)
@@ -136,8 +222,14 @@ words = b"---\\nlicense: mit\\n---\\n\\n# My own words\\n"
 hub.upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id="alice/unet")
 pipe.unet.push_to_hub("alice/unet", **mine)
 main(["push", run, "alice/run", "--token", "token-of-alice", "--include_code"])
-pipe.unet.save_pretrained(copy + "/lone")
-main(["push", copy + "/lone", "alice/lone", "--token", "token-of-alice"])
+for part in ("judge", "edges", "lora"):
+    main(["push", f"{parts}/{part}", f"alice/{part}", "--token", "token-of-alice"])
+classifier, names = load_classifier("classifier", "alice/judge", None)
+assert (classifier.config.num_classes, names[1]) == (4, "dog")
+noise = LearnedVarianceDDPMScheduler.from_pretrained("alice/judge", subfolder="scheduler")
+assert noise.config.num_train_timesteps == 500
+branch = AdaGNControlNetModel.from_pretrained("alice/edges")
+ADMControlNetPipeline.from_pretrained("alice/pushed", controlnet=branch, **mine).load_lora_weights("alice/lora")
 for token in (None, "wrong", "token-of-bob"):
     try:
         pipe.push_to_hub("alice/refused", token=token)
@@ -152,9 +244,18 @@ assert LearnedVarianceDDPMScheduler.from_pretrained("alice/scheduler").config.nu
 assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == "dog"
 """
 
-    def test_all_that_can_be_pushed(self, run, tmp_path):
+    def test_all_that_can_be_pushed(self, run, parts, tmp_path):
         with HubServer() as hub:
-            said = hub.run_client(self.CLIENT, run, tmp_path / "copy", cache=tmp_path / "cache")
+            said = hub.run_client(self.CLIENT, run, tmp_path / "copy", parts, cache=tmp_path / "cache")
+        for repo in hub.repositories:
+            for name, content in hub.files(repo).items():
+                assert str(tmp_path).encode() not in content, (repo, name)
+                assert b"/home/somebody" not in content, (repo, name)
+        assert {name for name in hub.files("alice/lora") if name[0] != "."} == {
+            "README.md",
+            "pytorch_lora_weights.safetensors",
+        }
+        assert {"config.json", "id2label.json", "scheduler/scheduler_config.json"} < set(hub.files("alice/judge"))
         assert said.count("refused") == 3
         assert "refused 401" in said
         assert "refused 403" in said
@@ -173,7 +274,7 @@ assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == 
         kept = ModelCard(hub.files("alice/unet")["README.md"].decode())
         assert kept.text.strip() == "# My own words"
         assert (kept.data.license, kept.data.library_name) == ("mit", "diffusers")
-        for repo in ("pushed", "saved", "scheduler", "scheduler2", "run", "lone"):
+        for repo in ("pushed", "saved", "scheduler", "scheduler2", "run", "judge", "edges", "lora"):
             card = ModelCard(hub.files(f"alice/{repo}")["README.md"].decode())
             assert card.data.library_name == "diffusers"
             assert model_cards.MARK in card.text

@@ -4,6 +4,8 @@ lean ones, and those that `include_code=True` makes. And what the client says to
 """
 
 import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,16 @@ assert type(pipe).__name__ == "ADMPipeline", pipe
             hub.run_client(self.PRIVATE, cache=tmp_path / "cache", package=False, env=env)
 
 
+class MarkOnLoad:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 class TestBadInput:
     CLIENT = (
         SHARED
@@ -201,6 +213,9 @@ said = {
     "unknown pipeline": refusal(load, "alice/other"),
     "unknown library": refusal(load, "alice/library"),
     "altered": refusal(load, "alice/altered"),
+    "empty": refusal(load, "alice/empty"),
+    "no config": refusal(load, "alice/parts", **({} if package else code), trust_remote_code=True),
+    "pickle": refusal(load, "alice/pickle", **({} if package else code), trust_remote_code=True),
     "damaged": refusal(load, "alice/damaged", trust_remote_code=True, **({} if package else code)),
     "damaged part": refusal(AdaGNUNet2DModel.from_pretrained, "alice/damaged", subfolder="unet") if package else None,
     "loaded": load("alice/private", token="token-of-alice").unet.config.in_channels if package else None,
@@ -224,6 +239,11 @@ torch.save(said, result)
             hub.add_commit("alice/private", folder / "lean", private=True)
             hub.add_commit("alice/marked", folder / "plain")
             hub.add_commit("alice/damaged", folder / "upscale")
+            hub.add_commit("alice/parts", folder / "upscale")
+            hub.add_commit("alice/pickle", folder / "upscale")
+            (tmp_path / "empty").mkdir()
+            (tmp_path / "empty" / "README.md").write_text("Nothing here yet.")
+            hub.add_commit("alice/empty", tmp_path / "empty")
             # Of the right length, so that the client finds no fault with it.
             damaged = (folder / "upscale" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
             hub.tampered[hub.store(damaged)] = damaged[:-1] + bytes([damaged[-1] ^ 1])
@@ -233,6 +253,12 @@ torch.save(said, result)
                 files = dict(repository.commits[repository.refs["main"]].files)
                 files[path] = hub.store(change(hub.blobs[files[path]]))
                 repository.add("main", files, "Alter")
+
+            def replace(repo: str, path: str, files: dict[str, bytes]) -> None:
+                repository = hub.repositories[repo]
+                kept = dict(repository.commits[repository.refs["main"]].files)
+                del kept[path]
+                repository.add("main", kept | {name: hub.store(data) for name, data in files.items()}, "Replace")
 
             def rewrite(repo: str, **entries) -> None:
                 alter(repo, "model_index.json", lambda old: json.dumps(json.loads(old) | entries).encode())
@@ -246,6 +272,9 @@ torch.save(said, result)
             rewrite("alice/library", unet=["os", "system"])
             weights = "unet/diffusion_pytorch_model.safetensors"
             alter("alice/altered", weights, lambda old: old[:-64])
+            replace("alice/parts", "unet/config.json", {})
+            payload = pickle.dumps({"weight": MarkOnLoad(str(marks / "pickle"))})
+            replace("alice/pickle", weights, {"unet/diffusion_pytorch_model.bin": payload})
             result = tmp_path / "result.pt"
             arguments = (result, marks, "yes" if package else "")
             hub.run_client(self.CLIENT, *arguments, cache=tmp_path / "cache", package=package)
@@ -254,6 +283,9 @@ torch.save(said, result)
             name = "missing" if key == "missing" else "private"
             assert f"Cannot load model alice/{name}: the model is not fully cached locally" in said[key], said[key]
         assert said["executed"] == []
+        assert "model_index.json" in said["empty"], said["empty"]
+        assert "config.json" in said["no config"], said["no config"]
+        assert said["pickle"].startswith("OSError"), said["pickle"]
         # Where the package is, its own components are used even so.
         expected = {"pipeline"} if package else {Path(path).stem for path in shipped}
         assert set(said["executed if trusted"]) == expected
