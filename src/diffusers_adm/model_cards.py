@@ -117,13 +117,13 @@ def _find_run(pushed: Any, folder: Path) -> Path | None:
 
 
 def _read_args(run: Path | None) -> dict[str, Any]:
-    """The recipe of a run: arguments that were given a value, without the folders of the machine it ran on."""
+    """The recipe of a run: arguments that were given a value. They may hold paths, see `_public`."""
     if run is None:
         return {}
     import yaml
 
     args = yaml.safe_load((run / "train_args.yaml").read_text(encoding="utf-8"))
-    return {name: _public(value) for name, value in args.items() if value is not None and name not in NO_RECIPE}
+    return {name: value for name, value in args.items() if value is not None and name not in NO_RECIPE}
 
 
 def _public(value: Any) -> Any:
@@ -231,7 +231,9 @@ def _text(pushed: Any, folder: Path, repo_id: str, run: Path | None, args: Mappi
         script = next((script for cls, script in SCRIPTS.items() if isinstance(pushed, cls)), "train_adm.py")
         import yaml
 
-        recipe = yaml.safe_dump(args, sort_keys=False, allow_unicode=True).strip()
+        recipe = yaml.safe_dump(
+            {name: _public(value) for name, value in args.items()}, sort_keys=False, allow_unicode=True
+        ).strip()
         parts += [
             "## Training",
             f"With diffusers-adm, `train_args.yaml` holding the recipe below:\n\n```bash\naccelerate launch "
@@ -244,7 +246,7 @@ def _text(pushed: Any, folder: Path, repo_id: str, run: Path | None, args: Mappi
     parts += ["## Limits", _limits(pushed)]
     if args:
         known = [text for text, _ in _known_data(args)]
-        named = args.get("dataset_name") or "images of its author's, whose rights this card does not know"
+        named = _public(args.get("dataset_name")) or "images of its author's, whose rights this card does not know"
         parts += ["## Data", f"Trained on {'; '.join(known) or named}."]
     return "\n\n".join(parts)
 
@@ -295,7 +297,7 @@ def _description(pushed: Any) -> str:
 
 
 def _loading(pushed: Any, folder: Path, repo_id: str, args: Mapping[str, Any]) -> str:
-    name, base = type(pushed).__name__, args.get("pretrained_model_name_or_path", "the/base")
+    name, base = type(pushed).__name__, _public(args.get("pretrained_model_name_or_path", "the/base"))
     if isinstance(pushed, AdaGNControlNetModel):
         return (
             f"It works beside its base, `{base}`:\n\n```python\nfrom diffusers_adm import ADMControlNetPipeline, {name}"
