@@ -105,9 +105,7 @@ class TestPushed:
     def test_files(self, pushed):
         hub, _ = pushed
         space = hub.repositories["spaces/alice/demo"]
-        first, second = (
-            set(commit.files) for commit in space.commits.values() if commit.message in ("First", "Second")
-        )
+        first, second = (c.files for c in space.commits.values() if c.message in ("First", "Second"))
         app = {"app.py", "space_models.py", "README.md", "requirements.txt", WHEEL, ".gitattributes"}
         assert {name for name in first if not name.startswith("model/")} == app
         assert "model/base/unet/diffusion_pytorch_model.safetensors" in first
