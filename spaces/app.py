@@ -64,6 +64,10 @@ CSS = """
   .results { order: 1; }
   .settings { order: 2; }
 }
+/* Strips of many pictures: below their buttons, and to be scrolled rather than tiny. */
+.strip { padding-top: 36px !important; }
+.strip .image-container { overflow-x: auto; }
+.strip img { min-width: 640px; }
 /* All tabs in sight on a phone. */
 @media (max-width: 480px) { .tab-container button { padding: 0 7px; font-size: 0.9em; } }
 footer { display: none !important; }
@@ -143,7 +147,7 @@ def plot(inside: Inside) -> Any:
     """The learned variance between its bounds, and the terms of the variational bound, by timestep."""
     from matplotlib.figure import Figure  # slow to import, and not pyplot, which keeps figures
 
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(5.5, 7), dpi=150, layout="constrained")  # narrow, for phones
     top, bottom = figure.subplots(2)
     lower, upper = zip(*inside.bounds, strict=True)
     low, middle, high = zip(*inside.log_variances, strict=True)
@@ -389,9 +393,16 @@ def gallery(label: str = "Pictures") -> gr.Gallery:
     )
 
 
-def picture_box(label: str, **kwargs: Any) -> gr.Image:
-    options: dict[str, Any] = {"show_label": False, "format": "png", "interactive": False, "elem_classes": "pixels"}
-    return gr.Image(label=label, buttons=["download", "fullscreen"], **options, **kwargs)
+def picture_box(label: str, elem_classes: str = "pixels", height: int | None = None) -> gr.Image:
+    return gr.Image(
+        label=label,
+        show_label=False,
+        format="png",
+        height=height,
+        elem_classes=elem_classes.split(),
+        interactive=False,
+        buttons=["download", "fullscreen"],
+    )
 
 
 def drawing_board(label: str, elem_id: str, brush: gr.Brush) -> gr.ImageEditor:
@@ -462,7 +473,7 @@ def edit_tab(space: Space, generated: gr.Gallery) -> None:
     gr.Markdown("Upload a picture, paint over what shall change, and say what shall be there.")
     with gr.Row():
         with gr.Column(min_width=280, elem_classes="controls"):
-            drawing = drawing_board("Picture and mask", "edit-drawing", gr.Brush(40, ["#ff00ff"], color_mode="fixed"))
+            drawing = drawing_board("Picture and mask", "edit-drawing", gr.Brush(24, ["#ff00ff"], color_mode="fixed"))
             gr.Button("Take the first picture of Generate", size="sm").click(
                 take_first, generated, drawing, api_visibility="private", queue=False
             )
@@ -488,7 +499,7 @@ def sketch_tab(space: Space) -> None:
     gr.Markdown("Draw outlines, or upload a picture to take the edges of; then say what it is.")
     with gr.Row():
         with gr.Column(min_width=280, elem_classes="controls"):
-            drawing = drawing_board("Sketch", "sketch-drawing", gr.Brush(8, ["#000000"], color_mode="fixed"))
+            drawing = drawing_board("Sketch", "sketch-drawing", gr.Brush(4, ["#000000"], color_mode="fixed"))
             prompt, category = prompt_and_category(space.models)
             button = gr.Button("Draw it", variant="primary")
             with gr.Column(elem_classes="settings"):
@@ -522,9 +533,9 @@ def look_inside_tab(space: Space) -> None:
             status = status_line()
             picture = picture_box("Picture", height=280)
     gr.Markdown("### From noise to picture: x_t above the predicted x_0")
-    film = picture_box("From noise to picture")
+    film = picture_box("From noise to picture", "pixels strip")
     gr.Markdown("### Predicted x_0 by step")
-    predictions = picture_box("Predicted x_0 by step")
+    predictions = picture_box("Predicted x_0 by step", "pixels strip")
     gr.Markdown("### Learned variance and bits per dimension")
     bound = gr.Markdown()
     curves = gr.Plot(label="By timestep", show_label=False, format="png")

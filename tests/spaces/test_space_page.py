@@ -1,32 +1,44 @@
 """The Space as visitors see it: over its API, and in headless Chromium with a mouse that draws."""
 
+import io
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
+from urllib.parse import parse_qs
 
+import gradio_client
+import httpx
 import pytest
+from app import EXAMPLES, Space
 from PIL import Image, ImageDraw
+from playwright.sync_api import sync_playwright
+from space_models import Models, Recipe
 
-
-pytest.importorskip("gradio", reason="The page needs Gradio: pip install -r spaces/requirements.txt")
-gradio_client = pytest.importorskip("gradio_client")
 
 APP = Path(__file__).parents[2] / "spaces" / "app.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-START_SECONDS, PATIENCE_MS = 120, 30_000
+START_SECONDS, PATIENCE_MS = 300, 60_000
 
 
 @pytest.fixture(scope="module")
-def url(models_folder, tmp_path_factory):
+def home(tmp_path_factory):
+    """Where the app keeps its caches; Gradio shares one folder among all apps by default."""
+    return tmp_path_factory.mktemp("space")
+
+
+@pytest.fixture(scope="module")
+def url(models_folder, home):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    home = tmp_path_factory.mktemp("space")
     environment = {
         **os.environ,
         "HF_HOME": str(home),
@@ -103,11 +115,34 @@ def test_names_of_the_api(client):
 
 
 def test_recipe_makes_the_same_pictures_again(client):
-    pictures, _, recipe, link, archive = client.predict(**GENERATE, api_name="/generate")
+    pictures, status, recipe, *_ = client.predict(**GENERATE, api_name="/generate")
+    assert (len(pictures), status) == (2, "Done.")
     again, *_ = client.predict(recipe=recipe, api_name="/reproduce")
     assert contents(pictures) == contents(again)
-    assert "seed=3" in link
-    assert Path(archive).suffix == ".zip"
+
+
+def test_recipe_and_link_make_the_same_files_in_another_process(client, models_folder):
+    """The app is another process than this one."""
+    request = {**GENERATE, "sampler": "DPM-Solver++", "upscale": True}
+    _, _, recipe, link, archive = client.predict(**request, api_name="/generate")
+    (query,) = re.findall(r"\(\?(.*)\)", link)
+    from_link = Recipe.from_query({name: value for name, (value,) in parse_qs(query).items()})
+    from_json, weights = Recipe.from_json(recipe)
+    models = Models(models_folder)
+    assert (from_link, weights) == (from_json, models.weights)
+    files = zipfile.ZipFile(archive)
+    assert files.read("recipe.json").decode() == recipe
+    for number, picture in enumerate(models.generate(from_link, lambda step: None)):
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        assert data.getvalue() == files.read(f"{number:02d}.png")
+    assert files.namelist() == ["00.png", "01.png", "recipe.json"]
+
+
+def test_recipe_of_other_weights(client):
+    """Is drawn all the same; the page says what to expect."""
+    pictures, *_ = client.predict(recipe='{"steps": 2, "num_images": 1, "weights": "other"}', api_name="/reproduce")
+    assert len(pictures) == 1
 
 
 @pytest.mark.parametrize(
@@ -115,6 +150,8 @@ def test_recipe_makes_the_same_pictures_again(client):
     [
         ({"steps": 1000}, "1000"),
         ({"num_images": 50}, "50"),
+        ({"guidance_scale": 1e9}, "1000000000"),
+        ({"seed": -1}, "-1"),
         ({"prompt": "x" * 201}, "at most 200"),
         ({"category": "unicorns"}, "unicorns"),
         ({"category": "any"}, "Classifier guidance steers towards a category"),
@@ -140,48 +177,97 @@ def test_drawings_over_the_api(client, tmp_path):
         client.predict(drawing=drawing(tmp_path), strength=1, **common, api_name="/sketch")
 
 
+def test_uploads_are_limited(url):
+    for size, status in ((4_000_000, 200), (6_000_000, 413)):
+        response = httpx.post(f"{url}/gradio_api/upload", files={"files": ("noise.png", bytes(size))}, timeout=60)
+        assert response.status_code == status
+
+
+def test_look_inside_over_the_api(client):
+    picture, status, film, predictions, curves, bound = client.predict(
+        prompt="cat", category="cats", guidance_scale=2, classifier_scale=0, steps=12, seed=0, api_name="/look_inside"
+    )
+    assert (status, curves["type"]) == ("Done.", "matplotlib")
+    assert Image.open(film).size == (10 * 64, 2 * 64)
+    assert Image.open(predictions).size == (10 * 64, 2 * 78)  # twelve steps in rows of ten
+    assert re.match(r"At most \*\*\d+\.\d{3} bits per dimension\*\* for this picture and a chain of 12 steps", bound)
+
+
+def test_examples_wait_for_visitors(models_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    space = Space(Models(models_folder, device="cpu"))
+    visit = space.generate("red cat", "cats", 1.0, 0.0, 3, "DDPM", 0, 1, False)
+    next(visit)
+    recipe = ("", "any", 1.0, 0.0, 2, "DDPM", 0, 1, False)
+    example = threading.Thread(target=space.example, args=recipe, daemon=True)
+    example.start()
+    example.join(1)
+    assert example.is_alive()
+    assert [status for _, status, *_ in visit][-1] == "Done."
+    example.join(30)
+    assert not example.is_alive()
+
+
 # In a browser
 
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="The browser is driven by playwright.")
     if CHROMIUM is None:
         pytest.skip("There is no Chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
 
-@pytest.fixture(params=[(1200, 1000), (390, 844)], ids=["desk", "phone"])
-def page(browser, url, request):
-    """Fails in the end for errors in the console; leaves a screenshot where SPACE_SCREENSHOTS says."""
-    width, height = request.param
-    page = browser.new_page(viewport={"width": width, "height": height})
-    page.set_default_timeout(PATIENCE_MS)
-    errors = []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(f"{url}/?steps=4&num_images=2&prompt=red+cat")
-    page.get_by_role("button", name="Generate", exact=True).wait_for()
-    yield page
+@pytest.fixture
+def visit(browser, url, request):
+    """
+    Opens the page at a size. In the end, fails for errors in the console and for a page wider than its window, and
+    leaves a screenshot where SPACE_SCREENSHOTS says.
+    """
+    pages, errors = [], []
+
+    def open_page(width=1280, height=900, query="steps=4&num_images=2&prompt=red+cat"):
+        page = browser.new_page(viewport={"width": width, "height": height})
+        pages.append(page)
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"{url}/?{query}")
+        button(page, "Generate").wait_for()
+        return page
+
+    yield open_page
+    for page in pages:
+        leave_screenshot(page, request.node.name)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.close()
+    assert errors == []
+
+
+def leave_screenshot(page, name):
     folder = os.environ.get("SPACE_SCREENSHOTS")
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
-    page.close()
-    assert errors == []
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
 def button(page, name):
     return page.get_by_role("button", name=name, exact=True)
 
 
-def wait_until_done(page):
+def wait_for_value(page, value):
+    """In one of the boxes of the open tab."""
     page.wait_for_function(
-        "[...document.querySelectorAll('textarea, input')].some(x => x.value == 'Done.' && x.offsetParent)"
+        "value => [...document.querySelectorAll('textarea, input')].some(x => x.value == value && x.offsetParent)",
+        arg=value,
     )
+
+
+def count_pictures(page):
+    return page.locator(".pixels img:visible").count()
 
 
 def draw(page, element_id):
@@ -193,24 +279,40 @@ def draw(page, element_id):
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 60, y - 60)
     page.mouse.down()
-    page.mouse.move(x + 60, y - 60, steps=8)
-    page.mouse.move(x + 60, y + 60, steps=8)
+    for dx, dy in ((0, -60), (60, -60), (60, 0), (60, 60)):
+        page.mouse.move(x + dx, y + dy)
     page.mouse.up()
     page.wait_for_timeout(500)
 
 
-def test_generate_in_the_browser(page):
-    # As the link says, once the page has asked for it.
-    page.wait_for_function("[...document.querySelectorAll('textarea, input')].some(x => x.value == 'red cat')")
+def test_page_loads_and_its_example_is_there(visit, home):
+    page = visit(query="")
+    wait_for_value(page, "fire")  # what the page asks for itself
+    end = time.monotonic() + START_SECONDS
+    while not any(path.read_text().split() for path in home.rglob("indices.csv")):
+        assert time.monotonic() < end, "No example is cached."
+        time.sleep(0.2)
+    page.get_by_role("button", name=EXAMPLES[0].prompt, exact=True).click()
+    wait_for_value(page, "Done.")
+    page.get_by_text("Link to these pictures").wait_for()
+    assert count_pictures(page) == EXAMPLES[0].num_images
+
+
+def test_generate_in_the_browser(visit):
+    page = visit()
+    wait_for_value(page, "red cat")  # as the link says, once the page has asked for it
     page.get_by_label("Category").first.click()
     page.get_by_role("option", name="dogs").click()
     button(page, "Generate").click()
     page.get_by_text("Link to these pictures").wait_for()
-    assert page.locator(".pixels img").count() >= 2
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert count_pictures(page) == 2
+    page.get_by_text("Reproduce").click()
+    recipe, _ = Recipe.from_json(page.locator("#recipe textarea").input_value())
+    assert recipe == Recipe("red cat", "dogs", steps=4, num_images=2)
 
 
-def test_edit_in_the_browser(page):
+def test_edit_in_the_browser(visit):
+    page = visit()
     button(page, "Generate").click()
     page.get_by_text("Link to these pictures").wait_for()
     page.get_by_role("tab", name="Edit").click()
@@ -218,23 +320,44 @@ def test_edit_in_the_browser(page):
     page.wait_for_timeout(1000)
     draw(page, "edit-drawing")
     button(page, "Repaint").click()
-    wait_until_done(page)
+    wait_for_value(page, "Done.")
+    assert count_pictures(page) == 2
 
 
-def test_sketch_in_the_browser(page):
+def test_sketch_in_the_browser(visit):
+    page = visit()
     page.get_by_role("tab", name="Sketch").click()
     draw(page, "sketch-drawing")
     button(page, "Draw it").click()
-    wait_until_done(page)
+    wait_for_value(page, "Done.")
+    assert count_pictures(page) == 3  # two, and what the network saw
 
 
-def test_look_inside_in_the_browser(page):
+def test_look_inside_in_the_browser(visit):
+    page = visit()
     page.get_by_role("tab", name="Look inside").click()
     button(page, "Look inside").click()
     page.get_by_text("bits per dimension for this picture").wait_for()
+    assert count_pictures(page) == 3
 
 
-def test_bad_input_in_the_browser(page):
+def test_bad_input_in_the_browser(visit):
+    page = visit(query="steps=1000")
+    page.get_by_text("Steps is 1000. It must be a whole number from 2 to 100.").wait_for()
     page.get_by_role("tab", name="Sketch").click()
     button(page, "Draw it").click()
-    page.get_by_text("Nothing is drawn yet").wait_for()
+    page.get_by_text("Nothing is drawn yet").or_(page.get_by_text("The sketch is empty")).first.wait_for()
+
+
+def test_all_tabs_on_a_phone(visit, request):
+    page = visit(390, 844)
+    button(page, "Generate").click()
+    page.get_by_text("Link to these pictures").wait_for()
+    # What was made stands between the button and the finer settings.
+    tops = [page.get_by_label(label).first.bounding_box()["y"] for label in ("Prompt", "Status", "Guidance")]
+    assert tops == sorted(tops)
+    for tab in ("Edit", "Sketch", "Look inside"):
+        leave_screenshot(page, f"{request.node.name}_{tab}")
+        page.get_by_role("tab", name=tab).click()
+        page.get_by_label("Status").locator("visible=true").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
