@@ -22,7 +22,7 @@ from urllib.parse import urlencode
 import gradio as gr
 from gradio.utils import get_upload_folder
 from huggingface_hub.constants import HF_HOME
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from space_models import (
     ANY_CATEGORY,
     MAX_CLASSIFIER_SCALE,
@@ -49,8 +49,7 @@ MAX_QUEUE = 20  # visitors who wait; more are told to come back
 CACHE_SECONDS = 3600
 STRIP_PICTURES = 10
 SHEET_COLUMNS = 10
-STRIP_SIDE = 64  # pixels
-CAPTION_HEIGHT = 14
+STRIP_SIDE, CAPTION_HEIGHT, CAPTION_SIZE = 128, 26, 20  # pixels
 # The models draw few pixels, which shall be seen as they are.
 CSS = """
 .pixels img { image-rendering: pixelated; object-fit: contain; }
@@ -68,6 +67,7 @@ CSS = """
 .strip { padding-top: 36px !important; }
 .strip .image-container { overflow-x: auto; }
 .strip img { min-width: 640px; }
+.curves img { max-width: min(100%, 640px); }
 /* All tabs in sight on a phone. */
 @media (max-width: 480px) { .tab-container button { padding: 0 7px; font-size: 0.9em; } }
 footer { display: none !important; }
@@ -135,11 +135,11 @@ def sheet(inside: Inside) -> Image.Image:
     rows = -(-len(inside.timesteps) // SHEET_COLUMNS)
     height = STRIP_SIDE + CAPTION_HEIGHT
     canvas = Image.new("RGB", (SHEET_COLUMNS * STRIP_SIDE, rows * height), "white")
-    draw = ImageDraw.Draw(canvas)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(CAPTION_SIZE)
     for i, (picture, timestep) in enumerate(zip(inside.predictions, inside.timesteps, strict=True)):
         x, y = i % SHEET_COLUMNS * STRIP_SIDE, i // SHEET_COLUMNS * height
         canvas.paste(picture.resize((STRIP_SIDE, STRIP_SIDE), Image.Resampling.NEAREST), (x, y))
-        draw.text((x + 4, y + STRIP_SIDE), f"t = {timestep}", fill="black")
+        draw.text((x + 4, y + STRIP_SIDE), f"t = {timestep}", fill="black", font=font)
     return canvas
 
 
@@ -538,7 +538,7 @@ def look_inside_tab(space: Space) -> None:
     predictions = picture_box("Predicted x_0 by step", "pixels strip")
     gr.Markdown("### Learned variance and bits per dimension")
     bound = gr.Markdown()
-    curves = gr.Plot(label="By timestep", show_label=False, format="png")
+    curves = gr.Plot(label="By timestep", show_label=False, format="png", elem_classes="curves")
     button.click(
         space.look_inside,
         [prompt, category, guidance, classifier, steps, seed],
