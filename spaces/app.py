@@ -64,8 +64,7 @@ CSS = """
   .settings { order: 2; }
 }
 /* Strips of many pictures: below their buttons, and to be scrolled rather than tiny. */
-.strip { padding-top: 36px !important; }
-.strip .image-container { overflow-x: auto; }
+.strip .image-container { padding-top: 36px; overflow-x: auto; }
 .strip img { min-width: 640px; }
 .curves img { max-width: min(100%, 640px); }
 /* All tabs in sight on a phone. */
