@@ -82,7 +82,7 @@ EXAMPLES = (
 )
 INTRODUCTION = """
 # Small pictures from noise
-Models of [diffusers-adm](https://pypi.org/project/diffusers-adm/) that draw emoji, pixel by pixel, and were trained for
+Models of diffusers-adm that draw emoji, pixel by pixel, and were trained for
 this page. They know things that have an emoji, and little else.
 """
 
