@@ -28,6 +28,7 @@ from space_models import (
     MAX_CLASSIFIER_SCALE,
     MAX_CONTROLNET_SCALE,
     MAX_GUIDANCE_SCALE,
+    MAX_IMAGE_SIDE,
     MAX_IMAGES,
     MAX_PROMPT_LENGTH,
     MAX_SEED,
@@ -80,6 +81,9 @@ EXAMPLES = (
     Recipe("grinning face", "Smileys & Emotion", sampler="DDPM", seed=2, num_images=2),
     Recipe("", "Flags", seed=3, num_images=2),
 )
+OTHER_WEIGHTS = "The recipe was made with other weights than this Space has, so the pictures will differ."
+# Pillow refuses twice as many before it decodes them, and uploads are decoded before anything here sees them.
+Image.MAX_IMAGE_PIXELS = MAX_IMAGE_SIDE**2 // 2
 INTRODUCTION = """
 # Small pictures from noise
 Models of diffusers-adm that draw emoji, pixel by pixel, and were trained for
@@ -97,7 +101,7 @@ def readable_errors() -> Iterator[None]:
 
 
 def pack(pictures: list[Image.Image], recipe: str) -> str:
-    """A ZIP file with the pictures as they are and their recipe; the folder is cleaned by Gradio."""
+    """A ZIP file with the pictures as they are and their recipe; the file is deleted by Gradio."""
     folder = Path(get_upload_folder()) / uuid.uuid4().hex
     folder.mkdir(parents=True)
     path = folder / "pictures.zip"
@@ -113,7 +117,10 @@ def pack(pictures: list[Image.Image], recipe: str) -> str:
 def drawn_on(editor: dict | None) -> tuple[Image.Image | None, list[Image.Image]]:
     """The picture and the layers of an image editor, some of which may be missing."""
     editor = editor or {}
-    return editor.get("background"), [layer for layer in editor.get("layers") or [] if layer is not None]
+    background = editor.get("background")
+    if background is not None and background.convert("RGBA").getchannel("A").getextrema() == (0, 0):
+        background = None  # an empty board
+    return background, [layer for layer in editor.get("layers") or [] if layer is not None]
 
 
 def strip(inside: Inside) -> Image.Image:
@@ -197,7 +204,7 @@ class Space:
             recipe, weights = Recipe.from_json(recipe)
             self.models.check(recipe)
         if weights not in (None, self.models.weights):
-            gr.Warning("The recipe was made with other weights than this Space has, so the pictures will differ.")
+            gr.Warning(OTHER_WEIGHTS)
         yield from self._generate(recipe, progress)
 
     def example(self, *values):
@@ -212,7 +219,13 @@ class Space:
 
     def _outputs(self, recipe: Recipe, pictures: list[Image.Image]) -> tuple:
         text = recipe.to_json(self.models.weights)
-        return pictures, "Done.", text, f"[Link to these pictures](?{urlencode(recipe.query())})", pack(pictures, text)
+        return (
+            pictures,
+            "Done.",
+            text,
+            f"[Link to these pictures](?{urlencode(recipe.query() | {'weights': self.models.weights})})",
+            pack(pictures, text),
+        )
 
     def _run(self, draw: Callable[[OnStep], Any], progress: gr.Progress) -> Iterator[tuple[str, Any, bool]]:
         """Status, preview or result, and whether it is the result. Never twice at once: see `ONE_AT_A_TIME`."""
@@ -281,8 +294,7 @@ class Space:
     def _condition(self, drawing: dict | None) -> Image.Image:
         picture, layers = drawn_on(drawing)
         is_drawn = any(layer.convert("RGBA").getchannel("A").getextrema() != (0, 0) for layer in layers)
-        is_uploaded = picture is not None and picture.convert("RGBA").getchannel("A").getextrema() != (0, 0)
-        if is_uploaded and not is_drawn:
+        if picture is not None and not is_drawn:
             return self.models.find_edges(picture)
         return self.models.read_strokes(layers)
 
@@ -314,6 +326,8 @@ class Space:
             if recipe is None:
                 return unchanged
             self.models.check(recipe)
+            if request.query_params.get("weights") not in (None, self.models.weights):
+                gr.Warning(OTHER_WEIGHTS)
         except ValueError as error:
             gr.Warning(f"The link does not hold a recipe. {error}")
             return unchanged

@@ -145,7 +145,7 @@ class Recipe:
                 continue
             try:
                 entries[name] = value if known[name].type is str else json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"The link says that {name} is {short(value)}, which cannot be read.") from error
         return cls(**entries) if entries else None
 

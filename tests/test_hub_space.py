@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from toy_models import CONDITIONAL, random_text_encoder, random_text_unet, toy_tokenizer
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler, __version__
-from diffusers_adm.space import find_clone
+from diffusers_adm.space import SOURCES, find_clone
 
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ from diffusers_adm import pipelines
 assert Path(pipelines.__file__).is_relative_to(package), pipelines.__file__
 import app
 assert Path(app.__file__).parent == folder, app.__file__
-app.EXAMPLES[:] = [["fire", app.ANY_CATEGORY, 4.0, 0.0, 2, "DDIM", 0, 1, False]]  # they are drawn at the start
+app.EXAMPLES = (app.Recipe("fire", sampler="DDIM", steps=2, num_images=1),)  # they are drawn at the start
 assert Path(app.MODELS) == folder / "model"
 page = app.build(app.Models(app.MODELS))
 print("built", [function.api_name for function in page.fns.values()])
@@ -66,8 +66,13 @@ print("built", [function.api_name for function in page.fns.values()])
 def pushed(tmp_path_factory):
     """The server, what the clients said, and the folder that holds the Spaces as downloaded."""
     folder = tmp_path_factory.mktemp("space")
-    leave_out = shutil.ignore_patterns(".git", ".venv*", "model", "data", "tests", "docs", "build", "*.egg-info")
-    shutil.copytree(ROOT, folder / "clone", ignore=leave_out)
+    (folder / "clone").mkdir()
+    for name in (*SOURCES, "spaces"):
+        if (ROOT / name).is_dir():
+            leave_out = shutil.ignore_patterns("model", "__pycache__", "*.egg-info")  # a folder `model`: of the Space
+            shutil.copytree(ROOT / name, folder / "clone" / name, ignore=leave_out)
+        else:
+            shutil.copyfile(ROOT / name, folder / "clone" / name)
     unet = random_text_unet("added_kv", **CONDITIONAL)
     ADMPipeline(
         unet=unet,

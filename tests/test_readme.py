@@ -125,7 +125,6 @@ def save_toy_space(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MODELS.is_dir(), reason="The models are not in this checkout.")
 def test_code_runs(clone, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

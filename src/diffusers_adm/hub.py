@@ -304,8 +304,11 @@ def push_folder(
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     folder = Path(folder)
+    # In float16, say, where the folder holds no others; else `variant` names what is made of them.
+    is_variant = variant is not None and any(folder.rglob(f"*.{variant}.safetensors"))
+    load = {"variant": variant} if is_variant else {}
     if (folder / DiffusionPipeline.config_name).is_file():
-        return DiffusionPipeline.from_pretrained(folder).push_to_hub(
+        return DiffusionPipeline.from_pretrained(folder, **load).push_to_hub(
             repo_id,
             include_code=include_code,
             private=private,
@@ -322,7 +325,7 @@ def push_folder(
         )
     if include_code:
         raise ValueError(f"{folder} holds no pipeline, and code goes with pipelines alone. Leave `include_code` out.")
-    pushed = LoraAdapter(folder) if place is None else AutoModel.from_pretrained(str(place))
+    pushed = LoraAdapter(folder) if place is None else AutoModel.from_pretrained(str(place), **load)
     repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
     with tempfile.TemporaryDirectory() as staged:
         if place is None:
@@ -358,9 +361,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     run = options.pop("run")
     del options["command"]
+    from .training.arguments import HUB_TOKEN  # here: that package brings a lot along
+
+    if options["token"] is not None and not HUB_TOKEN.fullmatch(options["token"]):
+        parser.error("--token holds characters that no token has")  # and the client would say which, with the token
     try:
         commit = run(**options)
-    except (ValueError, OSError) as error:  # HfHubHTTPError is one of the latter
+    except Exception as error:
+        # HfHubHTTPError is an OSError. Where nothing answers, the error is that of the client's HTTP library.
+        if not isinstance(error, (ValueError, OSError)) and not type(error).__module__.startswith("httpx"):
+            raise
         parser.exit(1, f"error: {error}\n")
     print(commit.pr_url or commit.commit_url)
 

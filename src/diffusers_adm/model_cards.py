@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
 from .pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline
@@ -25,6 +25,7 @@ from .publishing import ModelCardMixin
 
 MARK = "<!-- Written by diffusers-adm. Without this line, the next push keeps the text as it is. -->"
 DIFFUSERS_MARK = "This model card has been automatically generated."
+MEASURED = ("model-index", "metrics", "base_model", "base_model_relation")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Embedded data sets by a part of their path: what to say about them, and the licence of models trained on them alone.
 KNOWN_DATA = {
@@ -68,7 +69,7 @@ def write_model_card(pushed: Any, folder: str | os.PathLike, repo_id: str, token
     Writes `README.md`, and the pictures that it shows, into a folder that is about to be pushed.
 
     A card that somebody wrote, in the folder or in the repository, keeps its text; it gets the metadata it lacks. Of a
-    card that this function wrote before, the metadata stay.
+    card that this function wrote before, licence, data and tags stay; measures and base are those of this time.
 
     Args:
         pushed (pipeline, model or scheduler): What the folder holds. Where it was loaded from the folder of a run, or
@@ -87,7 +88,10 @@ def write_model_card(pushed: Any, folder: str | os.PathLike, repo_id: str, token
     args = _read_args(run)
     data = _metadata(pushed, repo_id, run, args)
     if existing is not None:
-        data = ModelCardData(**(data.to_dict() | existing.data.to_dict()), ignore_metadata_errors=True)
+        kept = existing.data.to_dict()
+        if MARK in existing.text:  # what was measured goes with the text, which is written anew
+            kept = {name: value for name, value in kept.items() if name not in MEASURED}
+        data = ModelCardData(**(data.to_dict() | kept), ignore_metadata_errors=True)
     is_ours = existing is None or MARK in existing.text or DIFFUSERS_MARK in existing.text
     text = _text(pushed, folder, repo_id, run, args) if is_ours else existing.text
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(path)
@@ -99,8 +103,10 @@ def _existing_card(path: Path, repo_id: str, token: str | None) -> ModelCard | N
         card = ModelCard.load(path)
         if DIFFUSERS_MARK not in card.text:
             return card
-    try:
-        return ModelCard.load(repo_id, token=token)
+    try:  # anew: an old copy in the cache would undo what somebody wrote since
+        return ModelCard.load(hf_hub_download(repo_id, "README.md", token=token, force_download=True))
+    except LocalEntryNotFoundError:  # the Hub did not answer, which does not mean that there is no card
+        raise
     except EntryNotFoundError:
         return None
 
@@ -130,7 +136,9 @@ def _public(value: Any) -> Any:
     """Of the path to a file or folder on somebody's machine, the end alone."""
     if isinstance(value, list):
         return [_public(item) for item in value]
-    return "/".join(Path(value).parts[1:][-2:]) if isinstance(value, str) and os.path.isabs(value) else value
+    if not isinstance(value, str) or not (os.path.isabs(value) or ".." in Path(value).parts):
+        return value
+    return "/".join(["...", *[part for part in Path(value).parts if part not in ("..", os.sep)][-2:]])
 
 
 def _read_measured(run: Path | None, name: str) -> Mapping[str, Any] | None:
@@ -175,8 +183,11 @@ def _features(frechet: Mapping[str, Any]) -> str:
 
 
 def _known_data(args: Mapping[str, Any]) -> list[tuple[str, str]]:
-    places = json.dumps([args.get(name) for name in ("data_files", "train_data_dir", "dataset_name")])
-    return [known for part, known in KNOWN_DATA.items() if part in places]
+    """What is known of the data: nothing, unless all of it is known."""
+    given = [args.get(name) for name in ("data_files", "train_data_dir", "dataset_name")]
+    places = [str(place) for value in given if value for place in ([value] if isinstance(value, str) else value)]
+    found = [[part for part in KNOWN_DATA if part in place] for place in places]
+    return [KNOWN_DATA[part] for part in dict.fromkeys(sum(found, []))] if all(found) else []
 
 
 def _task(pushed: Any) -> str | None:
@@ -200,6 +211,7 @@ def _metadata(pushed: Any, repo_id: str, run: Path | None, args: Mapping[str, An
     is_hub_id = {
         value: bool(value and HUB_ID.fullmatch(value) and not os.path.exists(value)) for value in (data_set, base)
     }
+    foreign = base or args.get("text_encoder_name_or_path")  # weights of others are in it, whose terms count, too
     tags = ["diffusers-adm", "ablated-diffusion-model", type(pushed).__name__]
     if isinstance(pushed, DiffusionPipeline):
         tags.insert(0, f"diffusers:{type(pushed).__name__}")
@@ -210,7 +222,7 @@ def _metadata(pushed: Any, repo_id: str, run: Path | None, args: Mapping[str, An
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=_task(pushed),
-        license=known[0][1] if len(known) == 1 and not is_hub_id[base] else None,
+        license=known[0][1] if len(known) == 1 and not foreign else None,
         datasets=[data_set] if is_hub_id[data_set] else None,
         base_model=base if is_hub_id[base] else None,
         base_model_relation=("adapter" if is_beside_base else "finetune") if is_hub_id[base] else None,
@@ -296,12 +308,21 @@ def _description(pushed: Any) -> str:
     return "\n\n".join(lines)
 
 
+def _variant(folder: Path) -> str:
+    """What `from_pretrained` must be told besides the name, where the weights are those of a variant alone."""
+    names = [path.name for path in folder.rglob("*.safetensors")]
+    found = {match[1] for name in names if (match := re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name))}
+    is_plain = any(name.count(".") == 1 for name in names)
+    return f', variant="{sorted(found)[0]}"' if found and not is_plain else ""
+
+
 def _loading(pushed: Any, folder: Path, repo_id: str, args: Mapping[str, Any]) -> str:
     name, base = type(pushed).__name__, _public(args.get("pretrained_model_name_or_path", "the/base"))
+    variant = _variant(folder)
     if isinstance(pushed, AdaGNControlNetModel):
         return (
             f"It works beside its base, `{base}`:\n\n```python\nfrom diffusers_adm import ADMControlNetPipeline, {name}"
-            f'\n\ncontrolnet = {name}.from_pretrained("{repo_id}")\n'
+            f'\n\ncontrolnet = {name}.from_pretrained("{repo_id}"{variant})\n'
             f'pipe = ADMControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)\n```'
         )
     if isinstance(pushed, LoraAdapter):
@@ -311,15 +332,17 @@ def _loading(pushed: Any, folder: Path, repo_id: str, args: Mapping[str, Any]) -
             f'pipe.load_lora_weights("{repo_id}")\n```'
         )
     if not isinstance(pushed, DiffusionPipeline):
-        return f'```python\nfrom diffusers_adm import {name}\n\nmodel = {name}.from_pretrained("{repo_id}")\n```'
+        return (
+            f'```python\nfrom diffusers_adm import {name}\n\nmodel = {name}.from_pretrained("{repo_id}"{variant})\n```'
+        )
     loaded = (
         "```python\nimport diffusers_adm  # registers the classes with diffusers\nfrom diffusers import "
-        f'DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}")\n```'
+        f'DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}"{variant})\n```'
     )
     if (folder / "pipeline.py").is_file():
         loaded += (
             "\n\nWithout diffusers-adm, by the code in this repository:\n\n```python\nfrom diffusers import "
-            f'DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(\n    "{repo_id}", '
+            f'DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(\n    "{repo_id}"{variant}, '
             'custom_pipeline="pipeline", trust_remote_code=True\n)\n```'
         )
     return loaded

@@ -58,6 +58,8 @@ def _drop_local_paths(folder: Path) -> None:
     """Configs note where they were loaded from. A folder on somebody's machine is nobody else's matter."""
     for path in [*folder.rglob("model_index.json"), *folder.rglob("*config.json")]:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            continue
         for key in ("_name_or_path", "name_or_path"):
             place = content.get(key)
             if isinstance(place, str) and (os.path.isabs(place) or os.path.exists(place)):

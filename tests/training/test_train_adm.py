@@ -37,13 +37,13 @@ from diffusers_adm.text_encoding import check_text_encoder
 from diffusers_adm.training import build_text_encoder, find_latest_checkpoint, parse_args
 
 
-# Those that train from scratch. (Upsamplers, inpainters and branches: test_train_super_resolution.py,
+# Those that train with what a clone holds. (Upsamplers, inpainters and branches: test_train_super_resolution.py,
 # test_train_adm_inpaint.py, test_train_controlnet.py.)
 RECIPES = sorted(
     path
     for path in CONFIGS.glob("*.yaml")
     if not path.name.startswith(("accelerate_", "classifier_"))
-    and not path.stem.endswith(("_inpaint", "_upsampler", "_edges"))
+    and not path.stem.endswith(("_inpaint", "_upsampler", "_edges", "_popular"))
 )
 
 
