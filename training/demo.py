@@ -27,8 +27,16 @@ from diffusers_adm.training import labelled_grid
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_OUTPUT_DIR = Path("outputs/demo")
-# Pictures of the first two are among those that are trained on, in the new style; of the others none is.
-PROMPTS = ("red apple", "clock face ten oclock", "grinning face", "red heart", "dog face", "france flag")
+# With their categories. Pictures of the first two are among those that are trained on, in the new style; of the others
+# none is.
+PROMPTS = {
+    "red apple": "Food & Drink",
+    "bus": "Travel & Places",
+    "grinning face": "Smileys & Emotion",
+    "red heart": "Smileys & Emotion",
+    "dog face": "Animals & Nature",
+    "france flag": "Flags",
+}
 SAMPLES_PER_PROMPT = 3
 STRIP_IMAGES = 10
 STRIP_PROMPT = "grinning face"
@@ -57,6 +65,7 @@ def draw(pipeline: ADMPipeline, args: argparse.Namespace) -> list[Image.Image]:
     prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
     return pipeline(
         prompts,
+        class_labels=[PROMPTS[prompt] for prompt in prompts],
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         generator=[torch.Generator().manual_seed(i % SAMPLES_PER_PROMPT) for i in range(len(prompts))],
@@ -101,12 +110,13 @@ def main() -> None:
     rows = [list(range(i, i + SAMPLES_PER_PROMPT)) for i in range(0, len(after), SAMPLES_PER_PROMPT)]
     images = [images[i] for row in rows for images in (before, after) for i in row]
     columns = [name for name in ("before", "after") for _ in range(SAMPLES_PER_PROMPT)]
-    labelled_grid(images, len(rows), len(columns), PROMPTS, columns, scale=scale).save(output_dir / "samples.png")
+    labelled_grid(images, len(rows), len(columns), list(PROMPTS), columns, scale=scale).save(output_dir / "samples.png")
 
     strip = denoising_strip(
         pipeline,
         args.num_inference_steps,
         prompt=STRIP_PROMPT,
+        class_labels=PROMPTS[STRIP_PROMPT],
         guidance_scale=args.guidance_scale,
     )
     labelled_grid(list(strip.values()), 1, len(strip), [STRIP_PROMPT], list(strip), scale=scale).save(
