@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import secrets
+import sys
 import threading
 import uuid
 import zipfile
@@ -589,6 +590,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=default, help="The folder of the models.")
     parser.add_argument("--port", type=int, help="By default GRADIO_SERVER_PORT, or the first free one from 7860.")
     args = parser.parse_args()
+    # Seconds that a thread may keep the interpreter: the one that draws asks for it after every operation, and would
+    # wait five times as long for those that serve the page.
+    sys.setswitchinterval(0.001)
     page = build(Models(args.models))
     page.launch(server_port=args.port, max_file_size="5mb", css=CSS, theme=gr.themes.Soft(), ssr_mode=False)
 

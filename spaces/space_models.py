@@ -50,7 +50,7 @@ UPSCALE_STEPS = 10  # of DPM-Solver++
 # Share of a pixel that a stroke must cover. Edges of the training set are a pixel wide.
 STROKE_COVERAGE = 0.25
 BOUND_BATCH = 25  # timesteps whose terms of the bound are computed at once
-SECONDS_BETWEEN_PREVIEWS = 0.4  # each is sent to the browser as files
+SECONDS_BETWEEN_PREVIEWS = 1.0  # each is sent to the browser as files, at the cost of the drawing
 
 T = TypeVar("T")
 
