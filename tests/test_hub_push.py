@@ -114,8 +114,8 @@ class TestCard:
             "recall": 0.5,
         }
         assert data.metrics == list(measured)
-        assert {result.dataset_name for result in data.eval_results} == {"noto-emoji-32/test.parquet"}
-        assert "Frechet distance (200 samples, features of the classifier runs/judge)" in {
+        assert {result.dataset_name for result in data.eval_results} == {".../noto-emoji-32/test.parquet"}
+        assert "Frechet distance (200 samples, features of the classifier .../runs/judge)" in {
             result.metric_name for result in data.eval_results
         }
         assert "frechet distance 12.35, inception score 3.25, precision 0.75, recall 0.5 (200 samples" in card.text

@@ -505,7 +505,7 @@ class TestRecipes:
         for path in data.data_files or []:
             assert Path(path).is_file()
         assert (text.caption_column is not None) == unet.reads_text
-        if unet.reads_text:
+        if unet.reads_text and model.pretrained_model_name_or_path is None:  # else it brings its text encoder along
             tokenizer = toy_tokenizer("clip")
             text_encoder = build_text_encoder(text.text_encoder_config_name_or_path, tokenizer, 0)
             check_text_encoder(text_encoder, tokenizer, unet.config)
