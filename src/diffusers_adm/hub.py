@@ -34,6 +34,7 @@ from . import __version__
 from .model_cards import LoraAdapter
 from .registration import PACKAGE, PIPELINE_CLASSES
 from .space import push_space
+from .training.arguments import HUB_TOKEN
 from .training.classification import ID2LABEL_NAME
 
 
@@ -361,8 +362,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     run = options.pop("run")
     del options["command"]
-    from .training.arguments import HUB_TOKEN  # here: that package brings a lot along
-
     if options["token"] is not None and not HUB_TOKEN.fullmatch(options["token"]):
         parser.error("--token holds characters that no token has")  # and the client would say which, with the token
     try:
