@@ -14,6 +14,16 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from ..models import AdaGNUNet2DModel, GLIDETextModel
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
+from .common import (
+    TensorRule,
+    check_output_dir,
+    check_sums,
+    dtypes_of,
+    load_state_dict,
+    new_folder,
+    write_record,
+    write_weights,
+)
 from .glide_flags import (
     CODE_BASE,
     GLIDE_PRESETS,
@@ -29,17 +39,8 @@ from .glide_flags import (
 )
 from .glide_layout import Shapes, observed_glide_flags, text_rules
 from .glide_tokenizer import load_glide_tokenizer
-from .openai_checkpoints import (
-    check_output_dir,
-    check_sums,
-    dtypes_of,
-    load_state_dict,
-    new_folder,
-    write_record,
-    write_weights,
-)
 from .openai_flags import Flags, format_flags
-from .openai_layout import TensorRule, differences, expected_shapes, tensor_rules
+from .openai_layout import differences, expected_shapes, tensor_rules
 
 
 logger = logging.getLogger(__name__)

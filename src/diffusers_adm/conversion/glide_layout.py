@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..models import GLIDETextModel
+from .common import TensorRule
 from .glide_flags import IMAGE_CHANNELS, Flags
-from .openai_layout import Shapes, TensorRule, fused_rules, kept, module_rules, observed_flags
+from .openai_layout import Shapes, fused_rules, kept, module_rules, observed_flags
 
 
 # What tells its checkpoints from those of networks without text.

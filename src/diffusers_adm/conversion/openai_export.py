@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..schedulers import LearnedVarianceDDPMScheduler
-from .openai_checkpoints import RECORD_NAME, SAFETENSORS_DTYPES, build_network
+from .common import RECORD_NAME, SAFETENSORS_DTYPES
+from .openai_checkpoints import build_network
 from .openai_flags import CHANNEL_MULT, Flags, Kind, default_flags, scheduler_config
 from .openai_layout import differences, expected_shapes, tensor_rules
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from diffusers import ModelMixin
 
 from ..models import AdaGNClassifierModel
+from .common import TensorRule
 from .openai_flags import CHANNEL_MULT, CodeBase, Flags, Kind, default_flags
 
 
@@ -32,15 +33,6 @@ ALWAYS_THERE = {
     "input_blocks.1.0.out_layers.3.bias": 1,
     "middle_block.1.qkv.weight": 3,
 }
-
-
-class TensorRule(NamedTuple):
-    """One tensor of the checkpoint, and the one, two or three of ours that it holds."""
-
-    source: str
-    targets: tuple[str, ...]
-    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]  # theirs -> ours
-    join: Callable[..., torch.Tensor]  # ours -> theirs
 
 
 def _keep(tensor: torch.Tensor) -> tuple[torch.Tensor]:
