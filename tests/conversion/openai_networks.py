@@ -53,6 +53,7 @@ def noisy_classifier(flags, size=16, **spec):
     return Network("classifier", "guided-diffusion", flags, Spec(**spec), size)
 
 
+SIX_TO_SIX = {"in_channels": 6, "out_channels": 6}
 # Where a flag is given twice, the last one counts, as on every command line.
 NETWORKS = {
     "defaults": guided(""),
@@ -84,6 +85,14 @@ NETWORKS = {
     "rescaled-timesteps": guided("--diffusion_steps 4000 --rescale_timesteps True", time_scale=0.25),
     "grey-five-classes": guided("--learn_sigma True --class_cond True", in_channels=1, out_channels=2, classes=5),
     "four-channels": guided("", in_channels=4, out_channels=4),
+    # U-Nets that take further channels behind the noisy image, or in front of it: conditions of whatever kind.
+    "mask-of-four-modalities": guided("--learn_sigma True", in_channels=5, out_channels=2),
+    "mask-of-an-rgb-image": guided("--learn_sigma True", in_channels=4, out_channels=2),
+    "image-to-image": guided("--learn_sigma True --use_new_attention_order True", qkv_first=True, **SIX_TO_SIX),
+    "image-to-image-without-variance": guided("", in_channels=6, out_channels=3),
+    "image-and-mask-without-variance": guided("--resblock_updown True", in_channels=4, out_channels=3, residual=True),
+    "inpainter": guided("--learn_sigma True --class_cond True", in_channels=7, out_channels=6, classes=1000),
+    "six-channels": guided("--learn_sigma False", **SIX_TO_SIX),
     "as-512": Network(
         "unet",
         "guided-diffusion",
@@ -136,6 +145,12 @@ NETWORKS = {
         "--large_size 64 --num_channels 32 --num_res_blocks 1 --learn_sigma True",
         Spec(multiples=(1, 2, 3, 4), attention=frozenset({4, 8}), in_channels=2, out_channels=2),
     ),
+    "latent-upsampler": Network(
+        "upsampler",
+        "guided-diffusion",
+        "--large_size 64 --num_channels 32 --num_res_blocks 1",
+        Spec(multiples=(1, 2, 3, 4), attention=frozenset({4, 8}), in_channels=8, out_channels=4),
+    ),
     "attention-pool": noisy_classifier(
         "--classifier_attention_resolutions 8", size=64, attention=frozenset({8}), residual=True, pool="attention"
     ),
@@ -152,6 +167,13 @@ NETWORKS = {
         attention=frozenset({8}),
         pool="spatial",
         time_scale=10.0,
+    ),
+    "four-channel-classifier": noisy_classifier(
+        "--classifier_pool adaptive --classifier_resblock_updown False --classifier_attention_resolutions 8",
+        attention=frozenset({8}),
+        pool="adaptive",
+        in_channels=4,
+        out_channels=5,
     ),
     "spatial-v2-pool-seven-classes": noisy_classifier(
         "--classifier_pool spatial_v2 --classifier_resblock_updown False --classifier_use_scale_shift_norm False"

@@ -54,6 +54,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--code_base", choices=get_args(CodeBase), help="Whose flags and defaults; without it, guided-diffusion's."
     )
     parser.add_argument(
+        "--image_channels",
+        type=int,
+        metavar="N",
+        help="Channels of the images that the network denoises, where its numbers of input and output channels can "
+        "mean two things and nothing else tells, for example if it takes 5 channels and returns 2.",
+    )
+    parser.add_argument(
         "--export", metavar="FOLDER", help="Write the network of this folder as a checkpoint of OpenAI's."
     )
     parser.add_argument("--output_file", metavar="FILE.pt", help="Where `--export` writes to; must be new.")
@@ -80,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.output_file is None or args.checkpoint is not None:
                 parser.error("`--export FOLDER` goes with `--output_file FILE.pt`, and not with `--checkpoint`.")
             order = None if args.new_attention_order is None else args.new_attention_order == "True"
-            flags = export_openai(args.export, args.output_file, new_attention_order=order)
+            flags = export_openai(
+                args.export, args.output_file, new_attention_order=order, image_channels=args.image_channels
+            )
             print(f"Wrote {args.output_file}. guided-diffusion builds this network with\n\n  {format_flags(flags)}\n")
             return
         if args.checkpoint is None or args.output_dir is None:
@@ -91,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             preset=args.preset,
             model_flags=args.model_flags,
             code_base=args.code_base,
+            image_channels=args.image_channels,
         )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -116,6 +126,11 @@ def describe(result: ConvertedCheckpoint) -> str:
             "WARNING: neither the file nor you told these; a wrong one gives wrong images without any error. Check "
             f"them and pass what differs with --model_flags: {format_flags(result.assumed)}"
         )
+    if result.condition_channels and result.kind == "unet":
+        lines.append(
+            f"It takes {result.image_channels + result.condition_channels} channels: {result.image_channels} of the "
+            f"noisy image and {result.condition_channels} of conditions."
+        )
     folder = str(result.output_dir)
     if result.kind == "classifier":
         lines += [
@@ -124,17 +139,31 @@ def describe(result: ConvertedCheckpoint) -> str:
             f"  classifier = AdaGNClassifierModel.from_pretrained({folder!r}, subfolder='classifier')",
             f"  scheduler = LearnedVarianceDDPMScheduler.from_pretrained({folder!r}, subfolder='scheduler')",
         ]
-    else:
-        cls = "ADMPipeline" if result.kind == "unet" else "ADMSuperResolutionPipeline"
-        steps = min(250, result.flags["diffusion_steps"])
-        sampling = "" if result.kind == "unet" else "small_image, "
-        sampling += f'timestep_respacing="{steps}"' + (", class_labels=[0]" if result.flags["class_cond"] else "")
+        return "\n".join(lines)
+    if result.pipeline is None:
         lines += [
-            "Load it with",
-            f"  from diffusers_adm import {cls}",
-            f"  pipe = {cls}.from_pretrained({folder!r})",
-            f"  image = pipe({sampling}).images[0]",
+            "No pipeline of this package takes such channels, so there is no `model_index.json`. Load it with",
+            "  from diffusers_adm import AdaGNUNet2DModel, LearnedVarianceDDPMScheduler",
+            f"  unet = AdaGNUNet2DModel.from_pretrained({folder!r}, subfolder='unet')",
+            f"  scheduler = LearnedVarianceDDPMScheduler.from_pretrained({folder!r}, subfolder='scheduler')",
         ]
+        return "\n".join(lines)
+    inputs = {"ADMSuperResolutionPipeline": "small_image, ", "ADMInpaintPipeline": "image, mask_image, "}
+    if result.pipeline == "ADMInpaintPipeline":
+        small = " and the enlarged small image" if result.condition_channels > 4 else ""
+        lines.append(
+            f"Its pipeline takes the conditions for the known pixels and the keep mask (1 = known){small}, in this "
+            "order behind the noisy image. If they are something else, load only the U-Net and write a loop."
+        )
+    steps = min(250, result.flags["diffusion_steps"])
+    sampling = inputs.get(result.pipeline, "")
+    sampling += f'timestep_respacing="{steps}"' + (", class_labels=[0]" if result.flags["class_cond"] else "")
+    lines += [
+        "Load it with",
+        f"  from diffusers_adm import {result.pipeline}",
+        f"  pipe = {result.pipeline}.from_pretrained({folder!r})",
+        f"  image = pipe({sampling}).images[0]",
+    ]
     return "\n".join(lines)
 
 

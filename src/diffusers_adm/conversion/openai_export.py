@@ -19,15 +19,27 @@ from safetensors import SafetensorError, safe_open
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..schedulers import LearnedVarianceDDPMScheduler
 from .common import RECORD_NAME, SAFETENSORS_DTYPES
-from .openai_checkpoints import build_network
+from .openai_checkpoints import (
+    IMAGE_CHANNELS,
+    build_network,
+    check_channels_of_classifier,
+    check_image_channels,
+    describe_readings,
+)
 from .openai_flags import CHANNEL_MULT, Flags, Kind, default_flags, scheduler_config
-from .openai_layout import differences, expected_shapes, tensor_rules
+from .openai_layout import differences, expected_shapes, image_channel_readings, tensor_rules
 
 
 logger = logging.getLogger(__name__)
 
 # A constant of OpenAI's scripts.
 NUM_CLASSES = 1000
+# The functions of its script_util.py that build networks.
+FACTORIES: dict[Kind, str] = {
+    "unet": "create_model",
+    "upsampler": "sr_create_model",
+    "classifier": "create_classifier",
+}
 # Arguments that change what a network computes and not the shapes of its tensors; OpenAI's code has one value for each.
 FIXED_ARGUMENTS = {
     "center_input_sample": False,
@@ -50,6 +62,7 @@ def export_openai(
     *,
     new_attention_order: bool | None = None,
     scheduler: LearnedVarianceDDPMScheduler | None = None,
+    image_channels: int | None = None,
 ) -> Flags:
     r"""
     Writes a network as a state dict that guided-diffusion loads (and improved-diffusion, where it has such a network).
@@ -62,17 +75,21 @@ def export_openai(
             a folder was converted from, else the older one (`--use_new_attention_order False`).
         scheduler ([`LearnedVarianceDDPMScheduler`], *optional*): Its process goes into the flags that are returned;
             `None`: that of the folder.
+        image_channels (`int`, *optional*): Channels of the images that a U-Net denoises, where its own numbers of
+            channels can mean two things and no scheduler tells whether half of its output is a variance.
 
     Returns:
-        `dict`: The flags, by guided-diffusion's names, with which its scripts build this network. Numbers of classes
-        other than 1000 and of image channels other than 3 are constants in its code, to be changed there.
+        `dict`: The flags, by guided-diffusion's names, with which its scripts build this network. The number of classes
+        (1000), the channels of an image (3) and the absence of further input channels are constants in its code, to be
+        changed there: a warning says how.
 
     Raises:
-        ValueError: If OpenAI's code cannot build this network, or the file exists.
+        ValueError: If OpenAI's code cannot build this network, the channels can mean two networks, or the file exists.
     """
     output_file = Path(output_file)
     if output_file.exists():
         raise ValueError(f"`output_file` {output_file} exists. Name another one, or remove it.")
+    check_image_channels(image_channels)
     record: dict[str, Any] = {}
     dtypes: dict[str, torch.dtype] = {}
     if isinstance(model, (str, Path)):
@@ -85,11 +102,12 @@ def export_openai(
     if new_attention_order is None:
         new_attention_order = record.get("flags", {}).get("use_new_attention_order", False)
 
-    kind, flags = _flags_of(model, scheduler)
+    kind, learn_sigma = _kind_and_variance(model, scheduler, image_channels, record.get("kind"))
+    flags = _flags_of(model, scheduler, kind, learn_sigma)
     flags |= {"use_new_attention_order": True} if new_attention_order else {}
     _check_expressible(model, kind, flags, scheduler)
 
-    for note in _notes(model, scheduler):
+    for note in _notes(model, scheduler, kind, learn_sigma):
         logger.warning(note)
 
     tensors = {name: tensor.to("cpu", dtypes.get(name)) for name, tensor in model.state_dict().items()}
@@ -107,19 +125,86 @@ def export_openai(
     return flags
 
 
-def _notes(model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None) -> list[str]:
+def _kind_and_variance(
+    model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None, image_channels: int | None, recorded: Kind | None
+) -> tuple[Kind, bool]:
+    """
+    The kind of network that this is in OpenAI's code (`recorded`: what a folder was converted as), and whether it
+    predicts a variance; for a classifier, whether the process of its images has a learned one.
+    """
+    config = model.config
+    learned = None if scheduler is None else scheduler.has_learned_variance
+    if isinstance(model, AdaGNClassifierModel):
+        check_channels_of_classifier(config.in_channels, image_channels)
+        return "classifier", bool(learned)
+
+    channels_in, channels_out = config.in_channels, config.out_channels
+    given = f"`model` has `in_channels` {channels_in} and `out_channels` {channels_out}"
+    readings = image_channel_readings(channels_in, channels_out, "unet")
+    if not readings:
+        raise ValueError(
+            f"{given}. A U-Net of guided-diffusion returns as many channels as its images have, or twice as many with "
+            "a learned variance, and takes at least as many as they have."
+        )
+    known = readings
+    if len(known) > 1 and learned is not None:
+        known = image_channel_readings(channels_in, channels_out, "unet", learn_sigma=learned)
+    if len(known) > 1 and image_channels is None and channels_in == channels_out:
+        # As its scripts have it: an upsampler of RGB images with a learned variance, or a U-Net without one.
+        known = {channels_in == 2 * IMAGE_CHANNELS: readings[channels_in == 2 * IMAGE_CHANNELS]}
+    meanings = describe_readings(channels_in, channels_out, "unet")
+    if image_channels is not None:
+        known = {variance: channels for variance, channels in known.items() if channels == image_channels}
+        if not known:
+            message = f"{given}, which means {meanings}. But `image_channels` is {image_channels}"
+            if scheduler is not None:
+                message += f", and the scheduler's `variance_type` is {_variance_type(scheduler)}"
+            raise ValueError(f"{message}. Correct that, or leave out `image_channels`.")
+    if len(known) > 1:
+        raise ValueError(
+            f"{given}, which can mean {meanings}. Pass `scheduler`, the folder of the pipeline instead of that of the "
+            "network, or `image_channels` (on the command line `--image_channels`)."
+        )
+    (learn_sigma,) = known
+    if recorded in ("unet", "upsampler"):
+        return recorded, learn_sigma
+    has_small_image = channels_in == 2 * known[learn_sigma]
+    is_known_size = config.sample_size in CHANNEL_MULT["guided-diffusion", "upsampler"]
+    return "upsampler" if has_small_image and is_known_size else "unet", learn_sigma
+
+
+def _variance_type(scheduler: LearnedVarianceDDPMScheduler) -> str:
+    return repr(scheduler.config.variance_type)
+
+
+def _notes(
+    model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None, kind: Kind, learn_sigma: bool
+) -> list[str]:
     """What flags cannot say: to be changed in OpenAI's code, or at sampling."""
     config, notes = model.config, []
-    is_classifier = isinstance(model, AdaGNClassifierModel)
+    is_classifier = kind == "classifier"
     classes = config.num_classes if is_classifier else config.num_class_embeds
     if classes not in (None, NUM_CLASSES):
         null = "" if config.get("null_class_id") is None else f"; label {config.null_class_id} means no class"
         notes.append(
             f"guided-diffusion has {NUM_CLASSES} classes. Change the numbers in its script_util.py to {classes}{null}."
         )
-    if config.in_channels not in ((3,) if is_classifier else (3, 6)):
+    usual = IMAGE_CHANNELS * (2 if kind == "upsampler" else 1)
+    usual_out = None if is_classifier else IMAGE_CHANNELS * (2 if learn_sigma else 1)
+    if config.in_channels != usual or (not is_classifier and config.out_channels != usual_out):
+        # `SuperResModel` takes twice the channels that it is told.
+        function, number = FACTORIES[kind], config.in_channels // (2 if kind == "upsampler" else 1)
+        outputs = "" if is_classifier else f" and `out_channels` to {config.out_channels}"
         notes.append(
-            f"guided-diffusion has images of 3 channels. Change that in script_util.py for {config.in_channels}."
+            f"guided-diffusion has images of {IMAGE_CHANNELS} channels and no conditions. Change `in_channels` in its "
+            f"`{function}` to {number}{outputs} (script_util.py)."
+        )
+        if kind == "upsampler" and config.in_channels % 2:
+            notes[-1] += f" Its `SuperResModel` doubles `in_channels`; it must be {config.in_channels} (unet.py)."
+    if scheduler is not None and not is_classifier and scheduler.has_learned_variance != learn_sigma:
+        notes.append(
+            f"The scheduler's `variance_type` is {_variance_type(scheduler)}, but the network predicts "
+            f"{'a' if learn_sigma else 'no'} variance: the flags say `--learn_sigma {learn_sigma}`."
         )
     if scheduler is not None and scheduler.config.variance_type == "fixed_small":
         notes.append(
@@ -154,19 +239,15 @@ def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[s
     return cls.from_pretrained(folder, dtype=dtype), dtypes
 
 
-def _flags_of(model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None) -> tuple[Kind, Flags]:
+def _flags_of(
+    model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None, kind: Kind, learn_sigma: bool
+) -> Flags:
     """The flags that come nearest to this network; whether they are it, `_check_expressible` tells."""
     config = model.config
     size = config.sample_size
     if not isinstance(size, int):
         raise ValueError(f"`sample_size` of this network is {size}; OpenAI's code needs one number, for square images.")
-    is_classifier = isinstance(model, AdaGNClassifierModel)
-    kind: Kind = "classifier" if is_classifier else "unet"
-    if not is_classifier:
-        # With as many channels out as in: an upsampler with learned variance, or a U-Net without.
-        learned = config.in_channels == 6 if scheduler is None else scheduler.has_learned_variance
-        if config.in_channels == 2 * config.out_channels or (config.in_channels == config.out_channels and learned):
-            kind = "upsampler"
+    is_classifier = kind == "classifier"
     prefix = "classifier_" if is_classifier else ""
 
     width = config.time_proj_dim or config.block_out_channels[0]
@@ -194,7 +275,7 @@ def _flags_of(model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None)
         flags |= {
             "class_cond": config.num_class_embeds is not None,
             "dropout": config.dropout,
-            "learn_sigma": config.out_channels == config.in_channels * (1 if kind == "upsampler" else 2),
+            "learn_sigma": learn_sigma,
         }
     multiples = tuple(channels / width for channels in config.block_out_channels)
     if kind == "unet" and CHANNEL_MULT["guided-diffusion", kind].get(size) != multiples:
@@ -208,10 +289,10 @@ def _flags_of(model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None)
         if not process.clip_sample:
             flags["clip_denoised"] = False
         if is_classifier:
-            flags["learn_sigma"] = scheduler.has_learned_variance
+            flags["learn_sigma"] = learn_sigma
     if config.timestep_scale != 1.0:
         flags |= {"rescale_timesteps": True, "diffusion_steps": round(1000 / config.timestep_scale)}
-    return kind, flags
+    return flags
 
 
 def _check_expressible(

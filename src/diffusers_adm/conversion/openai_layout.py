@@ -212,31 +212,71 @@ def expected_shapes(model: ModelMixin, rules: Sequence[TensorRule]) -> dict[str,
 # What a state dict tells about its network
 
 
-def kinds_of_file(shapes: Shapes) -> list[Kind]:
+def image_channel_readings(
+    channels_in: int,
+    channels_out: int,
+    kind: Kind,
+    *,
+    learn_sigma: bool | None = None,
+    image_channels: int | None = None,
+) -> dict[bool, int]:
+    r"""
+    What the channels of a U-Net or an upsampler can mean: a network returns as many channels as its images have, or
+    twice as many with a learned variance. It takes the noisy image, an upsampler the enlarged small one as well, and
+    any number of further channels that it is conditioned on.
+
+    Args:
+        channels_in, channels_out (`int`): Of the network.
+        kind (`str`): `"unet"` or `"upsampler"`.
+        learn_sigma (`bool`, *optional*), image_channels (`int`, *optional*): What is known; other readings are dropped.
+
+    Returns:
+        `dict`: From `learn_sigma` to the channels of an image; with none, one or two entries.
     """
-    The kinds of network that a state dict can be, the likeliest first: a U-Net without learned variance and an
-    upsampler with one both return as many channels as they take.
+    readings = {False: channels_out} | ({True: channels_out // 2} if channels_out % 2 == 0 else {})
+    return {
+        learned: channels
+        for learned, channels in readings.items()
+        if channels * (2 if kind == "upsampler" else 1) <= channels_in
+        and learn_sigma in (None, learned)
+        and image_channels in (None, channels)
+    }
+
+
+def kinds_of_file(shapes: Shapes, learn_sigma: bool | None = None, image_channels: int | None = None) -> list[Kind]:
+    """
+    The kinds of network that a state dict can be, the likeliest first: what a U-Net is conditioned on may have as many
+    channels as an enlarged small image. With `learn_sigma` and `image_channels`, where they are known, fewer are left,
+    and none if they contradict the file.
 
     Raises:
         ValueError: If this is no network of the two code bases.
     """
-    channels_in, channels_out = _ends(shapes)
+    channels_in, channels_out = channels_of_file(shapes)
     if not any(name.startswith("output_blocks.") for name in shapes):
         return ["classifier"]
-    if channels_in == channels_out and channels_in % 2 == 0:
-        return ["upsampler", "unet"] if channels_in == 6 else ["unet", "upsampler"]
-    return ["upsampler"] if channels_in == 2 * channels_out else ["unet"]
+    known = {"learn_sigma": learn_sigma, "image_channels": image_channels}
+    readings = image_channel_readings(channels_in, channels_out, "upsampler", **known)
+    if not readings:
+        return ["unet"] if image_channel_readings(channels_in, channels_out, "unet", **known) else []
+    # As many channels out as in are rather those of a U-Net without learned variance, except for RGB images.
+    is_told = learn_sigma is not None or image_channels is not None
+    is_usual = any(channels_in == 2 * channels for channels in readings.values())
+    if is_usual and (is_told or channels_in != channels_out or channels_in == 6):
+        return ["upsampler", "unet"]
+    return ["unet", "upsampler"]
 
 
 def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind) -> Flags:
     r"""
     Those flags of a network of this kind that names and shapes of its tensors tell. They do not tell the number of
-    attention heads nor their order, and nothing of the diffusion process but `learn_sigma`.
+    attention heads nor their order, and nothing of the diffusion process but `learn_sigma`, where the numbers of
+    channels have one meaning.
 
     Raises:
         ValueError: If this is no network of the two code bases.
     """
-    channels_in, channels_out = _ends(shapes)
+    channels_in, channels_out = channels_of_file(shapes)
     encoder = _encoder(shapes, has_decoder=kind != "classifier")
     width = shapes["time_embed.0.weight"][1]
     multiples = tuple(channels / width for channels in encoder.channels)
@@ -256,7 +296,9 @@ def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind) -> Flags:
             sizes = [places * 2 ** (len(multiples) - 1)]
     else:
         flags["class_cond"] = "label_emb.weight" in shapes
-        flags["learn_sigma"] = channels_out == channels_in * (1 if kind == "upsampler" else 2)
+        readings = image_channel_readings(channels_in, channels_out, kind)
+        if len(readings) == 1:
+            flags["learn_sigma"] = next(iter(readings))
     if len(sizes) == 1:
         flags[size_name] = sizes[0]
     if code_base == "guided-diffusion":
@@ -277,8 +319,8 @@ class _Encoder(NamedTuple):
     residual: bool  # whether it resamples in residual blocks
 
 
-def _ends(shapes: Shapes) -> tuple[int, int]:
-    """Input channels, and output channels or classes."""
+def channels_of_file(shapes: Shapes) -> tuple[int, int]:
+    """Input channels, and output channels or classes. Raises a `ValueError` if this is no network of the code bases."""
     last = [name for name in shapes if re.fullmatch(r"out\.\d\.(c_proj\.)?weight", name) and len(shapes[name]) > 1]
     if not last or any(len(shapes.get(name, ())) != dims for name, dims in ALWAYS_THERE.items()):
         names = ", ".join(list(shapes)[:4])
