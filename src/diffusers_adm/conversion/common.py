@@ -6,18 +6,23 @@ A file is mapped into memory and its tensors are written one by one: a model of 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import logging
 import pickle
+import re
 import shutil
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+
+logger = logging.getLogger(__name__)
 
 # Beside the components: what a file was converted from, so that it can be written back in the same order.
 RECORD_NAME = "openai_checkpoint.json"
@@ -26,6 +31,10 @@ ZIP_MAGIC = b"PK\x03\x04"
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # How much of a checkpoint may lie in memory while it is converted.
 MAPPED_BYTES = 2**27
+# A tensor that U-Nets, upsamplers and classifiers of all these code bases have, and nothing else.
+FIRST_TENSOR = "input_blocks.0.0.weight"
+# How deep dictionaries in a checkpoint may lie in each other.
+MAX_DEPTH = 8
 
 
 class TensorRule(NamedTuple):
@@ -35,6 +44,25 @@ class TensorRule(NamedTuple):
     targets: tuple[str, ...]
     split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]  # theirs -> ours
     join: Callable[..., torch.Tensor]  # ours -> theirs
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A network of a checkpoint."""
+
+    state_dict: dict[str, torch.Tensor]
+    key: str  # where it lay: keys of dictionaries and parts of prefixes, joined by dots; "" for the file itself
+    left_aside: list[str]  # what else the file holds
+
+
+class _Place(NamedTuple):
+    """Where a network lies in a checkpoint: keys of dictionaries, and a prefix of all names."""
+
+    path: tuple[str, ...]
+    prefix: str
+
+    @property
+    def key(self) -> str:
+        return ".".join([*self.path, *self.prefix.split(".")[:-1]])
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -61,13 +89,13 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(file: Path, checkpoint: Path, rules: list[TensorRule]) -> None:
+def write_weights(file: Path, checkpoint: Path, key: str, rules: list[TensorRule]) -> None:
     """
-    Writes the tensors that `rules` make of a checkpoint, in the format of safetensors
+    Writes the tensors that `rules` make of a checkpoint's network `key`, in the format of safetensors
     (https://github.com/huggingface/safetensors#format). Its own writer wants all tensors at once, and every page read
     stays in memory as long as the checkpoint is mapped: here the mapping is made anew after each `MAPPED_BYTES`.
     """
-    state_dict = load_state_dict(checkpoint)
+    state_dict = load_checkpoint(checkpoint, key).state_dict
     # The widest numbers first, so that each tensor begins at a multiple of its numbers' size.
     rules = sorted(rules, key=lambda rule: -state_dict[rule.source].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -86,15 +114,28 @@ def write_weights(file: Path, checkpoint: Path, rules: list[TensorRule]) -> None
         for rule in rules:
             if mapped > MAPPED_BYTES and _is_mappable(checkpoint):
                 del state_dict
-                state_dict, mapped = load_state_dict(checkpoint), 0
+                state_dict, mapped = load_checkpoint(checkpoint, key).state_dict, 0
             source = state_dict[rule.source]
             mapped += source.nbytes
             for tensor in rule.split(source):
                 stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def load_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.pt` file, mapped into memory where its format allows that. Runs no code that it may hold."""
+def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoint:
+    r"""
+    Reads the network of a `.pt` file, mapped into memory where its format allows that. Runs no code that it may hold.
+
+    Training loops wrap networks: in a dictionary beside an optimizer, in a module whose name becomes a prefix of all
+    others (`module.`, `model.`, `_orig_mod.`), or in both. That is taken off where it leads to one network.
+
+    Args:
+        checkpoint (`Path`): The file.
+        key (`str`, *optional*): Which network, where there are several: as in [`LoadedCheckpoint`], or the beginning.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, holds no network, or several, and `key` names none of them.
+    """
     if not checkpoint.is_file():
         raise FileNotFoundError(f"`checkpoint` {checkpoint} is not a file.")
     unreadable = (
@@ -102,14 +143,121 @@ def load_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
         "tensors alone. It may be damaged, cut short, or something else."
     )
     try:
-        state_dict = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=_is_mappable(checkpoint))
-    except pickle.UnpicklingError:  # whose words recommend to execute the file
+        # The arguments of a script: they hold what can be read without them, and making them runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=_is_mappable(checkpoint))
+    except pickle.UnpicklingError as error:  # whose words recommend to execute the file
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if found is not None:
+            unreadable += (
+                f" It names an object of {found[1]}: reading that could run code. If you trust the file, save the "
+                "state dict of the network alone."
+            )
         raise ValueError(unreadable) from None
     except Exception as error:  # whatever the bytes of another file lead to
         raise ValueError(unreadable) from error
-    if not isinstance(state_dict, Mapping) or not state_dict:
-        raise ValueError(f"{checkpoint} holds a {type(state_dict).__name__}, not a state dict: names with tensors.")
-    others = {str(name): type(value).__name__ for name, value in state_dict.items() if not torch.is_tensor(value)}
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{checkpoint} holds a {type(content).__name__}, not a state dict: names with tensors.")
+
+    places = list(_places(content))
+    if not places:
+        return LoadedCheckpoint(_tensors(content, checkpoint), "", [])
+    place = _choose(places, key, checkpoint)
+    entries, left_aside = content, []
+    for part in place.path:
+        left_aside += _describe({name: value for name, value in entries.items() if name != part})
+        entries = entries[part]
+    inner = [other.prefix for other in places if other.path == place.path and len(other.prefix) > len(place.prefix)]
+    own = {
+        name: value
+        for name, value in entries.items()
+        if str(name).startswith(place.prefix) and not str(name).startswith(tuple(inner))
+    }
+    rest = {name: value for name, value in entries.items() if name not in own}
+    left_aside += _describe(rest)
+    state_dict = _tensors({str(name)[len(place.prefix) :]: value for name, value in own.items()}, checkpoint)
+    if key is None:
+        averages = _averages(content, place.path) + _averages(rest)
+        if averages:
+            raise ValueError(
+                f"{checkpoint} holds a network as '{place.key}', and averaged weights as '{averages[0]}', in a form "
+                f"that cannot be read. Pass `key='{place.key}'` (on the command line `--key {place.key}`) to convert "
+                "the former, or save the state dict of the latter."
+            )
+    return LoadedCheckpoint(state_dict, place.key, left_aside)
+
+
+def report_unwrapping(checkpoint: Path, loaded: LoadedCheckpoint) -> None:
+    """Logs what was taken off and what was left aside, if anything was."""
+    if loaded.key or loaded.left_aside:
+        others = f"; left aside: {', '.join(loaded.left_aside)}" if loaded.left_aside else ""
+        logger.warning("%s: took the network from '%s'%s.", checkpoint.name, loaded.key, others)
+
+
+def _places(entries: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[_Place]:
+    """Where a network lies, by a tensor that each has."""
+    for name, value in entries.items():
+        if not isinstance(name, str):
+            continue
+        if torch.is_tensor(value):
+            prefix = name.removesuffix(FIRST_TENSOR)
+            if prefix != name and (not prefix or prefix.endswith(".")):
+                yield _Place(path, prefix)
+        elif isinstance(value, Mapping) and len(path) < MAX_DEPTH:
+            yield from _places(value, (*path, name))
+
+
+def _choose(places: Sequence[_Place], key: str | None, checkpoint: Path) -> _Place:
+    """The place that `key` names, or the only one."""
+    chosen = list(places)
+    if key is not None:
+        chosen = [place for place in places if place.key == key]
+        chosen = chosen or [place for place in places if place.key.startswith(f"{key}.")]
+    if len(chosen) == 1:
+        return chosen[0]
+    keys = ", ".join(f"'{place.key}'" for place in chosen or places)
+    if not chosen:
+        raise ValueError(f"`key` is '{key}', under which {checkpoint} holds no network. It has: {keys}.")
+    raise ValueError(
+        f"{checkpoint} holds {len(chosen)} networks: {keys}. Name one of them with `key` (`--key` on the command line)."
+    )
+
+
+def _describe(entries: Mapping[Any, Any]) -> list[str]:
+    """What lies beside a network, briefly: tensors by the first part of their names."""
+    others = [f"{name} ({type(value).__name__})" for name, value in entries.items() if not torch.is_tensor(value)]
+    names: dict[str, list[str]] = {}
+    for name, value in entries.items():
+        if torch.is_tensor(value):
+            names.setdefault(str(name).split(".")[0], []).append(str(name))
+    tensors = [own[0] if len(own) == 1 else f"{first}.* ({len(own)} tensors)" for first, own in names.items()]
+    return others + tensors
+
+
+def _averages(entries: Mapping[Any, Any], path: Sequence[str] = ()) -> list[str]:
+    """Names of averaged weights beside `path`, which leads to a network."""
+    found = []
+    for name, value in entries.items():
+        first = str(name).split(".")[0]
+        if path and name == path[0]:
+            found += _averages(value, path[1:]) if len(path) > 1 else []
+        elif "ema" in re.split("[^a-z]+", first.lower()) and _holds_weights(value):
+            found.append(first)
+    return found
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether there is a tensor of more than one number."""
+    if torch.is_tensor(value):
+        return value.numel() > 1
+    if isinstance(value, Mapping):
+        return any(_holds_weights(entry) for entry in value.values())
+    return isinstance(value, (list, tuple)) and any(_holds_weights(entry) for entry in value)
+
+
+def _tensors(entries: Mapping[Any, Any], checkpoint: Path) -> dict[str, torch.Tensor]:
+    """`entries`, which must be a state dict."""
+    others = {str(name): type(value).__name__ for name, value in entries.items() if not torch.is_tensor(value)}
     if others:
         names = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:4])
         raise ValueError(
@@ -118,12 +266,12 @@ def load_state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
         )
     odd = [
         str(name)
-        for name, tensor in state_dict.items()
+        for name, tensor in entries.items()
         if tensor.dtype not in SAFETENSORS_DTYPES or tensor.layout != torch.strided or tensor.is_meta
     ]
     if odd:
         raise ValueError(f"{checkpoint} holds tensors that are no plain floating-point numbers: {', '.join(odd[:4])}.")
-    return {str(name): tensor.detach() for name, tensor in state_dict.items()}
+    return {str(name): tensor.detach() for name, tensor in entries.items()}
 
 
 def dtypes_of(state_dict: Mapping[str, torch.Tensor]) -> list[str]:

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.output_dir,
             preset=args.preset,
             model_flags=args.model_flags,
+            key=args.key,
             tokenizer=args.tokenizer,
         )
     except (ValueError, OSError) as error:

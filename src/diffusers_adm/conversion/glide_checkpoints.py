@@ -19,8 +19,9 @@ from .common import (
     check_output_dir,
     check_sums,
     dtypes_of,
-    load_state_dict,
+    load_checkpoint,
     new_folder,
+    report_unwrapping,
     write_record,
     write_weights,
 )
@@ -91,12 +92,14 @@ def convert_glide(
     preset: str | None = None,
     model_flags: str | Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
+    key: str | None = None,
 ) -> ConvertedGLIDECheckpoint:
     r"""
     Converts a checkpoint of GLIDE's code.
 
     Args:
-        checkpoint (`str` or `Path`): The `.pt` file: a state dict with U-Net and text transformer.
+        checkpoint (`str` or `Path`): The `.pt` file: a state dict with U-Net and text transformer, or the checkpoint of
+            a training loop that holds one.
         output_dir (`str` or `Path`): Gets `unet/`, `text_encoder/`, `scheduler/`, with `tokenizer` `tokenizer/`, and a
             pipeline's index: of `ADMPipeline`, `ADMSuperResolutionPipeline` or, for both that inpaint,
             `ADMInpaintPipeline`. Must not exist, or be empty.
@@ -105,6 +108,7 @@ def convert_glide(
             with. What they leave out the file tells as far as it can; the rest has GLIDE's defaults.
         tokenizer (`str` or `Path`, *optional*): GPT-2's, as for `load_glide_tokenizer`. `None`: the component is null,
             and the pipeline is to be loaded with `tokenizer=`.
+        key (`str`, *optional*): Which network, where the file holds several, as for `convert_openai`.
 
     Returns:
         [`ConvertedGLIDECheckpoint`]: `.assumed` holds what was not told. With neither `preset` nor `model_flags` that
@@ -124,7 +128,10 @@ def convert_glide(
         get_glide_preset(preset)
     given = parse_glide_flags(model_flags or {})
 
-    state_dict = load_state_dict(checkpoint)
+    loaded = load_checkpoint(checkpoint, key)
+    report_unwrapping(checkpoint, loaded)
+    state_dict, key = loaded.state_dict, loaded.key
+    del loaded
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     num_parameters = sum(tensor.numel() for tensor in state_dict.values())
     observed = observed_glide_flags(shapes)
@@ -171,6 +178,7 @@ def convert_glide(
     kind = kind_of(flags)
     scheduler = LearnedVarianceDDPMScheduler(**glide_scheduler_config(flags))
     record = {"code_base": CODE_BASE, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags}
+    record |= {"key": key} if key else {}
 
     with new_folder(output_dir) as folder:
         unet.save_config(folder / "unet")
@@ -185,7 +193,7 @@ def convert_glide(
         write_record(folder, record)
         del state_dict
         for component, component_rules in rules.items():
-            write_weights(folder / component / SAFETENSORS_WEIGHTS_NAME, checkpoint, component_rules)
+            write_weights(folder / component / SAFETENSORS_WEIGHTS_NAME, checkpoint, key, component_rules)
     return ConvertedGLIDECheckpoint(
         output_dir, kind, preset, recognised, flags, assumed, words is not None, num_parameters, dtypes
     )

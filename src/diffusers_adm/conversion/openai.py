@@ -40,6 +40,11 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="Or the flags it was trained with, in one pair of quotes and under the names of the code base. What is "
         "left out is read off the file where that tells it, and else has the code base's default.",
     )
+    parser.add_argument(
+        "--key",
+        metavar="NAME",
+        help="Which network to convert, where the file holds several: for example ema, or state_dict.model.",
+    )
     parser.add_argument("--list_presets", action="store_true", help="Print the published checkpoints and their flags.")
 
 
@@ -99,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.output_dir,
             preset=args.preset,
             model_flags=args.model_flags,
+            key=args.key,
             code_base=args.code_base,
             image_channels=args.image_channels,
         )

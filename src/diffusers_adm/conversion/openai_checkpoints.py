@@ -13,7 +13,16 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
-from .common import check_output_dir, check_sums, dtypes_of, load_state_dict, new_folder, write_record, write_weights
+from .common import (
+    check_output_dir,
+    check_sums,
+    dtypes_of,
+    load_checkpoint,
+    new_folder,
+    report_unwrapping,
+    write_record,
+    write_weights,
+)
 from .openai_flags import (
     CHANNEL_MULT,
     CodeBase,
@@ -98,12 +107,14 @@ def convert_openai(
     model_flags: str | Mapping[str, Any] | None = None,
     code_base: CodeBase | None = None,
     image_channels: int | None = None,
+    key: str | None = None,
 ) -> ConvertedCheckpoint:
     r"""
     Converts a checkpoint of guided-diffusion or improved-diffusion.
 
     Args:
-        checkpoint (`str` or `Path`): The `.pt` file: a state dict, as their training scripts save it.
+        checkpoint (`str` or `Path`): The `.pt` file: a state dict, as their training scripts save it, or the checkpoint
+            of a training loop that holds one.
         output_dir (`str` or `Path`): Gets `unet/`, `scheduler/` and a pipeline's index, which
             `ADMPipeline.from_pretrained` loads, for an upsampler `ADMSuperResolutionPipeline.from_pretrained`, for a
             U-Net that takes RGB images and 4 or 7 channels more `ADMInpaintPipeline.from_pretrained`; no index for
@@ -117,6 +128,9 @@ def convert_openai(
         image_channels (`int`, *optional*): Channels of the images, where the file and `--learn_sigma` do not tell: a
             network with 5 channels in and 2 out can denoise images of 2 channels with a fixed variance, conditioned on
             3 more, or images of 1 channel with a learned variance, conditioned on 4 more.
+        key (`str`, *optional*): Which network, where the file holds several: keys of its dictionaries and parts of the
+            names, joined by dots (`"ema"`, `"state_dict.model"`). One network in the checkpoint of a training loop is
+            found without it, and a warning says where.
 
     Returns:
         [`ConvertedCheckpoint`]: `.assumed` holds what was not told. With neither `preset` nor `model_flags` that is
@@ -142,7 +156,10 @@ def convert_openai(
         )
     check_output_dir(output_dir)
 
-    state_dict = load_state_dict(checkpoint)
+    loaded = load_checkpoint(checkpoint, key)
+    report_unwrapping(checkpoint, loaded)
+    state_dict, key = loaded.state_dict, loaded.key
+    del loaded
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     num_parameters = sum(tensor.numel() for tensor in state_dict.values())
     recognised = False
@@ -187,6 +204,7 @@ def convert_openai(
     check_sums(checkpoint)
     dtypes = dtypes_of(state_dict)
     record = {"code_base": code_base, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags}
+    record |= {"key": key} if key else {}
     scheduler = LearnedVarianceDDPMScheduler(**scheduler_config(flags, code_base))
 
     channels_in, channels_out = channels_of_file(shapes)
@@ -203,7 +221,7 @@ def convert_openai(
             pipeline.save_config(folder)
         write_record(folder, record)
         del state_dict
-        write_weights(model_dir / SAFETENSORS_WEIGHTS_NAME, checkpoint, rules)
+        write_weights(model_dir / SAFETENSORS_WEIGHTS_NAME, checkpoint, key, rules)
     return ConvertedCheckpoint(
         output_dir=output_dir,
         code_base=code_base,
