@@ -9,6 +9,7 @@ and what is said on the way.
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,6 +112,37 @@ class TestOutputs:
                 states, pooled = text_encoder(tokens, mask)
                 kwargs = {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled}}
                 assert relative(unet(x, t, **kwargs).sample, BASE.forward(BASE.weights(), x, t, tokens, mask)) > 0.01
+
+    @pytest.mark.parametrize(
+        ("kind", "in_channels", "out_channels"), [("base", 1, 2), ("upsample", 8, 8), ("base-inpaint", 3, 2)]
+    )
+    def test_are_those_of_the_original_network_for_other_than_rgb_images(
+        self, kind, in_channels, out_channels, tmp_path, tokenizer_folder
+    ):
+        """Grey images and latents of four channels: constants of GLIDE's code that people change there."""
+        rgb = GLIDE_NETWORKS[kind]
+        spec = replace(rgb.spec, in_channels=in_channels, out_channels=out_channels)
+        network = replace(rgb, spec=spec)
+        for flags in ("--num_head_channels 16 --xf_heads 3", network.flags):
+            result = convert_glide(
+                network.save(tmp_path),
+                tmp_path / f"out{len(flags)}",
+                model_flags=flags,
+                tokenizer=tokenizer_folder,
+            )
+            assert result.kind == kind
+        pipeline = DiffusionPipeline.from_pretrained(result.output_dir)
+        assert type(pipeline) is PIPELINES[kind]
+        assert pipeline.sample_channels == out_channels // 2
+        x, t, tokens, mask = network.inputs()
+        with torch.no_grad():
+            states, pooled = pipeline.text_encoder(tokens, mask)
+            kwargs = {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled}}
+            ours, theirs = (
+                pipeline.unet(x, t, **kwargs).sample,
+                network.forward(network.weights(), x, t, tokens, mask),
+            )
+        assert relative(ours, theirs) < 1e-5
 
     def test_half_precision_is_kept_in_the_file(self, tmp_path, tokenizer_folder):
         file = BASE.save(tmp_path, torch.float16)
@@ -296,7 +328,10 @@ class TestBadInput:
             refused(tmp_path, message, tmp_path / "model.pt", model_flags=BASE.flags)
         changed = weights | {"input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3)}
         torch.save(changed, tmp_path / "model.pt")
-        refused(tmp_path, "takes 4 channels; GLIDE's take 3, 6, 7, 10", tmp_path / "model.pt")
+        refused(tmp_path, "takes 4 channels; GLIDE's take 3, 6, 7, 10 for images of 3", tmp_path / "model.pt")
+        changed = weights | {"out.2.weight": torch.zeros(3, 32, 3, 3), "out.2.bias": torch.zeros(3)}
+        torch.save(changed, tmp_path / "model.pt")
+        refused(tmp_path, "returns 3 channels; GLIDE's return twice as many as an image has", tmp_path / "model.pt")
 
     def test_tokenizer(self, tmp_path, tokenizer_folder):
         flags = {"model_flags": BASE.flags}

@@ -28,6 +28,7 @@ from .common import (
 from .glide_flags import (
     CODE_BASE,
     GLIDE_PRESETS,
+    IMAGE_CHANNELS,
     IMAGE_SIZES,
     GLIDEKind,
     default_flags,
@@ -38,7 +39,7 @@ from .glide_flags import (
     text_config,
     unet_config,
 )
-from .glide_layout import Shapes, observed_glide_flags, text_rules
+from .glide_layout import Shapes, image_channels_of, observed_glide_flags, text_rules
 from .glide_tokenizer import load_glide_tokenizer
 from .openai_flags import Flags, format_flags
 from .openai_layout import differences, expected_shapes, tensor_rules
@@ -150,7 +151,8 @@ def convert_glide(
         silent = {*told, *SILENT_FLAGS, *of_heads}
         assumed = {name: value for name, value in flags.items() if name not in silent}
 
-    unet, text_encoder = build_glide(flags, shapes["token_embedding.weight"][0])
+    image_channels = IMAGE_CHANNELS if preset is not None else image_channels_of(shapes)
+    unet, text_encoder = build_glide(flags, shapes["token_embedding.weight"][0], image_channels)
     rules = {"unet": tensor_rules(unet, new_attention_order=False), "text_encoder": text_rules(text_encoder)}
     problems = differences(_expected(unet, text_encoder, rules), shapes)
     if problems:
@@ -199,9 +201,11 @@ def convert_glide(
     )
 
 
-def build_glide(flags: Flags, vocab_size: int) -> tuple[AdaGNUNet2DModel, GLIDETextModel]:
+def build_glide(
+    flags: Flags, vocab_size: int, image_channels: int = IMAGE_CHANNELS
+) -> tuple[AdaGNUNet2DModel, GLIDETextModel]:
     """The networks of a full set of flags, on the meta device."""
-    unet_arguments, text_arguments = unet_config(flags), text_config(flags, vocab_size)
+    unet_arguments, text_arguments = unet_config(flags, image_channels), text_config(flags, vocab_size)
     with torch.device("meta"):
         return AdaGNUNet2DModel(**unet_arguments), GLIDETextModel(**text_arguments)
 

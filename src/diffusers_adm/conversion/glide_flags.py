@@ -51,7 +51,7 @@ UPSAMPLER_DEFAULTS: Flags = {
 }
 # Those whose levels need no `channel_mult`; the levels are guided-diffusion's.
 IMAGE_SIZES = (64, 128, 256)
-# What the code fixes: RGB images, and a learned variance.
+# What the code fixes: RGB images, which people change there, and a learned variance.
 IMAGE_CHANNELS = 3
 # Its words for the noise schedules, and guided-diffusion's.
 NOISE_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
@@ -118,15 +118,15 @@ def kind_of(flags: Flags) -> GLIDEKind:
     return "base-inpaint" if flags["inpaint"] else "base"
 
 
-def in_channels(flags: Flags) -> int:
+def in_channels(flags: Flags, image_channels: int) -> int:
     """Of the U-Net: x_t, the known part of the image and the mask, the enlarged small image."""
-    inpaint = IMAGE_CHANNELS + 1 if flags["inpaint"] else 0
-    return IMAGE_CHANNELS + inpaint + (IMAGE_CHANNELS if flags["super_res"] else 0)
+    inpaint = image_channels + 1 if flags["inpaint"] else 0
+    return image_channels + inpaint + (image_channels if flags["super_res"] else 0)
 
 
-def unet_config(flags: Flags) -> dict[str, Any]:
+def unet_config(flags: Flags, image_channels: int = IMAGE_CHANNELS) -> dict[str, Any]:
     """
-    The config of `AdaGNUNet2DModel` that a full set of flags describes.
+    The config of `AdaGNUNet2DModel` that a full set of flags describes, for images of so many channels.
 
     Raises:
         ValueError: For flags that describe no network, or none that `AdaGNUNet2DModel` can be.
@@ -149,8 +149,8 @@ def unet_config(flags: Flags) -> dict[str, Any]:
         flags | {"class_cond": False, "rescale_timesteps": False},
         "guided-diffusion",
         "unet",
-        in_channels=in_channels(flags),
-        out_channels=2 * IMAGE_CHANNELS,
+        in_channels=in_channels(flags, image_channels),
+        out_channels=2 * image_channels,
         num_classes=0,
     )
     for way in ("Down", "Up"):

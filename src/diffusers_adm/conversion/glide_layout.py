@@ -9,19 +9,20 @@ from collections.abc import Iterator
 
 from ..models import GLIDETextModel
 from .common import TensorRule
-from .glide_flags import IMAGE_CHANNELS, Flags
-from .openai_layout import Shapes, fused_rules, kept, module_rules, observed_flags
+from .glide_flags import Flags
+from .openai_layout import Shapes, channels_of_file, fused_rules, kept, module_rules, observed_flags
 
 
 # What tells its checkpoints from those of networks without text.
 TEXT_PREFIXES = ("transformer.", "transformer_proj.", "final_ln.", "unemb.")
 TEXT_NAMES = ("token_embedding.weight", "positional_embedding", "padding_embedding")
-# By the channels that a U-Net takes: x_t, then (2) what it inpaints, then (1) the enlarged small image.
-INPUTS: dict[int, Flags] = {
-    IMAGE_CHANNELS: {"inpaint": False, "super_res": False},
-    2 * IMAGE_CHANNELS: {"inpaint": False, "super_res": True},
-    2 * IMAGE_CHANNELS + 1: {"inpaint": True, "super_res": False},
-    3 * IMAGE_CHANNELS + 1: {"inpaint": True, "super_res": True},
+# Channels that a U-Net takes, as images and masks: x_t, then what it inpaints (an image and a mask), then the enlarged
+# small image.
+INPUTS: dict[tuple[int, int], Flags] = {
+    (1, 0): {"inpaint": False, "super_res": False},
+    (2, 0): {"inpaint": False, "super_res": True},
+    (2, 1): {"inpaint": True, "super_res": False},
+    (3, 1): {"inpaint": True, "super_res": True},
 }
 
 
@@ -55,6 +56,17 @@ def unet_shapes(shapes: Shapes) -> Shapes:
     return {n: shape for n, shape in shapes.items() if not n.startswith(TEXT_PREFIXES) and n not in TEXT_NAMES}
 
 
+def image_channels_of(shapes: Shapes) -> int:
+    """Channels of the images: half of those that a U-Net returns, since all of GLIDE's learn the variance."""
+    _, channels_out = channels_of_file(unet_shapes(shapes))
+    if channels_out % 2:
+        raise ValueError(
+            f"The U-Net returns {channels_out} channels; GLIDE's return twice as many as an image has, for the learned "
+            "variance."
+        )
+    return channels_out // 2
+
+
 def observed_glide_flags(shapes: Shapes) -> Flags:
     r"""
     Those flags that names and shapes of the tensors tell: all of the network's but the numbers of attention heads.
@@ -71,10 +83,12 @@ def observed_glide_flags(shapes: Shapes) -> Flags:
             "diffusers_adm.conversion.openai`."
         )
     flags = observed_flags(unet_shapes(shapes), "guided-diffusion", "unet")
-    channels = shapes["input_blocks.0.0.weight"][1]
-    if channels not in INPUTS:
+    channels, image_channels = shapes["input_blocks.0.0.weight"][1], image_channels_of(shapes)
+    inputs = {images * image_channels + masks: kind for (images, masks), kind in INPUTS.items()}
+    if channels not in inputs:
         raise ValueError(
-            f"The U-Net takes {channels} channels; GLIDE's take {', '.join(map(str, INPUTS))}, for RGB images."
+            f"The U-Net takes {channels} channels; GLIDE's take {', '.join(map(str, inputs))} for images of "
+            f"{image_channels} channels, half of the {2 * image_channels} that it returns."
         )
     # The code demands this size of levels that it does not know, and those that it knows are alike.
     multiples = flags["channel_mult"].split(",")
@@ -94,5 +108,5 @@ def observed_glide_flags(shapes: Shapes) -> Flags:
         "xf_layers": len(layers),
         "xf_final_ln": "final_ln.weight" in shapes,
         "xf_padding": "padding_embedding" in shapes,
-        **INPUTS[channels],
+        **inputs[channels],
     }

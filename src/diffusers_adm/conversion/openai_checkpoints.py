@@ -273,7 +273,7 @@ def _make_pipeline(
     return None
 
 
-def build_network(flags: Flags, code_base: CodeBase, kind: Kind, shapes: Mapping[str, tuple] | None) -> Any:
+def build_network(flags: Flags, code_base: CodeBase, kind: Kind, shapes: Shapes | None) -> Any:
     """
     The network of these flags, on the meta device, with the numbers of channels and classes of a file with these
     shapes; `None`: with those of the published files.
@@ -358,7 +358,7 @@ def _settle_variance(
     )
 
 
-def _observe(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: CodeBase) -> Flags:
+def _observe(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> Flags:
     """What the file tells, seen from the image size that was given, without channels per level that the size says."""
     observed = observed_flags(shapes, code_base, kind)
     size_name = "large_size" if kind == "upsampler" else "image_size"
@@ -373,7 +373,7 @@ def _observe(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: C
     return observed
 
 
-def _complete(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: CodeBase) -> tuple[Flags, Flags]:
+def _complete(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> tuple[Flags, Flags]:
     """All flags, and those of them that nobody has told: the caller's win, then the file's."""
     flags = default_flags(code_base, kind)
     try:
@@ -394,7 +394,7 @@ def _complete(given: Flags, kind: Kind, shapes: Mapping[str, tuple], code_base: 
     return flags | told, assumed
 
 
-def recognise(stem: str, shapes: Mapping[str, tuple], code_base: CodeBase | None) -> str | None:
+def recognise(stem: str, shapes: Shapes, code_base: CodeBase | None) -> str | None:
     """The published checkpoint with exactly this layout, if all those that have it mean the same network."""
     matches: dict[str, Any] = {}
     for name, preset in PRESETS.items():

@@ -255,10 +255,12 @@ def kinds_of_file(shapes: Shapes, learn_sigma: bool | None = None, image_channel
     channels_in, channels_out = channels_of_file(shapes)
     if not any(name.startswith("output_blocks.") for name in shapes):
         return ["classifier"]
-    known = {"learn_sigma": learn_sigma, "image_channels": image_channels}
-    readings = image_channel_readings(channels_in, channels_out, "upsampler", **known)
+    read = partial(
+        image_channel_readings, channels_in, channels_out, learn_sigma=learn_sigma, image_channels=image_channels
+    )
+    readings = read("upsampler")
     if not readings:
-        return ["unet"] if image_channel_readings(channels_in, channels_out, "unet", **known) else []
+        return ["unet"] if read("unet") else []
     # As many channels out as in are rather those of a U-Net without learned variance, except for RGB images.
     is_told = learn_sigma is not None or image_channels is not None
     is_usual = any(channels_in == 2 * channels for channels in readings.values())
