@@ -63,10 +63,10 @@ from diffusers_adm.training import (
     drop_labels,
     evaluation_weights,
     labelled_grid,
-    learned_classes,
     load_image_dataset,
     load_text,
     load_unet_config,
+    match_unet_classes,
     parse_args,
     plot_loss_curves,
     prepare_captions,
@@ -82,7 +82,6 @@ from diffusers_adm.training import (
     seed_step,
     start_accelerator,
     training_losses,
-    warn_of_other_classes,
     widen_input,
 )
 
@@ -168,14 +167,15 @@ def sample_grid(
     pipeline: ADMPipeline,
     training_args: DiffusionTrainingArguments,
     prompts: list[tuple[str, int | None]] | None = None,
+    classes: list[int] | None = None,
 ) -> Image.Image:
-    """Validation images: one row per prompt (with its class, if the model has classes), or else per class."""
-    total, id2label = training_args.num_validation_images, pipeline.id2label
+    """Validation images: one row per prompt (with its class, if the model has classes), or else one per class."""
+    total = training_args.num_validation_images
     if prompts is not None:
         conditions, row_labels = prompts[:total], [prompt for prompt, _ in prompts[:total]]
-    elif id2label is not None:
-        conditions = [(None, label) for label in sorted(id2label)[:total]]
-        row_labels = [id2label[label] for _, label in conditions]
+    elif classes:
+        conditions = [(None, label) for label in classes[:total]]
+        row_labels = [pipeline.id2label[label] for label in classes[:total]]
     else:
         conditions, row_labels = [(None, None)], None
     rows = len(conditions) if row_labels else math.ceil(math.sqrt(total))
@@ -219,6 +219,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("`lora_rank` adapts a trained model. Name it with `--pretrained_model_name_or_path`.")
         if text_args.train_text_encoder:
             raise ValueError("`lora_rank` adapts the U-Net alone. Drop `train_text_encoder`, or train all weights.")
+        if model_args.replace_classes:
+            raise ValueError(
+                "`lora_rank` leaves the pretrained weights as they are, those of its classes included. Drop "
+                "`replace_classes`, or train all weights."
+            )
     inpaints = task_args.task == "inpaint"
     if inpaints and text_args.validation_prompts:
         raise ValueError(
@@ -251,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
+        frozen = "`lora_rank` leaves the pretrained weights as they are" if lora_args.lora_rank is not None else None
+        images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, frozen)
         if unet.config.in_channels < in_channels:
             widen_input(unet, in_channels)
         null_class_id = unet.config.null_class_id
@@ -266,13 +273,13 @@ def main(argv: list[str] | None = None) -> None:
             output_dir=output_dir if accelerator.is_main_process else None,
         )
         captions, prompts = None, None
+        # A pretrained model may have many others.
+        shown_classes = None if num_classes is None else sorted({label for label in images["label"][:] if label >= 0})
         if has_text:
             prompts = None if inpaints else choose_prompts(text_args, images, null_class_id)
             captions = prepare_captions(
                 images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
             )
-    if id2label is not None and model_args.pretrained_model_name_or_path is not None:
-        warn_of_other_classes(learned_classes(model_args, data_args), id2label, "model")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     train_dataset = (InpaintingDataset if inpaints else ImageDataset)(
         images,
@@ -361,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
                 if inpaints:
                     grid = inpainting_grid(pipeline, training_args, shown_dataset, null_class_id)
                 else:
-                    grid = sample_grid(pipeline, training_args, prompts)
+                    grid = sample_grid(pipeline, training_args, prompts, shown_classes)
             if text_args.precompute_text_embeddings:
                 pipeline.text_encoder.to("cpu")
             save_samples(accelerator, grid, output_dir, progress.global_step)

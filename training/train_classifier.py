@@ -47,17 +47,20 @@ from diffusers_adm.training import (
     derive_seed,
     evaluation_weights,
     from_subfolder_or_root,
+    learned_classes,
     load_id2label,
     load_image_dataset,
     load_model_config,
     load_noise_scheduler,
     match_classes,
+    match_classifier_classes,
     parse_args,
     plot_accuracy_by_timestep,
     plot_classifier_curves,
     prepare_output_dir,
     push_result,
     reading,
+    renumber_labels,
     rest_of_epoch,
     resume_checkpoint,
     run_settings,
@@ -66,7 +69,6 @@ from diffusers_adm.training import (
     seed_step,
     start_accelerator,
     timestep_bin_edges,
-    warn_of_other_classes,
 )
 
 
@@ -134,15 +136,14 @@ def load_classifier_config(model_args: ModelArguments, data_args: DataArguments)
 def build_classifier(
     model_args: ModelArguments, data_args: DataArguments, config: dict[str, Any], id2label: dict[int, str]
 ) -> AdaGNClassifierModel:
-    """The network; refuses one that cannot tell these classes, or take images of this resolution."""
-    if config.get("num_classes", len(id2label)) != len(id2label):
-        raise ValueError(
-            f"The data has {len(id2label)} classes, but the classifier tells {config['num_classes']} apart. Leave "
-            "`num_classes` out of a config for training from scratch, so that the data sets it; for fine-tuning, use "
-            "the same classes."
-        )
+    """The network: as pretrained, or from scratch for these classes. Refuses one for images of another resolution."""
     pretrained = model_args.pretrained_model_name_or_path
     if pretrained is None:
+        if config.get("num_classes", len(id2label)) != len(id2label):
+            raise ValueError(
+                f"The data has {len(id2label)} classes, but the classifier tells {config['num_classes']} apart. Leave "
+                "`num_classes` out of the config, so that the data sets it."
+            )
         config = {**config, "num_classes": len(id2label)}
         if data_args.resolution is not None:
             config["sample_size"] = data_args.resolution
@@ -165,11 +166,12 @@ def build_classifier(
     return classifier
 
 
-def learned_classes(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
-    """The names of the pretrained classifier's classes; none where they were not saved."""
+def classes_of_classifier(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
+    """The names of the pretrained classifier's classes, or those of the pipeline it belongs to; none if not saved."""
     pretrained = model_args.pretrained_model_name_or_path
     kwargs = {} if os.path.isdir(pretrained) else {"revision": model_args.revision, "cache_dir": data_args.cache_dir}
-    return load_id2label(pretrained, "classifier", **kwargs) or load_id2label(pretrained, **kwargs) or {}
+    names = load_id2label(pretrained, "classifier", **kwargs) or load_id2label(pretrained, **kwargs)
+    return names or learned_classes(model_args, data_args)
 
 
 @torch.no_grad()
@@ -236,6 +238,9 @@ def main(argv: list[str] | None = None) -> None:
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         classifier = build_classifier(model_args, data_args, config, id2label)
+        if model_args.pretrained_model_name_or_path is not None:
+            known = classes_of_classifier(model_args, data_args)
+            images, id2label = match_classifier_classes(classifier, images, id2label, known, model_args.replace_classes)
         resolution = choose_resolution(data_args.resolution, classifier.config, "classifier")
         classifier.register_to_config(sample_size=resolution)
         images, _ = check_images(
@@ -248,9 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if validation_source is not None:
             validation_images, names = load_image_dataset(**validation_source, seed=training_args.seed)
-            to_class = match_classes(names, id2label)
-            labels = [to_class.get(label, label) for label in validation_images["label"][:]]
-            validation_images = validation_images.remove_columns("label").add_column("label", labels)
+            validation_images = renumber_labels(validation_images, match_classes(names, id2label))
             validation_images, _ = check_images(
                 validation_images,
                 resolution,
@@ -267,8 +270,6 @@ def main(argv: list[str] | None = None) -> None:
     missing = [name for number, name in id2label.items() if number not in label_counts]
     if missing:
         logger.warning(f"{len(missing)} of {len(id2label)} classes have no image: {', '.join(missing[:10])}")
-    if model_args.pretrained_model_name_or_path is not None:
-        warn_of_other_classes(learned_classes(model_args, data_args), id2label, "classifier")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     train_dataset = ImageDataset(
         images, resolution, data_args.center_crop, data_args.random_flip, seed=training_args.seed
@@ -298,8 +299,9 @@ def main(argv: list[str] | None = None) -> None:
     resume_checkpoint(accelerator, output_dir, training_args.resume_from_checkpoint)
     if ema is not None:
         ema.to(accelerator.device)
+    num_classes = accelerator.unwrap_model(classifier).config.num_classes
     metrics, validation_metrics = (
-        ClassificationMetrics(num_train_timesteps, len(id2label), len(edges) - 1, accelerator.device) for _ in range(2)
+        ClassificationMetrics(num_train_timesteps, num_classes, len(edges) - 1, accelerator.device) for _ in range(2)
     )
     total_batch_size = (
         training_args.train_batch_size * accelerator.num_processes * training_args.gradient_accumulation_steps

@@ -58,10 +58,10 @@ from diffusers_adm.training import (
     evaluation_weights,
     from_subfolder_or_root,
     labelled_strips,
-    learned_classes,
     load_image_dataset,
     load_text,
     load_unet_config,
+    match_unet_classes,
     parse_args,
     plot_loss_curves,
     prepare_captions,
@@ -78,7 +78,6 @@ from diffusers_adm.training import (
     seed_step,
     start_accelerator,
     training_losses,
-    warn_of_other_classes,
 )
 
 
@@ -155,6 +154,8 @@ def check_base_stays(model_args: UNetArguments, diffusion_args: DiffusionArgumen
         )
     if text_args.train_text_encoder:
         raise ValueError("The pretrained model stays as it is, its text encoder included: drop `train_text_encoder`.")
+    if model_args.replace_classes:
+        raise ValueError("A ControlNet leaves its base model as it is, its classes included: drop `replace_classes`.")
 
 
 def check_text_stays(model_args: UNetArguments, data_args: DataArguments, text_args: TextArguments) -> None:
@@ -277,6 +278,8 @@ def main(argv: list[str] | None = None) -> None:
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
+        frozen = "a ControlNet leaves its base model as it is"
+        images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, frozen)
         null_class_id = unet.config.null_class_id
         check_guidance_of_grids(training_args, unet.config, num_classes, has_text)
         resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
@@ -295,8 +298,6 @@ def main(argv: list[str] | None = None) -> None:
             captions = prepare_captions(
                 images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
             )
-    if id2label is not None:
-        warn_of_other_classes(learned_classes(model_args, data_args), id2label, "model")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     shown_dataset = ControlDataset(
         images, resolution, center_crop=True, seed=training_args.seed, condition=control_args.condition

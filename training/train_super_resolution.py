@@ -57,10 +57,10 @@ from diffusers_adm.training import (
     drop_labels,
     evaluation_weights,
     labelled_strips,
-    learned_classes,
     load_image_dataset,
     load_text,
     load_unet_config,
+    match_unet_classes,
     parse_args,
     plot_loss_curves,
     prepare_captions,
@@ -76,7 +76,6 @@ from diffusers_adm.training import (
     seed_step,
     start_accelerator,
     training_losses,
-    warn_of_other_classes,
 )
 
 
@@ -193,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
+        images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args)
         null_class_id = unet.config.null_class_id
         check_guidance_of_grids(training_args, unet.config, num_classes, has_text)
         resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
@@ -212,8 +212,6 @@ def main(argv: list[str] | None = None) -> None:
             captions = prepare_captions(
                 images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
             )
-    if id2label is not None and model_args.pretrained_model_name_or_path is not None:
-        warn_of_other_classes(learned_classes(model_args, data_args), id2label, "model")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     shown_dataset = ImageDataset(images, resolution, center_crop=True, seed=training_args.seed)
     examples = choose_examples(shown_dataset, training_args.num_validation_images, null_class_id)

@@ -448,6 +448,8 @@ def stock(tmp_path_factory):
     classifier.save_pretrained(path / "turned" / "classifier")
     save_id2label(path / "classifier", NAMES)
     save_id2label(path / "turned" / "classifier", {0: "fish", 1: "dogs", 2: "cats", 3: "birds"})
+    random_classifier(num_classes=2).save_pretrained(path / "some")
+    save_id2label(path / "some", {0: "fish", 1: "cats"})
     random_classifier(num_classes=3).save_pretrained(path / "small")
     return path
 
@@ -507,6 +509,16 @@ def test_classes_are_matched_by_name(stock, capsys):
         assert result["accuracy"] == pytest.approx(right)
     with pytest.raises(ValueError, match="4 classes and the network 3"):
         measure(capsys, features=f"classifier:{stock / 'small'}", **arguments)
+
+
+def test_a_classifier_of_the_sampled_classes_is_enough(stock, capsys):
+    """The model has four classes; fish and cats were sampled."""
+    arguments = {"samples": stock / "png", "reference": stock / "images", "splits": 2}
+    result = measure(capsys, features=f"classifier:{stock / 'some'}", **arguments)
+    with torch.no_grad():
+        images = torch.stack([item["images"] for item in read_images([str(stock / "png")], None)])
+        answers = random_classifier(num_classes=2)(images, 0).logits.argmax(1)
+    assert result["accuracy"] == pytest.approx((answers == torch.tensor([0, 1]).repeat(9)).double().mean().item())
 
 
 def test_plain_output_and_subsets(stock, capsys):

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 from scripts import REPOSITORY
 from toy_models import random_text_encoder, toy_tokenizer
@@ -41,8 +43,8 @@ def flags(**arguments):
     return words
 
 
-def save_base(folder, unet, kind=None):
-    """A pipeline to fine-tune, with a toy text encoder of `kind`, or without any."""
+def save_base(folder, unet, kind=None, id2label=None):
+    """A pipeline to fine-tune, with a toy text encoder of `kind`, or without any, and names of its classes."""
     ADMPipeline(
         unet=unet,
         scheduler=LearnedVarianceDDPMScheduler(),
@@ -50,8 +52,22 @@ def save_base(folder, unet, kind=None):
         text_encoder=random_text_encoder(kind) if kind else None,
         tokenizer=toy_tokenizer(kind) if kind else None,
         classifier=None,
+        id2label=id2label,
     ).save_pretrained(folder)
     return str(folder)
+
+
+def write_class_folders(root, counts, size=(8, 8), color=None):
+    """PNG files of noise, or of one colour, in one folder a class."""
+    generator = np.random.default_rng(sum(counts.values()))
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+            if color is not None:
+                pixels[:] = color[name]
+            Image.fromarray(pixels).save(root / name / f"{index:02d}.png")
+    return str(root)
 
 
 def reset_accelerate():

@@ -21,6 +21,7 @@ from runs import (
     own_process_state,
     read_metrics,
     reset_accelerate,
+    write_class_folders,
 )
 from safetensors.torch import load_file
 from scripts import REPOSITORY, load_script
@@ -63,18 +64,6 @@ def write_model_config(folder, **changes):
     config = {k: v for k, v in TOY_CLASSIFIER_CONFIG.items() if k != "num_classes"}
     path.write_text(json.dumps({"_class_name": "AdaGNClassifierModel", **config, **changes}))
     return str(path)
-
-
-def write_folder(root, counts, size=(8, 8), color=None):
-    """PNG files of noise, or of one colour, in one folder a class."""
-    generator = np.random.default_rng(sum(counts.values()))
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for index in range(count):
-            pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
-            if color is not None:
-                pixels[:] = color[name]
-            Image.fromarray(pixels).save(root / name / f"{index:02d}.png")
 
 
 @pytest.fixture
@@ -124,8 +113,8 @@ def launched(tmp_path_factory):
     """The finished run, what it printed, and its arguments."""
     folder = tmp_path_factory.mktemp("launched")
     images = folder / "images"
-    write_folder(images / "train", {"blue": 12, "green": 4, "red": 9})
-    write_folder(images / "test", {"blue": 3, "red": 4})  # no green: its folders are numbered differently
+    write_class_folders(images / "train", {"blue": 12, "green": 4, "red": 9})
+    write_class_folders(images / "test", {"blue": 3, "red": 4})  # no green: its folders are numbered differently
     Image.new("RGB", (8, 8)).save(images / "train" / "without_label.png")
     arguments = LAUNCHED | {
         "model_config_name_or_path": write_model_config(folder, dropout=0.1),
@@ -267,7 +256,7 @@ def seen(monkeypatch):
 class TestSingleProcess:
     def test_samples_are_noised_as_the_timestep_says(self, short, seen, tmp_path):
         """x_t of images of one colour c is Gaussian: mean sqrt(abar_t) c, variance 1 - abar_t."""
-        write_folder(tmp_path / "images", {"dark": 8, "light": 8}, color={"dark": 51, "light": 204})  # -0.6 and 0.6
+        write_class_folders(tmp_path / "images", {"dark": 8, "light": 8}, color={"dark": 51, "light": 204})
         arguments = {k: v for k, v in short.items() if k != "data_files"} | {"train_data_dir": str(tmp_path / "images")}
         train(**arguments | {"train_batch_size": 16, "max_train_steps": 16, "logging_steps": 16})
         samples, timesteps = torch.cat(seen.samples).double(), torch.cat(seen.timesteps)
@@ -311,7 +300,7 @@ class TestSingleProcess:
             assert counts[5] > 70
 
     def test_it_learns_what_can_be_seen(self, short, tmp_path):
-        write_folder(tmp_path / "images", {"dark": 16, "light": 16}, color={"dark": 51, "light": 204})
+        write_class_folders(tmp_path / "images", {"dark": 16, "light": 16}, color={"dark": 51, "light": 204})
         arguments = {k: v for k, v in short.items() if k != "data_files"} | {"train_data_dir": str(tmp_path / "images")}
         train(
             **arguments | {"train_batch_size": 16, "max_train_steps": 40, "logging_steps": 40, "learning_rate": 1e-2},
@@ -406,18 +395,18 @@ class TestFineTuning:
         return classifier
 
     def test_weights_and_chain_are_those_of_the_pretrained_classifier(self, short, tmp_path, caplog):
-        classifier = self.save(tmp_path / "base", {0: "Activities", 1: "Objects"})
+        classifier = self.save(tmp_path / "base")
         self.fine_tune(short, tmp_path / "base")
         saved = load_file(Path(short["output_dir"], "classifier", "diffusion_pytorch_model.safetensors"))
         for name, weight in saved.items():
             assert torch.allclose(weight, classifier.state_dict()[name], atol=1e-6), name
         scheduler = LearnedVarianceDDPMScheduler.from_pretrained(short["output_dir"], subfolder="scheduler")
         assert scheduler.config.num_train_timesteps == 40
-        assert "1 classes of the pretrained classifier have other names in the data: 1 is 'Objects'" in caplog.text
+        assert "its class 0 for 'Activities'" in caplog.text
 
     def test_what_does_not_fit(self, short, tmp_path):
         self.save(tmp_path / "base", num_classes=4)
-        with pytest.raises(ValueError, match="The data has 9 classes, but the classifier tells 4 apart"):
+        with pytest.raises(ValueError, match="The data has 9 class.*, the pretrained classifier has 4 and names none"):
             self.fine_tune(short, tmp_path / "base")
         self.save(tmp_path / "other")
         with pytest.raises(ValueError, match="The resolution is 16, but the attention pool .* was built for 8"):
@@ -490,11 +479,11 @@ class TestBadInput:
 
     def test_data(self, short, tmp_path):
         del short["data_files"]
-        write_folder(tmp_path / "one" / "train", {"cats": 8})
+        write_class_folders(tmp_path / "one" / "train", {"cats": 8})
         with pytest.raises(ValueError, match="All 8 usable images are of one class, 'cats'"):
             train(**short, train_data_dir=tmp_path / "one")
-        write_folder(tmp_path / "two" / "train", {"cats": 8, "dogs": 8})
-        write_folder(tmp_path / "two" / "test", {"cats": 8, "owls": 8})
+        write_class_folders(tmp_path / "two" / "train", {"cats": 8, "dogs": 8})
+        write_class_folders(tmp_path / "two" / "test", {"cats": 8, "owls": 8})
         with pytest.raises(ValueError, match="The validation data has the class 'owls', which the training data has"):
             train(**short, train_data_dir=tmp_path / "two", validation_split="test")
 
@@ -608,15 +597,22 @@ def test_classes_of_the_same_names():
         assert match_classes({0: "a", 1: "a"}, {0: "a", 1: "a"}, by_number=by_number) == {0: 0, 1: 1}
     with pytest.raises(ValueError, match="The validation data has the class 'd'"):
         match_classes({0: "d"}, {0: "a"})
+    with pytest.raises(ValueError, match="a class 'a', but classes 0 and 2 of the model both have this name"):
+        match_classes({0: "a", 1: "b"}, {0: "a", 1: "c", 2: "a", 3: "b"})
 
 
 def test_classes_of_other_names(caplog):
     """By number, and not from 0 on."""
     with caplog.at_level(logging.WARNING):
         assert match_classes({1: "d", 2: "e"}, None, 2, by_number=True) == {1: 1, 2: 2}
-        assert not caplog.records
+    assert "names no classes" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
         assert match_classes({1: "d", 2: "e"}, {1: "a", 2: "b"}, 2, by_number=True) == {1: 1, 2: 2}
     assert "('d', 'a', ...)" in caplog.text
+    # With one name in common, numbers say nothing: this would take "a" for "b".
+    with pytest.raises(ValueError, match="2 classes and the network 2, .*: the model does not know 'd'"):
+        match_classes({0: "d", 1: "a"}, {0: "a", 1: "b"}, 2, by_number=True)
     with pytest.raises(ValueError, match="2 classes and the network 3, .*: the model does not know 'd'"):
         match_classes({1: "d", 2: "b"}, {1: "a", 2: "b"}, 3, by_number=True)
     with pytest.raises(ValueError, match="2 classes and the network 3, .*: the model names no classes"):

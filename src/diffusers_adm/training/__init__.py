@@ -38,16 +38,17 @@ from .checkpoints import (
     resume_checkpoint,
     save_checkpoint,
 )
+from .classes import ClassPlan, plan_classes
 from .classification import (
     BalancedClassSampler,
     ClassificationMetrics,
     load_id2label,
     match_classes,
+    match_classifier_classes,
     plot_accuracy_by_timestep,
     plot_classifier_curves,
     save_id2label,
     timestep_bin_edges,
-    warn_of_other_classes,
 )
 from .conditioning import caption_model_kwargs, drop_labels, load_text, prepare_captions
 from .control import ControlDataset
@@ -59,6 +60,7 @@ from .data import (
     check_images,
     decode_rgb,
     load_image_dataset,
+    renumber_labels,
 )
 from .ema import ema_weights, evaluation_weights
 from .fingerprints import FrozenNetworks
@@ -100,6 +102,7 @@ from .unets import (
     check_guidance_of_grids,
     learned_classes,
     load_unet_config,
+    match_unet_classes,
     pretrained_pipeline_config,
     widen_input,
 )
@@ -116,6 +119,7 @@ __all__ = [
     "CaptionEmbeddings",
     "CaptionTokens",
     "Captions",
+    "ClassPlan",
     "ClassificationMetrics",
     "ControlDataset",
     "DataArguments",
@@ -183,8 +187,11 @@ __all__ = [
     "load_tokenizer",
     "load_unet_config",
     "match_classes",
+    "match_classifier_classes",
+    "match_unet_classes",
     "min_snr_weights",
     "parse_args",
+    "plan_classes",
     "plot_accuracy_by_timestep",
     "plot_classifier_curves",
     "plot_loss_curves",
@@ -196,6 +203,7 @@ __all__ = [
     "random_known",
     "reading",
     "record_losses",
+    "renumber_labels",
     "rest_of_epoch",
     "resume_checkpoint",
     "run_settings",
@@ -208,6 +216,5 @@ __all__ = [
     "stored_conditioning",
     "timestep_bin_edges",
     "training_losses",
-    "warn_of_other_classes",
     "widen_input",
 ]

@@ -55,18 +55,29 @@ class ModelArguments:
     model_config_name_or_path: str | None = arg(
         None, "From scratch: the config of the network (a JSON file, or a folder or Hub repository that holds one)."
     )
+    replace_classes: bool = arg(
+        False,
+        "Fine-tune: keep only the classes of the data, instead of adding new ones to those of the pretrained model. "
+        "Classes of the same name keep their weights either way.",
+    )
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass to save memory.")
     channels_last: bool = arg(False, "Keep weights and images in channels-last memory format.")
 
     def check_source(self) -> None:
         """
         Raises:
-            ValueError: Unless exactly one of the two sources of a network is given.
+            ValueError: Unless exactly one of the two sources of a network is given, or if a network from scratch is to
+                replace its classes.
         """
         if (self.pretrained_model_name_or_path is None) == (self.model_config_name_or_path is None):
             raise ValueError(
                 "Pass either `--model_config_name_or_path` (from scratch) or `--pretrained_model_name_or_path` "
                 "(fine-tune)."
+            )
+        if self.replace_classes and self.pretrained_model_name_or_path is None:
+            raise ValueError(
+                "`replace_classes` is for fine-tuning, but there is no `--pretrained_model_name_or_path`. A model from "
+                "scratch has the classes of the data only; leave `replace_classes` out."
             )
 
 

@@ -1,21 +1,30 @@
 """What the training of classifiers needs: classes drawn equally often, accuracy by timestep, names of the classes."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .data import ImageDataset
+from ..models.classifier_adagn import AdaGNClassifierModel, AttentionPool2D
+from .classes import ClassPlan, copy_rows, log_plan, match_names, plan_classes
+from .data import ImageDataset, renumber_labels
 from .metrics import smooth
 from .seeding import derive_seed
+
+
+if TYPE_CHECKING:
+    # `datasets` comes with the `train` extra; the losses beside this module must be importable without it.
+    import datasets
 
 
 logger = logging.getLogger(__name__)
@@ -299,28 +308,27 @@ def match_classes(
         id2label (mapping): Number -> name in the data.
         known (mapping, *optional*): The same of the training data or the network; its numbers may be text, as in JSON.
         num_classes (`int`, *optional*): Of the network, for `by_number`.
-        by_number (`bool`, defaults to `False`): Where a name is not known, but there are as many classes, all numbers
-            are taken for the same classes, with a warning if names say otherwise. `False`: such a name is refused.
+        by_number (`bool`, defaults to `False`): Where no name is known, but there are as many classes, all numbers are
+            taken for the same classes, with a warning. `False`: such a name is refused.
 
     Returns:
         `dict[int, int]`: A known number for each number of `id2label`.
 
     Raises:
-        ValueError: If a name is not known; with `by_number`, only if there are not `num_classes` of them either.
+        ValueError: If a name is not known, or belongs to several classes; with `by_number`, a set without any known
+            name is refused only if it does not have `num_classes` classes.
     """
     known = {int(number): name for number, name in (known or {}).items()}
-    if all(known.get(number) == name for number, name in id2label.items()):
-        return {number: number for number in id2label}  # also where two classes have one name
-    numbers = {name: number for number, name in known.items()}
-    unknown = [name for name in id2label.values() if name not in numbers]
+    found = match_names(id2label, known)
+    unknown = [name for number, name in id2label.items() if number not in found]
     if not unknown:
-        return {number: numbers[name] for number, name in id2label.items()}
+        return found
     if not by_number:
         raise ValueError(
             f"The validation data has the class {unknown[0]!r}, which the training data has not (its classes: "
             f"{', '.join(map(repr, known.values()))}). Use the same `label_column` values in both."
         )
-    if num_classes is not None and len(id2label) != num_classes:
+    if found or (num_classes is not None and len(id2label) != num_classes):
         raise ValueError(
             f"The data has {len(id2label)} classes and the network {num_classes}, and they cannot be matched by name: "
             "the "
@@ -333,23 +341,60 @@ def match_classes(
             f"The data's class names are not the model's ({first!r}, {learned!r}, ...). Their numbers are taken for "
             "the same classes."
         )
+    else:
+        logger.warning(
+            "The model names no classes. It has as many as the data, so equal numbers are taken for equal classes."
+        )
     return {number: number for number in id2label}
 
 
-def warn_of_other_classes(learned: Mapping[int, str], id2label: Mapping[int, str], network: str) -> None:
+# 5. Fine-tuning on other classes
+
+
+def match_classifier_classes(
+    classifier: AdaGNClassifierModel,
+    images: datasets.Dataset,
+    id2label: Mapping[int, str],
+    known: Mapping[int, str],
+    replaces: bool = False,
+) -> tuple[datasets.Dataset, dict[int, str]]:
     """
-    Logs a warning if fine-tuning would exchange classes: one class less in the data moves the numbers of those that
-    follow, and each would be trained as its neighbour.
+    Matches the classes of the data with those of a pretrained classifier by name, as `plan_classes` says: new classes
+    get rows of the last layer.
 
     Args:
-        learned (mapping): Number -> name in the pretrained network; what it has no name for is passed over.
+        classifier ([`AdaGNClassifierModel`]): It is changed in place.
+        images (`datasets.Dataset`): From `load_image_dataset`.
         id2label (mapping): Number -> name in the data.
-        network (`str`): What the warning calls it.
+        known (mapping): Number -> name in the classifier; empty where it names no classes.
+        replaces (`bool`, defaults to `False`): Keep no other classes than those of the data.
+
+    Returns:
+        `tuple` of the dataset, labelled with the numbers of the classifier, and the names of these.
+
+    Raises:
+        ValueError: If it is unclear which of the classifier's classes those of the data are.
     """
-    moved = [number for number, name in id2label.items() if learned.get(number, name) != name]
-    if moved:
-        logger.warning(
-            f"{len(moved)} classes of the pretrained {network} have other names in the data: {moved[0]} is "
-            f"{learned[moved[0]]!r} there and {id2label[moved[0]]!r} here. Unless it shall learn new classes, give the "
-            "data the same ones, in the same order."
-        )
+    plan = plan_classes(id2label, known, classifier.config.num_classes, replaces=replaces, network="classifier")
+    log_plan(plan, "classifier")
+    if not plan.keeps_rows:
+        fit_classifier_head(classifier, plan)
+    return renumber_labels(images, plan.to_row), plan.id2label
+
+
+def fit_classifier_head(classifier: AdaGNClassifierModel, plan: ClassPlan) -> None:
+    """
+    Gives the last layer of a classifier the rows of a plan, in place and in its config.
+
+    New rows start as the mean of all rows: the logit of a new class is the mean of the others, whatever constant a
+    softmax would not see they have in common, and the old classes keep their proportions.
+    """
+    head = classifier.head
+    if isinstance(head, torch.nn.Linear):  # of the pool "adaptive"
+        layer = head
+    else:
+        layer = head.to_out if isinstance(head, AttentionPool2D) else head[-1]
+    layer.weight = torch.nn.Parameter(copy_rows(layer.weight, plan.sources, layer.weight.mean(dim=0)))
+    layer.bias = torch.nn.Parameter(copy_rows(layer.bias, plan.sources, layer.bias.mean()))
+    layer.out_features = len(plan.sources)
+    classifier.register_to_config(num_classes=len(plan.sources))

@@ -15,7 +15,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -369,6 +369,20 @@ def _label_ids(values: Sequence[Any], names: Sequence[str] | None, column: str) 
     if unknown:
         raise ValueError(f"`label_column` {column!r} holds {unknown[0]}, but its class names end at {len(to_id) - 1}.")
     return [UNLABELLED if none else to_id[value] for value, none in zip(values, absent, strict=True)], id2label
+
+
+def renumber_labels(dataset: datasets.Dataset, numbers: Mapping[int, int]) -> datasets.Dataset:
+    """
+    The dataset with other class numbers in its column `label`.
+
+    Args:
+        dataset (`datasets.Dataset`): From `load_image_dataset`.
+        numbers (mapping): Old number -> new one; others, such as that of unlabelled examples, stay.
+    """
+    if all(old == new for old, new in numbers.items()):
+        return dataset
+    labels = [numbers.get(label, label) for label in dataset["label"][:]]
+    return dataset.remove_columns("label").add_column("label", np.array(labels, dtype=np.int64))
 
 
 # 2. Which images are usable

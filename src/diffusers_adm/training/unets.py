@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,9 +13,16 @@ from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from ..text_encoding import cross_attention_width
 from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArguments, ModelArguments, UNetArguments
+from .classes import ClassPlan, copy_rows, log_plan, plan_classes
+from .data import renumber_labels
 from .losses import check_objective
 from .repositories import from_subfolder_or_root, reading
 from .setup import check_config_keys, load_model_config, load_noise_scheduler
+
+
+if TYPE_CHECKING:
+    # `datasets` comes with the `train` extra; the losses beside this module must be importable without it.
+    import datasets
 
 
 logger = logging.getLogger(__name__)
@@ -80,8 +87,11 @@ def load_unet_config(
             adds the others.
 
     Raises:
-        ValueError: If it cannot be read, is no U-Net's, or has other numbers of channels.
+        ValueError: If it cannot be read, is no U-Net's, has other numbers of channels, or shall get classes without
+            data that have any.
     """
+    if model_args.replace_classes and data_args.label_column is None:
+        raise ValueError("`replace_classes` was given without a `label_column`. Name the column of the new classes.")
     config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
     if model_args.pretrained_model_name_or_path is None:
         source = model_args.model_config_name_or_path
@@ -114,7 +124,8 @@ def build_unet(
     model_args: UNetArguments, data_args: DataArguments, config: Any, num_classes: int | None
 ) -> AdaGNUNet2DModel:
     """
-    The network, its class embedding fitted to the data.
+    The network: as pretrained (`match_unet_classes` then fits its class embedding to the data), or from scratch, with
+    room for the classes of the data.
 
     Args:
         config (`dict`): From `load_unet_config`, for a network that is trained from scratch.
@@ -147,17 +158,13 @@ def build_unet(
             f"The U-Net is class-conditional ({config.num_class_embeds} classes, no null class), but no `label_column` "
             "was named. Name the column that holds the classes."
         )
-    if num_classes is not None:
-        if config.num_class_embeds is None:
-            raise ValueError(
-                "`label_column` was named, but the pretrained U-Net has no class embedding. Leave `label_column` out."
-            )
+    if num_classes is not None and pretrained is None:
         room = config.num_class_embeds - (config.null_class_id is not None)
         if num_classes > room or (config.null_class_id is not None and config.null_class_id < num_classes):
             raise ValueError(
                 f"The data has {num_classes} classes, but the U-Net has room for {room} (`num_class_embeds` "
-                f"{config.num_class_embeds}, null class {config.null_class_id}). Leave `num_class_embeds` out of a "
-                "config for training from scratch, so that the data sets it; for fine-tuning, use the same classes."
+                f"{config.num_class_embeds}, null class {config.null_class_id}). Leave `num_class_embeds` out of the "
+                "config, so that the data sets it."
             )
         if model_args.class_dropout_prob > 0 and config.null_class_id is None:
             raise ValueError(
@@ -165,6 +172,93 @@ def build_unet(
                 "(`null_class_id`) to drop to. Pass `--class_dropout_prob 0`."
             )
     return unet
+
+
+def match_unet_classes(
+    unet: AdaGNUNet2DModel,
+    images: datasets.Dataset,
+    id2label: dict[int, str] | None,
+    model_args: UNetArguments,
+    data_args: DataArguments,
+    frozen: str | None = None,
+) -> tuple[datasets.Dataset, dict[int, str] | None]:
+    """
+    Matches the classes of the data with those of a pretrained U-Net by name, as `plan_classes` says: new classes get
+    rows of the class embedding, as does the null class if there is none and labels are to be dropped. Networks that are
+    trained from scratch stay as they are, and so does what belongs to them.
+
+    Args:
+        unet ([`AdaGNUNet2DModel`]): From `build_unet`; it is changed in place.
+        images (`datasets.Dataset`): From `load_image_dataset`.
+        id2label (`dict[int, str]`, *optional*): The classes of the data; None: trained without classes.
+        frozen (`str`, *optional*): Why the weights stay as they are, for errors: whatever needs new rows is refused.
+
+    Returns:
+        `tuple` of the dataset, labelled with the rows of the network, and the names of these rows; None without names.
+
+    Raises:
+        ValueError: If the network cannot be trained on these classes, or it is unclear which of its classes they are.
+    """
+    config = unet.config
+    if model_args.pretrained_model_name_or_path is None:
+        return images, id2label
+    num_rows = config.num_class_embeds or 0
+    known = {row: name for row, name in learned_classes(model_args, data_args).items() if row < num_rows}
+    if id2label is None:
+        return images, known or None
+    if config.class_embed_type is not None:
+        raise ValueError(
+            f"`label_column` was named, but the pretrained U-Net has no table of classes (`class_embed_type` "
+            f"{config.class_embed_type!r}). Leave `label_column` out."
+        )
+    if frozen and num_rows == 0:
+        raise ValueError(
+            f"`label_column` was named, but the pretrained U-Net has no class embedding, and {frozen}. Leave "
+            "`label_column` out."
+        )
+    adds_null = model_args.class_dropout_prob > 0
+    if frozen and adds_null and config.null_class_id is None:
+        raise ValueError(
+            f"`class_dropout_prob` is {model_args.class_dropout_prob}, but the U-Net has no null class "
+            f"(`null_class_id`) to drop to, and {frozen}. Pass `--class_dropout_prob 0`."
+        )
+    plan = plan_classes(
+        id2label,
+        known,
+        num_rows,
+        config.null_class_id,
+        adds_null=adds_null,
+        replaces=model_args.replace_classes,
+        frozen=frozen,
+    )
+    log_plan(plan, "U-Net")
+    if num_rows == 0:
+        logger.info("The U-Net had no class embedding and gets one of zeros, which leaves its output as it is")
+    if config.null_class_id is None and plan.null_class_id is not None:
+        logger.info(f"The U-Net gets a null class, row {plan.null_class_id}")
+    elif config.null_class_id != plan.null_class_id:
+        logger.info(f"The null class of the U-Net moves from row {config.null_class_id} to row {plan.null_class_id}")
+    if not plan.keeps_rows:
+        fit_class_embedding(unet, plan)
+    return renumber_labels(images, plan.to_row), plan.id2label
+
+
+def fit_class_embedding(unet: AdaGNUNet2DModel, plan: ClassPlan) -> None:
+    """
+    Gives a U-Net the rows of a plan, in place and in its config.
+
+    New rows start as a copy of the null row: at first a new class is sampled as if no class was given, and guidance has
+    no effect on it. Where there is no null row, new ones (that of a null class, too) start as the mean of all rows. An
+    unconditional U-Net gets rows of zeros, which leave its output as it is.
+    """
+    table, null_class_id = unet.class_embedding, unet.config.null_class_id
+    if table is None:
+        rows = torch.zeros(len(plan.sources), unet.time_embed_dim).to(unet.time_embedding.linear_2.weight)
+    else:
+        start = table.weight.mean(dim=0) if null_class_id is None else table.weight[null_class_id]
+        rows = copy_rows(table.weight, plan.sources, start)
+    unet.class_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
+    unet.register_to_config(num_class_embeds=len(plan.sources), null_class_id=plan.null_class_id)
 
 
 def widen_input(unet: AdaGNUNet2DModel, in_channels: int) -> None:

@@ -26,7 +26,7 @@ from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from ...training.arguments import parse_args
 from ...training.classification import match_classes
-from ...training.data import ImageDataset, check_images, load_image_dataset
+from ...training.data import ImageDataset, check_images, load_image_dataset, renumber_labels
 from ...training.repositories import from_subfolder_or_root, reading
 from ...training.setup import join_processes
 from ..data import find_dataset, num_real_classes
@@ -173,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if id2label is not None:
             num_classes = num_real_classes(unet.config)
             to_class = match_classes(id2label, index.get("id2label"), num_classes, by_number=True)
-            labels = [to_class[label] if label >= 0 else label for label in images["label"][:]]
-            images = images.remove_columns("label").add_column("label", labels)
+            images = renumber_labels(images, to_class)
         images, _ = check_images(
             images,
             resolution,

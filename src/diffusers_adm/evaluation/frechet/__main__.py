@@ -81,6 +81,10 @@ def renumber_classes(
     if not isinstance(network, ClassifierFeatures):
         return {}
     names = {int(number): name for number, name in run["id2label"].items()}
+    # A model may have more classes than were sampled, and than the classifier knows.
+    sampled = set(run["settings"]["class_labels"][: run["num_images"]])
+    if all(names.get(number) in (id2label or {}).values() for number in sampled):
+        names = {number: names[number] for number in sorted(sampled)}
     return match_classes(names, id2label, network.classifier.config.num_classes, by_number=True)
 
 

@@ -1,0 +1,206 @@
+"""
+Which row of a network belongs to which class of the data: classes are matched by name, new ones get rows of their own.
+
+A network keeps one row for each class: of the class embedding of a U-Net, or of the last layer of a classifier. The
+functions here know names and numbers only; `match_unet_classes` (unets.py) and
+`match_classifier_classes` (classification.py) apply them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+MAX_NAMES = 10  # in a message
+
+
+@dataclass(frozen=True)
+class ClassPlan:
+    """
+    The rows of a network after it was fitted to the classes of some data.
+
+    Attributes:
+        sources: For each row, the row of the pretrained network that it copies; None for a new row.
+        null_class_id: The row of the null class; None if there is none.
+        id2label: Row -> name, of all rows with a name.
+        to_row: Number of a class in the data -> row.
+        added: Names of the new classes.
+        absent: Names of the classes that are kept although the data lacks them.
+        dropped: Names of the classes that are no longer there.
+    """
+
+    sources: tuple[int | None, ...]
+    null_class_id: int | None
+    id2label: dict[int, str]
+    to_row: dict[int, int]
+    added: tuple[str, ...]
+    absent: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the network can stay as it is."""
+        return not self.dropped and self.sources == tuple(range(len(self.sources)))
+
+
+def match_names(id2label: Mapping[int, str], known: Mapping[int, str]) -> dict[int, int]:
+    """
+    The numbers that `known` gives the classes of some data, for those whose names it holds.
+
+    Args:
+        id2label (mapping): Number -> name in the data.
+        known (mapping): Number -> name in a network, or in other data.
+
+    Raises:
+        ValueError: If a name belongs to several numbers of `known`.
+    """
+    if all(known.get(number) == name for number, name in id2label.items()):
+        return {number: number for number in id2label}  # also where two classes have one name
+    numbers: dict[str, int] = {}
+    for number, name in known.items():
+        if name in numbers and name in id2label.values():
+            raise ValueError(
+                f"The data has a class {name!r}, but classes {numbers[name]} and {number} of the model both have this "
+                "name. Give each its own name in the model's `id2label`."
+            )
+        numbers[name] = number
+    return {number: numbers[name] for number, name in id2label.items() if name in numbers}
+
+
+def plan_classes(
+    id2label: Mapping[int, str],
+    known: Mapping[int, str],
+    num_rows: int,
+    null_class_id: int | None = None,
+    *,
+    adds_null: bool = False,
+    replaces: bool = False,
+    frozen: str | None = None,
+    network: str = "U-Net",
+) -> ClassPlan:
+    """
+    Plans the rows of a pretrained network for the classes of some data. Classes of the same name share a row, whatever
+    their numbers. The other classes of the data get new rows.
+
+    Existing classes keep their rows. New ones follow behind them, in the order of the data. The null class moves behind
+    those if it was last, and stays where it is otherwise.
+
+    Args:
+        id2label (mapping): Number -> name in the data.
+        known (mapping): Number -> name in the network; empty where it names no classes. Numbers without a row are
+            ignored.
+        num_rows (`int`): Rows of the network, the null class included.
+        null_class_id (`int`, *optional*): The row of its null class.
+        adds_null (`bool`, defaults to `False`): Add a null class, as the last row, where there is none.
+        replaces (`bool`, defaults to `False`): Keep no other classes than those of the data, which get the numbers that
+            they have there. The null class comes last.
+        frozen (`str`, *optional*): Why the network cannot get new rows; then new classes are refused with this reason.
+        network (`str`, defaults to `"U-Net"`): What messages call it.
+
+    Raises:
+        ValueError: If the classes would need new rows in a frozen network, or if it is unclear which rows they belong
+            to, since some or all rows have no name. The one exception: if no row has a name and there are as many
+            classes in the data, their numbers are taken for the same classes, with a warning.
+    """
+    known = {row: name for row, name in known.items() if row < num_rows}
+    class_rows = [row for row in range(num_rows) if row != null_class_id]
+    found = match_names(id2label, known)
+    new = [number for number in id2label if number not in found]
+
+    # 1. rows without a name: no guesses
+    unnamed = [row for row in class_rows if row not in known]
+    if new and unnamed and not replaces:
+        if known or class_rows != list(id2label):
+            named = f"{len(class_rows) - len(unnamed)} of them" if known else "none"
+            replace = "" if frozen else "Pass `--replace_classes` to keep only the classes of the data, or name "
+            raise ValueError(
+                f"The data has {len(id2label)} class(es), the pretrained {network} has {len(class_rows)} and names "
+                f"{named}, so it is unclear which of them {list_names(id2label[number] for number in new)} would be. "
+                f"{replace or 'Name '}all classes of the pretrained model: in `id2label` of a pipeline's "
+                "`model_index.json`, or in `id2label.json` of a classifier."
+            )
+        found, new = {number: number for number in id2label}, []
+        logger.warning(
+            f"The pretrained {network} names no classes. It has as many as the data, so equal numbers are taken for "
+            f"equal classes: its class 0 for {id2label[0]!r}, and so on."
+        )
+    if new and frozen:
+        raise ValueError(
+            f"The data has classes that the pretrained {network} does not know, and {frozen}: "
+            f"{list_names(id2label[number] for number in new)}. Leave their images out, or fine-tune all weights "
+            "of the model on these classes first."
+        )
+
+    # 2. which row each row copies
+    sources: list[int | None]
+    if replaces:
+        sources = [found.get(number) for number in id2label if number not in found or found[number] != null_class_id]
+    else:
+        last = num_rows - 1
+        sources = [row for row in range(num_rows) if not row == null_class_id == last] + [None] * len(new)
+    if null_class_id is None and adds_null:
+        sources.append(None)
+    elif null_class_id is not None and null_class_id not in sources:
+        sources.append(null_class_id)
+
+    # 3. what follows from it
+    row_of = {source: row for row, source in enumerate(sources) if source is not None}
+    new_rows = (row for row, source in enumerate(sources) if source is None)  # a new null class comes last
+    to_row = {number: row_of[found[number]] if number in found else next(new_rows) for number in id2label}
+    names = {row_of[row]: name for row, name in known.items() if row in row_of}
+    names |= {row: id2label[number] for number, row in to_row.items()}
+    others = {row: known.get(row, f"class {row}") for row in class_rows if row not in found.values()}
+    return ClassPlan(
+        sources=tuple(sources),
+        null_class_id=row_of[null_class_id] if null_class_id is not None else len(sources) - 1 if adds_null else None,
+        id2label=dict(sorted(names.items())),
+        to_row=to_row,
+        added=tuple(id2label[number] for number in new),
+        absent=tuple(name for row, name in others.items() if row in row_of),
+        dropped=tuple(name for row, name in others.items() if row not in row_of),
+    )
+
+
+def log_plan(plan: ClassPlan, network: str) -> None:
+    """Logs which classes a pretrained network knows, and what becomes of its rows."""
+    matched = len(plan.to_row) - len(plan.added)
+    message = f"Classes of the data: {matched} that the pretrained {network} knows, {len(plan.added)} new"
+    logger.info(message + (f": {list_names(plan.added)}" if plan.added else ""))
+    if plan.absent:
+        if not matched:
+            logger.warning(
+                f"None of the data's classes is known to the pretrained {network}, whose classes are "
+                f"{list_names(plan.absent)}. All of them are new. If they are the same under other names, rename them; "
+                "`--replace_classes` drops those that the data lacks."
+            )
+        logger.info(
+            f"{len(plan.absent)} of the {network}'s classes are kept, but have no images here: "
+            f"{list_names(plan.absent)}"
+        )
+    if plan.dropped:
+        logger.info(f"{len(plan.dropped)} of the {network}'s classes are dropped: {list_names(plan.dropped)}")
+
+
+def list_names(names: Iterable[str]) -> str:
+    """The first names, quoted, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(map(repr, names[:MAX_NAMES])) + more
+
+
+def copy_rows(table: torch.Tensor, sources: Iterable[int | None], new: torch.Tensor) -> torch.Tensor:
+    """
+    A table of the same kind whose rows are copies of those of another.
+
+    Args:
+        table (`torch.Tensor` of shape `(num_rows, ...)`): The other one.
+        sources (iterable of `int` or None): For each row of the result, the row to copy; None: `new`.
+        new (`torch.Tensor` of shape `(...)`): What new rows start as.
+    """
+    return torch.stack([new if source is None else table[source] for source in sources]).detach()
