@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import describe_machine, mean_and_error
+from measuring import class_labels_for, describe_machine, mean_and_error
 from PIL import Image
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
@@ -151,7 +151,7 @@ def main() -> None:
     if args.caption_column and pipeline.reads_text:
         given["prompt"] = data["caption"][:]
     if id2label and pipeline.unet.config.num_class_embeds is not None:
-        given["class_labels"] = data["label"][:]
+        given["class_labels"] = class_labels_for(pipeline, data, id2label)
 
     wanted = edges_of(targets)
     cells: dict[str, dict[str, Any]] = {}

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import describe_machine, mean_and_error
+from measuring import class_labels_for, describe_machine, mean_and_error
 from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline
@@ -131,8 +131,7 @@ def main() -> None:
     number = min(args.num_images, len(data))
     data = data.select([len(data) * i // number for i in range(number)])  # spread over the kinds of images
     images = [decode_rgb(image).resize((size, size), Image.Resampling.BICUBIC) for image in data["image"]]
-    given = {"class_labels": data["label"][:] if id2label else None}
-    given["prompt"] = data["caption"][:] if args.caption_column else None
+    given = {"prompt": data["caption"][:]} if args.caption_column else {}
 
     cells: dict[str, dict[str, Any]] = {}
     free: dict[int, list[np.ndarray]] = {}  # unconditional samples of each pipeline
@@ -146,11 +145,9 @@ def main() -> None:
         cells[f"{kind}/real"] = {"step": mean, "step_error": error}
         rows = [[image, np.where(known[..., None], image, GREY)] for image, known in zip(arrays, masks, strict=True)]
         for name, pipeline, options in methods:
-            conditions = {key: values for key, values in given.items() if values is not None}
-            if not pipeline.reads_text:
-                conditions.pop("prompt", None)
-            if pipeline.unet.config.num_class_embeds is None:
-                conditions.pop("class_labels", None)
+            conditions = dict(given) if pipeline.reads_text else {}
+            if id2label and pipeline.unet.config.num_class_embeds is not None:
+                conditions["class_labels"] = class_labels_for(pipeline, data, id2label)
             if id(pipeline) not in free:
                 nothing = [np.zeros_like(known) for known in masks]
                 free[id(pipeline)] = draw(pipeline, images, nothing, {}, args)

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import describe_machine
+from measuring import class_labels_for, describe_machine
 from PIL import Image
 
 from diffusers_adm import ADMSuperResolutionPipeline
@@ -153,15 +153,13 @@ def main() -> None:
         label_column=args.label_column if has_classes else None,
         caption_column=args.caption_column if pipe.reads_text else None,
     )
-    if has_classes and pipe.id2label is not None and id2label != pipe.id2label:
-        raise ValueError(f"The classes of the data are {id2label}, those of the model {pipe.id2label}.")
     dataset = dataset.select(range(min(args.max_images or len(dataset), len(dataset))))
     large = torch.stack([example["images"] for example in ImageDataset(dataset, size, center_crop=True)])
-    conditions = {
-        name: dataset[column][:]
-        for name, column in {"class_labels": "label", "prompt": "caption"}.items()
-        if column in dataset.column_names
-    }
+    conditions = {}
+    if has_classes:
+        conditions["class_labels"] = class_labels_for(pipe, dataset, id2label)
+    if pipe.reads_text:
+        conditions["prompt"] = dataset["caption"][:]
     real_pictures, small_pictures = to_pictures(large), to_pictures(shrink(large, size // low_res_size))
     bicubic_pictures = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in small_pictures]
     real, small, bicubic = (to_tensor(pictures) for pictures in (real_pictures, small_pictures, bicubic_pictures))

@@ -1,13 +1,24 @@
-"""What the benchmarks share: the clock, alternating pairs, intervals, standard errors."""
+"""What the benchmarks share: the clock, alternating pairs, intervals, standard errors, classes of the data."""
+
+from __future__ import annotations
 
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from diffusers_adm import ADMPipeline
+from diffusers_adm.evaluation.data import num_real_classes
+from diffusers_adm.training import match_classes
+
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -63,3 +74,9 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 def describe_machine(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def class_labels_for(pipe: ADMPipeline, data: datasets.Dataset, id2label: Mapping[int, str]) -> list[int]:
+    """The class of each image, by the number that the class of this name has in the pipeline."""
+    to_class = match_classes(id2label, pipe.id2label, num_real_classes(pipe.unet.config), by_number=True)
+    return [to_class[label] for label in data["label"][:]]

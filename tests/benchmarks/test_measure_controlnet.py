@@ -83,9 +83,10 @@ def picture(number):
 
 @pytest.fixture
 def arguments(tmp_path):
-    """A base by class, a new branch of it, and four pictures."""
-    unet = random_unet(sample_size=16, **CONDITIONAL)
-    ADMPipeline(unet, LearnedVarianceDDPMScheduler(), None, None, None, None).save_pretrained(tmp_path / "base")
+    """A base by class, which has other numbers for the classes than the data, a new branch of it, and four pictures."""
+    unet, names = random_unet(sample_size=16, **CONDITIONAL), dict(enumerate("bdac"))
+    base = ADMPipeline(unet, LearnedVarianceDDPMScheduler(), None, None, None, None, id2label=names)
+    base.save_pretrained(tmp_path / "base")
     AdaGNControlNetModel.from_unet(unet).save_pretrained(tmp_path / "branch")
     images = []
     for i in range(4):
@@ -118,7 +119,7 @@ class TestBenchmark:
         assert list(cells) == ["0", "0.5", "1", "chance"]
         pipeline = ADMPipeline.from_pretrained(arguments["pipeline"])
         generators = [torch.Generator().manual_seed(i) for i in range(4)]
-        drawn = pipeline(class_labels=[0, 1, 0, 1], num_inference_steps=3, generator=generators).images
+        drawn = pipeline(class_labels=[2, 0, 2, 0], num_inference_steps=3, generator=generators).images
         edges = [measure_controlnet.edges_of(images).numpy() for images in (drawn, [picture(i) for i in range(4)])]
         expected = [agreement(*pair)[2] for pair in zip(*edges, strict=True)]
         assert max(expected) > 0

@@ -132,9 +132,9 @@ def plan_classes(
         )
     if new and frozen:
         raise ValueError(
-            f"The data has classes that the pretrained {network} does not know, and {frozen}: "
-            f"{list_names(id2label[number] for number in new)}. Leave their images out, or fine-tune all weights "
-            "of the model on these classes first."
+            f"The data has classes that the pretrained {network} does not know: "
+            f"{list_names(id2label[number] for number in new)}. They need new rows, but {frozen}. Leave their images "
+            "out, or fine-tune all weights of the model on these classes first."
         )
 
     # 2. which row each row copies
@@ -170,7 +170,7 @@ def plan_classes(
 def log_plan(plan: ClassPlan, network: str) -> None:
     """Logs which classes a pretrained network knows, and what becomes of its rows."""
     matched = len(plan.to_row) - len(plan.added)
-    message = f"Classes of the data: {matched} that the pretrained {network} knows, {len(plan.added)} new"
+    message = f"Classes of the data: {matched} known to the pretrained {network}, {len(plan.added)} new"
     logger.info(message + (f": {list_names(plan.added)}" if plan.added else ""))
     if plan.absent:
         if not matched:
@@ -180,11 +180,10 @@ def log_plan(plan: ClassPlan, network: str) -> None:
                 "`--replace_classes` drops those that the data lacks."
             )
         logger.info(
-            f"{len(plan.absent)} of the {network}'s classes are kept, but have no images here: "
-            f"{list_names(plan.absent)}"
+            f"Classes of the {network} without images here, kept: {len(plan.absent)} ({list_names(plan.absent)})"
         )
     if plan.dropped:
-        logger.info(f"{len(plan.dropped)} of the {network}'s classes are dropped: {list_names(plan.dropped)}")
+        logger.info(f"Classes of the {network} dropped: {len(plan.dropped)} ({list_names(plan.dropped)})")
 
 
 def list_names(names: Iterable[str]) -> str:
