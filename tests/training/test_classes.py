@@ -13,6 +13,7 @@ from toy_models import random_classifier, random_unet
 
 from diffusers_adm import (
     AdaGNClassifierModel,
+    AdaGNControlNetModel,
     AdaGNUNet2DModel,
     ADMPipeline,
     ADMSuperResolutionPipeline,
@@ -195,6 +196,15 @@ class TestRows:
         assert (unet.config.num_class_embeds, unet.config.null_class_id) == (3, 1)
         AdaGNUNet2DModel.from_config(unet.config).load_state_dict(unet.state_dict())  # config and weights agree
 
+    def test_of_an_unconditional_network(self):
+        unet = random_unet()
+        fit_class_embedding(unet, ClassPlan((None, None, None), 2, {}, {}, (), (), ()))
+        assert unet.class_embedding.weight.shape == (3, unet.time_embed_dim)
+        assert not unet.class_embedding.weight.any()
+        # Both arguments were defaults, which diffusers would ignore in the config of a network in memory.
+        AdaGNUNet2DModel.from_config(unet.config).load_state_dict(unet.state_dict())
+        assert AdaGNControlNetModel.from_unet(unet).config.num_class_embeds == 3
+
     def test_of_a_classifier(self):
         for pool in ("attention", "adaptive", "spatial", "spatial_v2"):
             classifier = random_classifier(pool=pool)
@@ -346,7 +356,7 @@ class TestUNet:
         train(**short)
         assert [wanted["class_labels"] for wanted in shown[-1]] == [0, 2]  # cat and cow, without the dog
 
-    def test_prompts_of_captions_and_balance_see_the_numbers_of_the_model(self, short, tmp_path):
+    def test_balanced_classes_are_those_of_the_model(self, short, tmp_path):
         short["train_data_dir"] = write_class_folders(tmp_path / "dogs", {"dog": 4, "cow": 4})
         train(**short, class_balanced=True, class_dropout_prob=0)
         base, result = (rows_of(short[name]) for name in ("pretrained_model_name_or_path", "output_dir"))

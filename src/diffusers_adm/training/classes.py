@@ -1,9 +1,8 @@
 """
 Which row of a network belongs to which class of the data: classes are matched by name, new ones get rows of their own.
 
-A network keeps one row for each class: of the class embedding of a U-Net, or of the last layer of a classifier. The
-functions here know names and numbers only; `match_unet_classes` (unets.py) and
-`match_classifier_classes` (classification.py) apply them.
+A network has one row for each class: of the class embedding of a U-Net, or of the last layer of a classifier. A plan knows
+names and numbers only; `match_unet_classes` (unets.py) and `match_classifier_classes` (classification.py) apply it.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ MAX_NAMES = 10  # in a message
 @dataclass(frozen=True)
 class ClassPlan:
     """
-    The rows of a network after it was fitted to the classes of some data.
+    The rows of a network for the classes of some data.
 
     Attributes:
         sources: For each row, the row of the pretrained network that it copies; None for a new row.
@@ -203,3 +204,12 @@ def copy_rows(table: torch.Tensor, sources: Iterable[int | None], new: torch.Ten
         new (`torch.Tensor` of shape `(...)`): What new rows start as.
     """
     return torch.stack([new if source is None else table[source] for source in sources]).detach()
+
+
+def change_config(model: ConfigMixin, **changes: Any) -> None:
+    """
+    Changes arguments in the config of a model. Unlike after `register_to_config`, diffusers' `from_config` then takes
+    them for another model, too: it ignores those that were defaults when the model was made.
+    """
+    defaults = [name for name in model.config.get("_use_default_values", []) if name not in changes]
+    model.register_to_config(**changes, _use_default_values=defaults)

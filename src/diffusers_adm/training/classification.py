@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..models.classifier_adagn import AdaGNClassifierModel, AttentionPool2D
-from .classes import ClassPlan, copy_rows, log_plan, match_names, plan_classes
+from .classes import ClassPlan, change_config, copy_rows, log_plan, match_names, plan_classes
 from .data import ImageDataset, renumber_labels
 from .metrics import smooth
 from .seeding import derive_seed
@@ -386,8 +386,8 @@ def fit_classifier_head(classifier: AdaGNClassifierModel, plan: ClassPlan) -> No
     """
     Gives the last layer of a classifier the rows of a plan, in place and in its config.
 
-    New rows start as the mean of all rows: the logit of a new class is the mean of the others, whatever constant a
-    softmax would not see they have in common, and the old classes keep their proportions.
+    New rows start as the mean of all rows, so that the logit of a new class is the mean of the others. Unlike 0, this
+    does not depend on a constant added to all logits, which a softmax ignores. The old classes keep their proportions.
     """
     head = classifier.head
     if isinstance(head, torch.nn.Linear):  # of the pool "adaptive"
@@ -397,4 +397,4 @@ def fit_classifier_head(classifier: AdaGNClassifierModel, plan: ClassPlan) -> No
     layer.weight = torch.nn.Parameter(copy_rows(layer.weight, plan.sources, layer.weight.mean(dim=0)))
     layer.bias = torch.nn.Parameter(copy_rows(layer.bias, plan.sources, layer.bias.mean()))
     layer.out_features = len(plan.sources)
-    classifier.register_to_config(num_classes=len(plan.sources))
+    change_config(classifier, num_classes=len(plan.sources))

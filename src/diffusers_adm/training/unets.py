@@ -13,7 +13,7 @@ from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from ..text_encoding import cross_attention_width
 from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArguments, ModelArguments, UNetArguments
-from .classes import ClassPlan, copy_rows, log_plan, plan_classes
+from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
 from .data import renumber_labels
 from .losses import check_objective
 from .repositories import from_subfolder_or_root, reading
@@ -87,8 +87,8 @@ def load_unet_config(
             adds the others.
 
     Raises:
-        ValueError: If it cannot be read, is no U-Net's, has other numbers of channels, or shall get classes without
-            data that have any.
+        ValueError: If it cannot be read, is no U-Net's, has other numbers of channels, or is to replace its classes
+            without a `label_column`.
     """
     if model_args.replace_classes and data_args.label_column is None:
         raise ValueError("`replace_classes` was given without a `label_column`. Name the column of the new classes.")
@@ -184,8 +184,8 @@ def match_unet_classes(
 ) -> tuple[datasets.Dataset, dict[int, str] | None]:
     """
     Matches the classes of the data with those of a pretrained U-Net by name, as `plan_classes` says: new classes get
-    rows of the class embedding, as does the null class if there is none and labels are to be dropped. Networks that are
-    trained from scratch stay as they are, and so does what belongs to them.
+    rows of the class embedding, as does the null class if there is none and labels are to be dropped. A network that is
+    trained from scratch is left as it is, and so are its data.
 
     Args:
         unet ([`AdaGNUNet2DModel`]): From `build_unet`; it is changed in place.
@@ -258,7 +258,7 @@ def fit_class_embedding(unet: AdaGNUNet2DModel, plan: ClassPlan) -> None:
         start = table.weight.mean(dim=0) if null_class_id is None else table.weight[null_class_id]
         rows = copy_rows(table.weight, plan.sources, start)
     unet.class_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
-    unet.register_to_config(num_class_embeds=len(plan.sources), null_class_id=plan.null_class_id)
+    change_config(unet, num_class_embeds=len(plan.sources), null_class_id=plan.null_class_id)
 
 
 def widen_input(unet: AdaGNUNet2DModel, in_channels: int) -> None:
