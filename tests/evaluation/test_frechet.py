@@ -448,6 +448,10 @@ def stock(tmp_path_factory):
     classifier.save_pretrained(path / "turned" / "classifier")
     save_id2label(path / "classifier", NAMES)
     save_id2label(path / "turned" / "classifier", {0: "fish", 1: "dogs", 2: "cats", 3: "birds"})
+    turned = dict(enumerate(reversed(NAMES.values())))
+    parts = {"unet": random_unet(**CONDITIONAL), "scheduler": scheduler, "classifier": classifier}
+    parts |= dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    ADMPipeline(**parts, id2label=turned).save_pretrained(path / "pipeline")
     random_classifier(num_classes=2).save_pretrained(path / "some")
     save_id2label(path / "some", {0: "fish", 1: "cats"})
     random_classifier(num_classes=3).save_pretrained(path / "small")
@@ -501,6 +505,7 @@ def test_classes_are_matched_by_name(stock, capsys):
     for samples, features in (
         ("png", "turned"),
         ("png", "turned/classifier"),
+        ("png", "pipeline"),
         ("npz", "turned"),
         ("npz/samples.npz", "turned"),
     ):

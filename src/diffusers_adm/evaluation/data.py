@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..models.classifier_adagn import AdaGNClassifierModel
@@ -61,7 +63,7 @@ def load_classifier(
     argument: str, path: str, cache_dir: str | None, **kwargs: Any
 ) -> tuple[AdaGNClassifierModel, dict[int, str] | None]:
     """
-    A classifier on the Hub or in a folder, and the names of its classes if they were saved.
+    A classifier on the Hub or in a folder, and the names of its classes, or those of its pipeline, if they were saved.
 
     Raises:
         ValueError: If it cannot be read; it names `argument`.
@@ -71,6 +73,10 @@ def load_classifier(
         classifier = from_subfolder_or_root(AdaGNClassifierModel.from_pretrained, path, "classifier", **kwargs)
         # In that order: diffusers, too, takes what lies in a folder itself before what lies in the subfolder.
         names = load_id2label(path, cache_dir=cache_dir) or load_id2label(path, "classifier", cache_dir=cache_dir)
+    if names is None:
+        with contextlib.suppress(OSError):  # a classifier alone, without a pipeline
+            index = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
+            names = {int(number): name for number, name in (index.get("id2label") or {}).items()} or None
     return classifier, names
 
 

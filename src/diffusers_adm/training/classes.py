@@ -2,7 +2,8 @@
 Which row of a network belongs to which class of the data: classes are matched by name, new ones get rows of their own.
 
 A network has one row for each class: of the class embedding of a U-Net, or of the last layer of a classifier. A plan
-knows names and numbers only; `match_unet_classes` (unets.py) and `match_classifier_classes` (classification.py) apply it.
+knows names and numbers only. `match_unet_classes` (unets.py) and `match_classifier_classes` (classification.py) apply
+it.
 """
 
 from __future__ import annotations
