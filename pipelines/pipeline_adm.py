@@ -31,6 +31,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
+from ..noise_schedules import LORA_NOISE_SCHEDULE_KEY, check_same_noise
 from ..publishing import PublishedPipelineMixin
 from ..text_encoding import (
     TextConditioning,
@@ -148,7 +149,8 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
 
     Raises:
         ValueError: If just one of `unet` and `scheduler` has a learned variance, `scheduler` cannot reverse the process
-            of such a network, or `vae`, `text_encoder` or `classifier` does not fit `unet`.
+            of such a network, `vae`, `text_encoder` or `classifier` does not fit `unet`, or `classifier` was trained on
+            another noise schedule than that of `scheduler`.
     """
 
     # The classifier is left out: it takes turns with the U-Net, so neither may send the other away.
@@ -182,6 +184,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
             id2label = {str(label): name for label, name in id2label.items()}  # as JSON gives them back
         self.register_to_config(id2label=id2label)
         self._check_components()
+        self._check_noise_of_classifier()
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -229,6 +232,43 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
     def interrupt(self) -> bool:
         """A callback that sets `pipe._interrupt = True` ends the sampling after the current step."""
         return self._interrupt
+
+    @classmethod
+    def load_lora_into_unet(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        network_alphas: dict[str, float] | None,
+        unet: ModelMixin,
+        adapter_name: str | None = None,
+        _pipeline: DiffusionPipeline | None = None,
+        low_cpu_mem_usage: bool = False,
+        hotswap: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Loads LoRA layers into a U-Net as diffusers does; `load_lora_weights` calls it.
+
+        Raises:
+            ValueError: As of diffusers; if the file says that they were trained on another noise schedule than that of
+                the pipeline's scheduler.
+        """
+        if _pipeline is not None:
+            check_same_noise(
+                "The LoRA",
+                (metadata or {}).get(LORA_NOISE_SCHEDULE_KEY),
+                _pipeline.scheduler,
+                how_to_record="`train_adm.py` of diffusers-adm records it in the file",
+            )
+        super().load_lora_into_unet(
+            state_dict,
+            network_alphas,
+            unet,
+            adapter_name=adapter_name,
+            _pipeline=_pipeline,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+            metadata=metadata,
+        )
 
     def encode_prompt(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
@@ -898,6 +938,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
             raise ValueError(
                 f"{given}, but there are no `class_labels` to steer towards. Pass them, or leave it at 0.0."
             )
+        self._check_noise_of_classifier()
         if self.unet.config.get("class_embed_type") is not None:
             raise ValueError(
                 f"{given}, but the `class_labels` of this U-Net are no class numbers (`class_embed_type="
@@ -980,6 +1021,12 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 f"`unet` has `null_class_id={null_class_id}`, but beside a `classifier` it must be the last one, "
                 f"{num_classes}: the others have the same numbers in both then."
             )
+
+    def _check_noise_of_classifier(self) -> None:
+        """Raises a `ValueError` for a classifier of another noise schedule, or of clean images."""
+        if self.classifier is not None:
+            noise_schedule = self.classifier.config.get("noise_schedule")
+            check_same_noise("`classifier`", noise_schedule, self.scheduler, self.classifier)
 
     def _check_variance(self) -> None:
         """Raises a `ValueError` where just one of U-Net and scheduler has a learned variance."""

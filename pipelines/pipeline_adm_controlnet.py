@@ -18,6 +18,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..image_inputs import ImageInput, read_conditions
+from ..noise_schedules import check_same_noise
 from .pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, Denoising, OutputType
 
 
@@ -57,8 +58,8 @@ class ADMControlNetPipeline(ADMPipeline):
 
     Raises:
         ValueError: For components that do not fit each other, as by [`ADMPipeline`]; for a ControlNet that was made for
-            another U-Net, or for images of another size; for a U-Net that takes no ControlNet, or more channels than a
-            sample has (an upsampler or inpainter).
+            another U-Net, for images of another size or another noise schedule; for a U-Net that takes no ControlNet,
+            or more channels than a sample has (an upsampler or inpainter).
     """
 
     # `controlnet` is left out of `model_cpu_offload_seq`: like a classifier, it takes turns with the U-Net.
@@ -408,8 +409,10 @@ class ADMControlNetPipeline(ADMPipeline):
                 f"The ControlNets have `global_pool_conditions` {pools}. Those that pool are left out of the "
                 "unconditional pass and the others are not, so they cannot be used together."
             )
-        for net in self._nets:
+        for i, net in enumerate(self._nets):
             net.check_base(self.unet)
+            name = f"ControlNet {i} (counted from 0)" if self._has_several_nets else "`controlnet`"
+            check_same_noise(name, net.config.get("noise_schedule"), self.scheduler, net)
             if net.conditioning_factor != self.vae_scale_factor:
                 raise ValueError(
                     f"`controlnet` takes images {net.conditioning_factor} times as large as the samples "

@@ -7,6 +7,7 @@ https://huggingface.co/papers/2112.10741), and ones told how noisy their small i
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
@@ -15,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..image_inputs import ImageInput, read_images
+from ..noise_schedules import check_same_noise
 from ..super_resolution import add_noise_to_low_res, enlarge, match_low_res, noise_level_embedding
 from .pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, OutputType
 
@@ -36,10 +38,14 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             ones of its `sample_size`: together they tell the factor. `None`: any size is taken.
         noise_level (`int`, *optional*): That of calls which name none; `None`: 0.
         max_noise_level (`int`, *optional*): Highest level that the U-Net was trained on; `None`: not known.
+        noise_schedule (`dict`, *optional*): The noise schedule that the U-Net was trained on, for the large image and
+            for the levels of the small one: what `diffusers_adm.noise_schedules.noise_schedule_of(scheduler)` gives.
+            `None`: not known.
 
     Raises:
         ValueError: For components that do not fit each other, as by [`ADMPipeline`]; for a U-Net whose channels are not
-            those of an upsampler, a `vae`, and levels or a size that the U-Net cannot have been trained on.
+            those of an upsampler, a `vae`, levels or a size that the U-Net cannot have been trained on, and a
+            `scheduler` with another noise schedule than `noise_schedule`.
     """
 
     def __init__(
@@ -54,7 +60,10 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         low_res_size: int | None = None,
         noise_level: int | None = None,
         max_noise_level: int | None = None,
+        noise_schedule: dict[str, Any] | None = None,
     ):
+        # First, because the scheduler is compared with it in the other constructor.
+        self.register_to_config(noise_schedule=noise_schedule)
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label)
         self.register_to_config(low_res_size=low_res_size, noise_level=noise_level, max_noise_level=max_noise_level)
         size = self.unet.config.sample_size
@@ -277,3 +286,4 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         if self.vae is not None:
             raise ValueError("`vae` was given, but images are enlarged in pixels. Pass `vae=None`.")
         super()._check_components()
+        check_same_noise("This upsampler", self.config.noise_schedule, self.scheduler, self.unet)

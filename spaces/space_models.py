@@ -346,7 +346,7 @@ class Models:
 
     def _upscale(self, images: list[Image.Image], recipe: Recipe, on_step: OnStep) -> list[Image.Image]:
         scheduler = make_scheduler(self.upsampler.scheduler, "DPM-Solver++")
-        names = ("low_res_size", "max_noise_level", "noise_level", "id2label")
+        names = ("low_res_size", "max_noise_level", "noise_level", "noise_schedule", "id2label")
         config = {name: self.upsampler.config[name] for name in names}
         pipe = ADMSuperResolutionPipeline(**{**self.upsampler.components, "scheduler": scheduler}, **config)
         pipe.set_progress_bar_config(disable=True)

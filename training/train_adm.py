@@ -27,6 +27,7 @@ from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline
 from diffusers_adm.inpainting import known_channels
+from diffusers_adm.noise_schedules import noise_schedule_of
 from diffusers_adm.training import (
     IMAGE_CHANNELS,
     INPAINT_CHANNELS,
@@ -296,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. what is trained; optimizer, learning rate, average
     if lora_args.lora_rank is not None:
         add_lora(unet, lora_args.lora_rank, lora_args.lora_alpha, lora_args.lora_target_modules)
-        checkpoint_adapter_alone(accelerator)
+        checkpoint_adapter_alone(accelerator, noise_schedule_of(noise_scheduler))
     if model_args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if model_args.channels_last:
@@ -435,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
         if ema is not None:
             ema.copy_to(trained_parameters)
         if lora_args.lora_rank is not None:
-            save_lora(model, output_dir)
+            save_lora(model, output_dir, noise_schedule_of(noise_scheduler))
             saved = "adapter"
         else:
             build_pipeline().save_pretrained(output_dir)

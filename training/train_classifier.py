@@ -60,6 +60,7 @@ from diffusers_adm.training import (
     prepare_output_dir,
     push_result,
     reading,
+    record_noise_schedule,
     renumber_labels,
     rest_of_epoch,
     resume_checkpoint,
@@ -243,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
             images, id2label = match_classifier_classes(classifier, images, id2label, known, model_args.replace_classes)
         resolution = choose_resolution(data_args.resolution, classifier.config, "classifier")
         classifier.register_to_config(sample_size=resolution)
+        record_noise_schedule(classifier, "classifier", noise_scheduler)
         images, _ = check_images(
             images,
             resolution,

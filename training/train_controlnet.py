@@ -25,7 +25,13 @@ from accelerate.logging import get_logger
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from diffusers_adm import AdaGNControlNetModel, AdaGNUNet2DModel, ADMControlNetPipeline
+from diffusers_adm import (
+    AdaGNControlNetModel,
+    AdaGNUNet2DModel,
+    ADMControlNetPipeline,
+    LearnedVarianceDDPMScheduler,
+)
+from diffusers_adm.noise_schedules import check_same_noise
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
     AfterStep,
@@ -70,6 +76,7 @@ from diffusers_adm.training import (
     push_result,
     reading,
     record_losses,
+    record_noise_schedule,
     rest_of_epoch,
     resume_checkpoint,
     run_settings,
@@ -175,14 +182,17 @@ def check_text_stays(model_args: UNetArguments, data_args: DataArguments, text_a
 
 
 def build_controlnet(
-    control_args: ControlArguments, data_args: DataArguments, unet: AdaGNUNet2DModel
+    control_args: ControlArguments,
+    data_args: DataArguments,
+    unet: AdaGNUNet2DModel,
+    noise_scheduler: LearnedVarianceDDPMScheduler,
 ) -> AdaGNControlNetModel:
     """
     The branch: a new one, or the one to go on with.
 
     Raises:
-        ValueError: If that cannot be read, belongs to another U-Net, or is shown other pictures than those of this
-            script.
+        ValueError: If that cannot be read, belongs to another U-Net or noise schedule, or is shown other pictures than
+            those of this script.
     """
     name = control_args.controlnet_model_name_or_path
     if name is None:
@@ -196,6 +206,13 @@ def build_controlnet(
             AdaGNControlNetModel.from_pretrained, name, "controlnet", cache_dir=data_args.cache_dir
         )
     controlnet.check_base(unet)
+    check_same_noise(
+        f"The ControlNet {name}",
+        controlnet.config.noise_schedule,
+        noise_scheduler,
+        controlnet,
+        how_to_record="this run records that of the pretrained model",
+    )
     channels, factor = controlnet.config.conditioning_channels, controlnet.conditioning_factor
     if channels != 3 or factor != 1:
         raise ValueError(
@@ -284,7 +301,8 @@ def main(argv: list[str] | None = None) -> None:
         check_guidance_of_grids(training_args, unet.config, num_classes, has_text)
         resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
         unet.register_to_config(sample_size=resolution)
-        controlnet = build_controlnet(control_args, data_args, unet)
+        controlnet = build_controlnet(control_args, data_args, unet, noise_scheduler)
+        record_noise_schedule(controlnet, "ControlNet", noise_scheduler)
         images, _ = check_images(
             images,
             resolution,

@@ -25,6 +25,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from diffusers_adm import ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.noise_schedules import noise_schedule_of
 from diffusers_adm.super_resolution import add_noise_to_low_res, enlarge, noise_level_embedding, shrink
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
@@ -279,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
             id2label=id2label,
             low_res_size=sr_args.low_res_size,
             max_noise_level=sr_args.max_noise_level,
+            noise_schedule=noise_schedule_of(noise_scheduler),
         )
 
     def validate() -> None:

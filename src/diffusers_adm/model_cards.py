@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
+from .noise_schedules import describe_noise_schedule
 from .pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline
 from .publishing import ModelCardMixin
 
@@ -349,9 +350,19 @@ def _loading(pushed: Any, folder: Path, repo_id: str, args: Mapping[str, Any]) -
 
 
 def _limits(pushed: Any) -> str:
-    if isinstance(pushed, AdaGNClassifierModel):
-        return "It was made to steer sampling on noisy images, not to classify photographs."
-    return (
+    noise_schedule = pushed.config.get("noise_schedule") if isinstance(pushed, ModelMixin) else None
+    is_classifier = isinstance(pushed, AdaGNClassifierModel)
+    if is_classifier and noise_schedule == {}:
+        return (
+            "It was trained on clean images, to judge samples. It can neither steer sampling nor classify photographs."
+        )
+    limits = (
         "It draws what its training data show, at their size, and nothing else reliably: their gaps and biases are its "
         "own. Look at what it draws before you use it."
     )
+    if is_classifier:
+        limits = "It was made to steer sampling on noisy images, not to classify photographs."
+    if noise_schedule:
+        described = describe_noise_schedule(noise_schedule)
+        limits += f" It was trained on the noise schedule {described}, and works with models of that schedule only."
+    return limits

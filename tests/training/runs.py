@@ -43,11 +43,14 @@ def flags(**arguments):
     return words
 
 
-def save_base(folder, unet, kind=None, id2label=None):
-    """A pipeline to fine-tune, with a toy text encoder of `kind`, or without any, and names of its classes."""
+def save_base(folder, unet, kind=None, id2label=None, **scheduler):
+    """
+    A pipeline to fine-tune, with a toy text encoder of `kind`, or without any; names of its classes; arguments of its
+    scheduler.
+    """
     ADMPipeline(
         unet=unet,
-        scheduler=LearnedVarianceDDPMScheduler(),
+        scheduler=LearnedVarianceDDPMScheduler(**scheduler),
         vae=None,
         text_encoder=random_text_encoder(kind) if kind else None,
         tokenizer=toy_tokenizer(kind) if kind else None,

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +22,15 @@ from runs import (
     own_process_state,
     read_metrics,
     reset_accelerate,
+    save_base,
     write_class_folders,
 )
 from safetensors.torch import load_file
 from scripts import REPOSITORY, load_script
-from toy_models import TOY_CLASSIFIER_CONFIG, random_classifier
+from toy_models import TOY_CLASSIFIER_CONFIG, random_classifier, random_unet
 
-from diffusers_adm import AdaGNClassifierModel, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNClassifierModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.evaluation.sample.__main__ import main as sample
 from diffusers_adm.training import (
     BalancedClassSampler,
     ClassificationMetrics,
@@ -617,3 +620,66 @@ def test_classes_of_other_names(caplog):
         match_classes({1: "d", 2: "b"}, {1: "a", 2: "b"}, 3, by_number=True)
     with pytest.raises(ValueError, match="2 classes and the network 3, .*: the model names no classes"):
         match_classes({1: "d", 2: "b"}, None, 3, by_number=True)
+
+
+# 6. The noise schedule that it was trained on
+
+
+class TestNoiseSchedule:
+    """A trained classifier beside models of the same and of another noise schedule."""
+
+    ANOTHER = (
+        r"(?s)`classifier` was trained on the noise schedule squaredcos_cap_v2 with 1000 timesteps, but `scheduler`.*"
+        r"linear from 0.0001 to 0.02 with 1000 timesteps"
+    )
+
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory):
+        """The folder of a short run on the cosine schedule."""
+        folder = tmp_path_factory.mktemp("trained")
+        arguments = {"data_files": EMOJI, "label_column": "label", "max_train_steps": 2, "train_batch_size": 8}
+        arguments |= {"lr_warmup_steps": 0, "report_to": "none", "ddpm_beta_schedule": "cosine"}
+        with pytest.MonkeyPatch.context() as patch, own_process_state("train_classifier"):
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            patch.setattr(train_classifier, "plot_classifier_curves", lambda *args: None)  # slow
+            train(**arguments, model_config_name_or_path=write_model_config(folder), output_dir=str(folder / "run"))
+        return folder / "run"
+
+    def pipeline(self, trained, schedule):
+        return ADMPipeline(
+            unet=random_unet(),
+            scheduler=LearnedVarianceDDPMScheduler(beta_schedule=schedule),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            classifier=AdaGNClassifierModel.from_pretrained(trained, subfolder="classifier"),
+        )
+
+    def test_it_steers_a_model_of_its_own_schedule_alone(self, trained):
+        pipe = self.pipeline(trained, "cosine")
+        guidance = {"class_labels": 1, "classifier_guidance_scale": 1.0, "num_inference_steps": 2}
+        pipe(**guidance)
+        with pytest.raises(ValueError, match=self.ANOTHER):
+            self.pipeline(trained, "linear")
+        pipe.scheduler = LearnedVarianceDDPMScheduler()
+        with pytest.raises(ValueError, match=self.ANOTHER):
+            pipe(**guidance)
+
+    @pytest.mark.parametrize("is_older", [False, True])
+    def test_by_the_sampling_command(self, trained, tmp_path, is_older):
+        """Also a folder written before classifiers carried their schedule: the scheduler beside it tells."""
+        folder = shutil.copytree(trained, tmp_path / "run")
+        if is_older:
+            config = json.loads((folder / "classifier" / "config.json").read_text())
+            config.pop("noise_schedule", None)
+            (folder / "classifier" / "config.json").write_text(json.dumps(config))
+        arguments = {"num_images": 1, "classifier": str(folder), "classifier_guidance_scale": 2, "class_labels": 1}
+        arguments |= {"num_inference_steps": 2, "output_dir": str(tmp_path / "samples")}
+        for schedule in ("cosine", "linear"):
+            model = save_base(tmp_path / schedule, random_unet(), beta_schedule=schedule)
+            reset_accelerate()
+            if schedule == "linear":
+                with pytest.raises(ValueError, match=self.ANOTHER):
+                    sample(flags(**arguments | {"output_dir": str(tmp_path / "other")}, model=model))
+            else:
+                sample(flags(**arguments, model=model))

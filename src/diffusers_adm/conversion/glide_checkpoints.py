@@ -12,6 +12,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..models import AdaGNUNet2DModel, GLIDETextModel
+from ..noise_schedules import noise_schedule_of
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
 from .common import (
@@ -215,9 +216,11 @@ def make_pipeline(
 ) -> ADMPipeline:
     """The pipeline of this kind of model, without what reads the text."""
     components = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
-    if kind == "upsample" and is_published:  # a file does not tell the size of its small images
-        size = unet.config.sample_size // UPSAMPLING_FACTOR
-        return ADMSuperResolutionPipeline(unet, scheduler, **components, low_res_size=size)
+    if kind == "upsample":
+        # A file does not tell the size of its small images.
+        size = unet.config.sample_size // UPSAMPLING_FACTOR if is_published else None
+        trained = {"low_res_size": size, "noise_schedule": noise_schedule_of(scheduler)}
+        return ADMSuperResolutionPipeline(unet, scheduler, **components, **trained)
     return PIPELINES[kind](unet, scheduler, **components)
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
+from ..noise_schedules import noise_schedule_of
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
 from .common import (
@@ -206,6 +207,8 @@ def convert_openai(
     record = {"code_base": code_base, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags}
     record |= {"key": key} if key else {}
     scheduler = LearnedVarianceDDPMScheduler(**scheduler_config(flags, code_base))
+    if kind == "classifier":
+        model.register_to_config(noise_schedule=noise_schedule_of(scheduler))
 
     channels_in, channels_out = channels_of_file(shapes)
     image_channels = channels_in
@@ -267,7 +270,8 @@ def _make_pipeline(
         return ADMPipeline(model, scheduler, **others)
     if kind == "upsampler" and channels_in == 2 * image_channels:
         # The file does not tell the size of its small images, so that an assumed one shall bind nobody.
-        return ADMSuperResolutionPipeline(model, scheduler, **others, low_res_size=small_size)
+        trained = {"low_res_size": small_size, "noise_schedule": noise_schedule_of(scheduler)}
+        return ADMSuperResolutionPipeline(model, scheduler, **others, **trained)
     if kind == "unet" and image_channels == IMAGE_CHANNELS and channels_in in INPAINTING_CHANNELS:
         return ADMInpaintPipeline(model, scheduler, **others)
     return None

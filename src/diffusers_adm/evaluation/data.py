@@ -16,6 +16,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..models.classifier_adagn import AdaGNClassifierModel
+from ..noise_schedules import noise_schedule_of
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from ..training.classification import load_id2label
 from ..training.data import (
     METADATA_FILES,
@@ -64,6 +66,7 @@ def load_classifier(
 ) -> tuple[AdaGNClassifierModel, dict[int, str] | None]:
     """
     A classifier on the Hub or in a folder, and the names of its classes, or those of its pipeline, if they were saved.
+    If its config is older than the entry `noise_schedule`, that of the scheduler in the same folder is entered.
 
     Raises:
         ValueError: If it cannot be read; it names `argument`.
@@ -77,6 +80,12 @@ def load_classifier(
         with contextlib.suppress(OSError):  # a classifier alone, without a pipeline
             index = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
             names = {int(number): name for number, name in (index.get("id2label") or {}).items()} or None
+        if classifier.config.noise_schedule is None:
+            with contextlib.suppress(OSError):  # there is none beside it
+                scheduler = LearnedVarianceDDPMScheduler.from_pretrained(
+                    path, subfolder="scheduler", cache_dir=cache_dir
+                )
+                classifier.register_to_config(noise_schedule=noise_schedule_of(scheduler))
     return classifier, names
 
 

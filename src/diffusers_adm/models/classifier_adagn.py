@@ -8,7 +8,7 @@ middle, then a pool. The blocks are the U-Net's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -134,6 +134,9 @@ class AdaGNClassifierModel(
         time_proj_dim (`int`, *optional*): Width of the sinusoid; `None`: `block_out_channels[0]`.
         timestep_scale (`float`, defaults to 1.0): Multiplies t before the embedding: 0.25 for 4000 steps that are
             embedded as 0..1000.
+        noise_schedule (`dict`, *optional*): The noise schedule that it was trained on, which pipelines compare with
+            that of their scheduler: what `diffusers_adm.noise_schedules.noise_schedule_of(scheduler)` gives. It changes
+            nothing in the network. Empty: trained on clean images. `None`: not known.
 
     Raises:
         ValueError: For a combination of arguments that describes no network of this family.
@@ -169,6 +172,7 @@ class AdaGNClassifierModel(
         time_embedding_dim: int | None = None,
         time_proj_dim: int | None = None,
         timestep_scale: float = 1.0,
+        noise_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
         self._check_config()

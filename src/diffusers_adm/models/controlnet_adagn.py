@@ -161,6 +161,9 @@ class AdaGNControlNetModel(PublishedModelMixin, EncoderMixin, AttentionMixin, Co
         global_pool_conditions (`bool`, defaults to `False`): Residuals are averaged over all places.
         unet_block_out_channels (`tuple[int]`, *optional*): `block_out_channels` of the U-Net, where the branch is
             narrower than it; `None`: they are the same.
+        noise_schedule (`dict`, *optional*): The noise schedule that it was trained on, which pipelines compare with
+            that of their scheduler: what `diffusers_adm.noise_schedules.noise_schedule_of(scheduler)` gives. It changes
+            nothing in the network. `None`: not known.
 
     Raises:
         ValueError: For a combination of arguments that describes no branch of this family.
@@ -224,6 +227,7 @@ class AdaGNControlNetModel(PublishedModelMixin, EncoderMixin, AttentionMixin, Co
         conditioning_downsampling_factor: int | None = None,
         global_pool_conditions: bool = False,
         unet_block_out_channels: tuple[int, ...] | None = None,
+        noise_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
         down_block_types = tuple(name.removeprefix("UNetRes") for name in down_block_types)

@@ -19,22 +19,22 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..noise_schedules import BETA_SCHEDULE_ALIASES, BetaSchedule, make_betas, rescale_zero_terminal_snr
 from ..publishing import ModelCardMixin
 
 
 VarianceType = Literal["learned_range", "learned_log", "fixed_small", "fixed_large"]
-BetaSchedule = Literal["linear", "scaled_linear", "quadratic", "squaredcos_cap_v2", "sigmoid"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 TimestepSpacing = Literal["linspace", "leading", "trailing"]
 
 # Other words for the same: the `_log` ones differ in how diffusers computes the same number.
 VARIANCE_TYPE_ALIASES = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}
-BETA_SCHEDULE_ALIASES = {"cosine": "squaredcos_cap_v2"}
 # What the network was trained on. `from_config` lets a class put its own default in place of what was not given; for
 # these that would be another process (the default betas of some of diffusers' schedulers are Stable Diffusion's).
 PROCESS_KEYS = (
@@ -49,34 +49,8 @@ PROCESS_KEYS = (
 )
 # A probability below this is raised to it before its logarithm, as in the code of the papers.
 MIN_PROBABILITY = 1e-12
-# Largest beta of the cosine schedule (Improved DDPM, section 3.2).
-MAX_COSINE_BETA = 0.999
 # GLIDE's "fast27" before its last timestep is changed, https://github.com/openai/glide-text2im, `space_timesteps`.
 FAST27_SECTIONS = (10, 10, 3, 2, 2)
-
-
-def make_betas(schedule: BetaSchedule, num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-    """beta_0 .. beta_{T-1} in float64. The cosine schedule does not look at `beta_start` and `beta_end`."""
-    if schedule == "linear":
-        return np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64)
-    # "scaled_linear" is the name in latent diffusion, "quadratic" that of DDPM's code: one formula.
-    if schedule in ("scaled_linear", "quadratic"):
-        return np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64) ** 2
-    if schedule == "sigmoid":
-        logits = np.linspace(-6, 6, num_train_timesteps, dtype=np.float64)
-        return (beta_end - beta_start) / (1 + np.exp(-logits)) + beta_start
-    # Improved DDPM, eq. 17: the ratio of neighbours of bar alpha(u) = cos^2((u + 0.008) / 1.008 * pi / 2).
-    times = np.arange(num_train_timesteps + 1, dtype=np.float64) / num_train_timesteps
-    alphas_cumprod = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], MAX_COSINE_BETA)
-
-
-def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shifts sqrt(bar alpha) so that the last one is 0 (Lin et al. 2023, https://huggingface.co/papers/2305.08891)."""
-    signal = np.sqrt(np.cumprod(1 - betas))
-    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
-    alphas_cumprod = signal**2
-    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
 
 def respaced_timesteps(num_train_timesteps: int, timestep_respacing: str | int | Sequence[int]) -> list[int]:

@@ -83,6 +83,7 @@ from .setup import (
     load_model_config,
     load_noise_scheduler,
     prepare_output_dir,
+    record_noise_schedule,
     save_samples,
     start_accelerator,
 )
@@ -203,6 +204,7 @@ __all__ = [
     "random_known",
     "reading",
     "record_losses",
+    "record_noise_schedule",
     "renumber_labels",
     "rest_of_epoch",
     "resume_checkpoint",

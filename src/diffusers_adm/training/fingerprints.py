@@ -10,6 +10,8 @@ import torch
 
 # Keys of a saved config that say how it was saved, not what it describes.
 SAVED_KEYS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
+# And one that says what a network was trained on, which pipelines check: it does not change what the network computes.
+TRAINED_ON_KEYS = ("noise_schedule",)
 DIGEST_SIZE = 16  # bytes
 
 
@@ -38,7 +40,8 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def hash_config(model: Any) -> str:
     """
-    A hash of a model's class and of its config but for what says where it lies and how it was saved.
+    A hash of a model's class and of its config but for what says where it lies, how it was saved and on which noise
+    schedule it was trained.
 
     Args:
         model: Of diffusers or of transformers.
@@ -47,7 +50,8 @@ def hash_config(model: Any) -> str:
         `str`: 32 hexadecimal digits.
     """
     config = model.config if isinstance(model.config, Mapping) else model.config.to_dict()
-    settings = {key: value for key, value in config.items() if key not in SAVED_KEYS and not key.startswith("_")}
+    left_out = (*SAVED_KEYS, *TRAINED_ON_KEYS)
+    settings = {key: value for key, value in config.items() if key not in left_out and not key.startswith("_")}
     return hash_plain([type(model).__name__, settings])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from ..noise_schedules import LORA_NOISE_SCHEDULE_KEY
 
 
 # diffusers' names in attention: queries, keys, values, the layer behind, and keys and values of added text.
@@ -72,17 +74,31 @@ def add_lora(unet: ModelMixin, rank: int, alpha: float | None = None, targets: S
     )
 
 
-def save_lora(unet: ModelMixin, folder: str | os.PathLike) -> None:
+def save_lora(unet: ModelMixin, folder: str | os.PathLike, noise_schedule: Mapping[str, Any] | None = None) -> None:
     """
     Writes the adapter of `unet` as `folder/pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)` and
     `unet.load_lora_adapter(folder, prefix="unet", use_safetensors=True)`.
+
+    Args:
+        unet (`ModelMixin`): With an adapter.
+        folder (`str` or `os.PathLike`): Made if it does not exist.
+        noise_schedule (mapping, *optional*): What it was trained on, as of `noise_schedule_of`, for the metadata of the
+            file: `load_lora_weights` of this package's pipelines compares it with that of their scheduler.
     """
     from peft.utils import get_peft_model_state_dict
 
-    StableDiffusionLoraLoaderMixin.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=_adapter_metadata(unet),
+    metadata = {f"{PREFIX}.{name}": value for name, value in _adapter_metadata(unet).items()}
+    if noise_schedule is not None:
+        metadata[LORA_NOISE_SCHEDULE_KEY] = dict(noise_schedule)
+    # What `save_lora_weights` calls, which has no place for metadata of other things than the adapter.
+    StableDiffusionLoraLoaderMixin.write_lora_layers(
+        StableDiffusionLoraLoaderMixin.pack_weights(get_peft_model_state_dict(unet), PREFIX),
+        save_directory=os.fspath(folder),
+        is_main_process=True,
+        weight_name=WEIGHTS_NAME,
+        save_function=None,
+        safe_serialization=True,
+        lora_adapter_metadata=metadata,
     )
 
 
@@ -106,15 +122,18 @@ def _check_same_adapter(unet: ModelMixin, path: str) -> None:
             )
 
 
-def checkpoint_adapter_alone(accelerator: Accelerator) -> None:
-    """Makes `accelerator.save_state` and `load_state` write and read the adapter of the U-Net instead of all of it."""
+def checkpoint_adapter_alone(accelerator: Accelerator, noise_schedule: Mapping[str, Any] | None = None) -> None:
+    """
+    Makes `accelerator.save_state` and `load_state` write and read the adapter of the U-Net instead of all of it;
+    `noise_schedule` as of `save_lora`.
+    """
     from peft import set_peft_model_state_dict
 
     def save(models: list[torch.nn.Module], weights: list, folder: str) -> None:
         weights.clear()  # which Accelerate would write itself
         if accelerator.is_main_process:
             for model in models:
-                save_lora(accelerator.unwrap_model(model), folder)
+                save_lora(accelerator.unwrap_model(model), folder, noise_schedule)
 
     def load(models: list[torch.nn.Module], folder: str) -> None:
         path = os.path.join(folder, WEIGHTS_NAME)

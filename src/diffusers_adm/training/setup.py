@@ -22,11 +22,13 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..noise_schedules import alphas_cumprod_of, describe_noise_schedule, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from .arguments import DataArguments, ModelArguments, NoiseArguments, TrainingArguments
 from .checkpoints import delete_checkpoints, find_latest_checkpoint
@@ -35,6 +37,9 @@ from .data import EpochShuffleSampler, ImageDataset
 from .metrics import MetricsHistory
 from .publication import prepare_repository
 from .repositories import from_subfolder_or_root, reading
+
+
+logger = logging.getLogger(__name__)
 
 
 # 1. Processes
@@ -123,6 +128,26 @@ def load_noise_scheduler(
             revision=model_args.revision,
             cache_dir=data_args.cache_dir,
             **given,
+        )
+
+
+def record_noise_schedule(model: ModelMixin, name: str, scheduler: SchedulerMixin | None) -> None:
+    """
+    Writes into the config of `model` which noise schedule it is trained on. The log says so if it named another one.
+
+    Args:
+        model (`ModelMixin`): With the config entry `noise_schedule`.
+        name (`str`): What the log calls it.
+        scheduler ([`SchedulerMixin`], *optional*): Of the run; `None`: it is trained on clean images.
+    """
+    before, now = model.config.noise_schedule, {} if scheduler is None else noise_schedule_of(scheduler)
+    model.register_to_config(noise_schedule=now)
+    if before is None or before == now:
+        return
+    if not before or not now or not is_same_noise(alphas_cumprod_of(before), alphas_cumprod_of(now)):
+        logger.warning(
+            f"The config of the {name} named the noise schedule {describe_noise_schedule(before)}. It is now trained "
+            f"on the noise schedule {describe_noise_schedule(now)}, which takes its place."
         )
 
 
