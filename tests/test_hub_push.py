@@ -160,6 +160,24 @@ class TestCard:
             assert relation == (("alice/base", "adapter") if base == named else (None, None))
             assert "/home/somebody" not in card.content
 
+    @pytest.mark.parametrize(
+        "noise_schedule, words",
+        [
+            (
+                {"num_train_timesteps": 40, "beta_schedule": "cosine"},
+                "on the noise schedule cosine with 40 timesteps",
+            ),
+            ({}, "It was trained on clean images, to judge samples. It can neither steer"),
+            (None, "not to classify photographs."),
+        ],
+    )
+    def test_tells_the_noise_schedule(self, noise_schedule, words, tmp_path):
+        classifier = random_classifier(noise_schedule=noise_schedule)
+        card = ModelCard.load(write_model_card(classifier, tmp_path, "alice/classifier"))
+        assert words in card.text
+        assert ("made to steer" in card.text) == (noise_schedule != {})
+        assert ("noise schedule" in card.text) == bool(noise_schedule)
+
     def test_of_a_fine_tuned_pipeline(self, run, tmp_path):
         (run / "train_args.yaml").write_text(yaml.safe_dump(RECIPE | {"pretrained_model_name_or_path": "alice/base"}))
         card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/emoji"))

@@ -91,25 +91,27 @@ def noise_schedule_of(scheduler: SchedulerMixin) -> dict[str, Any]:
     Raises:
         ValueError: If the scheduler has no `alphas_cumprod`.
     """
-    config, betas = scheduler.config, scheduler.config.get("trained_betas")
-    rescales = bool(config.get("rescale_betas_zero_snr", False))
+    config, table = scheduler.config, _table_of(scheduler)
+    if table is None:
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}, which has no `alphas_cumprod` and so no noise schedule of "
+            "this kind. Pass the scheduler that the model was trained with."
+        )
+    rescales = {"rescale_betas_zero_snr": True} if config.get("rescale_betas_zero_snr", False) else {}
     word = BETA_SCHEDULE_ALIASES.get(config.get("beta_schedule"), config.get("beta_schedule"))
-    if betas is None and word not in get_args(BetaSchedule):  # a word of another package
-        table = _table_of(scheduler)
-        if table is None:
-            raise ValueError(
-                f"`scheduler` is a {type(scheduler).__name__}, which has no `alphas_cumprod` and so no noise schedule "
-                "of this kind. Pass the scheduler that the model was trained with."
-            )
-        betas, rescales = 1 - table / np.append(1.0, table[:-1]), False  # it has been rescaled already
-    if betas is not None:
-        betas = np.asarray(betas, dtype=np.float64).tolist()
-        schedule = {"num_train_timesteps": len(betas), "trained_betas": betas}
-    else:
-        schedule = {"num_train_timesteps": config["num_train_timesteps"], "beta_schedule": word}
+    schedule = None
+    if config.get("trained_betas") is not None:
+        betas = np.asarray(config["trained_betas"], dtype=np.float64).tolist()
+        schedule = {"num_train_timesteps": len(betas), "trained_betas": betas, **rescales}
+    elif word in get_args(BetaSchedule):
+        schedule = {"num_train_timesteps": config["num_train_timesteps"], "beta_schedule": word, **rescales}
         if word != "squaredcos_cap_v2":
             schedule |= {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}
-    return schedule | ({"rescale_betas_zero_snr": True} if rescales else {})
+    if schedule is None or not is_same_noise(alphas_cumprod_of(schedule), table):
+        # A schedule of another name, or a scheduler that does something of its own to its betas.
+        betas = (1 - table / np.append(1.0, table[:-1])).tolist()
+        schedule = {"num_train_timesteps": len(betas), "trained_betas": betas}
+    return schedule
 
 
 def alphas_cumprod_of(noise_schedule: Mapping[str, Any]) -> np.ndarray:
@@ -235,6 +237,6 @@ def check_same_noise(
     raise ValueError(
         f"{name} was trained on the noise schedule {describe_noise_schedule(noise_schedule)}, but `scheduler`, a "
         f"{type(scheduler).__name__}, has the noise schedule {describe_noise_schedule(noise_schedule_of(scheduler))}."
-        f"{difference} If the model was not trained with that one either, make the scheduler from the config of the "
-        "model's own (`from_config`). Otherwise use a part that was trained on the schedule of this model."
+        f"{difference} If that is not the schedule of the model, make the scheduler from the config of the model's own "
+        "one (`from_config`). Otherwise use a part that was trained on the schedule of the model."
     )

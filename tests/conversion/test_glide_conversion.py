@@ -33,6 +33,7 @@ from diffusers_adm.conversion.glide_checkpoints import build_glide, recognise_gl
 from diffusers_adm.conversion.glide_flags import default_flags, glide_scheduler_config, parse_glide_flags
 from diffusers_adm.conversion.glide_layout import observed_glide_flags, text_rules
 from diffusers_adm.conversion.openai_layout import expected_shapes, tensor_rules
+from diffusers_adm.noise_schedules import noise_schedule_of
 
 
 STORED = json.loads((Path(__file__).parent / "glide_layouts.json").read_text())
@@ -179,6 +180,7 @@ class TestFolder:
             assert pipeline(**inputs).images[0].size == (16, 16)
             if kind == "upsample":
                 assert pipeline.config.low_res_size is None  # the file does not tell it
+                assert pipeline.config.noise_schedule == noise_schedule_of(pipeline.scheduler)
 
     @pytest.mark.parametrize("arguments", [{"preset": "upsample"}, {}])
     def test_of_a_published_model(self, arguments, tmp_path, tokenizer_folder, monkeypatch):
@@ -198,6 +200,7 @@ class TestFolder:
         pipeline = ADMSuperResolutionPipeline.from_pretrained(tmp_path / "out")
         assert pipeline.config.low_res_size == 4
         assert pipeline.scheduler.config.beta_schedule == "linear"
+        assert pipeline.config.noise_schedule == noise_schedule_of(pipeline.scheduler)
 
     def test_without_a_tokenizer_it_says_so_and_one_can_be_given_later(self, tmp_path, tokenizer_folder, caplog):
         with caplog.at_level(logging.WARNING):

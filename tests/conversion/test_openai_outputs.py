@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conversion import convert_openai, export_openai
+from diffusers_adm.noise_schedules import noise_schedule_of
 
 
 def relative(ours, theirs):
@@ -53,6 +54,11 @@ def test_outputs_are_those_of_the_original_network_and_the_way_back_is_bit_ident
 
     model = load(tmp_path / "out", network.kind)
     assert not model.training
+    if network.kind == "classifier":
+        assert model.config.noise_schedule == noise_schedule_of(scheduler)
+    if network.kind == "upsampler":
+        index = ADMSuperResolutionPipeline.load_config(tmp_path / "out")
+        assert index["noise_schedule"] == noise_schedule_of(scheduler)
     weights = network.weights()
     x, *rest = network.inputs()
     for dtype, tolerance, gradient_tolerance in ((torch.float32, 1e-5, 1e-4), (torch.float64, 1e-9, 1e-9)):

@@ -478,3 +478,70 @@ def test_an_unconditional_unet_of_diffusers_with_a_classifier():
         for u in (theirs, unet)
     )
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+class TestNoiseSchedule:
+    """The classifier's, against that of the scheduler. (`tests/test_noise_schedules.py`: which ones are the same.)"""
+
+    COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+    GUIDED = {"class_labels": 1, "classifier_guidance_scale": 1.0, "num_inference_steps": 4, "output_type": "latent"}
+    LINEAR = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+    REFUSED = "`classifier` was trained on the noise schedule squaredcos_cap_v2 with 1000 timesteps, but `scheduler`"
+
+    def pipeline(self, noise_schedule, **scheduler) -> ADMPipeline:
+        scheduler = LearnedVarianceDDPMScheduler(**{"beta_schedule": "cosine", **scheduler})
+        return make_pipeline(classifier=random_classifier(noise_schedule=noise_schedule), scheduler=scheduler)
+
+    @pytest.mark.parametrize("name, options", as_parameters(SAMPLERS))
+    def test_with_each_scheduler_of_diffusers(self, name, options):
+        pipe = self.pipeline(self.LINEAR, beta_schedule="linear")
+        own, cls = pipe.scheduler.config, getattr(diffusers, name)
+        pipe.scheduler = cls.from_config(own, **options)
+        assert torch.isfinite(pipe(**self.GUIDED).images).all()
+        pipe.scheduler = cls.from_config(own, **options, beta_schedule="squaredcos_cap_v2")
+        message = f"linear from 0.0001 to 0.02 with 1000 timesteps, but `scheduler`, a {name}, has .* squaredcos_cap_v2"
+        with pytest.raises(ValueError, match=message):
+            pipe(**self.GUIDED)
+
+    def test_respacing_and_other_names_do_not_matter(self):
+        pipe = self.pipeline(self.COSINE, timestep_spacing="trailing")
+        pipe(**{**self.GUIDED, "num_inference_steps": 50, "timestep_respacing": "4"})
+        pipe.scheduler = LearnedVarianceDDPMScheduler(trained_betas=pipe.scheduler.betas.tolist())
+        pipe(**self.GUIDED)
+
+    def test_refused_before_any_work_and_only_where_it_steers(self):
+        with pytest.raises(ValueError, match=f"{self.REFUSED}, a LearnedVarianceDDPMScheduler, has .* linear"):
+            self.pipeline(self.COSINE, beta_schedule="linear")
+        pipe = self.pipeline(self.COSINE)
+        calls = count_calls(pipe.unet)
+        pipe.scheduler = LearnedVarianceDDPMScheduler()
+        with pytest.raises(ValueError, match=self.REFUSED):
+            pipe(**self.GUIDED)
+        assert calls == []
+        pipe(**{**self.GUIDED, "classifier_guidance_scale": 0.0, "class_labels": None})
+        pipe.scheduler = LearnedVarianceDDPMScheduler(beta_schedule="cosine")
+        pipe.classifier = random_classifier(noise_schedule=self.COSINE | {"num_train_timesteps": 999})
+        with pytest.raises(ValueError, match="squaredcos_cap_v2 with 999 timesteps, but .* with 1000 timesteps"):
+            pipe(**self.GUIDED)
+
+    @pytest.mark.parametrize("cls", [ADMPipeline, DiffusionPipeline])
+    def test_saved_and_loaded(self, tmp_path, cls):
+        self.pipeline(self.COSINE).save_pretrained(tmp_path)
+        loaded = cls.from_pretrained(tmp_path)
+        assert loaded.classifier.config.noise_schedule == self.COSINE
+        with pytest.raises(ValueError, match=self.REFUSED):
+            cls.from_pretrained(tmp_path, scheduler=DDIMScheduler())
+
+    def test_of_clean_images(self):
+        with pytest.raises(ValueError, match="`classifier` was trained on clean images"):
+            self.pipeline({})
+
+    @pytest.mark.parametrize("is_foreign", [False, True])
+    def test_a_classifier_that_does_not_say_it(self, caplog, is_foreign):
+        scheduler = LearnedVarianceDDPMScheduler(variance_type="fixed_small")
+        pipe = make_pipeline(MixtureUNet(), MixtureClassifier(), scheduler) if is_foreign else self.pipeline(None)
+        for _ in range(2):
+            pipe(**self.GUIDED)
+            pipe = ADMPipeline(**pipe.components)
+            pipe.set_progress_bar_config(disable=True)
+        assert caplog.text.count("`classifier` does not say which noise schedule it was trained on") == 1

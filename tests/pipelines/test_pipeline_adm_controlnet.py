@@ -945,3 +945,67 @@ def test_every_argument_of_the_base_is_there():
         "control_guidance_start",
         "control_guidance_end",
     ]
+
+
+class TestNoiseSchedule:
+    """Of the ControlNets, against that of the scheduler."""
+
+    LINEAR = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+    COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+
+    def net(self, unet, noise_schedule):
+        net = random_branch(unet)
+        net.register_to_config(noise_schedule=noise_schedule)
+        return net
+
+    def test_one(self, tmp_path):
+        unet = random_unet(**CONDITIONAL)
+        refused = (
+            "`controlnet` was trained on the noise schedule squaredcos_cap_v2 with 1000 timesteps, but `scheduler`"
+        )
+        with pytest.raises(ValueError, match=refused):
+            make_pipeline(unet, self.net(unet, self.COSINE))
+        pipe = make_pipeline(unet, self.net(unet, self.LINEAR))
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        calls, arguments = count(unet), {"class_labels": LABELS, "num_inference_steps": 2, "output_type": "latent"}
+        pipe(image=conditions(), **arguments)
+        assert len(calls) == 2
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.03)
+        with pytest.raises(ValueError, match="linear from 0.0001 to 0.02 with .* DDIMScheduler, .* 0.0001 to 0.03"):
+            pipe(image=conditions(), **arguments)
+        assert len(calls) == 2
+
+        pipe.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="`controlnet` was trained on"):
+            ADMControlNetPipeline.from_pretrained(tmp_path)
+        loaded = ADMControlNetPipeline.from_pretrained(tmp_path, scheduler=LearnedVarianceDDPMScheduler())
+        assert loaded.controlnet.config.noise_schedule == self.LINEAR
+
+    def test_several(self):
+        unet = random_unet(**CONDITIONAL)
+        nets = [self.net(unet, schedule) for schedule in (self.LINEAR, self.COSINE)]
+        with pytest.raises(ValueError, match=re.escape("ControlNet 1 (counted from 0) was trained on")):
+            make_pipeline(unet, nets)
+        nets[1].register_to_config(noise_schedule=self.LINEAR)
+        make_pipeline(unet, nets)
+
+    @pytest.mark.parametrize("is_foreign", [False, True])
+    def test_one_that_does_not_say_it(self, caplog, tmp_path, is_foreign):
+        unet = random_text_unet()
+        net = random_branch(unet)
+        if is_foreign:  # a file of diffusers, which knows no such entry
+            theirs = random_diffusers_text_unet()
+            ControlNetModel.from_unet(theirs, conditioning_embedding_out_channels=(4,)).save_pretrained(tmp_path)
+            net = AdaGNControlNetModel.from_pretrained(tmp_path)
+        pipe = make_pipeline(unet, net, **TEXT)
+        for _ in range(2):
+            pipe("a cat", image=conditions(1), num_inference_steps=1, output_type="latent")
+            make_pipeline(unet, net, **TEXT)
+        assert caplog.text.count("`controlnet` does not say which noise schedule it was trained on") == 1
+
+    def test_its_config_loads_with_diffusers(self, tmp_path):
+        """Which knows no such entry, but keeps it."""
+        self.net(random_text_unet(), self.LINEAR).save_config(tmp_path / "ours")
+        theirs = ControlNetModel.from_config(ControlNetModel.load_config(tmp_path / "ours"))
+        theirs.save_pretrained(tmp_path / "theirs")
+        assert AdaGNControlNetModel.from_pretrained(tmp_path / "theirs").config.noise_schedule == self.LINEAR

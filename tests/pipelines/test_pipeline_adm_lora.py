@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from toy_models import CONDITIONAL, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.noise_schedules import noise_schedule_of
+from diffusers_adm.training import save_lora
 
 
 RANK, ALPHA = 2, 4
@@ -142,3 +144,42 @@ def test_lora_of_the_same_network_in_diffusers(tmp_path):
     loaded = get_peft_model_state_dict(pipe.unet, adapter_name="default_0")
     assert loaded.keys() == layers.keys()
     assert all(torch.equal(loaded[name], layers[name]) for name in layers)
+
+
+class TestNoiseSchedule:
+    def save(self, folder, **scheduler):
+        pipe = make_pipeline(has_text=True)
+        add_adapter(pipe.unet, TARGETS, 1)
+        save_lora(pipe.unet, folder, noise_schedule_of(LearnedVarianceDDPMScheduler(**scheduler)))
+        return draw(pipe)
+
+    def test_it_loads_beside_its_own_alone(self, tmp_path):
+        expected = self.save(tmp_path / "linear")
+        pipe = make_pipeline(has_text=True)
+        pipe.load_lora_weights(tmp_path / "linear")
+        torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-4)
+        pipe.unload_lora_weights()
+        self.save(tmp_path / "cosine", beta_schedule="cosine")
+        plain = draw(pipe)
+        with pytest.raises(ValueError, match="The LoRA was trained on the noise schedule squaredcos_cap_v2 with 1000 "):
+            pipe.load_lora_weights(tmp_path / "cosine")
+        assert pipe.get_list_adapters() == {}
+        assert torch.equal(draw(pipe), plain)
+        pipe.scheduler = LearnedVarianceDDPMScheduler(beta_schedule="cosine")
+        pipe.load_lora_weights(tmp_path / "cosine", adapter_name="cosine")
+        assert pipe.get_list_adapters() == {"unet": ["cosine"]}
+
+    def test_networks_and_pipelines_of_diffusers_pass_over_it(self, tmp_path):
+        self.save(tmp_path, beta_schedule="cosine")
+        theirs = UNet2DConditionModel.from_config(make_pipeline(has_text=True).unet.config)
+        theirs.load_lora_adapter(tmp_path, prefix="unet", use_safetensors=True)
+        assert theirs.peft_config["default_0"].lora_alpha == ALPHA
+        state, _, metadata = StableDiffusionPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
+        theirs = UNet2DConditionModel.from_config(make_pipeline(has_text=True).unet.config)
+        StableDiffusionPipeline.load_lora_into_unet(state, None, theirs, metadata=metadata)
+        assert theirs.peft_config["default_0"].r == RANK
+
+    def test_one_that_does_not_say_it(self, tmp_path, caplog):
+        save_adapter(tmp_path, make_pipeline(has_text=False), 1)
+        make_pipeline(has_text=False).load_lora_weights(tmp_path)
+        assert caplog.text.count("The LoRA does not say which noise schedule it was trained on") == 1

@@ -435,3 +435,40 @@ class TestBadInput:
 )
 def test_docstring_documents_the_arguments(docstring, function):
     check_documented_arguments(docstring, function)
+
+
+class TestNoiseSchedule:
+    """That of the training, for the large image and the levels of the small one."""
+
+    COSINE = {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2"}
+    REFUSED = f"This upsampler was trained on the noise schedule squaredcos_cap_v2 with {T} timesteps, but `scheduler`"
+
+    @pytest.fixture
+    def upsampler(self):
+        scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=T, beta_schedule="cosine")
+        return make_upsampler(scheduler=scheduler, low_res_size=4, noise_schedule=self.COSINE)
+
+    @pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+    def test_another_scheduler(self, upsampler, small, cls):
+        own = upsampler.scheduler.config
+        upsampler.scheduler = cls.from_config(own)
+        upsampler(small, num_inference_steps=2, output_type="pt")
+        upsampler.scheduler = cls.from_config(own, beta_schedule="linear")
+        calls = []
+        upsampler.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+        with pytest.raises(ValueError, match=f"{self.REFUSED}, a {cls.__name__}, has the noise schedule linear"):
+            upsampler(small, num_inference_steps=2, output_type="pt")
+        assert calls == []
+
+    def test_saved_and_loaded(self, upsampler, tmp_path):
+        upsampler.save_pretrained(tmp_path)
+        for loaded in (DiffusionPipeline.from_pretrained(tmp_path), ADMSuperResolutionPipeline.from_pipe(upsampler)):
+            assert loaded.config.noise_schedule == self.COSINE
+        with pytest.raises(ValueError, match=self.REFUSED):
+            ADMSuperResolutionPipeline.from_pretrained(tmp_path, scheduler=LearnedVarianceDDPMScheduler(T))
+
+    def test_one_that_does_not_say_it(self, small, caplog):
+        upsampler = make_upsampler()
+        for _ in range(2):
+            upsampler(small, num_inference_steps=2, output_type="pt")
+        assert caplog.text.count("This upsampler does not say which noise schedule it was trained on") == 1

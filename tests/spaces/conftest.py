@@ -20,6 +20,7 @@ from diffusers_adm import (
     ADMSuperResolutionPipeline,
     LearnedVarianceDDPMScheduler,
 )
+from diffusers_adm.noise_schedules import noise_schedule_of
 
 
 SPACES = Path(__file__).parents[2] / "spaces"
@@ -43,6 +44,7 @@ def models_folder(tmp_path_factory):
         tokenizer=None,
         classifier=None,
         low_res_size=8,
+        noise_schedule=noise_schedule_of(scheduler),
     )
     upsampler.save_pretrained(folder / "upsampler")
     fill_randomly(AdaGNControlNetModel.from_unet(unet), seed=2).save_pretrained(folder / "controlnet")

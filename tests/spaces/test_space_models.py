@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from space_models import (
     paint_of,
     stream,
 )
+
+from diffusers_adm import LearnedVarianceDDPMScheduler
+from diffusers_adm.noise_schedules import check_same_noise
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,30 @@ def test_enlarging(models):
     pictures = models.generate(Recipe(steps=2, num_images=2, upscale=True), steps.append)
     assert [picture.size for picture in pictures] == [(16, 16)] * 2
     assert {step.task for step in steps} == {"Drawing", "Enlarging"}
+
+
+def test_enlarging_with_other_noise_than_in_training(models_folder):
+    models = Models(models_folder, device="cpu")
+    models.upsampler.scheduler = LearnedVarianceDDPMScheduler(beta_schedule="cosine")
+    with pytest.raises(ValueError, match="This upsampler was trained on the noise schedule linear"):
+        models.generate(Recipe(steps=2, num_images=1, upscale=True), nothing)
+
+
+def test_demonstration_models_carry_their_noise_schedule():
+    """The recipes that they were trained with (spaces/model/README.md) all have the cosine one."""
+    folder = Path(__file__).parents[2] / "spaces" / "model"
+    schedulers = [
+        LearnedVarianceDDPMScheduler.from_pretrained(folder / name, subfolder="scheduler")
+        for name in ("base", "upsampler")
+    ]
+    for path, scheduler in (
+        ("base/classifier/config.json", schedulers[0]),
+        ("controlnet/config.json", schedulers[0]),
+        ("upsampler/model_index.json", schedulers[1]),
+    ):
+        noise_schedule = json.loads((folder / path).read_text())["noise_schedule"]
+        assert noise_schedule == {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+        check_same_noise(path, noise_schedule, scheduler)
 
 
 def test_inpainting_keeps_the_rest(models):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy_models import random_text_encoder, random_unet, toy_tokenizer
+from toy_models import random_classifier, random_text_encoder, random_unet, toy_tokenizer
 from transformers import AutoTokenizer, BertModel
 
 from diffusers_adm.training.fingerprints import FrozenNetworks, hash_config, hash_tensors, hash_tokenizer
@@ -37,6 +37,17 @@ def test_other_configs():
     hashed = {hash_config(model) for model in (bert, random_unet(), random_unet(dropout=0.1))}
     bert.config.layer_norm_eps = 1e-3
     assert len(hashed | {hash_config(bert), hash_config(type("Other", (BertModel,), {})(bert.config))}) == 5
+
+
+def test_the_noise_schedule_of_the_training_is_no_setting():
+    """It is checked elsewhere. Hashes are those of configs from before there was such an entry."""
+    classifier = random_classifier()
+    hashed = hash_config(classifier)
+    classifier.register_to_config(noise_schedule={"num_train_timesteps": 10, "beta_schedule": "squaredcos_cap_v2"})
+    assert hash_config(classifier) == hashed
+    older = type("AdaGNClassifierModel", (), {})()
+    older.config = {name: value for name, value in classifier.config.items() if name != "noise_schedule"}
+    assert hash_config(older) == hashed
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert", "t5"])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from scripts import load_script
 from toy_models import random_text_unet, random_unet
 
-from diffusers_adm import AdaGNUNet2DModel, ADMPipeline
+from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import add_lora, captions
 
 
@@ -141,6 +141,17 @@ class TestAdapter:
         unet = AdaGNUNet2DModel.from_pretrained(base, subfolder="unet")
         unet.load_state_dict(state)
         torch.testing.assert_close(predict(unet), expected, rtol=1e-4, atol=1e-5)
+
+    def test_it_carries_the_noise_schedule_that_it_was_trained_on(self, short):
+        """Also a checkpoint of it; loading it beside a model of another one is refused."""
+        train(**short, ddpm_beta_schedule="cosine")
+        for folder in (Path(short["output_dir"]), Path(short["output_dir"], "checkpoint-2")):
+            pipeline = ADMPipeline.from_pretrained(short["pretrained_model_name_or_path"])
+            with pytest.raises(ValueError, match="The LoRA was trained on the noise schedule squaredcos_cap_v2 with "):
+                pipeline.load_lora_weights(folder, weight_name=WEIGHTS)
+            pipeline.scheduler = LearnedVarianceDDPMScheduler(beta_schedule="cosine")
+            pipeline.load_lora_weights(folder, weight_name=WEIGHTS)
+            assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
 
     def test_only_the_adapter_is_kept(self, short):
         train(**short)

@@ -625,6 +625,19 @@ def test_classes_of_other_names(caplog):
 # 6. The noise schedule that it was trained on
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run on the cosine schedule."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = {"data_files": EMOJI, "label_column": "label", "max_train_steps": 2, "train_batch_size": 8}
+    arguments |= {"lr_warmup_steps": 0, "report_to": "none", "ddpm_beta_schedule": "cosine"}
+    with pytest.MonkeyPatch.context() as patch, own_process_state("train_classifier"):
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(train_classifier, "plot_classifier_curves", lambda *args: None)  # slow
+        train(**arguments, model_config_name_or_path=write_model_config(folder), output_dir=str(folder / "run"))
+    return folder / "run"
+
+
 class TestNoiseSchedule:
     """A trained classifier beside models of the same and of another noise schedule."""
 
@@ -632,18 +645,6 @@ class TestNoiseSchedule:
         r"(?s)`classifier` was trained on the noise schedule squaredcos_cap_v2 with 1000 timesteps, but `scheduler`.*"
         r"linear from 0.0001 to 0.02 with 1000 timesteps"
     )
-
-    @pytest.fixture(scope="class")
-    def trained(self, tmp_path_factory):
-        """The folder of a short run on the cosine schedule."""
-        folder = tmp_path_factory.mktemp("trained")
-        arguments = {"data_files": EMOJI, "label_column": "label", "max_train_steps": 2, "train_batch_size": 8}
-        arguments |= {"lr_warmup_steps": 0, "report_to": "none", "ddpm_beta_schedule": "cosine"}
-        with pytest.MonkeyPatch.context() as patch, own_process_state("train_classifier"):
-            patch.setenv("ACCELERATE_USE_CPU", "true")
-            patch.setattr(train_classifier, "plot_classifier_curves", lambda *args: None)  # slow
-            train(**arguments, model_config_name_or_path=write_model_config(folder), output_dir=str(folder / "run"))
-        return folder / "run"
 
     def pipeline(self, trained, schedule):
         return ADMPipeline(
@@ -683,3 +684,30 @@ class TestNoiseSchedule:
                     sample(flags(**arguments | {"output_dir": str(tmp_path / "other")}, model=model))
             else:
                 sample(flags(**arguments, model=model))
+
+    @pytest.mark.parametrize("noised", [True, False])
+    def test_a_classifier_that_is_trained_on_with_other_noise(self, short, trained, noised, caplog):
+        """What it says is what it was trained on last; a change is said."""
+        del short["model_config_name_or_path"]
+        other = {"ddpm_num_steps": 40} if noised else {"noised": False}
+        train(**short, pretrained_model_name_or_path=str(trained), **other)
+        classifier = AdaGNClassifierModel.from_pretrained(short["output_dir"], subfolder="classifier")
+        expected = {"num_train_timesteps": 40, "beta_schedule": "squaredcos_cap_v2"} if noised else {}
+        assert classifier.config.noise_schedule == expected
+        assert "The config of the classifier named the noise schedule squaredcos_cap_v2 with 1000" in caplog.text
+        assert f"the noise schedule {'squaredcos_cap_v2 with 40' if noised else 'of clean images'}" in caplog.text
+        if not noised:
+            with pytest.raises(ValueError, match="`classifier` was trained on clean images, so it cannot be used"):
+                self.pipeline(Path(short["output_dir"]), "cosine")
+
+    def test_the_same_noise_under_another_name_is_no_change(self, short, trained, tmp_path, caplog):
+        folder = shutil.copytree(trained, tmp_path / "other")
+        scheduler = LearnedVarianceDDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        betas = scheduler.betas.tolist()
+        LearnedVarianceDDPMScheduler(trained_betas=betas).save_pretrained(folder / "scheduler")
+        del short["model_config_name_or_path"]
+        train(**short, pretrained_model_name_or_path=str(folder))
+        classifier = AdaGNClassifierModel.from_pretrained(short["output_dir"], subfolder="classifier")
+        assert classifier.config.noise_schedule == {"num_train_timesteps": 1000, "trained_betas": betas}
+        assert "named the noise schedule" not in caplog.text
+        self.pipeline(Path(short["output_dir"]), "cosine")

@@ -34,6 +34,7 @@ from toy_models import fill_randomly, random_diffusers_unet, random_text_unet, r
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditions import CONDITIONS, make_condition
+from diffusers_adm.noise_schedules import noise_schedule_of
 from diffusers_adm.training import find_latest_checkpoint, parse_args
 
 
@@ -211,6 +212,33 @@ class TestBranch:
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)
         assert (calls.losses[0] - calls.of_base[0]).abs().min() > 1e-3
 
+    def test_it_carries_the_noise_schedule_of_the_base(self, short, tmp_path, caplog):
+        """And goes on beside models of the same alone."""
+        short["pretrained_model_name_or_path"] = cosine = save_base(
+            tmp_path / "cosine", random_unet(**CLASSES), beta_schedule="cosine"
+        )
+        first = tmp_path / "first"
+        train(**short | {"output_dir": str(first), "max_train_steps": 1})
+        expected = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+        assert branch_of(first).config.noise_schedule == expected
+        ADMControlNetPipeline.from_pretrained(cosine, controlnet=branch_of(first))
+        linear = save_base(tmp_path / "linear", random_unet(**CLASSES))
+        with pytest.raises(ValueError, match="`controlnet` was trained on the noise schedule squaredcos_cap_v2 with "):
+            ADMControlNetPipeline.from_pretrained(linear, controlnet=branch_of(first))
+        going_on = short | {"controlnet_model_name_or_path": str(first), "max_train_steps": 1}
+        with pytest.raises(ValueError, match="(?s)The ControlNet .*first was trained on the noise schedule squaredcos"):
+            train(**going_on | {"pretrained_model_name_or_path": linear})
+        assert not Path(short["output_dir"]).exists()
+
+        # One of before there was such an entry is not compared, which is said, and has it from then on.
+        config = json.loads((first / "config.json").read_text())
+        del config["noise_schedule"]
+        (first / "config.json").write_text(json.dumps(config))
+        train(**going_on)
+        assert "does not say which noise schedule it was trained on" in caplog.text
+        assert "this run records that of the pretrained model" in caplog.text
+        assert branch_of(short["output_dir"]).config.noise_schedule == expected
+
     def test_beside_a_pipeline_of_diffusers(self, short, tmp_path, calls):
         """Without a learned variance."""
         unet = random_diffusers_unet(out_channels=3)
@@ -219,6 +247,7 @@ class TestBranch:
         train(**short | {"pretrained_model_name_or_path": str(tmp_path / "ddpm"), "objective": "simple"})
         assert not different(unet.state_dict(), calls.base.state_dict())
         branch_of(short["output_dir"]).check_base(calls.base)
+        assert branch_of(short["output_dir"]).config.noise_schedule == noise_schedule_of(DDPMScheduler(100))
 
     def test_by_caption(self, short, tmp_path, calls):
         base = save_base(tmp_path / "text", random_text_unet("added_kv"), "clip")

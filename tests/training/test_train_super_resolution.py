@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from scripts import REPOSITORY, load_script
 from toy_models import TEXT_CONFIGS, TOY_CONFIG, toy_tokenizer
 
-from diffusers_adm import ADMSuperResolutionPipeline
+from diffusers_adm import ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import parse_args
 
 
@@ -202,6 +202,21 @@ def test_by_class_resumed_and_fine_tuned(short, tmp_path, capsys):
     assert 0 < max(changes) < 2e-6  # one step of Adam
     tuned_config = ADMSuperResolutionPipeline.load_config(tmp_path / "tuned")
     assert (tuned_config["low_res_size"], tuned_config["max_noise_level"]) == (4, 5)
+    assert tuned_config["noise_schedule"] == pipe.config.noise_schedule
+
+
+def test_the_pipeline_carries_the_noise_schedule(short, tmp_path):
+    """That of the latest training."""
+    train(**short | {"max_train_steps": 1})
+    linear = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+    assert ADMSuperResolutionPipeline.from_pretrained(short["output_dir"]).config.noise_schedule == linear
+    del short["model_config_name_or_path"]
+    tuned = {"pretrained_model_name_or_path": short["output_dir"], "output_dir": str(tmp_path / "tuned")}
+    train(**short | tuned | {"max_train_steps": 1, "ddpm_beta_schedule": "cosine"})
+    cosine = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+    assert ADMSuperResolutionPipeline.from_pretrained(tmp_path / "tuned").config.noise_schedule == cosine
+    with pytest.raises(ValueError, match="This upsampler was trained on the noise schedule squaredcos"):
+        ADMSuperResolutionPipeline.from_pretrained(tmp_path / "tuned", scheduler=LearnedVarianceDDPMScheduler())
 
 
 def test_by_caption(short, seen, tmp_path):
