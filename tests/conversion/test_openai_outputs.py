@@ -13,7 +13,13 @@ from diffusers import DiffusionPipeline
 from openai_networks import NETWORKS
 from torch.testing import assert_close
 
-from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import (
+    AdaGNClassifierModel,
+    AdaGNUNet2DModel,
+    ADMPipeline,
+    ADMSuperResolutionPipeline,
+    LearnedVarianceDDPMScheduler,
+)
 from diffusers_adm.conversion import convert_openai, export_openai
 from diffusers_adm.noise_schedules import noise_schedule_of
 

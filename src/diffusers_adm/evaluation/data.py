@@ -80,12 +80,10 @@ def load_classifier(
         with contextlib.suppress(OSError):  # a classifier alone, without a pipeline
             index = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
             names = {int(number): name for number, name in (index.get("id2label") or {}).items()} or None
-        if classifier.config.noise_schedule is None:
-            with contextlib.suppress(OSError):  # there is none beside it
-                scheduler = LearnedVarianceDDPMScheduler.from_pretrained(
-                    path, subfolder="scheduler", cache_dir=cache_dir
-                )
-                classifier.register_to_config(noise_schedule=noise_schedule_of(scheduler))
+    if classifier.config.noise_schedule is None:
+        with contextlib.suppress(OSError):  # there is none beside it
+            scheduler = LearnedVarianceDDPMScheduler.from_pretrained(path, subfolder="scheduler", cache_dir=cache_dir)
+            classifier.register_to_config(noise_schedule=noise_schedule_of(scheduler))
     return classifier, names
 
 
