@@ -44,6 +44,7 @@ from space_models import (
 )
 
 from diffusers_adm import __version__
+from diffusers_adm.command_line import add_debug_argument, run_command
 
 
 MODELS = Path(__file__).parent / "model"
@@ -589,6 +590,7 @@ def main() -> None:
     default = Path(os.environ.get("ADM_SPACE_MODELS", MODELS))
     parser.add_argument("--models", type=Path, default=default, help="The folder of the models.")
     parser.add_argument("--port", type=int, help="By default GRADIO_SERVER_PORT, or the first free one from 7860.")
+    add_debug_argument(parser)
     args = parser.parse_args()
     # Seconds that a thread may keep the interpreter: the one that draws asks for it after every operation, and would
     # wait five times as long for those that serve the page.
@@ -598,4 +600,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

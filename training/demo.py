@@ -22,6 +22,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_adm import ADMPipeline
+from diffusers_adm.command_line import CommandError, add_debug_argument, run_command
 from diffusers_adm.training import labelled_grid
 
 
@@ -43,14 +44,16 @@ STRIP_PROMPT = "grinning face"
 
 
 def train(output_dir: Path, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command += ["--config_file", str(REPOSITORY / "training" / "configs" / "accelerate_single_process.yaml")]
     # Without it `accelerate launch` sets one thread a process, or as many as there are physical cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     command += ["--num_cpu_threads_per_process", str(cores)]
     command += [str(REPOSITORY / "training" / "train_adm.py"), "--config", "training/configs/emoji_32_twemoji.yaml"]
     # The recipe's paths are relative to the repository.
-    subprocess.run([*command, "--output_dir", str(output_dir), *arguments], check=True, cwd=REPOSITORY)
+    done = subprocess.run([*command, "--output_dir", str(output_dir), *arguments], cwd=REPOSITORY)
+    if done.returncode != 0:
+        raise CommandError("The training has ended with an error, which stands above.", done.returncode)
 
 
 def load(folder: Path, **kwargs) -> ADMPipeline:
@@ -94,7 +97,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT_DIR)
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=4.0)
+    add_debug_argument(parser)
     args, train_arguments = parser.parse_known_args()
+    if args.debug:
+        train_arguments.append("--debug")
     output_dir = args.output_dir.resolve()
     start = time.perf_counter()
 
@@ -134,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,6 +26,7 @@ from accelerate.logging import get_logger
 from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline
+from diffusers_adm.command_line import run_command
 from diffusers_adm.inpainting import known_channels
 from diffusers_adm.noise_schedules import noise_schedule_of
 from diffusers_adm.training import (
@@ -447,4 +448,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,6 +23,7 @@ from accelerate.logging import get_logger
 from torch.utils.data import DataLoader, Subset
 
 from diffusers_adm import AdaGNClassifierModel, LearnedVarianceDDPMScheduler
+from diffusers_adm.command_line import run_command
 from diffusers_adm.training import (
     AfterStep,
     ClassificationMetrics,
@@ -405,4 +406,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

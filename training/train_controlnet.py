@@ -31,6 +31,7 @@ from diffusers_adm import (
     ADMControlNetPipeline,
     LearnedVarianceDDPMScheduler,
 )
+from diffusers_adm.command_line import run_command
 from diffusers_adm.noise_schedules import check_same_noise
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
@@ -471,4 +472,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

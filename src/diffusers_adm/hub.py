@@ -29,8 +29,10 @@ from pathlib import Path
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import CommitInfo, create_repo
+from huggingface_hub.errors import HFValidationError
 
 from . import __version__
+from .command_line import CommandError, add_debug_argument, run_command
 from .model_cards import LoraAdapter
 from .registration import PACKAGE, PIPELINE_CLASSES
 from .space import push_space
@@ -359,20 +361,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--create_pr", action="store_true", help="open a pull request")
         command.add_argument("--commit_message")
         command.add_argument("--token", help="by default that of `hf auth login`, or $HF_TOKEN")
+        add_debug_argument(command)
     options = vars(parser.parse_args(arguments))
     run = options.pop("run")
-    del options["command"]
+    del options["command"], options["debug"]
     if options["token"] is not None and not HUB_TOKEN.fullmatch(options["token"]):
         parser.error("--token holds characters that no token has")  # and the client would say which, with the token
     try:
         commit = run(**options)
     except Exception as error:
+        if isinstance(error, HFValidationError):  # of the name of the repository
+            raise CommandError(str(error)) from error
         # HfHubHTTPError is an OSError. Where nothing answers, the error is that of the client's HTTP library.
-        if not isinstance(error, (ValueError, OSError)) and not type(error).__module__.startswith("httpx"):
-            raise
-        parser.exit(1, f"error: {error}\n")
+        if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
+            raise CommandError(str(error), exit_code=1) from error
+        raise
     print(commit.pr_url or commit.commit_url)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

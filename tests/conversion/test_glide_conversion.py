@@ -28,6 +28,7 @@ from diffusers_adm import (
     ADMSuperResolutionPipeline,
     GLIDETextModel,
 )
+from diffusers_adm.command_line import CommandError
 from diffusers_adm.conversion import GLIDE_PRESETS, convert_glide, export_openai, glide, load_glide_tokenizer
 from diffusers_adm.conversion.glide_checkpoints import build_glide, recognise_glide
 from diffusers_adm.conversion.glide_flags import default_flags, glide_scheduler_config, parse_glide_flags
@@ -387,7 +388,7 @@ class TestCommandLine:
         assert "--xf_width 512" in output
 
     def test_errors_are_short(self, tmp_path, capsys):
-        with pytest.raises(SystemExit, match="error: `checkpoint` .* is not a file"):
+        with pytest.raises(CommandError, match="`checkpoint` .* is not a file"):
             self.run(capsys, "--checkpoint", tmp_path / "absent.pt", "--output_dir", tmp_path / "out")
         with pytest.raises(SystemExit):
             self.run(capsys, "--checkpoint", "x.pt")

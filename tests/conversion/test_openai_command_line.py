@@ -1,5 +1,6 @@
 """The command line as a process of its own, and how much memory a conversion takes."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from openai_networks import NETWORKS
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
+from diffusers_adm.command_line import run_command
 from diffusers_adm.conversion import PRESETS, openai
 from diffusers_adm.conversion.openai_checkpoints import build_network
 from diffusers_adm.conversion.openai_layout import expected_shapes, tensor_rules
@@ -96,8 +98,9 @@ def test_errors_have_no_traceback(tmp_path, capsys):
         (("--export", tmp_path, "--output_file", tmp_path / "back.pt"), "error: `model` is"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            main(capsys, *arguments)
-        assert str(stopped.value.code).startswith(message)
+            run_command(functools.partial(openai.main, list(map(str, arguments))))
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith(message)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 

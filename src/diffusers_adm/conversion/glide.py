@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..command_line import CommandError, run_command
 from .glide_checkpoints import PIPELINES, ConvertedGLIDECheckpoint, convert_glide
 from .glide_flags import GLIDE_PRESETS
 from .openai import add_checkpoint_arguments, with_model_flags_joined
@@ -63,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             key=args.key,
             tokenizer=args.tokenizer,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except OSError as error:  # of the files that were named
+        raise CommandError(str(error)) from error
     print(describe(result))
 
 
@@ -103,4 +104,4 @@ def describe(result: ConvertedGLIDECheckpoint) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

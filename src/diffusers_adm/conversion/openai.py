@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from ..command_line import CommandError, add_debug_argument, run_command
 from .openai_checkpoints import KIND_NAMES, ConvertedCheckpoint, convert_openai
 from .openai_export import export_openai
 from .openai_flags import CodeBase, format_flags
@@ -46,6 +47,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="Which network to convert, where the file holds several: for example ema, or state_dict.model.",
     )
     parser.add_argument("--list_presets", action="store_true", help="Print the published checkpoints and their flags.")
+    add_debug_argument(parser)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -108,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             code_base=args.code_base,
             image_channels=args.image_channels,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except OSError as error:  # of the files that were named
+        raise CommandError(str(error)) from error
     print(describe(result))
 
 
@@ -174,4 +176,4 @@ def describe(result: ConvertedCheckpoint) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

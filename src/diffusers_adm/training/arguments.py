@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
+
+from ..command_line import add_debug_argument, fail
 
 
 # The words for None in a recipe. The empty one is a key with nothing after its colon.
@@ -335,10 +337,11 @@ def parse_args(
         dataclass_types = [dataclass_types]
     argv = list(sys.argv[1:] if argv is None else argv)
     # Abbreviations would turn into other arguments, or errors, the day a similar field is added.
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="A YAML recipe, read before the other arguments.")
+    add_debug_argument(parser)
     # argparse has no public way to change an argument once it is made, and these are made by transformers.
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "debug")}
     # A field that is true by default has a second action, `--no_<name>`, which takes no value: keep the first.
     actions |= {action.dest: action for action in parser._actions if action.dest in actions and action.nargs != 0}
 
@@ -378,6 +381,13 @@ def parse_args(
         hints = [_close_matches(flag.split("=")[0], options) for flag in flags]
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{''.join(hints)} See --help for all.")
     return tuple(instances)
+
+
+class _Parser(HfArgumentParser):
+    """Ends with one sentence, without a list of all arguments before it."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message if "--help" in message else f"{message}. See --help for all arguments.")
 
 
 def _accept_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -5,13 +5,17 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..command_line import is_mistake
+
 
 @contextlib.contextmanager
 def reading(argument: str, value: str) -> Iterator[None]:
-    """Gives diffusers' `OSError`s, which do not know where a path came from, the name of the argument."""
+    """Gives errors of libraries, which do not know where a path came from, the name of the argument."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for what is neither a path nor the name of a repository
+        if is_mistake(error):
+            raise
         missing = "" if os.path.exists(value) else "is no file or folder here and "
         raise ValueError(f"`{argument}` is {value!r}, which {missing}cannot be read: {error}") from error
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..command_line import run_command
 from .arguments import arg, check_at_least, parse_args
 from .data import load_source, read_captions
 
@@ -113,4 +114,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

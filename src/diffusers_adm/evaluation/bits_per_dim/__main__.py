@@ -22,6 +22,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ... import __version__
+from ...command_line import run_command
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from ...training.arguments import parse_args
@@ -211,4 +212,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ import diffusers
 import torch
 
 from ... import __version__
+from ...command_line import run_command
 from ...training.arguments import arg, check_at_least, parse_args
 from ...training.classification import match_classes
 from ..data import load_classifier, read_images, run_of_sample
@@ -126,4 +127,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,6 +22,7 @@ from typing import Literal
 import diffusers
 import torch
 
+from ...command_line import run_command
 from ...pipelines import ADMPipeline
 from ...training.arguments import arg, check_at_least, parse_args
 from ...training.classification import match_classes
@@ -243,4 +244,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
