@@ -190,9 +190,12 @@ class TestConditions:
         ],
         ids=["array", "colour-array", "tensor", "L", "RGB"],
     )
-    def test_refuses_8_bit_ones(self, condition):
-        with pytest.raises(ValueError, match="`image` holds 8-bit numbers up to 1"):
-            read_conditions([condition], "image", 3)
+    def test_8_bit_ones_are_next_to_black(self, condition):
+        """The type tells the range; but it is said, since most who pass them mean white."""
+        with pytest.warns(UserWarning, match="`image` holds no 8-bit value above 1"):
+            found = read_conditions([condition], "image", 3)
+        expected = torch.from_numpy(self.EDGES).float().expand(1, 3, 4, 5) / 255
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # one rounding of a division
 
     def test_black_is_one(self):
         assert not read_conditions(Image.new("RGB", (5, 4)), "image", 3).any()

@@ -15,6 +15,7 @@ what is known of an image and where, and predicts all of it.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ from diffusers_adm.training import (
     check_grids,
     check_guidance_of_grids,
     check_images,
+    check_last_validation,
     checkpoint_adapter_alone,
     choose_examples,
     choose_resolution,
@@ -83,6 +85,7 @@ from diffusers_adm.training import (
     save_samples,
     seed_step,
     start_accelerator,
+    survives,
     training_losses,
     widen_input,
 )
@@ -358,25 +361,27 @@ def main(argv: list[str] | None = None) -> None:
             id2label=id2label,
         )
 
-    def validate() -> None:
-        """Grid and curves, on the main process; the others wait for it."""
-        accelerator.wait_for_everyone()
+    def show() -> None:
+        """Curves and grid, on the main process."""
         if accelerator.is_main_process:
+            if log.history.rows():
+                plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
             pipeline = build_pipeline()
             if has_text:
                 pipeline.text_encoder.to(accelerator.device)
             # Mixed precision is in the forward of what was prepared; a frozen encoder is exact here as in training.
-            with evaluation_weights(trained_models, ema, trained_parameters):
-                if inpaints:
-                    grid = inpainting_grid(pipeline, training_args, shown_dataset, null_class_id)
-                else:
-                    grid = sample_grid(pipeline, training_args, prompts, shown_classes)
-            if text_args.precompute_text_embeddings:
-                pipeline.text_encoder.to("cpu")
+            try:
+                with evaluation_weights(trained_models, ema, trained_parameters):
+                    if inpaints:
+                        grid = inpainting_grid(pipeline, training_args, shown_dataset, null_class_id)
+                    else:
+                        grid = sample_grid(pipeline, training_args, prompts, shown_classes)
+            finally:
+                if text_args.precompute_text_embeddings:
+                    pipeline.text_encoder.to("cpu")
             save_samples(accelerator, grid, output_dir, progress.global_step)
-            if log.history.rows():
-                plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
-        accelerator.wait_for_everyone()
+
+    validate = functools.partial(survives, accelerator, progress, show)  # the other processes wait for the main one
 
     # 5. train
     trained_models.train()
@@ -430,8 +435,7 @@ def main(argv: list[str] | None = None) -> None:
                 log.start_clock(progress.global_step)
     log.close()
 
-    # 6. the result: a pipeline, or an adapter, with the averaged weights
-    validate()
+    # 6. the result: a pipeline, or an adapter, with the averaged weights; only then what could fail
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(unet)
         if ema is not None:
@@ -442,9 +446,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             build_pipeline().save_pretrained(output_dir)
             saved = "pipeline"
-        logger.info(f"Saved the {saved}, its samples and loss_curves.png to {output_dir}")
+        logger.info(f"Saved the {saved} to {output_dir}")
+    validated = validate()
     accelerator.end_training()
     push_result(accelerator, training_args)
+    check_last_validation(accelerator, output_dir, validated)
 
 
 if __name__ == "__main__":

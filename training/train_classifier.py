@@ -10,6 +10,7 @@ drawn timesteps. Every argument may stand in the recipe and be overridden on the
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import Counter
@@ -44,6 +45,7 @@ from diffusers_adm.training import (
     check_batch_fits,
     check_config_keys,
     check_images,
+    check_last_validation,
     choose_resolution,
     derive_seed,
     evaluation_weights,
@@ -70,6 +72,7 @@ from diffusers_adm.training import (
     save_id2label,
     seed_step,
     start_accelerator,
+    survives,
     timestep_bin_edges,
 )
 
@@ -186,13 +189,14 @@ def evaluate(
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int,
-) -> dict[str, float]:
+) -> None:
     """
-    Loss and accuracy on held-out images, each seen once in every bin of timesteps; without a scheduler, as they are.
+    Gives `metrics` the loss and accuracy on this process's share of held-out images, each seen once in every bin of
+    timesteps; without a scheduler, as they are.
 
     Timestep (uniform in the bin) and noise are functions of seed, image and bin alone, so that validations can be
-    compared, and neither the batch size nor the number of processes changes them. Collective. The classifier brings its
-    mixed precision along: `Accelerator.prepare` gave it to its forward, and unwrapping leaves it there.
+    compared, and neither the batch size nor the number of processes changes them. The classifier brings its mixed
+    precision along: `Accelerator.prepare` gave it to its forward, and unwrapping leaves it there.
     """
     metrics.reset()
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
@@ -211,7 +215,6 @@ def evaluate(
             timesteps = timesteps.to(accelerator.device)
             logits = classifier(pixels.to(accelerator.device), timesteps).logits.float()
             metrics.update(timesteps, logits, labels, F.cross_entropy(logits, labels, reduction="none"))
-    return metrics.compute(accelerator)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -320,11 +323,10 @@ def main(argv: list[str] | None = None) -> None:
         accelerator, training_args, max_train_steps, progress, lr_scheduler, ema, trained_parameters, metrics, log
     )
 
-    def validate() -> None:
-        """On all processes; log and pictures on the main one."""
+    def measure() -> None:
         model = accelerator.unwrap_model(classifier)
         with evaluation_weights(model, ema):
-            values = evaluate(
+            evaluate(
                 model,
                 validation_images,
                 noise_scheduler,
@@ -334,6 +336,8 @@ def main(argv: list[str] | None = None) -> None:
                 training_args.train_batch_size,
                 data_args.dataloader_num_workers,
             )
+
+    def report(values: dict[str, float]) -> None:
         log.write_validation(progress.global_step, values)
         by_bin = [values[f"accuracy_bin{index}"] for index in range(len(edges) - 1)] if len(edges) > 2 else []
         logger.info(
@@ -351,8 +355,23 @@ def main(argv: list[str] | None = None) -> None:
                 [counts[number] / len(validation_images) for number in id2label],
             )
 
+    def validate() -> bool:
+        """On all processes, unless this was done before the run was resumed; log and plots on the main one."""
+        if validation_images is None or log.has_validation(progress.global_step):
+            return True
+        return survives(accelerator, progress, measure) and survives(
+            accelerator, progress, functools.partial(report, validation_metrics.compute(accelerator))
+        )
+
+    def plot() -> None:
+        if accelerator.is_main_process:
+            plot_classifier_curves(log.history.rows(), os.path.join(output_dir, "classifier_curves.png"))
+
     # 5. train
     classifier.train()
+    every = training_args.validation_steps
+    if every and progress.global_step and progress.global_step % every == 0 and progress.global_step < max_train_steps:
+        validate()  # the run may have ended between this checkpoint and its validation
     while progress.global_step < max_train_steps:
         for batch in rest_of_epoch(train_dataloader, progress):
             seed_step(training_args.seed, accelerator.process_index, progress.micro_step)
@@ -378,19 +397,15 @@ def main(argv: list[str] | None = None) -> None:
                 continue
 
             due = after_step()  # learning rate, average, a row of the log
-            validate_now = validation_images is not None and (due.validation or due.end)
-            # Before the checkpoint: what a resumed run does not do again must have been written.
-            if validate_now:
-                validate()
             if due.checkpoint:
                 save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
-            if validate_now:
-                log.start_clock(progress.global_step)
-            if due.end:
+            if due.end:  # the last validation follows below
                 break
-    log.close()
+            if due.validation:
+                validate()
+                log.start_clock(progress.global_step)
 
-    # 6. the result, with the averaged weights if there are any
+    # 6. the result, with the averaged weights if there are any; only then what could fail
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(classifier)
         if ema is not None:
@@ -399,10 +414,13 @@ def main(argv: list[str] | None = None) -> None:
         save_id2label(os.path.join(output_dir, "classifier"), id2label)
         if noise_scheduler is not None:
             noise_scheduler.save_pretrained(os.path.join(output_dir, "scheduler"))
-        plot_classifier_curves(log.history.rows(), os.path.join(output_dir, "classifier_curves.png"))
-        logger.info(f"Saved the classifier and its curves to {output_dir}")
+        logger.info(f"Saved the classifier to {output_dir}")
+    validated = validate()
+    validated = survives(accelerator, progress, plot) and validated
+    log.close()
     accelerator.end_training()
     push_result(accelerator, training_args)
+    check_last_validation(accelerator, output_dir, validated)
 
 
 if __name__ == "__main__":

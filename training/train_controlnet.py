@@ -58,6 +58,7 @@ from diffusers_adm.training import (
     check_grids,
     check_guidance_of_grids,
     check_images,
+    check_last_validation,
     choose_examples,
     choose_resolution,
     draw,
@@ -85,6 +86,7 @@ from diffusers_adm.training import (
     save_samples,
     seed_step,
     start_accelerator,
+    survives,
     training_losses,
 )
 
@@ -258,10 +260,9 @@ def sample_grid(
     """Condition | sample | target of each of `examples`."""
     targets, conditions = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
     to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
-    shown = to_pil(conditions * 2 - 1, output_type="pil")
-    wanted = [{"image": image, **told} for image, (_, told) in zip(shown, examples, strict=True)]
+    wanted = [{"image": condition, **told} for condition, (_, told) in zip(conditions, examples, strict=True)]
     columns = {
-        "condition": shown,
+        "condition": to_pil(conditions * 2 - 1, output_type="pil"),
         "sample": draw(pipeline, wanted, training_args),
         "target": to_pil(targets, output_type="pil"),
     }
@@ -379,10 +380,11 @@ def main(argv: list[str] | None = None) -> None:
         accelerator, training_args, max_train_steps, progress, lr_scheduler, ema, trained_parameters, metrics, log
     )
 
-    def validate() -> None:
-        """Grid and curves, on the main process; the others wait for it."""
-        accelerator.wait_for_everyone()
+    def show() -> None:
+        """Curves and grid, on the main process."""
         if accelerator.is_main_process:
+            if log.history.rows():
+                plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
             pipeline = ADMControlNetPipeline(
                 unet=unet,
                 scheduler=noise_scheduler,
@@ -395,14 +397,15 @@ def main(argv: list[str] | None = None) -> None:
             )
             if has_text:
                 text_encoder.to(accelerator.device)
-            with evaluation_weights(trained_model, ema, trained_parameters):
-                grid = sample_grid(pipeline, examples, training_args)
-            if text_args.precompute_text_embeddings:
-                text_encoder.to("cpu")
+            try:
+                with evaluation_weights(trained_model, ema, trained_parameters):
+                    grid = sample_grid(pipeline, examples, training_args)
+            finally:
+                if text_args.precompute_text_embeddings:
+                    text_encoder.to("cpu")
             save_samples(accelerator, grid, output_dir, progress.global_step)
-            if log.history.rows():
-                plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
-        accelerator.wait_for_everyone()
+
+    validate = functools.partial(survives, accelerator, progress, show)  # the other processes wait for the main one
 
     # 5. train
     controlnet.train()
@@ -457,8 +460,7 @@ def main(argv: list[str] | None = None) -> None:
                 log.start_clock(progress.global_step)
     log.close()
 
-    # 6. the result: the branch with the averaged weights
-    validate()
+    # 6. the result: the branch with the averaged weights; only then what could fail
     frozen.check()
     hashes = ", ".join(f"{name} {value}" for name, value in frozen.hashes.items())
     logger.info(f"What was frozen has the weights that it began with (hashes: {hashes})")
@@ -466,9 +468,11 @@ def main(argv: list[str] | None = None) -> None:
         if ema is not None:
             ema.copy_to(trained_parameters)
         trained_model.save_pretrained(output_dir)
-        logger.info(f"Saved the branch, its samples and loss_curves.png to {output_dir}")
+        logger.info(f"Saved the branch to {output_dir}")
+    validated = validate()
     accelerator.end_training()
     push_result(accelerator, training_args)
+    check_last_validation(accelerator, output_dir, validated)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ may stand in the recipe and be overridden on the command line; `--help` lists th
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ from diffusers_adm.training import (
     check_grids,
     check_guidance_of_grids,
     check_images,
+    check_last_validation,
     choose_examples,
     choose_resolution,
     draw,
@@ -77,6 +79,7 @@ from diffusers_adm.training import (
     save_samples,
     seed_step,
     start_accelerator,
+    survives,
     training_losses,
 )
 
@@ -284,22 +287,24 @@ def main(argv: list[str] | None = None) -> None:
             noise_schedule=noise_schedule_of(noise_scheduler),
         )
 
-    def validate() -> None:
-        """Grid and curves, on the main process; the others wait for it."""
-        accelerator.wait_for_everyone()
+    def show() -> None:
+        """Curves and grid, on the main process."""
         if accelerator.is_main_process:
+            if log.history.rows():
+                plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
             pipeline = build_pipeline()
             if has_text:
                 pipeline.text_encoder.to(accelerator.device)
             # Mixed precision is in the forward of what was prepared; a frozen encoder is exact here as in training.
-            with evaluation_weights(trained_models, ema, trained_parameters):
-                grid = sample_grid(pipeline, examples, training_args)
-            if text_args.precompute_text_embeddings:
-                pipeline.text_encoder.to("cpu")
+            try:
+                with evaluation_weights(trained_models, ema, trained_parameters):
+                    grid = sample_grid(pipeline, examples, training_args)
+            finally:
+                if text_args.precompute_text_embeddings:
+                    pipeline.text_encoder.to("cpu")
             save_samples(accelerator, grid, output_dir, progress.global_step)
-            if log.history.rows():
-                plot_loss_curves(log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
-        accelerator.wait_for_everyone()
+
+    validate = functools.partial(survives, accelerator, progress, show)  # the other processes wait for the main one
 
     # 5. train
     trained_models.train()
@@ -357,15 +362,16 @@ def main(argv: list[str] | None = None) -> None:
                 log.start_clock(progress.global_step)
     log.close()
 
-    # 6. the result: a pipeline with the averaged weights
-    validate()
+    # 6. the result: a pipeline with the averaged weights; only then what could fail
     if accelerator.is_main_process:
         if ema is not None:
             ema.copy_to(trained_parameters)
         build_pipeline().save_pretrained(output_dir)
-        logger.info(f"Saved the pipeline, its samples and loss_curves.png to {output_dir}")
+        logger.info(f"Saved the pipeline to {output_dir}")
+    validated = validate()
     accelerator.end_training()
     push_result(accelerator, training_args)
+    check_last_validation(accelerator, output_dir, validated)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ EXIT_CODE = 2  # that of argparse
 WAIT_FOR_MAIN_PROCESS = 10
 
 
-class CommandError(Exception):
+class CommandError(RuntimeError):
     """
     An error of a library or a server whose message alone tells the user what to do.
 

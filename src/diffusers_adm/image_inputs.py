@@ -1,5 +1,7 @@
 """Images and masks as users hand them to pipelines (Pillow, NumPy, torch, one or many), as tensors, and checked."""
 
+import warnings
+
 import numpy as np
 import torch
 from PIL import Image
@@ -47,8 +49,10 @@ def read_conditions(conditions: ImageInput, name: str, channels: int) -> torch.T
     r"""
     Conditioning images, such as edges, as `read_images` gives images; of `bool` as well, and of one channel for three.
 
+    8-bit values up to 1 are read as what they are, next to black, with a warning: most such arrays mean white by 1.
+
     Raises:
-        ValueError: As `read_images`; for 8-bit numbers of 0 and 1.
+        ValueError: As `read_images`.
     """
     items = list(conditions) if isinstance(conditions, (list, tuple)) else [conditions]
     read = []
@@ -57,7 +61,12 @@ def read_conditions(conditions: ImageInput, name: str, channels: int) -> torch.T
             item = _from_bool(item)
             if item.ndim == 2 and channels == 3:
                 item = np.stack([item] * 3, axis=-1) if isinstance(item, np.ndarray) else item.expand(3, -1, -1)
-        _check_white(item, name)
+        if _is_next_to_black(item):
+            warnings.warn(
+                f"`{name}` holds no 8-bit value above 1, which is next to black: white is 255. If 1 means white, pass "
+                "0 and 255, or `bool`, or floating point numbers in [0, 1].",
+                stacklevel=2,
+            )
         read.append(item)
     return read_images(read, name, channels, background="black")
 
@@ -72,7 +81,7 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
         name (`str`): Of the argument, for messages.
 
     Raises:
-        ValueError: As `read_images`.
+        ValueError: As `read_images`; for 8-bit numbers whose highest is 1.
     """
     items = list(masks) if isinstance(masks, (list, tuple)) else [masks]
     grey = []
@@ -81,7 +90,11 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
             item = item.convert("L")
         elif isinstance(item, (np.ndarray, torch.Tensor)):
             item = _from_bool(item)
-        _check_white(item, name)
+        if _is_next_to_black(item):  # such a mask would select nothing
+            raise ValueError(
+                f"`{name}` holds 8-bit numbers up to 1, of which white would be 255. Pass 0 and 255, or `bool`, or "
+                "floating point numbers in [0, 1]."
+            )
         grey.append(item)
     return read_images(grey, name, 1) >= MASK_THRESHOLD
 
@@ -93,18 +106,12 @@ def _from_bool(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     return image * np.uint8(255) if isinstance(image, np.ndarray) else image.to(torch.uint8) * 255
 
 
-def _check_white(mask: OneImage, name: str) -> None:
-    """Raises a `ValueError` for 8-bit numbers of 0 and 1: both are next to black, but 1 was surely meant as white."""
-    if isinstance(mask, Image.Image):
-        highest = int(np.asarray(mask).max()) if mask.mode in ("L", "RGB") else None
-    else:
-        is_bytes = getattr(mask, "dtype", None) in (np.uint8, torch.uint8)
-        highest = int(mask.max()) if is_bytes and 0 not in mask.shape else None
-    if highest == 1:
-        raise ValueError(
-            f"`{name}` holds 8-bit numbers up to 1, of which white would be 255. Pass 0 and 255, or `bool`, or "
-            "floating point numbers in [0, 1]."
-        )
+def _is_next_to_black(image: OneImage) -> bool:
+    """Whether 1 is the highest 8-bit number: not a black image, but one that nobody can tell from it."""
+    if isinstance(image, Image.Image):
+        return image.mode in ("L", "RGB") and int(np.asarray(image).max()) == 1
+    is_bytes = getattr(image, "dtype", None) in (np.uint8, torch.uint8)
+    return is_bytes and 0 not in image.shape and int(image.max()) == 1
 
 
 def _read_one(image: OneImage, name: str, channels: int, background: str) -> torch.Tensor:

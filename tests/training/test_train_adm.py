@@ -198,7 +198,7 @@ class TestLaunched:
         assert "1 of the remaining images have no label and are kept as unlabelled." in output
         assert "11/11" in output
         assert re.search(r"loss=\d\.\d{4}, images_per_s=\d+\.\d", output)
-        assert f"Saved the pipeline, its samples and loss_curves.png to {folder}" in output
+        assert f"Saved the pipeline to {folder}" in output
         for noise in ("Traceback", "Warning:", "accelerate.checkpointing"):
             assert noise not in output
 

@@ -107,7 +107,7 @@ from .unets import (
     pretrained_pipeline_config,
     widen_input,
 )
-from .validation import choose_examples, draw
+from .validation import check_last_validation, choose_examples, draw, survives
 
 
 __all__ = [
@@ -160,6 +160,7 @@ __all__ = [
     "check_grids",
     "check_guidance_of_grids",
     "check_images",
+    "check_last_validation",
     "check_objective",
     "checkpoint_adapter_alone",
     "choose_examples",
@@ -215,6 +216,7 @@ __all__ = [
     "save_samples",
     "seed_step",
     "start_accelerator",
+    "survives",
     "stored_conditioning",
     "timestep_bin_edges",
     "training_losses",

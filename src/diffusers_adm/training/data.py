@@ -47,7 +47,7 @@ NO_CONDITION, MISSHAPEN_CONDITION = "no usable condition", "condition of another
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLIT_FOLDERS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 # Bump when `_examine` changes its verdicts: cached results of older versions are then not used.
-CHECK_VERSION = 2
+CHECK_VERSION = 3
 # A run survives files that vanish one by one; a data folder that vanished is an error, found after this many in a row.
 MAX_SUBSTITUTIONS = 100
 
@@ -566,6 +566,14 @@ def check_images(
     )
     if num_unlabelled:
         logger.warning("%d of the remaining images have no label and are kept as unlabelled.", num_unlabelled)
+    num_dark = sum(verdicts["dark"][:])
+    if num_dark:
+        logger.warning(
+            "%d of %d conditions in `conditioning_image_column` hold no 8-bit value above 1: they are next to black, "
+            "since white is 255. If 1 means white in them, save them with 0 and 255.",
+            num_dark,
+            len(dataset),
+        )
     if len(lines) == len(dataset):
         raise ValueError(
             f"None of the {len(dataset)} images can be used: {counts}. The first: {lines[0].strip()!r}. "
@@ -576,19 +584,22 @@ def check_images(
     return dataset, skipped
 
 
-def _examine(example: dict[str, Any], min_image_size: int, allow_unlabelled: bool, version: tuple) -> dict[str, str]:
+def _examine(example: dict[str, Any], min_image_size: int, allow_unlabelled: bool, version: tuple) -> dict[str, Any]:
     """The verdict on one example; `version` takes part in the cache's key alone."""
+    reason, details, dark = "", "", False
     try:
         size = decode_rgb(example["image"]).size
         if "conditioning_image" in example:
-            decode_condition(example["conditioning_image"], size)
+            levels = decode_condition(example["conditioning_image"], size).getextrema()
+            dark = max(highest for _, highest in levels) == 1
     except UnusableImageError as error:
-        return {"reason": error.reason, "details": str(error)}
-    if min(size) < min_image_size:
-        return {"reason": TOO_SMALL, "details": f"{size[0]} x {size[1]} pixels, shorter side below {min_image_size}"}
-    if not allow_unlabelled and example.get("label") == UNLABELLED:
-        return {"reason": NO_LABEL, "details": "unlabelled examples are not allowed"}
-    return {"reason": "", "details": ""}
+        reason, details = error.reason, str(error)
+    else:
+        if min(size) < min_image_size:
+            reason, details = TOO_SMALL, f"{size[0]} x {size[1]} pixels, shorter side below {min_image_size}"
+        elif not allow_unlabelled and example.get("label") == UNLABELLED:
+            reason, details = NO_LABEL, "unlabelled examples are not allowed"
+    return {"reason": reason, "details": details, "dark": dark}
 
 
 def _example_name(example: dict[str, Any], index: int) -> str:

@@ -21,7 +21,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -394,6 +394,13 @@ class TrainingLog:
     def write_validation(self, step: int, values: Mapping[str, float]) -> None:
         """A row of its own, whose names begin with `validation_` (for the trackers: `validation/`)."""
         self._write(step, values, "validation/", "validation_")
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the row of the validation after `step` was written. Collective."""
+        rows = self.history.rows() if self.accelerator.is_main_process else []
+        names = {name for row in rows if row["step"] == step for name in row}
+        (found,) = broadcast_object_list([any(name.startswith("validation_") for name in names)])
+        return found
 
     def _write(self, step: int, values: Mapping[str, float], tracker_prefix: str, file_prefix: str) -> None:
         self.accelerator.log({f"{tracker_prefix}{name}": value for name, value in values.items()}, step=step)

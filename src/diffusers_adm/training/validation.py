@@ -1,15 +1,61 @@
-"""Grids of samples on the way of a training run: what they show, and how it is drawn, so that they can be compared."""
+"""
+Validation of a training run: the examples that validation images show, how they are sampled so that steps can be
+compared, and what happens if that fails.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..command_line import CommandError
 from .arguments import DiffusionTrainingArguments
+from .checkpoints import TrainingProgress
 from .data import ImageDataset
+
+
+logger = get_logger(__name__)
+
+
+def survives(accelerator: Accelerator, progress: TrainingProgress, work: Callable[[], None]) -> bool:
+    """
+    Calls `work()`, a validation or a part of one, so that its failure costs neither the run nor its weights.
+
+    An exception is logged with its traceback by the process that met it. Collective; `work` itself must not be, since
+    the other processes would wait for one that failed.
+
+    Returns:
+        `bool`: Whether `work()` succeeded on all processes.
+    """
+    failed = torch.zeros((), device=accelerator.device)
+    try:
+        work()
+    except Exception:  # no kind of failure in what is only shown is worth the weights
+        failed += 1
+        logger.exception(
+            f"The validation at step {progress.global_step} has failed; the trained weights are not affected.",
+            main_process_only=False,
+        )
+    return not accelerator.reduce(failed, reduction="sum").item()
+
+
+def check_last_validation(accelerator: Accelerator, output_dir: str, validated: bool) -> None:
+    """
+    Raises:
+        CommandError: On the main process, unless the last validation was `validated`, which [`survives`] says.
+    """
+    if not validated and accelerator.is_main_process:  # the launcher might end it if another one were faster
+        raise CommandError(
+            f"The last validation has failed; its traceback stands above. The result is saved in {output_dir} all the "
+            "same.",
+            exit_code=1,
+        )
 
 
 def choose_examples(
