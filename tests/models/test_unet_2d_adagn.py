@@ -659,6 +659,26 @@ def test_bad_arguments_of_forward_are_refused(config, shape, kwargs, message):
         unet(torch.zeros(shape), **{"timestep": 5, **kwargs})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bool, torch.uint8, torch.complex64])
+def test_labels_of_another_type(dtype):
+    with pytest.raises(TypeError, match=f"`class_labels` are {dtype}.*`class_labels.long\\(\\)`"):
+        fresh_unet(**CONDITIONAL)(torch.zeros(SAMPLE), 5, class_labels=torch.ones(2, dtype=dtype))
+
+
+def test_labels_of_the_types_that_diffusers_takes():
+    labels = torch.tensor([0, 1], dtype=torch.int32)
+    unet = fresh_unet(**CONDITIONAL)
+    assert torch.equal(predict(unet, class_labels=labels), predict(unet, class_labels=labels.long()))
+    embedded = fresh_unet(class_embed_type="timestep")
+    assert predict(embedded, class_labels=labels.float()).shape == SAMPLE
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_samples_of_another_type(dtype):
+    with pytest.raises(TypeError, match=f"`sample` is {dtype}.*`images.float\\(\\) / 127.5 - 1`"):
+        fresh_unet()(torch.ones(SAMPLE, dtype=dtype), 5)
+
+
 # Signatures and docstrings
 
 

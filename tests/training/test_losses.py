@@ -478,3 +478,98 @@ def test_the_default_is_hybrid():
     model = Fixed(make_output(x_0, noise, scheduler, timesteps))
     expected = training_losses(model, scheduler, x_0, timesteps, noise=noise, objective="hybrid")
     assert torch.equal(training_losses(model, scheduler, x_0, timesteps, noise=noise).loss, expected.loss)
+
+
+# What the images are
+
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_images_that_are_no_floating_point_numbers(dtype):
+    """Integers would be noised with the noise rounded to integers."""
+    images, noise = (255 * IMAGES).to(dtype), torch.randn(2, 3, 8, 8)
+    scheduler, timesteps = LearnedVarianceDDPMScheduler(), torch.tensor([1, 2])
+    message = f"is {dtype}.*`images.float\\(\\) / 127.5 - 1`"
+    for call in (
+        lambda: training_losses(lambda *_: pytest.fail("the network ran"), scheduler, images, timesteps),
+        lambda: training_losses(random_unet(), scheduler, 2 * IMAGES - 1, timesteps, noise=images),
+        lambda: scheduler.add_noise(images, noise, timesteps),
+        lambda: scheduler.add_noise(noise, images, timesteps),
+        lambda: scheduler.get_velocity(images, noise, timesteps),
+        lambda: scheduler.posterior_distribution(images, noise, timesteps),
+        lambda: scheduler.predicted_distribution(torch.randn(2, 6, 8, 8), timesteps, images),
+        lambda: scheduler.variational_bound(torch.randn(2, 6, 8, 8), images, noise, timesteps),
+        lambda: scheduler.variational_bound(torch.randn(2, 6, 8, 8), noise, images, timesteps),
+        lambda: scheduler.prior_bits_per_dim(images),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+class TestRange:
+    def losses(self, scheduler, images):
+        return training_losses(random_unet(out_channels=6), scheduler, images, torch.tensor([1, 2]))
+
+    def test_0_to_255(self, caplog):
+        scheduler = LearnedVarianceDDPMScheduler()
+        for _ in range(6):
+            self.losses(scheduler, 255 * IMAGES)
+        (record,) = caplog.records
+        assert "look like numbers from 0 to 255" in record.message
+        assert "`images / 127.5 - 1`" in record.message
+
+    def test_0_to_1(self, caplog):
+        """Once, and not for the first bright batch; another scheduler is another training."""
+        for _ in range(2):
+            scheduler = LearnedVarianceDDPMScheduler()
+            caplog.clear()
+            self.losses(scheduler, IMAGES)
+            assert not caplog.records
+            for _ in range(6):
+                self.losses(scheduler, IMAGES)
+            (record,) = caplog.records
+            assert "look like numbers from 0 to 1" in record.message
+            assert "`2 * images - 1`" in record.message
+
+    @pytest.mark.parametrize("images", [2 * IMAGES - 1, 300 * (IMAGES - 0.5), IMAGES.double() - 0.01, 0 * IMAGES])
+    def test_other_data_is_not_accused(self, images, caplog):
+        """Images in [-1, 1], latents, whatever reaches below 0; and nothing but zeros."""
+        scheduler = LearnedVarianceDDPMScheduler()
+        for _ in range(6):
+            self.losses(scheduler, images)
+        self.losses(scheduler, IMAGES)  # once seen below 0, bright batches are just that
+        assert not caplog.records
+
+    def test_a_bright_batch_among_others(self, caplog):
+        scheduler = LearnedVarianceDDPMScheduler()
+        for images in (IMAGES, IMAGES, 2 * IMAGES - 1, *[IMAGES] * 6):
+            self.losses(scheduler, images)
+        assert not caplog.records
+
+    def test_it_is_looked_at_a_few_times_only(self, monkeypatch):
+        """Each look waits for the device."""
+        looks, aminmax = [], torch.Tensor.aminmax
+        monkeypatch.setattr(torch.Tensor, "aminmax", lambda *args, **kwargs: looks.append(1) or aminmax(*args, **kwargs))
+        for images, number in ((2 * IMAGES - 1, 1), (255 * IMAGES, 1), (IMAGES, 4)):
+            looks.clear()
+            scheduler = LearnedVarianceDDPMScheduler()
+            for _ in range(8):
+                self.losses(scheduler, images)
+            assert len(looks) == number
+
+    def test_compiled_in_one_graph(self):
+        """Looking would break the graph: whoever compiles the whole loss is not warned."""
+        scheduler, timesteps = LearnedVarianceDDPMScheduler(), torch.tensor(5)
+        seen = []
+
+        def loss(images):
+            seen.append(torch.compiler.is_compiling())
+            from diffusers_adm.training.losses import warn_of_range
+
+            warn_of_range(scheduler, images)
+            return (images**2).mean() + timesteps
+
+        compiled = torch.compile(loss, fullgraph=True, backend="eager")
+        assert_close(compiled(IMAGES), (IMAGES**2).mean() + 5)

@@ -28,7 +28,10 @@ def from_subfolder_or_root(load: Callable[..., Any], repository: str, subfolder:
     try:
         return load(repository, subfolder=subfolder, **kwargs)
     except OSError as error:
+        # huggingface_hub takes the traceback away from an error that is being handled while it meets another; without
+        # it, this one would look as if it had been raised here.
+        traceback = error.__traceback__
         try:
             return load(repository, **kwargs)
         except OSError:
-            raise error from None
+            raise error.with_traceback(traceback) from None
