@@ -670,7 +670,7 @@ def test_labels_of_the_types_that_diffusers_takes():
     unet = fresh_unet(**CONDITIONAL)
     assert torch.equal(predict(unet, class_labels=labels), predict(unet, class_labels=labels.long()))
     embedded = fresh_unet(class_embed_type="timestep")
-    assert predict(embedded, class_labels=labels.float()).shape == SAMPLE
+    assert predict(embedded, class_labels=labels.float()).shape == (2, 6, 8, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])

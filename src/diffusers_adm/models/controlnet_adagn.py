@@ -504,6 +504,11 @@ class AdaGNControlNetModel(PublishedModelMixin, EncoderMixin, AttentionMixin, Co
                 f"`controlnet_cond` has shape {tuple(controlnet_cond.shape)}; for a `sample` of "
                 f"{tuple(sample.shape)} this branch takes {expected}."
             )
+        if not controlnet_cond.is_floating_point():
+            raise TypeError(
+                f"`controlnet_cond` is {controlnet_cond.dtype}; floating point numbers in [0, 1] are needed. Convert "
+                "8-bit images by `images.float() / 255`."
+            )
         return controlnet_cond
 
 

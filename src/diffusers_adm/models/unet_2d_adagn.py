@@ -633,11 +633,16 @@ def check_heads(config: Any, kinds: list[AttentionKind | None], name: str = "num
 
 
 def check_sample(sample: torch.Tensor, timestep: torch.Tensor | float | int, in_channels: int, levels: int) -> None:
-    """Raises a `ValueError` for a sample or timestep that a network with `levels` levels cannot take."""
+    """Raises a `ValueError`, or a `TypeError`, for what a network with `levels` levels cannot take."""
     if sample.ndim != 4 or sample.shape[1] != in_channels:
         raise ValueError(
             f"`sample` has shape {tuple(sample.shape)}; this model takes (batch_size, {in_channels}, height, width). "
             f"Pass {in_channels} channels, or build a model with another `in_channels`."
+        )
+    if not sample.is_floating_point():
+        raise TypeError(
+            f"`sample` is {sample.dtype}; floating point numbers are needed, images scaled to [-1, 1]. Convert 8-bit "
+            "images by `images.float() / 127.5 - 1`."
         )
     factor = 2 ** (levels - 1)
     height, width = sample.shape[-2:]
@@ -965,7 +970,7 @@ class EncoderMixin(ResBlockCompileMixin):
         added_cond_kwargs: dict[str, torch.Tensor] | None,
         timestep_cond: torch.Tensor | None,
     ) -> None:
-        """Raises the `ValueError`s of `forward`."""
+        """Raises the `ValueError`s and `TypeError`s of `forward`."""
         check_sample(sample, timestep, self.config.in_channels, len(self.config.block_out_channels))
         self._check_class_labels(sample, class_labels)
         self._check_timestep_cond(sample, timestep_cond)
@@ -1039,6 +1044,11 @@ class EncoderMixin(ResBlockCompileMixin):
             raise ValueError(
                 f"`class_labels` has shape {tuple(class_labels.shape)} for {sample.shape[0]} examples. Pass one label "
                 "for each example, shape (batch_size,); for `class_embed_type` identity and projection one vector each."
+            )
+        elif isinstance(self.class_embedding, nn.Embedding) and class_labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"`class_labels` are {class_labels.dtype}, but this model has a table of classes and takes their "
+                "numbers. Pass `class_labels.long()`."
             )
         elif (
             isinstance(self.class_embedding, nn.Embedding)

@@ -153,6 +153,20 @@ def discretized_gaussian_log_likelihood(
     return torch.log(probability.clamp(min=MIN_PROBABILITY))
 
 
+def check_floating_point(**samples: torch.Tensor | None) -> None:
+    """
+    Raises:
+        TypeError: If images or noise, given by the names of their arguments, are no floating point numbers: results
+            would be rounded to whole numbers.
+    """
+    for name, tensor in samples.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(
+                f"`{name}` is {tensor.dtype}; floating point numbers are needed, images scaled to [-1, 1]. Convert "
+                "8-bit images by `images.float() / 127.5 - 1`."
+            )
+
+
 def mean_per_example(x: torch.Tensor) -> torch.Tensor:
     """Mean over all dimensions but the first: `(batch_size, ...)` to `(batch_size,)`."""
     return x.flatten(1).mean(dim=1)
@@ -552,13 +566,18 @@ class LearnedVarianceDDPMScheduler(ModelCardMixin, SchedulerMixin, ConfigMixin):
             original_samples, noise (`torch.Tensor` of shape `(batch_size, channels, ...)`): x_0 and standard normal
                 noise.
             timesteps (`int` or `torch.LongTensor` of shape `(batch_size,)`): Of the full chain; 0 is one step.
+
+        Raises:
+            TypeError: For samples or noise that are no floating point numbers.
         """
+        check_floating_point(original_samples=original_samples, noise=noise)
         signal, std = self._signal_and_std(original_samples, timesteps)
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         return (signal * original_samples.to(dtype) + std * noise.to(dtype)).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
         """v = sqrt(bar alpha) noise - sqrt(1 - bar alpha) `sample` (https://huggingface.co/papers/2202.00512)."""
+        check_floating_point(sample=sample, noise=noise)
         signal, std = self._signal_and_std(sample, timesteps)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         return (signal * noise.to(dtype) - std * sample.to(dtype)).to(sample.dtype)
@@ -597,6 +616,7 @@ class LearnedVarianceDDPMScheduler(ModelCardMixin, SchedulerMixin, ConfigMixin):
             `tuple` of `torch.Tensor`: Mean and natural log of the variance, both of the shape of the samples. At the
             first timestep, where the variance is 0, the log-variance is that of the second.
         """
+        check_floating_point(original_samples=original_samples, noisy_samples=noisy_samples)
         chain = self._chain_for(timestep_respacing)
         timesteps = self._check_timesteps(timesteps, chain, noisy_samples)
         return self._posterior(chain, original_samples, noisy_samples, timesteps)
@@ -643,6 +663,7 @@ class LearnedVarianceDDPMScheduler(ModelCardMixin, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If `model_output` does not have the channels that `variance_type` needs.
         """
+        check_floating_point(sample=sample)
         chain = self._chain_for(timestep_respacing)
         timestep = self._check_timesteps(timestep, chain, sample)
         return self._predict(chain, model_output, timestep, sample, clip_sample)
@@ -860,6 +881,7 @@ class LearnedVarianceDDPMScheduler(ModelCardMixin, SchedulerMixin, ConfigMixin):
             `torch.Tensor` of shape `(batch_size,)`: In *bits per dimension*, at least float32. The sum over all
             timesteps plus [`~LearnedVarianceDDPMScheduler.prior_bits_per_dim`] bounds the bits per dimension of x_0.
         """
+        check_floating_point(original_samples=original_samples, noisy_samples=noisy_samples)
         chain = self._chain_for(timestep_respacing)
         timesteps = self._check_timesteps(timesteps, chain, noisy_samples)
         true_mean, true_log_variance = self._posterior(chain, original_samples, noisy_samples, timesteps)
@@ -882,6 +904,7 @@ class LearnedVarianceDDPMScheduler(ModelCardMixin, SchedulerMixin, ConfigMixin):
         KL(q(x_T | x_0) || N(0, I)) of `(batch_size, channels, ...)` samples: `(batch_size,)`, in bits per dimension,
         where T is the last timestep of the chain that `timestep_respacing` keeps. No network changes it.
         """
+        check_floating_point(original_samples=original_samples)
         last = int(self._chain_for(timestep_respacing).timesteps[-1])
         signal, std = self._signal_and_std(original_samples, last)
         dtype = torch.promote_types(original_samples.dtype, torch.float32)

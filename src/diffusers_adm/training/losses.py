@@ -8,19 +8,31 @@ https://huggingface.co/papers/2303.09556).
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
-from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, mean_per_example
+from ..schedulers.scheduling_ddpm_learned_variance import (
+    LearnedVarianceDDPMScheduler,
+    check_floating_point,
+    mean_per_example,
+)
 
 
 Objective = Literal["simple", "hybrid", "hybrid_unscaled", "vlb"]
 
 # lambda = T / HYBRID_VB_DIVISOR in front of the bound term: 0.001 x the whole bound, T x one term (section 3.1).
 HYBRID_VB_DIVISOR = 1000
+# Batches without a negative value after which images seem to lie in [0, 1]. One alone may be a bright one.
+BATCHES_TO_JUDGE_THE_RANGE_BY = 4
+
+logger = logging.getLogger(__name__)
+# By scheduler, which stands for a training: how many batches are still to be looked at, and the highest value so far.
+_looks: weakref.WeakKeyDictionary[LearnedVarianceDDPMScheduler, tuple[int, float]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -73,8 +85,8 @@ def training_losses(
         model: Called as `model(noisy_samples, timesteps, **model_kwargs)`; returns an output with `.sample`, a tuple,
             or a tensor.
         scheduler ([`LearnedVarianceDDPMScheduler`]): The full chain; `set_timesteps` has no effect here.
-        original_samples (`torch.Tensor` of shape `(batch_size, channels, ...)`): x_0. For the bound: 8-bit values
-            scaled to [-1, 1].
+        original_samples (`torch.Tensor` of shape `(batch_size, channels, ...)`): x_0, floating point. For the bound:
+            8-bit values scaled to [-1, 1]. Images that seem to lie in [0, 1] or [0, 255] are warned of once.
         timesteps (`torch.LongTensor` of shape `(batch_size,)`): In `[0, num_train_timesteps)`; 0 is one step of noise.
         noise (`torch.Tensor`, *optional*): Standard normal, of the shape of `original_samples`; drawn if left out.
         objective (`str`, defaults to `"hybrid"`): `"simple"`: squared error alone. `"hybrid"`: squared error + T/1000
@@ -89,10 +101,13 @@ def training_losses(
         [`TrainingLosses`]: Values per example, so that the caller weighs and averages.
 
     Raises:
+        TypeError: For images or noise that are no floating point numbers.
         ValueError: For an unknown objective, a hybrid one with a fixed variance (it has nothing to train), `snr_gamma`
             with `"vlb"`, or a network output whose channels do not fit the scheduler's `variance_type`.
     """
     check_objective(scheduler, objective, snr_gamma)
+    check_floating_point(original_samples=original_samples, noise=noise)
+    warn_of_range(scheduler, original_samples)
     if noise is None:
         noise = torch.randn_like(original_samples)
     noisy_samples = scheduler.add_noise(original_samples, noise, timesteps)
@@ -131,6 +146,34 @@ def training_losses(
     if objective == "hybrid":
         vb = vb * (scheduler.config.num_train_timesteps / HYBRID_VB_DIVISOR)
     return TrainingLosses(loss=mse + vb, mse=mse, vb=vb)
+
+
+def warn_of_range(scheduler: LearnedVarianceDDPMScheduler, original_samples: torch.Tensor) -> None:
+    """
+    Warns once where images do not seem to lie in [-1, 1], which no error would ever tell. Reading their range waits for
+    the device, so that only the first few batches with `scheduler` are looked at; none inside of `torch.compile`.
+    """
+    remaining, highest = _looks.get(scheduler, (BATCHES_TO_JUDGE_THE_RANGE_BY, 0.0))
+    if remaining == 0 or torch.compiler.is_compiling() or original_samples.is_meta or original_samples.numel() == 0:
+        return
+    low, high = torch.stack(original_samples.detach().aminmax()).tolist()
+    remaining, highest = remaining - 1, max(highest, high)
+    what = None
+    if not low >= 0:  # as it should be; or latents, NaN, or anything else that is not for us to judge
+        remaining = 0
+    elif highest > 1.5:
+        remaining, what = 0, ("from 0 to 255", "images / 127.5 - 1")
+    elif remaining == 0 and highest > 0:
+        what = "from 0 to 1", "2 * images - 1"
+    _looks[scheduler] = remaining, highest
+    if what is not None:
+        logger.warning(
+            "The images look like numbers %s: none is negative, and the highest is %g. Losses and sampling expect "
+            "[-1, 1]; if these are images, pass `%s`.",
+            what[0],
+            highest,
+            what[1],
+        )
 
 
 def check_objective(scheduler: LearnedVarianceDDPMScheduler, objective: Objective, snr_gamma: float | None) -> None:
