@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,9 +18,11 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from PIL import Image
 from processes import run_distributed
+from runs import EMOJI
 
 from diffusers_adm.training import DataArguments, TrainingArguments, build_dataloader
 from diffusers_adm.training.data import (
+    MISSING,
     EpochShuffleSampler,
     ImageDataset,
     UnusableImageError,
@@ -628,3 +632,112 @@ class TestDataLoader:
     def test_equally_often_needs_classes(self):
         with pytest.raises(ValueError, match="without a `label_column`"):
             DataArguments(data_files=["a.parquet"], class_balanced=True)
+
+
+# Files beside the images
+
+
+def save_pictures(root, *names):
+    write_folder(root, {name: noise(0) for name in names})
+
+
+def write_metadata(path, *names):
+    path.write_text("".join(json.dumps({"file_name": name, "text": f"of {name}"}) + "\n" for name in names))
+
+
+class TestMetadata:
+    def test_images_that_it_does_not_list(self, tmp_path, caplog):
+        save_pictures(tmp_path, "a.png", "b.png", "more/c.png", "more/d.png")
+        write_metadata(tmp_path / "metadata.jsonl", "a.png", "more/c.png")
+        (tmp_path / "notes.txt").write_text("Not a caption.")
+        dataset, _ = load_image_dataset(train_data_dir=str(tmp_path), caption_column="text")
+        assert dataset["caption"][:] == ["of a.png", "of more/c.png"]
+        assert "2 of 4 images" in caplog.text
+        assert "are not listed in metadata.jsonl and are left out: b.png, more/d.png." in caplog.text
+        assert "Add them to it" in caplog.text
+        assert "not images are passed over: 1 x .txt" in caplog.text
+
+    def test_nothing_is_said_where_all_are_listed(self, tmp_path, caplog):
+        save_pictures(tmp_path, "a.png", "more/b.png")
+        write_metadata(tmp_path / "metadata.jsonl", "a.png")
+        write_metadata(tmp_path / "more" / "metadata.jsonl", "b.png")
+        dataset, _ = load_image_dataset(train_data_dir=str(tmp_path), caption_column="text")
+        assert sorted(dataset["caption"][:]) == ["of a.png", "of b.png"]
+        assert not caplog.records
+
+    def test_files_that_it_lists_and_that_are_not_there(self, tmp_path, caplog):
+        save_pictures(tmp_path, "a.png")
+        write_metadata(tmp_path / "metadata.jsonl", "a.png", "gone.png")
+        dataset, _ = load_image_dataset(train_data_dir=str(tmp_path))
+        dataset, skipped = check_images(dataset, 8)
+        assert len(dataset) == 1
+        assert [Path(name).name for name in skipped[MISSING]] == ["gone.png"]
+
+    @pytest.mark.parametrize("second", ["metadata.csv", "more/metadata.csv"])
+    def test_of_two_kinds(self, second, tmp_path):
+        save_pictures(tmp_path, "a.png", "more/b.png")
+        write_metadata(tmp_path / "metadata.jsonl", "a.png")
+        (tmp_path / second).write_text("file_name,text\nb.png,b\n")
+        with pytest.raises(ValueError, match=f"metadata.jsonl, {second}.*one kind"):
+            load_image_dataset(train_data_dir=str(tmp_path))
+
+    @pytest.mark.parametrize("line", ['{"name": "a.png"}', "{"])
+    def test_that_cannot_be_read(self, line, tmp_path):
+        save_pictures(tmp_path, "a.png")
+        (tmp_path / "metadata.jsonl").write_text(f"{line}\n")
+        with pytest.raises(ValueError, match="`train_data_dir` .* cannot be read with its metadata.jsonl: "):
+            load_image_dataset(train_data_dir=str(tmp_path))
+
+    def test_beside_the_folders_of_splits(self, tmp_path, caplog):
+        save_pictures(tmp_path, "train/a.png", "test/b.png")
+        write_metadata(tmp_path / "metadata.jsonl", "train/a.png")
+        load_image_dataset(train_data_dir=str(tmp_path))
+        assert "metadata.jsonl beside it is not read" in caplog.text
+
+
+class TestCaptionFiles:
+    def test_are_a_column(self, tmp_path, caplog):
+        save_pictures(tmp_path, "cats/a.png", "cats/b.JPG", "c.png")
+        for name, text in (
+            ("cats/a.txt", "\ufeffA cat.\n"),
+            ("cats/b.txt", "Another c\u00e4t."),
+            ("notes.txt", "No caption."),
+        ):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        dataset, id2label = load_image_dataset(
+            train_data_dir=str(tmp_path), caption_column="text", label_column="label"
+        )
+        captions = {Path(row["image"]["path"]).name: row["caption"] for row in dataset}
+        assert captions == {"a.png": "A cat.", "b.JPG": "Another c\u00e4t.", "c.png": ""}
+        assert id2label == {0: "cats"}
+        assert "1 of 3 images" in caplog.text
+        assert "have no .txt file beside them: c.png" in caplog.text
+        assert "not images are passed over: 1 x .txt" in caplog.text
+
+    def test_that_nobody_asked_for_are_told(self, tmp_path, caplog):
+        save_pictures(tmp_path, "a.png", "b.png")
+        (tmp_path / "a.txt").write_text("A cat.")
+        dataset, _ = load_image_dataset(train_data_dir=str(tmp_path))
+        assert dataset.column_names == ["image", "row"]
+        assert "1 of 2 images" in caplog.text
+        assert "`caption_column` `text`" in caplog.text
+        assert "passed over" not in caplog.text
+
+    def test_changed_ones_are_read_again(self, tmp_path):
+        save_pictures(tmp_path, "a.png")
+        for text in ("A cat.", "A large dog."):
+            (tmp_path / "a.txt").write_text(text)
+            dataset, _ = load_image_dataset(train_data_dir=str(tmp_path), caption_column="text")
+            assert dataset["caption"][:] == [text]
+
+    def test_that_are_no_text(self, tmp_path):
+        save_pictures(tmp_path, "a.png")
+        (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(ValueError, match="a.txt is not UTF-8"):
+            load_image_dataset(train_data_dir=str(tmp_path), caption_column="text")
+
+
+def test_more_samples_than_there_are(caplog):
+    caplog.set_level("INFO")
+    dataset, _ = load_image_dataset(data_files=EMOJI, max_train_samples=5000)
+    assert f"`max_train_samples` is 5000, but there are {len(dataset)} images: all are taken" in caplog.text

@@ -44,6 +44,8 @@ MISSING, UNREADABLE, TOO_LARGE = "missing", "unreadable", "too large (decompress
 TOO_SMALL, NO_LABEL = "too small", "no label"
 NO_CONDITION, MISSHAPEN_CONDITION = "no usable condition", "condition of another aspect ratio"
 
+# The column of captions that lie in a .txt file beside each image, as scripts for other models expect them.
+CAPTION_FILES_COLUMN = "text"
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLIT_FOLDERS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 # Bump when `_examine` changes its verdicts: cached results of older versions are then not used.
@@ -81,8 +83,9 @@ def load_image_dataset(
         train_data_dir (`str`, *optional*): A folder of images, searched at every depth. The column `label` is the name
             of the folder that holds the image; images directly in `train_data_dir` are unlabelled. Hidden files, and
             folders whose name starts with `__`, are passed over. If all its folders are named like splits (train, test,
-            ...), only `train_data_dir/<split>` is read. With a `metadata.csv`, `.jsonl` or `.parquet` inside, it is
-            read as `datasets`' `imagefolder`, whose columns are those of that file.
+            ...), only `train_data_dir/<split>` is read. If there are captions beside the images (`cat.txt` beside
+            `cat.png`), they are the column `text`. With a `metadata.csv`, `.jsonl` or `.parquet` inside, the folder is
+            read as `datasets`' `imagefolder`: it holds the images that this file lists, with its columns.
         data_files (`str` or sequence of `str`, *optional*): Parquet files: paths, patterns or URLs.
         split (`str`, defaults to "train"): The split to train on; slices such as `train[:10%]` work except for a
             folder.
@@ -111,8 +114,12 @@ def load_image_dataset(
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"`max_train_samples` is {max_train_samples}. Pass at least 1, or None for all examples.")
     dataset, source = load_source(
-        dataset_name, dataset_config_name, train_data_dir, data_files, split, cache_dir, label_column
+        dataset_name, dataset_config_name, train_data_dir, data_files, split, cache_dir, label_column, caption_column
     )
+    if max_train_samples is not None and max_train_samples > len(dataset):
+        logger.info(
+            "`max_train_samples` is %d, but there are %d images: all are taken.", max_train_samples, len(dataset)
+        )
     dataset, id2label = _standardise_columns(
         dataset, source, image_column, label_column, caption_column, conditioning_image_column
     )
@@ -130,6 +137,7 @@ def load_source(
     split: str = "train",
     cache_dir: str | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
 ) -> tuple[datasets.Dataset, str]:
     """
     The dataset as it is, from exactly one of `dataset_name`, `train_data_dir` and `data_files`, and what error messages
@@ -148,7 +156,7 @@ def load_source(
     if dataset_name:
         return _load_hub_dataset(dataset_name, dataset_config_name, split, cache_dir), dataset_name
     if train_data_dir:
-        return _load_image_folder(train_data_dir, split, label_column, cache_dir), train_data_dir
+        return _load_image_folder(train_data_dir, split, label_column, caption_column, cache_dir), train_data_dir
     source = ", ".join([data_files] if isinstance(data_files, str) else data_files)
     return _load_parquet_files(data_files, split, cache_dir), source
 
@@ -183,7 +191,9 @@ def _load_parquet_files(data_files: str | Sequence[str], split: str, cache_dir: 
         raise ValueError(f"`data_files` ({', '.join(files)}) cannot be read as parquet: {details}") from error
 
 
-def _load_image_folder(folder: str, split: str, label_column: str | None, cache_dir: str | None) -> datasets.Dataset:
+def _load_image_folder(
+    folder: str, split: str, label_column: str | None, caption_column: str | None, cache_dir: str | None
+) -> datasets.Dataset:
     # Not `datasets`' imagefolder for plain folders: one image beside the class folders makes it drop all labels, and a
     # class named "train" or "test" makes it take that folder for a split and leave out the others.
     import datasets
@@ -194,6 +204,9 @@ def _load_image_folder(folder: str, split: str, label_column: str | None, cache_
     top_folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
     if split in top_folders and all(name in SPLIT_FOLDERS for name in top_folders):
         logger.warning("Reading the images in %s; its other folders are named like splits.", root / split)
+        for name in METADATA_FILES:
+            if (root / name).exists():
+                logger.warning("%s beside it is not read. Move it into the folder of the split.", name)
         root = root / split
     elif split != "train":
         raise ValueError(
@@ -201,42 +214,126 @@ def _load_image_folder(folder: str, split: str, label_column: str | None, cache_
             f"{', '.join(top_folders) or 'none'}; for a folder of images without splits, use 'train'."
         )
 
-    paths, labels, stamps, ignored = [], [], [], Counter()
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN}
-    for path in _walk(root):
-        if path.name in METADATA_FILES:
-            files = os.path.join(glob.escape(str(root)), "**")  # not `data_dir`, which takes brackets for a pattern
-            return datasets.load_dataset("imagefolder", data_files={"train": files}, split="train", cache_dir=cache_dir)
-        if path.suffix.lower() not in extensions:
-            ignored[path.suffix.lower() or "no extension"] += 1
-            continue
-        status = path.stat() if path.exists() else None  # a broken link is reported by `check_images`
-        paths.append(str(path.absolute()))
-        labels.append(path.parent.name if path.parent != root else None)
-        stamps.append((status.st_size, status.st_mtime_ns) if status else None)
+    files = list(_walk(root))
+    images = [path for path in files if path.suffix.lower() in extensions]
+    metadata = [path for path in files if path.name in METADATA_FILES]
+    caption_files: list[Path | None] = [None] * len(images)
+    if not metadata:
+        texts = {path for path in files if path.suffix.lower() == ".txt"}
+        beside = ((path.with_suffix(suffix) for suffix in (".txt", ".TXT")) for path in images)
+        caption_files = [next((file for file in candidates if file in texts), None) for candidates in beside]
+    used = {*images, *metadata, *caption_files}
+    ignored = Counter(path.suffix.lower() or "no extension" for path in files if path not in used)
     other_files = ", ".join(f"{count} x {suffix}" for suffix, count in ignored.most_common(5))
-    if not paths:
+    if not images:
         raise ValueError(f"`train_data_dir` {str(root)!r} holds no images (other files: {other_files or 'none'}).")
     if ignored:
         logger.warning("Files in %s that are not images are passed over: %s.", root, other_files)
+    if metadata:
+        return _load_folder_with_metadata(root, images, metadata, cache_dir)
+
+    labels = [path.parent.name if path.parent != root else None for path in images]
     if label_column == "label" and not any(labels):
         raise ValueError(
-            f"`label_column` is 'label', but all {len(paths)} images are directly in {root}. Sort them into one folder "
-            "per class, or drop `label_column` to train without labels."
+            f"`label_column` is 'label', but all {len(images)} images are directly in {root}. Sort them into one "
+            "folder per class, or drop `label_column` to train without labels."
         )
+    features = {"image": datasets.Image(decode=False), "label": datasets.Value("string")}
     # Tuples, since `datasets` takes lists for shards. The stamps are part of the fingerprint of the dataset, so
     # that `check_images` looks again when a file was replaced.
+    columns = {"paths": tuple(str(path.absolute()) for path in images), "labels": tuple(labels)}
+    columns["stamps"] = tuple(map(_stamp, images))
+    if any(caption_files):
+        _tell_of_caption_files(root, images, caption_files, caption_column)
+        features[CAPTION_FILES_COLUMN] = datasets.Value("string")
+        columns["captions"] = tuple(None if file is None else _read_caption(file) for file in caption_files)
     return datasets.Dataset.from_generator(
-        _generate_folder_rows,
-        features=datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")}),
-        cache_dir=cache_dir,
-        gen_kwargs={"paths": tuple(paths), "labels": tuple(labels), "stamps": tuple(stamps)},
+        _generate_folder_rows, features=datasets.Features(features), cache_dir=cache_dir, gen_kwargs=columns
     )
 
 
-def _generate_folder_rows(paths: tuple[str], labels: tuple[str | None], stamps: tuple) -> Iterator[dict[str, Any]]:
-    for path, label in zip(paths, labels, strict=True):
-        yield {"image": {"path": path, "bytes": None}, "label": label}
+def _generate_folder_rows(
+    paths: tuple[str], labels: tuple[str | None], stamps: tuple, captions: tuple[str | None] | None = None
+) -> Iterator[dict[str, Any]]:
+    for index, (path, label) in enumerate(zip(paths, labels, strict=True)):
+        row = {"image": {"path": path, "bytes": None}, "label": label}
+        yield row if captions is None else {**row, CAPTION_FILES_COLUMN: captions[index]}
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    status = path.stat() if path.exists() else None  # a broken link is reported by `check_images`
+    return (status.st_size, status.st_mtime_ns) if status else None
+
+
+def _read_caption(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The caption {file} is not UTF-8 text: {error}. Save it as such, or move it away.") from error
+
+
+def _tell_of_caption_files(
+    root: Path, images: Sequence[Path], caption_files: Sequence[Path | None], caption_column: str | None
+) -> None:
+    number = sum(file is not None for file in caption_files)
+    if caption_column != CAPTION_FILES_COLUMN:
+        logger.warning(
+            "%d of %d images in %s have a caption in a .txt file beside them, which is not read: the `caption_column` "
+            "`%s` was not named.",
+            number,
+            len(images),
+            root,
+            CAPTION_FILES_COLUMN,
+        )
+    elif number < len(images):
+        without = [path for path, file in zip(images, caption_files, strict=True) if file is None]
+        logger.warning(
+            "%d of %d images in %s have no .txt file beside them: %s",
+            len(without),
+            len(images),
+            root,
+            _some_names(root, without),
+        )
+
+
+def _load_folder_with_metadata(
+    root: Path, images: Sequence[Path], metadata: Sequence[Path], cache_dir: str | None
+) -> datasets.Dataset:
+    import datasets
+    import pyarrow
+
+    names = _some_names(root, metadata)
+    if len({path.suffix for path in metadata}) > 1:
+        raise ValueError(f"`train_data_dir` {str(root)!r} holds {names}: keep metadata of one kind only.")
+    files = os.path.join(glob.escape(str(root)), "**")  # not `data_dir`, which takes brackets for a pattern
+    try:
+        dataset = datasets.load_dataset("imagefolder", data_files={"train": files}, split="train", cache_dir=cache_dir)
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, ValueError) as error:
+        details = error.__cause__ or error
+        raise ValueError(f"`train_data_dir` {str(root)!r} cannot be read with its {names}: {details}") from error
+    listed = set()
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
+            listed |= {os.path.abspath(image["path"]) for image in rows[column][:] if image is not None}
+    unlisted = [path for path in images if os.path.abspath(path) not in listed]
+    if unlisted:
+        logger.warning(
+            "%d of %d images in %s are not listed in %s and are left out: %s. Add them to it, or remove it to take all "
+            "images.",
+            len(unlisted),
+            len(images),
+            root,
+            names,
+            _some_names(root, unlisted),
+        )
+    return dataset
+
+
+def _some_names(root: Path, paths: Sequence[Path], most: int = 10) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(str(path.relative_to(root)) for path in paths[:most]) + more
 
 
 def _is_hidden(name: str) -> bool:
