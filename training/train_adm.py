@@ -56,6 +56,7 @@ from diffusers_adm.training import (
     caption_model_kwargs,
     check_at_least,
     check_batch_fits,
+    check_effects,
     check_grids,
     check_guidance_of_grids,
     check_images,
@@ -217,6 +218,7 @@ def inpainting_grid(
 
 def main(argv: list[str] | None = None) -> None:
     all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    without_effect = check_effects(*all_args)
     model_args, data_args, diffusion_args, training_args, text_args, task_args, lora_args = all_args
     model_args.check_source()
     if lora_args.lora_rank is not None:
@@ -235,10 +237,18 @@ def main(argv: list[str] | None = None) -> None:
             "`validation_prompts` was given, but grids of inpainting show images of the data with their own captions. "
             "Leave it out."
         )
+    not_shown = (text_args.validation_prompts or [])[training_args.num_validation_images :]
+    if not_shown:
+        without_effect.append(
+            f"`num_validation_images` is {training_args.num_validation_images}, so that these of `validation_prompts` "
+            f"are not shown: {', '.join(map(repr, not_shown))}."
+        )
     output_dir = training_args.output_dir
 
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_adm")
+    for sentence in without_effect:
+        logger.warning(sentence)
     settings = run_settings(*all_args)
 
     # 2. diffusion process and data: the cheap checks first

@@ -44,6 +44,7 @@ from diffusers_adm.training import (
     check_at_least,
     check_batch_fits,
     check_config_keys,
+    check_effects,
     check_images,
     check_last_validation,
     choose_resolution,
@@ -218,7 +219,9 @@ def evaluate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, noise_args, training_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    model_args, data_args, noise_args, training_args = all_args
+    without_effect = check_effects(*all_args)
     model_args.check_source()
     if data_args.label_column is None:
         raise ValueError("A classifier is trained on labelled images. Name their column with `--label_column`.")
@@ -226,7 +229,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_classifier")
-    settings = run_settings(model_args, data_args, noise_args, training_args)
+    for sentence in without_effect:
+        logger.warning(sentence)
+    settings = run_settings(*all_args)
 
     # 2. noise and data: the cheap checks first
     config = load_classifier_config(model_args, data_args)

@@ -55,6 +55,7 @@ from diffusers_adm.training import (
     build_unet,
     caption_model_kwargs,
     check_batch_fits,
+    check_effects,
     check_grids,
     check_guidance_of_grids,
     check_images,
@@ -271,12 +272,15 @@ def sample_grid(
 
 def main(argv: list[str] | None = None) -> None:
     all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    without_effect = check_effects(*all_args)
     model_args, data_args, diffusion_args, training_args, text_args, control_args = all_args
     check_base_stays(model_args, diffusion_args, text_args)
     output_dir = training_args.output_dir
 
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_controlnet")
+    for sentence in without_effect:
+        logger.warning(sentence)
     settings = run_settings(*all_args)
 
     # 2. diffusion process and data: the cheap checks first

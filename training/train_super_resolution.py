@@ -51,6 +51,7 @@ from diffusers_adm.training import (
     caption_model_kwargs,
     check_at_least,
     check_batch_fits,
+    check_effects,
     check_grids,
     check_guidance_of_grids,
     check_images,
@@ -173,12 +174,15 @@ def sample_grid(
 
 def main(argv: list[str] | None = None) -> None:
     all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    without_effect = check_effects(*all_args)
     model_args, data_args, diffusion_args, training_args, text_args, sr_args = all_args
     model_args.check_source()
     output_dir = training_args.output_dir
 
     # 1. processes, logging, trackers
     accelerator = start_accelerator(training_args, "train_super_resolution")
+    for sentence in without_effect:
+        logger.warning(sentence)
     sr_args.inherit(pretrained_pipeline_config(model_args, data_args))
     settings = run_settings(*all_args)
 

@@ -328,6 +328,8 @@ def push_folder(
         )
     if include_code:
         raise ValueError(f"{folder} holds no pipeline, and code goes with pipelines alone. Leave `include_code` out.")
+    if place is None and variant is not None:
+        raise ValueError(f"{folder} holds an adapter, which has no variants. Leave `variant` out.")
     pushed = LoraAdapter(folder) if place is None else AutoModel.from_pretrained(str(place), **load)
     repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
     with tempfile.TemporaryDirectory() as staged:

@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.export is not None:
             if args.output_file is None or args.checkpoint is not None:
                 parser.error("`--export FOLDER` goes with `--output_file FILE.pt`, and not with `--checkpoint`.")
+            _refuse(parser, args, ("output_dir", "preset", "model_flags", "code_base"), "goes with `--checkpoint` only")
             order = None if args.new_attention_order is None else args.new_attention_order == "True"
             flags = export_openai(
                 args.export, args.output_file, new_attention_order=order, image_channels=args.image_channels
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if args.checkpoint is None or args.output_dir is None:
             parser.error("pass `--checkpoint FILE.pt --output_dir FOLDER`, or `--export FOLDER --output_file FILE.pt`.")
+        _refuse(parser, args, ("output_file", "new_attention_order"), "goes with `--export` only")
         result = convert_openai(
             args.checkpoint,
             args.output_dir,
@@ -113,6 +115,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:  # of the files that were named
         raise CommandError(str(error)) from error
     print(describe(result))
+
+
+def _refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Ends the command if one of the arguments was given, which would have no effect."""
+    for name in names:
+        if getattr(args, name) is not None:
+            parser.error(f"`--{name}` {why}.")
 
 
 def describe(result: ConvertedCheckpoint) -> str:

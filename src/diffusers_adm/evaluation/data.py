@@ -37,14 +37,21 @@ def find_dataset(dataset: Sequence[str], dataset_config_name: str | None, split:
     What `--dataset`, `--dataset_config_name` and `--split` mean to [`load_image_dataset`].
 
     Raises:
-        ValueError: For several that are not all parquet files, and where it is not clear which split is meant.
+        ValueError: For several that are not all parquet files, where it is not clear which split is meant, and for a
+            configuration where there are none.
     """
+    is_local = any(name.lower().endswith(".parquet") for name in dataset) or _is_image_folder(dataset[0])
+    if is_local and dataset_config_name is not None:
+        raise ValueError(
+            f"`dataset_config_name` is {dataset_config_name!r}, but {dataset[0]} is no dataset on the Hub, and has no "
+            "configurations. Leave it out."
+        )
     if any(name.lower().endswith(".parquet") for name in dataset):
         return {"data_files": dataset, "split": split or "train"}
     if len(dataset) > 1:
         raise ValueError(f"`dataset` is {dataset}. Several are only taken if they are parquet files.")
     (name,) = dataset
-    if os.path.isdir(name) and all(path.name in METADATA_FILES for path in Path(name).rglob("*.parquet")):
+    if is_local:
         folders = sorted(entry.name for entry in Path(name).iterdir() if entry.is_dir())
         if split is None and folders and all(folder in SPLIT_FOLDERS for folder in folders):
             raise ValueError(f"{name} has the splits {', '.join(folders)}. Name one with `--split`.")
@@ -52,6 +59,11 @@ def find_dataset(dataset: Sequence[str], dataset_config_name: str | None, split:
     if split is None:
         raise ValueError(f"`dataset` is {name!r}, a dataset of one or more splits. Name one with `--split`, e.g. test.")
     return {"dataset_name": name, "dataset_config_name": dataset_config_name, "split": split}
+
+
+def _is_image_folder(name: str) -> bool:
+    """Not the folder of a local copy of a dataset, which holds its parquet files."""
+    return os.path.isdir(name) and all(path.name in METADATA_FILES for path in Path(name).rglob("*.parquet"))
 
 
 def num_real_classes(config: Any) -> int | None:
@@ -195,7 +207,14 @@ def read_images(
     run = run_of_sample(source)
     if run is not None and (Path(source[0]) / NPZ_NAME).exists():
         source = [str(Path(source[0]) / NPZ_NAME)]
-    if len(source) == 1 and source[0].endswith(".npz"):
+    is_array = len(source) == 1 and source[0].endswith(".npz")
+    if is_array or (run is not None and run["settings"]["class_labels"] is not None):
+        columns = {"dataset_config_name": dataset_config_name, "split": split}
+        columns["image_column"] = None if image_column == "image" else image_column
+        given = [f"`{name}`" for name, value in columns.items() if value is not None]
+        if given:
+            raise ValueError(f"{' and '.join(given)} would have no effect: {source[0]} is no dataset. Leave it out.")
+    if is_array:
         images = ArrayImages(source[0], to_class)
     elif run is not None and run["settings"]["class_labels"] is not None:
         images, id2label = load_image_dataset(train_data_dir=source[0], label_column="label", cache_dir=cache_dir)

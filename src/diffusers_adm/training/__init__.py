@@ -62,6 +62,7 @@ from .data import (
     load_image_dataset,
     renumber_labels,
 )
+from .effects import check_effects
 from .ema import ema_weights, evaluation_weights
 from .fingerprints import FrozenNetworks
 from .images import labelled_grid, labelled_strips
@@ -157,6 +158,7 @@ __all__ = [
     "check_at_least",
     "check_batch_fits",
     "check_config_keys",
+    "check_effects",
     "check_grids",
     "check_guidance_of_grids",
     "check_images",

@@ -242,7 +242,7 @@ def _load_image_folder(
     features = {"image": datasets.Image(decode=False), "label": datasets.Value("string")}
     # Tuples, since `datasets` takes lists for shards. The stamps are part of the fingerprint of the dataset, so
     # that `check_images` looks again when a file was replaced.
-    columns = {"paths": tuple(str(path.absolute()) for path in images), "labels": tuple(labels)}
+    columns: dict[str, tuple] = {"paths": tuple(str(path.absolute()) for path in images), "labels": tuple(labels)}
     columns["stamps"] = tuple(map(_stamp, images))
     if any(caption_files):
         _tell_of_caption_files(root, images, caption_files, caption_column)
@@ -687,8 +687,7 @@ def _examine(example: dict[str, Any], min_image_size: int, allow_unlabelled: boo
     try:
         size = decode_rgb(example["image"]).size
         if "conditioning_image" in example:
-            levels = decode_condition(example["conditioning_image"], size).getextrema()
-            dark = max(highest for _, highest in levels) == 1
+            dark = int(np.asarray(decode_condition(example["conditioning_image"], size)).max()) == 1
     except UnusableImageError as error:
         reason, details = error.reason, str(error)
     else:

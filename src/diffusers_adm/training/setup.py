@@ -115,19 +115,38 @@ def load_noise_scheduler(
     The scheduler of the pretrained model, or the default one; what `noise_args` give takes the place of its values.
 
     Raises:
-        ValueError: If the pretrained scheduler cannot be read.
+        ValueError: If the pretrained scheduler cannot be read, or does not depend on what is given.
     """
     pretrained, given = model_args.pretrained_model_name_or_path, noise_args.given()
     if pretrained is None:
         return LearnedVarianceDDPMScheduler(**given)
     with reading("pretrained_model_name_or_path", pretrained):
-        return from_subfolder_or_root(
+        scheduler = from_subfolder_or_root(
             LearnedVarianceDDPMScheduler.from_pretrained,
             pretrained,
             "scheduler",
             revision=model_args.revision,
             cache_dir=data_args.cache_dir,
             **given,
+        )
+    _check_noise_acts(given, scheduler)
+    return scheduler
+
+
+def _check_noise_acts(given: Mapping[str, Any], scheduler: LearnedVarianceDDPMScheduler) -> None:
+    """Raises a `ValueError` for an argument that the betas of the pretrained scheduler do not depend on."""
+    if scheduler.config.trained_betas is not None:
+        idle, why = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end"}, "lists its betas one by one"
+    elif scheduler.config.beta_schedule == "squaredcos_cap_v2":
+        idle, why = {"beta_start", "beta_end"}, "has the cosine schedule, which is defined without them"
+    else:
+        return
+    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
+    without_effect = [f"`{names.get(name, name)}`" for name in given if name in idle]
+    if without_effect:
+        raise ValueError(
+            f"{' and '.join(without_effect)} would have no effect: the scheduler of `pretrained_model_name_or_path` "
+            f"{why}. Leave out what is not needed, or train from scratch."
         )
 
 

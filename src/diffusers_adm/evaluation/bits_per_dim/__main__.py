@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,10 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if self.revision is not None and os.path.isdir(self.model):
+            raise ValueError(
+                f"`revision` is {self.revision!r}, but `model` is a folder, which has no revisions. Leave it out."
+            )
 
 
 def _load(load: Callable[..., Any], args: Arguments, subfolder: str, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from ...pipelines import ADMPipeline
 from ...training.arguments import arg, check_at_least, parse_args
 from ...training.classification import match_classes
 from ...training.data import UNLABELLED, load_image_dataset
+from ...training.effects import Rule, check_effects
 from ...training.repositories import reading
 from ...training.seeding import derive_seed
 from ...training.setup import join_processes
@@ -47,6 +49,38 @@ PIPELINE_OPTIONS = (
     "guidance_end",
     "classifier_guidance_scale",
     "eta",
+)
+RULES = (
+    Rule(
+        ("dataset_config_name", "split", "label_column"),
+        lambda given: given["dataset"] is not None,
+        "it belongs to a `dataset`, and none was named",
+        refused=True,
+    ),
+    Rule(
+        ("guidance_rescale", "negative_prompt"),
+        lambda given: given["guidance_scale"] not in (None, 1),
+        "it belongs to classifier-free guidance, which is off: `guidance_scale` is {guidance_scale}",
+        refused=True,
+    ),
+    Rule(
+        ("guidance_start", "guidance_end"),
+        lambda given: given["guidance_scale"] not in (None, 1) or bool(given["classifier_guidance_scale"]),
+        "nothing is guided without `guidance_scale` or `classifier_guidance_scale`",
+        refused=True,
+    ),
+    Rule(
+        ("classifier",),  # it may also give the classes their names
+        lambda given: bool(given["classifier_guidance_scale"]) or given["class_labels"] is not None,
+        "nothing is guided by it without `classifier_guidance_scale`",
+        refused=True,
+    ),
+    Rule(
+        ("revision",),
+        lambda given: not os.path.isdir(given["model"]),
+        "`model` is a folder, which has no revisions",
+        True,
+    ),
 )
 
 
@@ -104,6 +138,7 @@ class Arguments:
                 f"`class_labels` is {self.class_labels!r} and `dataset` is {self.dataset}. `--class_labels data` needs "
                 "a `--dataset` to count the classes of, and nothing else does."
             )
+        check_effects(self, rules=RULES)
 
 
 def load_pipeline(args: Arguments) -> ADMPipeline:
