@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     # 5. train
     classifier.train()
     every = training_args.validation_steps
-    if every and progress.global_step and progress.global_step % every == 0 and progress.global_step < max_train_steps:
+    if every and 0 < progress.global_step < max_train_steps and progress.global_step % every == 0:
         validate()  # the run may have ended between this checkpoint and its validation
     while progress.global_step < max_train_steps:
         for batch in rest_of_epoch(train_dataloader, progress):

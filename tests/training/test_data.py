@@ -740,4 +740,4 @@ class TestCaptionFiles:
 def test_more_samples_than_there_are(caplog):
     caplog.set_level("INFO")
     dataset, _ = load_image_dataset(data_files=EMOJI, max_train_samples=5000)
-    assert f"`max_train_samples` is 5000, but there are {len(dataset)} images: all are taken" in caplog.text
+    assert f"At most 5000 images were asked for, and there are {len(dataset)}: all are taken." in caplog.text

@@ -118,7 +118,7 @@ def load_image_dataset(
     )
     if max_train_samples is not None and max_train_samples > len(dataset):
         logger.info(
-            "`max_train_samples` is %d, but there are %d images: all are taken.", max_train_samples, len(dataset)
+            "At most %d images were asked for, and there are %d: all are taken.", max_train_samples, len(dataset)
         )
     dataset, id2label = _standardise_columns(
         dataset, source, image_column, label_column, caption_column, conditioning_image_column
