@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,8 @@ def run_here(monkeypatch, name, *arguments):
         monkeypatch.syspath_prepend(str(REPOSITORY / "spaces"))
         runpy.run_path(script(name) if name == "demo" else str(REPOSITORY / "spaces" / "app.py"), run_name="__main__")
     else:
-        monkeypatch.delitem(sys.modules, f"diffusers_adm.{name}", raising=False)  # or runpy would warn
-        runpy.run_module(f"diffusers_adm.{name}", run_name="__main__", alter_sys=True)
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # that it was imported before
+            runpy.run_module(f"diffusers_adm.{name}", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize(

@@ -517,8 +517,14 @@ def test_prompts_from_a_file_in_half_precision(stock, tmp_path):
     "arguments,message",
     [
         ({"model": "nowhere"}, "`model` is 'nowhere'"),
-        ({"classifier": "nowhere"}, "`classifier` is 'nowhere'"),
-        ({"classifier": "{path}/turned"}, "Class 0 of `classifier` '.*/turned' is 'fish', but that of .* is 'birds'"),
+        (
+            {"classifier": "nowhere", "classifier_guidance_scale": 1},
+            "`classifier` is 'nowhere', which is no file or folder",
+        ),
+        (
+            {"classifier": "{path}/turned", "classifier_guidance_scale": 1},
+            "Class 0 of `classifier` '.*/turned' is 'fish', but that of .* is 'birds'",
+        ),
         ({"num_images": 0}, "`num_images` is 0"),
         ({"class_labels": "horses"}, "`class_labels` is 'horses'. .* birds, cats, dogs, fish"),
         ({"class_labels": "data"}, "needs a `--dataset`"),

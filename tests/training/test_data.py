@@ -678,8 +678,10 @@ class TestMetadata:
         save_pictures(tmp_path, "a.png", "more/b.png")
         write_metadata(tmp_path / "metadata.jsonl", "a.png")
         (tmp_path / second).write_text("file_name,text\nb.png,b\n")
-        with pytest.raises(ValueError, match=f"metadata.jsonl, {second}.*one kind"):
+        with pytest.raises(ValueError, match="keep metadata of one kind only") as caught:
             load_image_dataset(train_data_dir=str(tmp_path))
+        assert "metadata.jsonl" in str(caught.value)
+        assert second in str(caught.value)
 
     @pytest.mark.parametrize("line", ['{"name": "a.png"}', "{"])
     def test_that_cannot_be_read(self, line, tmp_path):
