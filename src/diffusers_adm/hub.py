@@ -29,10 +29,9 @@ from pathlib import Path
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import CommitInfo, create_repo
-from huggingface_hub.errors import HFValidationError
 
 from . import __version__
-from .command_line import CommandError, add_debug_argument, run_command
+from .command_line import CommandError, add_debug_argument, is_mistake, run_command
 from .model_cards import LoraAdapter
 from .registration import PACKAGE, PIPELINE_CLASSES
 from .space import push_space
@@ -372,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         commit = run(**options)
     except Exception as error:
-        if isinstance(error, HFValidationError):  # of the name of the repository
+        if isinstance(error, ValueError) and not is_mistake(error):  # a library's, of a name or a variant
             raise CommandError(str(error)) from error
         # HfHubHTTPError is an OSError. Where nothing answers, the error is that of the client's HTTP library.
         if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):

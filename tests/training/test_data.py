@@ -18,9 +18,9 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from PIL import Image
 from processes import run_distributed
-from runs import EMOJI
+from runs import EMOJI, flags
 
-from diffusers_adm.training import DataArguments, TrainingArguments, build_dataloader
+from diffusers_adm.training import DataArguments, TrainingArguments, build_dataloader, tokenizer
 from diffusers_adm.training.data import (
     MISSING,
     EpochShuffleSampler,
@@ -713,15 +713,16 @@ class TestCaptionFiles:
         assert captions == {"a.png": "A cat.", "b.JPG": "Another c\u00e4t.", "c.png": ""}
         assert id2label == {0: "cats"}
         assert "1 of 3 images" in caplog.text
-        assert "have no .txt file beside them: c.png" in caplog.text
+        assert "have no .txt file next to them: c.png" in caplog.text
         assert "not images are passed over: 1 x .txt" in caplog.text
 
     def test_that_nobody_asked_for_are_told(self, tmp_path, caplog):
         save_pictures(tmp_path, "a.png", "b.png")
-        (tmp_path / "a.txt").write_text("A cat.")
+        (tmp_path / "a.txt").write_bytes(b"no caption: \xff")
         dataset, _ = load_image_dataset(train_data_dir=str(tmp_path))
         assert dataset.column_names == ["image", "row"]
         assert "1 of 2 images" in caplog.text
+        assert "have a .txt file next to them, which is not read." in caplog.text
         assert "`caption_column` `text`" in caplog.text
         assert "passed over" not in caplog.text
 
@@ -731,6 +732,13 @@ class TestCaptionFiles:
             (tmp_path / "a.txt").write_text(text)
             dataset, _ = load_image_dataset(train_data_dir=str(tmp_path), caption_column="text")
             assert dataset["caption"][:] == [text]
+
+    def test_a_tokenizer_is_trained_on_them(self, tmp_path, capsys):
+        save_pictures(tmp_path / "images", "a.png", "b.png")
+        (tmp_path / "images" / "a.txt").write_text("A red cat on a mat.")
+        arguments = {"train_data_dir": tmp_path / "images", "vocab_size": 64, "output_dir": tmp_path / "tokenizer"}
+        tokenizer.main(flags(**arguments))
+        assert "tokens from 2 captions" in capsys.readouterr().out
 
     def test_that_are_no_text(self, tmp_path):
         save_pictures(tmp_path, "a.png")

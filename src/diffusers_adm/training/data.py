@@ -44,7 +44,7 @@ MISSING, UNREADABLE, TOO_LARGE = "missing", "unreadable", "too large (decompress
 TOO_SMALL, NO_LABEL = "too small", "no label"
 NO_CONDITION, MISSHAPEN_CONDITION = "no usable condition", "condition of another aspect ratio"
 
-# The column of captions that lie in a .txt file beside each image, as scripts for other models expect them.
+# The column of captions that lie in a .txt file next to each image, as scripts for other models expect them.
 CAPTION_FILES_COLUMN = "text"
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLIT_FOLDERS = ("train", "validation", "valid", "val", "dev", "test", "eval")
@@ -83,9 +83,9 @@ def load_image_dataset(
         train_data_dir (`str`, *optional*): A folder of images, searched at every depth. The column `label` is the name
             of the folder that holds the image; images directly in `train_data_dir` are unlabelled. Hidden files, and
             folders whose name starts with `__`, are passed over. If all its folders are named like splits (train, test,
-            ...), only `train_data_dir/<split>` is read. If there are captions beside the images (`cat.txt` beside
-            `cat.png`), they are the column `text`. With a `metadata.csv`, `.jsonl` or `.parquet` inside, the folder is
-            read as `datasets`' `imagefolder`: it holds the images that this file lists, with its columns.
+            ...), only `train_data_dir/<split>` is read. Captions next to the images (`cat.txt` for `cat.png`) are
+            the column `text`, if `caption_column` asks for it. With a `metadata.csv`, `.jsonl` or `.parquet` inside, it
+            is read as `datasets`' `imagefolder`, which has the images that this file lists, and its columns.
         data_files (`str` or sequence of `str`, *optional*): Parquet files: paths, patterns or URLs.
         split (`str`, defaults to "train"): The split to train on; slices such as `train[:10%]` work except for a
             folder.
@@ -246,6 +246,7 @@ def _load_image_folder(
     columns["stamps"] = tuple(map(_stamp, images))
     if any(caption_files):
         _tell_of_caption_files(root, images, caption_files, caption_column)
+    if any(caption_files) and caption_column == CAPTION_FILES_COLUMN:
         features[CAPTION_FILES_COLUMN] = datasets.Value("string")
         columns["captions"] = tuple(None if file is None else _read_caption(file) for file in caption_files)
     return datasets.Dataset.from_generator(
@@ -279,8 +280,8 @@ def _tell_of_caption_files(
     number = sum(file is not None for file in caption_files)
     if caption_column != CAPTION_FILES_COLUMN:
         logger.warning(
-            "%d of %d images in %s have a caption in a .txt file beside them, which is not read: the `caption_column` "
-            "`%s` was not named.",
+            "%d of %d images in %s have a .txt file next to them, which is not read. If these are captions, name them "
+            "by the `caption_column` `%s`.",
             number,
             len(images),
             root,
@@ -289,7 +290,7 @@ def _tell_of_caption_files(
     elif number < len(images):
         without = [path for path, file in zip(images, caption_files, strict=True) if file is None]
         logger.warning(
-            "%d of %d images in %s have no .txt file beside them: %s",
+            "%d of %d images in %s have no .txt file next to them: %s",
             len(without),
             len(images),
             root,

@@ -36,7 +36,7 @@ class TokenizerArguments:
     caption_column: str = arg("text", "The column of the captions.")
     dataset_name: str | None = arg(None, "A dataset on the Hub, or the path of a local copy.")
     dataset_config_name: str | None = arg(None, "Its configuration.")
-    train_data_dir: str | None = arg(None, "A folder of images with captions in a metadata file.")
+    train_data_dir: str | None = arg(None, "A folder of images, with captions in a metadata file or next to them.")
     data_files: list[str] | None = arg(None, "Parquet files.")
     split: str = arg("train", "The split whose captions are read.")
     cache_dir: str | None = arg(None, "Where datasets are cached.")
@@ -99,7 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     (args,) = parse_args(TokenizerArguments, argv, description=__doc__)
     dataset, source = load_source(
-        args.dataset_name, args.dataset_config_name, args.train_data_dir, args.data_files, args.split, args.cache_dir
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_data_dir,
+        args.data_files,
+        args.split,
+        args.cache_dir,
+        caption_column=args.caption_column,
     )
     captions = read_captions(dataset, source, args.caption_column)
     tokenizer = train_tokenizer(captions, args.vocab_size, args.model_max_length, args.algorithm)
