@@ -444,13 +444,13 @@ class TestFineTuning:
 
     def test_unconditional(self, short, tmp_path):
         unet = random_unet()
-        folder = save_pipeline(tmp_path / "base", unet, num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+        folder = save_pipeline(tmp_path / "base", unet, num_train_timesteps=100, beta_schedule="scaled_linear")
         train(**fine_tuning(short, folder) | self.STILL, beta_end=0.01)
         for name, weight in saved_weights(short["output_dir"]).items():
             assert torch.allclose(weight, unet.state_dict()[name], atol=1e-6), name
         scheduler = ADMPipeline.from_pretrained(short["output_dir"]).scheduler
         assert scheduler.config.num_train_timesteps == 100  # as saved
-        assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
+        assert scheduler.config.beta_schedule == "scaled_linear"
         assert scheduler.config.beta_end == 0.01  # as given
 
     def test_class_conditional_at_another_resolution(self, short, tmp_path):
