@@ -72,14 +72,14 @@ from diffusers_adm.training import (
     load_text,
     load_unet_config,
     match_unet_classes,
-    parse_args,
+    parse_run,
     plot_loss_curves,
     prepare_captions,
     prepare_output_dir,
     push_result,
     record_losses,
     rest_of_epoch,
-    resume_checkpoint,
+    result_weights,
     run_settings,
     save_checkpoint,
     save_lora,
@@ -217,7 +217,7 @@ def inpainting_grid(
 
 
 def main(argv: list[str] | None = None) -> None:
-    all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    all_args, run = parse_run(ARGUMENT_TYPES, argv, "train_adm", description=__doc__)
     without_effect = check_effects(*all_args)
     model_args, data_args, diffusion_args, training_args, text_args, task_args, lora_args = all_args
     model_args.check_source()
@@ -250,9 +250,11 @@ def main(argv: list[str] | None = None) -> None:
     for sentence in without_effect:
         logger.warning(sentence)
     settings = run_settings(*all_args)
+    run.begin(settings)
 
     # 2. diffusion process and data: the cheap checks first
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
+    run.check_noise(noise_scheduler)
     in_channels = INPAINT_CHANNELS if inpaints else IMAGE_CHANNELS
     unet_config = load_unet_config(model_args, data_args, noise_scheduler, in_channels, may_widen=inpaints)
     if lora_args.lora_rank is not None and unet_config.get("in_channels") != in_channels:
@@ -267,12 +269,13 @@ def main(argv: list[str] | None = None) -> None:
         images, id2label = load_image_dataset(
             **data_args.source(), caption_column=text_args.caption_column, seed=training_args.seed
         )
+        run.check_classes(id2label)
         num_classes = len(id2label) if id2label is not None else None
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
-        frozen = "`lora_rank` leaves the pretrained weights as they are" if lora_args.lora_rank is not None else None
-        images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, frozen)
+        keeps = "`lora_rank` leaves the pretrained weights as they are" if lora_args.lora_rank is not None else None
+        images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, keeps)
         if unet.config.in_channels < in_channels:
             widen_input(unet, in_channels)
         null_class_id = unet.config.null_class_id
@@ -296,6 +299,13 @@ def main(argv: list[str] | None = None) -> None:
                 images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
             )
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
+    run.check_data(len(images))
+    frozen = {
+        "U-Net": unet if lora_args.lora_rank is not None else None,
+        "text encoder": None if text_args.train_text_encoder else text_encoder,
+        "tokenizer": tokenizer,
+    }
+    run.check_network(unet.config, resolution, frozen)
     train_dataset = (InpaintingDataset if inpaints else ImageDataset)(
         images,
         resolution,
@@ -330,11 +340,22 @@ def main(argv: list[str] | None = None) -> None:
     ema = build_ema(trained_parameters, training_args)
     timestep_sampler = TIMESTEP_SAMPLERS[diffusion_args.timestep_sampler](noise_scheduler.config.num_train_timesteps)
     progress = TrainingProgress()
-    accelerator.register_for_checkpointing(lr_scheduler, timestep_sampler, progress, *([ema] if ema else []))
+    accelerator.register_for_checkpointing(lr_scheduler, timestep_sampler, progress)
 
     # 4. resume
-    prepare_output_dir(accelerator, training_args, settings)
-    resume_checkpoint(accelerator, output_dir, training_args.resume_from_checkpoint)
+    prepare_output_dir(accelerator, training_args)
+    run.resume(
+        accelerator,
+        training_args,
+        max_train_steps,
+        optimizer,
+        lr_scheduler,
+        progress,
+        ema,
+        trained_parameters,
+        dict(zip(("unet", "text_encoder"), trained_models, strict=False)),
+        timestep_sampler,
+    )
     if ema is not None:
         ema.to(accelerator.device)
     metrics = LossMetrics(noise_scheduler.config.num_train_timesteps, accelerator.device)
@@ -370,6 +391,14 @@ def main(argv: list[str] | None = None) -> None:
             classifier=None,
             id2label=id2label,
         )
+
+    def save_result(folder: str) -> None:
+        """A pipeline, or an adapter, with the averaged weights; for the main process alone."""
+        with result_weights(ema, trained_parameters):
+            if lora_args.lora_rank is not None:
+                save_lora(accelerator.unwrap_model(unet), folder, noise_schedule_of(noise_scheduler))
+            else:
+                build_pipeline().save_pretrained(folder)
 
     def show() -> None:
         """Curves and grid, on the main process."""
@@ -437,7 +466,14 @@ def main(argv: list[str] | None = None) -> None:
 
             due = after_step()  # learning rate, average, a row of the log
             if due.checkpoint:
-                save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
+                save_checkpoint(
+                    accelerator,
+                    output_dir,
+                    progress.global_step,
+                    training_args.checkpoints_total_limit,
+                    save_result,
+                    run.write,
+                )
             if due.end:  # the last grid is drawn below
                 break
             if due.validation:
@@ -447,16 +483,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. the result: a pipeline, or an adapter, with the averaged weights; only then what could fail
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(unet)
-        if ema is not None:
-            ema.copy_to(trained_parameters)
-        if lora_args.lora_rank is not None:
-            save_lora(model, output_dir, noise_schedule_of(noise_scheduler))
-            saved = "adapter"
-        else:
-            build_pipeline().save_pretrained(output_dir)
-            saved = "pipeline"
-        logger.info(f"Saved the {saved} to {output_dir}")
+        save_result(output_dir)
+        logger.info(f"Saved the {'adapter' if lora_args.lora_rank is not None else 'pipeline'} to {output_dir}")
     validated = validate()
     accelerator.end_training()
     push_result(accelerator, training_args)

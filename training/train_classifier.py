@@ -58,7 +58,7 @@ from diffusers_adm.training import (
     load_noise_scheduler,
     match_classes,
     match_classifier_classes,
-    parse_args,
+    parse_run,
     plot_accuracy_by_timestep,
     plot_classifier_curves,
     prepare_output_dir,
@@ -67,7 +67,7 @@ from diffusers_adm.training import (
     record_noise_schedule,
     renumber_labels,
     rest_of_epoch,
-    resume_checkpoint,
+    result_weights,
     run_settings,
     save_checkpoint,
     save_id2label,
@@ -219,7 +219,7 @@ def evaluate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    all_args, run = parse_run(ARGUMENT_TYPES, argv, "train_classifier", description=__doc__)
     model_args, data_args, noise_args, training_args = all_args
     without_effect = check_effects(*all_args)
     model_args.check_source()
@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     for sentence in without_effect:
         logger.warning(sentence)
     settings = run_settings(*all_args)
+    run.begin(settings)
 
     # 2. noise and data: the cheap checks first
     config = load_classifier_config(model_args, data_args)
@@ -242,9 +243,11 @@ def main(argv: list[str] | None = None) -> None:
         edges = timestep_bin_edges(num_train_timesteps, training_args.num_timestep_bins)
     elif noise_args.given():
         raise ValueError(f"`noised` is false, so there is no noise to describe: drop {', '.join(noise_args.given())}.")
+    run.check_noise(noise_scheduler)
     validation_source, validation_images = data_args.validation_source(), None
     with accelerator.main_process_first():
         images, id2label = load_image_dataset(**data_args.source(), seed=training_args.seed)
+        run.check_classes(id2label)
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         classifier = build_classifier(model_args, data_args, config, id2label)
@@ -282,6 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         logger.warning(f"{len(missing)} of {len(id2label)} classes have no image: {', '.join(missing[:10])}")
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
+    run.check_data(len(images))
+    run.check_network(classifier.config, resolution)
     train_dataset = ImageDataset(
         images, resolution, data_args.center_crop, data_args.random_flip, seed=training_args.seed
     )
@@ -303,11 +308,21 @@ def main(argv: list[str] | None = None) -> None:
     ema = build_ema(trained_parameters, training_args)
     timestep_sampler = UniformTimestepSampler(num_train_timesteps)
     progress = TrainingProgress()
-    accelerator.register_for_checkpointing(lr_scheduler, progress, *([ema] if ema else []))
+    accelerator.register_for_checkpointing(lr_scheduler, progress)
 
     # 4. resume
-    prepare_output_dir(accelerator, training_args, settings)
-    resume_checkpoint(accelerator, output_dir, training_args.resume_from_checkpoint)
+    prepare_output_dir(accelerator, training_args)
+    run.resume(
+        accelerator,
+        training_args,
+        max_train_steps,
+        optimizer,
+        lr_scheduler,
+        progress,
+        ema,
+        trained_parameters,
+        {"classifier": accelerator.unwrap_model(classifier)},
+    )
     if ema is not None:
         ema.to(accelerator.device)
     num_classes = accelerator.unwrap_model(classifier).config.num_classes
@@ -327,6 +342,14 @@ def main(argv: list[str] | None = None) -> None:
     after_step = AfterStep(
         accelerator, training_args, max_train_steps, progress, lr_scheduler, ema, trained_parameters, metrics, log
     )
+
+    def save_result(folder: str) -> None:
+        """The classifier with the averaged weights, if there are any, and its noise; for the main process alone."""
+        with result_weights(ema, trained_parameters):
+            accelerator.unwrap_model(classifier).save_pretrained(os.path.join(folder, "classifier"))
+        save_id2label(os.path.join(folder, "classifier"), id2label)
+        if noise_scheduler is not None:
+            noise_scheduler.save_pretrained(os.path.join(folder, "scheduler"))
 
     def measure() -> None:
         model = accelerator.unwrap_model(classifier)
@@ -403,7 +426,14 @@ def main(argv: list[str] | None = None) -> None:
 
             due = after_step()  # learning rate, average, a row of the log
             if due.checkpoint:
-                save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
+                save_checkpoint(
+                    accelerator,
+                    output_dir,
+                    progress.global_step,
+                    training_args.checkpoints_total_limit,
+                    save_result,
+                    run.write,
+                )
             if due.end:  # the last validation follows below
                 break
             if due.validation:
@@ -412,13 +442,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. the result, with the averaged weights if there are any; only then what could fail
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(classifier)
-        if ema is not None:
-            ema.copy_to(model.parameters())
-        model.save_pretrained(os.path.join(output_dir, "classifier"))
-        save_id2label(os.path.join(output_dir, "classifier"), id2label)
-        if noise_scheduler is not None:
-            noise_scheduler.save_pretrained(os.path.join(output_dir, "scheduler"))
+        save_result(output_dir)
         logger.info(f"Saved the classifier to {output_dir}")
     validated = validate()
     validated = survives(accelerator, progress, plot) and validated

@@ -71,7 +71,7 @@ from diffusers_adm.training import (
     load_text,
     load_unet_config,
     match_unet_classes,
-    parse_args,
+    parse_run,
     plot_loss_curves,
     prepare_captions,
     prepare_output_dir,
@@ -81,7 +81,7 @@ from diffusers_adm.training import (
     record_losses,
     record_noise_schedule,
     rest_of_epoch,
-    resume_checkpoint,
+    result_weights,
     run_settings,
     save_checkpoint,
     save_samples,
@@ -271,7 +271,7 @@ def sample_grid(
 
 
 def main(argv: list[str] | None = None) -> None:
-    all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    all_args, run = parse_run(ARGUMENT_TYPES, argv, "train_controlnet", description=__doc__)
     without_effect = check_effects(*all_args)
     model_args, data_args, diffusion_args, training_args, text_args, control_args = all_args
     check_base_stays(model_args, diffusion_args, text_args)
@@ -282,9 +282,11 @@ def main(argv: list[str] | None = None) -> None:
     for sentence in without_effect:
         logger.warning(sentence)
     settings = run_settings(*all_args)
+    run.begin(settings)
 
     # 2. diffusion process and data: the cheap checks first
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
+    run.check_noise(noise_scheduler)
     unet_config = load_unet_config(model_args, data_args, noise_scheduler)
     has_text = text_args.caption_column is not None
     check_grids(training_args, noise_scheduler, data_args.label_column is not None, has_text)
@@ -297,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
             conditioning_image_column=control_args.conditioning_image_column,
             seed=training_args.seed,
         )
+        run.check_classes(id2label)
         num_classes = len(id2label) if id2label is not None else None
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
@@ -323,6 +326,8 @@ def main(argv: list[str] | None = None) -> None:
                 images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
             )
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
+    run.check_data(len(images))
+    run.check_network(controlnet.config, resolution, {"tokenizer": tokenizer})  # `FrozenNetworks` compares the others
     shown_dataset = ControlDataset(
         images, resolution, center_crop=True, seed=training_args.seed, condition=control_args.condition
     )
@@ -355,11 +360,22 @@ def main(argv: list[str] | None = None) -> None:
     ema = build_ema(trained_parameters, training_args)
     timestep_sampler = TIMESTEP_SAMPLERS[diffusion_args.timestep_sampler](noise_scheduler.config.num_train_timesteps)
     progress = TrainingProgress()
-    accelerator.register_for_checkpointing(lr_scheduler, timestep_sampler, progress, frozen, *([ema] if ema else []))
+    accelerator.register_for_checkpointing(lr_scheduler, timestep_sampler, progress, frozen)
 
     # 4. resume
-    prepare_output_dir(accelerator, training_args, settings)
-    resume_checkpoint(accelerator, output_dir, training_args.resume_from_checkpoint)
+    prepare_output_dir(accelerator, training_args)
+    run.resume(
+        accelerator,
+        training_args,
+        max_train_steps,
+        optimizer,
+        lr_scheduler,
+        progress,
+        ema,
+        trained_parameters,
+        {"": trained_model},
+        timestep_sampler,
+    )
     if ema is not None:
         ema.to(accelerator.device)
     metrics = LossMetrics(noise_scheduler.config.num_train_timesteps, accelerator.device)
@@ -383,6 +399,11 @@ def main(argv: list[str] | None = None) -> None:
     after_step = AfterStep(
         accelerator, training_args, max_train_steps, progress, lr_scheduler, ema, trained_parameters, metrics, log
     )
+
+    def save_result(folder: str) -> None:
+        """The branch with the averaged weights; for the main process alone."""
+        with result_weights(ema, trained_parameters):
+            trained_model.save_pretrained(folder)
 
     def show() -> None:
         """Curves and grid, on the main process."""
@@ -456,7 +477,14 @@ def main(argv: list[str] | None = None) -> None:
             due = after_step()  # learning rate, average, a row of the log
             if due.checkpoint:
                 frozen.check()
-                save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
+                save_checkpoint(
+                    accelerator,
+                    output_dir,
+                    progress.global_step,
+                    training_args.checkpoints_total_limit,
+                    save_result,
+                    run.write,
+                )
             if due.end:  # the last grid is drawn below
                 break
             if due.validation:
@@ -469,9 +497,7 @@ def main(argv: list[str] | None = None) -> None:
     hashes = ", ".join(f"{name} {value}" for name, value in frozen.hashes.items())
     logger.info(f"What was frozen has the weights that it began with (hashes: {hashes})")
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(trained_parameters)
-        trained_model.save_pretrained(output_dir)
+        save_result(output_dir)
         logger.info(f"Saved the branch to {output_dir}")
     validated = validate()
     accelerator.end_training()

@@ -66,7 +66,7 @@ from diffusers_adm.training import (
     load_text,
     load_unet_config,
     match_unet_classes,
-    parse_args,
+    parse_run,
     plot_loss_curves,
     prepare_captions,
     prepare_output_dir,
@@ -74,7 +74,7 @@ from diffusers_adm.training import (
     push_result,
     record_losses,
     rest_of_epoch,
-    resume_checkpoint,
+    result_weights,
     run_settings,
     save_checkpoint,
     save_samples,
@@ -173,7 +173,7 @@ def sample_grid(
 
 
 def main(argv: list[str] | None = None) -> None:
-    all_args = parse_args(ARGUMENT_TYPES, argv, description=__doc__)
+    all_args, run = parse_run(ARGUMENT_TYPES, argv, "train_super_resolution", description=__doc__)
     without_effect = check_effects(*all_args)
     model_args, data_args, diffusion_args, training_args, text_args, sr_args = all_args
     model_args.check_source()
@@ -185,9 +185,11 @@ def main(argv: list[str] | None = None) -> None:
         logger.warning(sentence)
     sr_args.inherit(pretrained_pipeline_config(model_args, data_args))
     settings = run_settings(*all_args)
+    run.begin(settings)
 
     # 2. diffusion process and data: the cheap checks first
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
+    run.check_noise(noise_scheduler)
     unet_config = load_unet_config(model_args, data_args, noise_scheduler, in_channels=IN_CHANNELS)
     embedding_dim = unet_config.get("time_cond_proj_dim")
     has_text = text_args.caption_column is not None
@@ -197,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         images, id2label = load_image_dataset(
             **data_args.source(), caption_column=text_args.caption_column, seed=training_args.seed
         )
+        run.check_classes(id2label)
         num_classes = len(id2label) if id2label is not None else None
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
@@ -222,6 +225,9 @@ def main(argv: list[str] | None = None) -> None:
                 images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
             )
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
+    run.check_data(len(images))
+    frozen = {"text encoder": None if text_args.train_text_encoder else text_encoder, "tokenizer": tokenizer}
+    run.check_network(unet.config, resolution, frozen)
     shown_dataset = ImageDataset(images, resolution, center_crop=True, seed=training_args.seed)
     examples = choose_examples(shown_dataset, training_args.num_validation_images, null_class_id)
     train_dataset = ImageDataset(
@@ -253,11 +259,22 @@ def main(argv: list[str] | None = None) -> None:
     ema = build_ema(trained_parameters, training_args)
     timestep_sampler = TIMESTEP_SAMPLERS[diffusion_args.timestep_sampler](noise_scheduler.config.num_train_timesteps)
     progress = TrainingProgress()
-    accelerator.register_for_checkpointing(lr_scheduler, timestep_sampler, progress, *([ema] if ema else []))
+    accelerator.register_for_checkpointing(lr_scheduler, timestep_sampler, progress)
 
     # 4. resume
-    prepare_output_dir(accelerator, training_args, settings)
-    resume_checkpoint(accelerator, output_dir, training_args.resume_from_checkpoint)
+    prepare_output_dir(accelerator, training_args)
+    run.resume(
+        accelerator,
+        training_args,
+        max_train_steps,
+        optimizer,
+        lr_scheduler,
+        progress,
+        ema,
+        trained_parameters,
+        dict(zip(("unet", "text_encoder"), trained_models, strict=False)),
+        timestep_sampler,
+    )
     if ema is not None:
         ema.to(accelerator.device)
     metrics = LossMetrics(noise_scheduler.config.num_train_timesteps, accelerator.device)
@@ -290,6 +307,11 @@ def main(argv: list[str] | None = None) -> None:
             max_noise_level=sr_args.max_noise_level,
             noise_schedule=noise_schedule_of(noise_scheduler),
         )
+
+    def save_result(folder: str) -> None:
+        """A pipeline with the averaged weights; for the main process alone."""
+        with result_weights(ema, trained_parameters):
+            build_pipeline().save_pretrained(folder)
 
     def show() -> None:
         """Curves and grid, on the main process."""
@@ -358,7 +380,14 @@ def main(argv: list[str] | None = None) -> None:
 
             due = after_step()  # learning rate, average, a row of the log
             if due.checkpoint:
-                save_checkpoint(accelerator, output_dir, progress.global_step, training_args.checkpoints_total_limit)
+                save_checkpoint(
+                    accelerator,
+                    output_dir,
+                    progress.global_step,
+                    training_args.checkpoints_total_limit,
+                    save_result,
+                    run.write,
+                )
             if due.end:  # the last grid is drawn below
                 break
             if due.validation:
@@ -368,9 +397,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 6. the result: a pipeline with the averaged weights; only then what could fail
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(trained_parameters)
-        build_pipeline().save_pretrained(output_dir)
+        save_result(output_dir)
         logger.info(f"Saved the pipeline to {output_dir}")
     validated = validate()
     accelerator.end_training()

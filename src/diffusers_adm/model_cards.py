@@ -43,7 +43,7 @@ KNOWN_DATA = {
 }
 # Where a run's result goes is no part of its recipe.
 NO_RECIPE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "cache_dir"}
-NO_RECIPE |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
+NO_RECIPE |= {"force_resume", "push_to_hub", "hub_model_id", "hub_private_repo"}
 CURVES = ("loss_curves.png", "classifier_curves.png")
 MEASURES = ("frechet_distance", "inception_score", "precision", "recall", "accuracy")  # of frechet.json
 SCRIPTS = {

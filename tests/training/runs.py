@@ -131,9 +131,9 @@ def assert_same_state(first, second, path=""):
 
 
 def assert_same_checkpoint(first, second):
-    """Two checkpoint folders: weights, optimizer, learning rate, EMA and whatever else is registered."""
-    files = sorted(path.name for path in Path(first).iterdir())
-    assert files == sorted(path.name for path in Path(second).iterdir())
+    """Two checkpoint folders: weights, optimizer, learning rate, whatever is registered; the result and its average."""
+    files = sorted(str(path.relative_to(first)) for path in Path(first).rglob("*") if path.is_file())
+    assert files == sorted(str(path.relative_to(second)) for path in Path(second).rglob("*") if path.is_file())
     for name in files:
         # The states of generators are no matter: each micro-step seeds them anew.
         if name.endswith((".bin", ".pkl")) and not name.startswith("random_states"):
@@ -141,3 +141,5 @@ def assert_same_checkpoint(first, second):
             assert_same_state(*states, name)
         elif name.endswith(".safetensors"):
             assert_same_state(*(load_file(Path(folder, name)) for folder in (first, second)), name)
+        elif name == "run_record.json":
+            assert_same_state(*(json.loads(Path(folder, name).read_text()) for folder in (first, second)), name)

@@ -304,6 +304,7 @@ class TestLaunched:
         """One process in place of two, and fewer batches in an epoch than the checkpoint has consumed of one."""
         folder, _, arguments = launched
         changes = {"output_dir": str(tmp_path), "train_batch_size": 16, "max_train_steps": 4, "report_to": "none"}
+        changes["force_resume"] = True
         checkpoint = str(folder / "checkpoint-3")
         train(**arguments | changes | {"resume_from_checkpoint": checkpoint, "dataloader_num_workers": 0})
         assert "was written by 2 processes and is resumed by 1" in caplog.text
@@ -337,6 +338,7 @@ def train_and_fingerprint(argv):
 
     def hash_and_save(accelerator, *arguments):
         tensors = list(accelerator.unwrap_model(accelerator._models[0]).parameters())
+        tensors += arguments[-1].__self__.ema.shadow_params  # of the record of the run
         for registered in accelerator._custom_objects:
             state = registered.state_dict()
             tensors += [x for value in state.values() for x in (value if isinstance(value, list) else [value])]

@@ -166,15 +166,13 @@ class TestAdapter:
             assert '"unet.r": 2' in file.metadata()["lora_adapter_metadata"]
         checkpoint = folder / "checkpoint-2"
         assert not (checkpoint / "model.safetensors").exists()
-        assert set(load_file(checkpoint / WEIGHTS)) == set(weights)
+        # The average in the root, as in the result; beside it what is trained.
+        assert_same_state(load_file(checkpoint / WEIGHTS), weights)
+        trained = load_file(checkpoint / "trained_adapter" / WEIGHTS)
+        assert set(trained) == set(weights)
+        assert any(not torch.equal(trained[name], weights[name]) for name in weights)
         optimizer = torch.load(checkpoint / "optimizer.bin")
         assert len(optimizer["state"]) == len(weights)
-        averages = [
-            state["shadow_params"]
-            for state in (torch.load(path) for path in checkpoint.glob("custom_checkpoint_*.pkl"))
-            if "shadow_params" in state
-        ]
-        assert [len(average) for average in averages] == [len(weights)]
 
     def test_resumed_exactly(self, short, monkeypatch, tmp_path):
         arguments = short | {"max_train_steps": 5, "checkpointing_steps": 2}
@@ -272,7 +270,7 @@ class TestBadInput:
 
     def test_a_checkpoint_of_a_run_without_adapter(self, short):
         train(**short | {"lora_rank": "none"})
-        with pytest.raises(ValueError, match="holds no adapter"):
+        with pytest.raises(ValueError, match="`lora_rank` is 2, and was None for checkpoint-2, which cannot be"):
             train(**short | {"max_train_steps": 3}, resume_from_checkpoint="latest")
 
     def test_a_checkpoint_of_another_adapter(self, short, tmp_path):
@@ -282,13 +280,20 @@ class TestBadInput:
         attention = {"down_block_types": ["AttnDownBlock2D"] * 2, "num_class_embeds": 10, "null_class_id": 9}
         other = save_base(tmp_path / "other", random_unet(**attention))
         for changes, message in (
-            ({"lora_rank": 4}, "begun with `lora_rank` 2, and this run has 4"),
-            ({"lora_alpha": 6}, r"begun with `lora_alpha` 2, and this run has 6\.0"),
+            ({"lora_rank": 4}, "`lora_rank` is 4, and was 2 for checkpoint-2, which cannot be loaded"),
+            ({"lora_alpha": 6}, r"`lora_alpha` is 6\.0, and was None for checkpoint-2, which cannot"),
             (
                 {"lora_target_modules": more},
                 re.escape(f"begun with `lora_target_modules` {before}, and this run has {sorted(more)}"),
             ),
-            ({"pretrained_model_name_or_path": other}, r"such as down_blocks.*lora_.*Resume with the `pretrained"),
+            (
+                {"pretrained_model_name_or_path": other},
+                "`down_block_types` in the config of the network is .*, and was",
+            ),
+            (
+                {"pretrained_model_name_or_path": other, "force_resume": True},
+                r"such as down_blocks.*lora_.*Resume with the `pretrained",
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 train(**short | {"max_train_steps": 3, "resume_from_checkpoint": "latest"} | changes)

@@ -16,6 +16,7 @@ from .arguments import (
     UNetArguments,
     arg,
     check_at_least,
+    given_arguments,
     parse_args,
 )
 from .captions import (
@@ -33,6 +34,7 @@ from .captions import (
 from .checkpoints import (
     TrainingProgress,
     delete_checkpoints,
+    find_checkpoint,
     find_latest_checkpoint,
     rest_of_epoch,
     resume_checkpoint,
@@ -63,7 +65,7 @@ from .data import (
     renumber_labels,
 )
 from .effects import check_effects
-from .ema import ema_weights, evaluation_weights
+from .ema import ema_weights, evaluation_weights, result_weights
 from .fingerprints import FrozenNetworks
 from .images import labelled_grid, labelled_strips
 from .lora import add_lora, checkpoint_adapter_alone, save_lora
@@ -72,6 +74,7 @@ from .masks import MASK_SHARES, InpaintingDataset, random_known
 from .metrics import LossMetrics, MetricsHistory, plot_loss_curves
 from .publication import prepare_repository, push_result, run_settings
 from .repositories import from_subfolder_or_root, reading
+from .resume import RunRecord, parse_run
 from .seeding import derive_seed, seed_step
 from .setup import (
     TrainingLog,
@@ -136,6 +139,7 @@ __all__ = [
     "MetricsHistory",
     "ModelArguments",
     "NoiseArguments",
+    "RunRecord",
     "TextArguments",
     "TimestepSampler",
     "TrainingArguments",
@@ -176,9 +180,11 @@ __all__ = [
     "ema_weights",
     "encode_captions",
     "evaluation_weights",
+    "find_checkpoint",
     "find_latest_checkpoint",
     "freeze_unused_parameters",
     "from_subfolder_or_root",
+    "given_arguments",
     "labelled_grid",
     "labelled_strips",
     "learned_classes",
@@ -195,6 +201,7 @@ __all__ = [
     "match_unet_classes",
     "min_snr_weights",
     "parse_args",
+    "parse_run",
     "plan_classes",
     "plot_accuracy_by_timestep",
     "plot_classifier_curves",
@@ -210,6 +217,7 @@ __all__ = [
     "record_noise_schedule",
     "renumber_labels",
     "rest_of_epoch",
+    "result_weights",
     "resume_checkpoint",
     "run_settings",
     "save_checkpoint",

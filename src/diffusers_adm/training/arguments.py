@@ -11,7 +11,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
@@ -193,7 +193,12 @@ class TrainingArguments:
     ema_power: float = arg(3 / 4, "Of the warm-up.")
     checkpointing_steps: int = arg(1000, "Optimizer steps between checkpoints.")
     checkpoints_total_limit: int | None = arg(None, "Keep this many; none: all.")
-    resume_from_checkpoint: str | None = arg(None, "`latest`, or a checkpoint folder.")
+    resume_from_checkpoint: str | None = arg(
+        None, "`latest`, or a checkpoint folder. Arguments that are left out are those of the run."
+    )
+    force_resume: bool = arg(
+        False, "Resume even where an argument or the data would make it another training; the new value is used."
+    )
     overwrite_output_dir: bool = arg(False, "Start anew where another run left checkpoints, and delete those.")
     logging_steps: int = arg(20, "Optimizer steps between rows of the curves.")
     logging_dir: str = arg("logs", "For TensorBoard, below `output_dir`.")
@@ -217,6 +222,10 @@ class TrainingArguments:
         if self.hub_token is not None and not HUB_TOKEN.fullmatch(self.hub_token):
             raise ValueError(
                 "`hub_token` holds other characters than letters, digits, `_`, `-`, `.` and `|`, so it is no token."
+            )
+        if self.force_resume and self.resume_from_checkpoint is None:
+            raise ValueError(
+                "`force_resume` was given without `resume_from_checkpoint`, so nothing is resumed. Pass both."
             )
         check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
         check_at_least(self, 1, "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps")
@@ -333,8 +342,26 @@ def parse_args(
         ValueError: If the recipe cannot be read, names an unknown field, or holds a value that does not fit its field.
         SystemExit: As `argparse` does, with a message, for errors on the command line, and for `--help`.
     """
-    if isinstance(dataclass_types, type):
-        dataclass_types = [dataclass_types]
+    types = [dataclass_types] if isinstance(dataclass_types, type) else dataclass_types
+    return build_arguments(types, given_arguments(types, argv, description))
+
+
+def build_arguments(dataclass_types: Sequence[type], values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One instance of each dataclass, of the values that its fields have; fields without one take their default."""
+    return tuple(
+        dataclass_type(**{f.name: values[f.name] for f in dataclasses.fields(dataclass_type) if f.name in values})
+        for dataclass_type in dataclass_types
+    )
+
+
+def given_arguments(
+    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+) -> dict[str, Any]:
+    """
+    The arguments that a recipe or the command line give, by name; without those left at their default.
+
+    Arguments and errors are those of [`parse_args`]. The checks of the dataclasses are not made.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Abbreviations would turn into other arguments, or errors, the day a similar field is added.
     parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
@@ -358,6 +385,7 @@ def parse_args(
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     recipe = finder.parse_known_args(argv)[0].config
+    defaults: dict[str, Any] = {}
     if recipe is not None:
         defaults = {
             key: _convert(actions[key], key, value, key in optional_fields, recipe)
@@ -367,20 +395,20 @@ def parse_args(
         for key in defaults:
             actions[key].required = False
 
-    *instances, _, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    for instance in instances:
-        for field in dataclasses.fields(instance):
-            # Of an optional list, `none` is converted like an entry of it.
-            if field.name in optional_fields and getattr(instance, field.name) == [None]:
-                setattr(instance, field.name, None)
+    _, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         flags = [word for word in unknown if word.startswith("--")]
         hints = [_close_matches(flag.split("=")[0], options) for flag in flags]
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{''.join(hints)} See --help for all.")
-    return tuple(instances)
+    # Once more, without defaults: what is found now was given.
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    given = defaults | vars(parser.parse_known_args(argv)[0])
+    # Of an optional list, `none` is converted like an entry of it.
+    unset = {name: None for name in optional_fields if given.get(name) == [None]}
+    return {name: value for name, value in (given | unset).items() if name in actions}
 
 
 class _Parser(HfArgumentParser):

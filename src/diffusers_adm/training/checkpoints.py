@@ -1,9 +1,10 @@
 """
 Checkpoints of a training run: written atomically, rotated, found again.
 
-A checkpoint is a folder `checkpoint-N` (N optimizer steps) that `Accelerator.save_state` filled. It is written under a
-name that no resume looks at and renamed when every process has finished and the bytes are on the disk, so a
-`checkpoint-N` that exists is complete, whenever the run was killed.
+A checkpoint is a folder `checkpoint-N` (N optimizer steps) that holds the state of the run (`Accelerator.save_state`)
+and the result that the run would have if it ended there. It is written under a name that no resume looks at and renamed
+when every process has finished and the bytes are on the disk, so a `checkpoint-N` that exists is complete, whenever the
+run was killed.
 """
 
 import dataclasses
@@ -11,10 +12,16 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import SAFE_MODEL_NAME, SCALER_NAME
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +73,12 @@ class TrainingProgress:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: str | os.PathLike, global_step: int, total_limit: int | None = None
+    accelerator: Accelerator,
+    output_dir: str | os.PathLike,
+    global_step: int,
+    total_limit: int | None = None,
+    save_result: Callable[[str], None] | None = None,
+    save_record: Callable[[str], None] | None = None,
 ) -> str:
     """
     Writes `output_dir/checkpoint-<global_step>` and deletes what exceeds `total_limit`. Collective: every process calls
@@ -78,6 +90,9 @@ def save_checkpoint(
         global_step (`int`): Optimizer steps taken. An existing checkpoint of that step is replaced.
         total_limit (`int`, *optional*): Checkpoints to keep, the new one included; at least 1. None keeps all. The old
             ones go after the new one is complete, so for a while there is one more on the disk.
+        save_result (function of a folder, *optional*): Writes what the run would leave if it ended here, so that the
+            checkpoint can be loaded as that can. Called by the process that owns the files, while the others wait.
+        save_record (function of a folder, *optional*): `RunRecord.write`, called likewise.
 
     Returns:
         `str`: The path of the checkpoint.
@@ -98,6 +113,10 @@ def save_checkpoint(
         writing.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(writing))
+    if _owns_files(accelerator):
+        for save in (save_result, save_record):
+            if save is not None:
+                save(str(writing))
     accelerator.wait_for_everyone()
     if _owns_files(accelerator):
         _flush_to_disk(writing)
@@ -126,8 +145,53 @@ def delete_checkpoints(output_dir: str | os.PathLike) -> None:
         _delete(path)
 
 
+def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str) -> Path | None:
+    """
+    The checkpoint that `resume_from_checkpoint` names.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The folder of the run.
+        resume_from_checkpoint (`str`): "latest" (the newest in `output_dir`), the path of a checkpoint, or the name of
+            one in `output_dir`.
+
+    Returns:
+        `Path`: Its folder; None if it is "latest" and there is none. If the run was killed while it replaced that
+        checkpoint, it has another name until `resume_checkpoint` has put it back.
+
+    Raises:
+        ValueError: If the checkpoint does not exist, or is a folder that `save_checkpoint` did not write.
+    """
+    output_dir = Path(output_dir)
+    checkpoints = _list_checkpoints(output_dir, REPLACED_PREFIX) | _list_checkpoints(output_dir)
+    if resume_from_checkpoint == "latest":
+        if not checkpoints:
+            return None
+        path = checkpoints[max(checkpoints)]
+    else:
+        path = Path(resume_from_checkpoint)
+        if not path.is_dir():
+            path = checkpoints.get(_step(resume_from_checkpoint), output_dir / resume_from_checkpoint)
+    found = [f"checkpoint-{step}" for step in sorted(checkpoints)]
+    if not path.is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is neither a folder nor a checkpoint in "
+            f"{output_dir}. Found there: {', '.join(found) or 'none'}. Pass one of them, a path, or 'latest'."
+        )
+    if path.name.startswith(WRITING_PREFIX) or _count_writers(path) == 0:
+        raise ValueError(
+            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {path} is not a complete checkpoint. "
+            f"Checkpoints are folders `checkpoint-<step>`; found in {output_dir}: {', '.join(found) or 'none'}."
+        )
+    return path
+
+
 def resume_checkpoint(
-    accelerator: Accelerator, output_dir: str | os.PathLike, resume_from_checkpoint: str | None
+    accelerator: Accelerator,
+    output_dir: str | os.PathLike,
+    resume_from_checkpoint: str | None,
+    ema: EMAModel | None = None,
+    load_average: Callable[[str], bool] | None = None,
+    not_restored: Collection[Any] = (),
 ) -> str | None:
     """
     Clears what an interrupted run left half-written in `output_dir`, then loads a checkpoint into everything
@@ -136,14 +200,20 @@ def resume_checkpoint(
     Args:
         accelerator (`Accelerator`): As set up for the run that wrote the checkpoint.
         output_dir (`str` or `os.PathLike`): The folder of the run.
-        resume_from_checkpoint (`str`, *optional*): "latest" (the newest in `output_dir`; a fresh start if there is
-            none), the path of a checkpoint, or the name of one in `output_dir`. None loads nothing.
+        resume_from_checkpoint (`str`, *optional*): As for `find_checkpoint`; without a "latest" one, a new run starts.
+            None loads nothing.
+        ema (`EMAModel`, *optional*): The average, which is not registered. It is read by `load_average`, or, from a
+            checkpoint of an earlier version, out of what that had registered.
+        load_average (function of a folder, *optional*): Reads the average of a checkpoint into `ema`, and returns
+            whether it was there. It may write to the weights that `accelerator` loads afterwards.
+        not_restored (collection, *optional*): Registered objects that keep the state they have.
 
     Returns:
         `str` or `None`: The path of the loaded checkpoint, or None for a fresh start.
 
     Raises:
-        ValueError: If the checkpoint does not exist, or is a folder that `save_checkpoint` did not write.
+        ValueError: If the checkpoint does not exist, is a folder that `save_checkpoint` did not write, or was written
+            by a run of another network, or of one without the average that this one keeps.
     """
     output_dir = Path(output_dir)
     if _owns_files(accelerator):
@@ -151,28 +221,11 @@ def resume_checkpoint(
     accelerator.wait_for_everyone()
     if resume_from_checkpoint is None:
         return None
-    if resume_from_checkpoint == "latest":
-        latest = find_latest_checkpoint(output_dir)
-        if latest is None:
-            logger.warning("There is no checkpoint in %s to resume from: starting a new run.", output_dir)
-            return None
-        path = Path(latest)
-    else:
-        path = Path(resume_from_checkpoint)
-        if not path.is_dir():
-            path = output_dir / resume_from_checkpoint
-    found = [checkpoint.name for _, checkpoint in sorted(_list_checkpoints(output_dir).items())]
-    if not path.is_dir():
-        raise ValueError(
-            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is neither a folder nor a checkpoint in "
-            f"{output_dir}. Found there: {', '.join(found) or 'none'}. Pass one of them, a path, or 'latest'."
-        )
-    writers = len(list(path.glob("random_states_*.pkl")))
-    if path.name.startswith(WRITING_PREFIX) or writers == 0:
-        raise ValueError(
-            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {path} is not a complete checkpoint. "
-            f"Checkpoints are folders `checkpoint-<step>`; found in {output_dir}: {', '.join(found) or 'none'}."
-        )
+    path = find_checkpoint(output_dir, resume_from_checkpoint)
+    if path is None:
+        logger.warning("There is no checkpoint in %s to resume from: starting a new run.", output_dir)
+        return None
+    writers = _count_writers(path)
     if writers != accelerator.num_processes and not accelerator.project_configuration.save_on_each_node:
         logger.warning(
             "%s was written by %d processes and is resumed by %d: training goes on, but the order of the data and the "
@@ -181,7 +234,11 @@ def resume_checkpoint(
             writers,
             accelerator.num_processes,
         )
-    accelerator.load_state(str(path))
+    _check_shapes(accelerator, path)
+    registered = [obj for obj in [ema] if obj is not None and not (load_average and load_average(str(path)))]
+    with _restorable(accelerator, path, registered, not_restored):
+        accelerator.load_state(str(path))
+    found = [checkpoint.name for _, checkpoint in sorted(_list_checkpoints(output_dir).items())]
     later = [name for name in found if path.parent == output_dir and _step(name) > _step(path.name)]
     if later:
         logger.warning(
@@ -191,6 +248,63 @@ def resume_checkpoint(
             ", ".join(later),
         )
     return str(path)
+
+
+def _count_writers(checkpoint: Path) -> int:
+    """How many processes wrote it: each leaves the state of its random numbers."""
+    return len(list(checkpoint.glob("random_states_*.pkl")))
+
+
+def _check_shapes(accelerator: Accelerator, path: Path) -> None:
+    """Refuses weights of other networks than those prepared, which torch would by listing all of them."""
+    for index, model in enumerate(accelerator._models):
+        file = path / f"{SAFE_MODEL_NAME}{f'_{index}' if index else ''}.safetensors"
+        if not file.is_file():  # an adapter's, whose own hook reads and checks them
+            continue
+        state = accelerator.unwrap_model(model).state_dict()
+        expected = {name: tuple(value.shape) for name, value in state.items()}
+        with safe_open(file, "pt") as saved:
+            shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+        # Weights with two names are saved under one of them.
+        pointers = {state[name].data_ptr() for name in shapes if name in state}
+        differing = [name for name in shapes if shapes[name] != expected.get(name)]
+        differing += [name for name in state if name not in shapes and state[name].data_ptr() not in pointers]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{path} holds the weights of another network: {len(differing)} of {len(expected)} tensors differ, "
+                f"such as {name!r}, of shape {shapes.get(name, 'none')} there and {expected.get(name, 'none')} here. "
+                "Resume it with the network that it was written with (its config, classes and adapter), or start anew."
+            )
+
+
+@contextmanager
+def _restorable(
+    accelerator: Accelerator, path: Path, registered: Iterable[Any], not_restored: Collection[Any]
+) -> Iterator[None]:
+    """What `accelerator` restores for the duration of a `with` block: what the checkpoint holds, and no more."""
+    objects, scaler = accelerator._custom_objects, accelerator.scaler
+    ignored = [_Ignored() if any(obj is other for other in not_restored) else obj for obj in objects]
+    accelerator._custom_objects = [*ignored, *registered]
+    saved = len(list(path.glob("custom_checkpoint_*.pkl")))
+    if saved != len(accelerator._custom_objects):
+        accelerator._custom_objects = objects
+        raise ValueError(
+            f"{path} holds the state of {saved} objects besides the networks, but this run has {len(ignored)}"
+            + (", and an average of the weights (`use_ema`)" if registered else "")
+            + ". Resume it with the script and the `use_ema` that it was written with."
+        )
+    if scaler is not None and not (path / SCALER_NAME).is_file():
+        accelerator.scaler = None  # begun in another precision than fp16: the scaler starts as a new one
+    try:
+        yield
+    finally:
+        accelerator._custom_objects, accelerator.scaler = objects, scaler
+
+
+class _Ignored:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 def _owns_files(accelerator: Accelerator) -> bool:
@@ -205,10 +319,11 @@ def _step(name: str) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _list_checkpoints(output_dir: Path) -> dict[int, Path]:
+def _list_checkpoints(output_dir: Path, prefix: str = "") -> dict[int, Path]:
     if not output_dir.is_dir():
         return {}
-    return {_step(entry.name): entry for entry in output_dir.iterdir() if entry.is_dir() and _step(entry.name) >= 0}
+    steps = {entry: _step(entry.name.removeprefix(prefix)) for entry in output_dir.iterdir() if entry.is_dir()}
+    return {step: entry for entry, step in steps.items() if step >= 0 and entry.name.startswith(prefix)}
 
 
 def _rotate(output_dir: Path, global_step: int, total_limit: int) -> None:

@@ -1,10 +1,14 @@
 """Exponential moving average of the weights: diffusers' `EMAModel`, and a swap that cannot be forgotten."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+
+from .lora import has_adapter, load_lora
 
 
 @contextmanager
@@ -37,6 +41,41 @@ def ema_weights(ema: EMAModel, parameters: Iterable[torch.nn.Parameter]) -> Iter
         ema.restore(parameters)
 
 
+def result_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    """`ema_weights`, or nothing where there is no average: the weights that a run saves as its result."""
+    return ema_weights(ema, parameters) if ema is not None else nullcontext()
+
+
+def load_average(
+    ema: EMAModel,
+    parameters: Iterable[torch.nn.Parameter],
+    networks: Mapping[str, torch.nn.Module],
+    folder: str | os.PathLike,
+) -> None:
+    """
+    Reads the averaged weights out of a result that was saved with them. The trained weights are overwritten by them:
+    load those afterwards.
+
+    Args:
+        ema (`EMAModel`): Of `parameters`.
+        parameters (iterable of `torch.nn.Parameter`): Those of `networks` that are trained.
+        networks (mapping of `torch.nn.Module`): By the subfolder of `folder` that holds them ("" for its root): models
+            of diffusers or transformers, or a U-Net with an adapter.
+        folder (`str` or `os.PathLike`): What was saved.
+    """
+    for subfolder, network in networks.items():
+        if has_adapter(network):
+            load_lora(network, folder)
+            continue
+        kwargs = {} if isinstance(network, ModelMixin) else {"dtype": torch.float32}
+        saved = type(network).from_pretrained(os.path.join(folder, subfolder), **kwargs)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            # By their order: transformers saves some weights under other names, and shared ones under one of theirs.
+            for parameter, average in zip(network.parameters(), saved.parameters(), strict=True):
+                parameter.copy_(average)
+    ema.shadow_params = [parameter.detach().clone() for parameter in parameters]
+
+
 @contextmanager
 def evaluation_weights(
     model: torch.nn.Module, ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter] | None = None
@@ -48,7 +87,7 @@ def evaluation_weights(
     model.eval()
     try:
         averaged = model.parameters() if parameters is None else parameters
-        with ema_weights(ema, averaged) if ema is not None else nullcontext():
+        with result_weights(ema, averaged):
             yield
     finally:
         model.train()

@@ -27,6 +27,8 @@ from ..noise_schedules import LORA_NOISE_SCHEDULE_KEY
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # which `load_lora_weights` looks for in a folder
 PREFIX = StableDiffusionLoraLoaderMixin.unet_name
+# Where checkpoints keep the adapter as it is trained; in their root lies its average, as in the result.
+TRAINED_FOLDER = "trained_adapter"
 
 
 def add_lora(unet: ModelMixin, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> None:
@@ -102,6 +104,37 @@ def save_lora(unet: ModelMixin, folder: str | os.PathLike, noise_schedule: Mappi
     )
 
 
+def has_adapter(network: torch.nn.Module) -> bool:
+    return bool(getattr(network, "peft_config", None))
+
+
+def load_lora(unet: ModelMixin, folder: str | os.PathLike) -> None:
+    """
+    Reads what `save_lora` wrote into the adapter that `unet` has.
+
+    Raises:
+        ValueError: If `folder` holds no adapter, or one that was configured differently or has other layers.
+    """
+    from peft import set_peft_model_state_dict
+
+    path = os.path.join(folder, WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"The checkpoint {folder} holds no adapter ({WEIGHTS_NAME}): it was written by a run without "
+            "`lora_rank`. Resume it without, or start anew."
+        )
+    _check_same_adapter(unet, path)
+    state = {name.removeprefix(f"{PREFIX}."): value for name, value in load_file(path).items()}
+    result = set_peft_model_state_dict(unet, state)
+    # All weights of the base are missing, which the checkpoint does not hold.
+    differing = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
+    if differing:
+        raise ValueError(
+            f"The adapter of {folder} has other layers than this run's, such as {differing[0]}. Resume with "
+            "the `pretrained_model_name_or_path` that it was begun with."
+        )
+
+
 def _adapter_metadata(unet: ModelMixin) -> dict[str, Any]:
     """How the adapter was configured, as JSON can hold it."""
     config = unet.peft_config["default"].to_dict()
@@ -127,33 +160,18 @@ def checkpoint_adapter_alone(accelerator: Accelerator, noise_schedule: Mapping[s
     Makes `accelerator.save_state` and `load_state` write and read the adapter of the U-Net instead of all of it;
     `noise_schedule` as of `save_lora`.
     """
-    from peft import set_peft_model_state_dict
 
     def save(models: list[torch.nn.Module], weights: list, folder: str) -> None:
         weights.clear()  # which Accelerate would write itself
         if accelerator.is_main_process:
             for model in models:
-                save_lora(accelerator.unwrap_model(model), folder, noise_schedule)
+                save_lora(accelerator.unwrap_model(model), os.path.join(folder, TRAINED_FOLDER), noise_schedule)
 
     def load(models: list[torch.nn.Module], folder: str) -> None:
-        path = os.path.join(folder, WEIGHTS_NAME)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"The checkpoint {folder} holds no adapter ({WEIGHTS_NAME}): it was written by a run without "
-                "`lora_rank`. Resume it without, or start anew."
-            )
+        trained = os.path.join(folder, TRAINED_FOLDER)
         while models:  # what is left, Accelerate would read itself
-            unet = accelerator.unwrap_model(models.pop())
-            _check_same_adapter(unet, path)
-            state = {name.removeprefix(f"{PREFIX}."): value for name, value in load_file(path).items()}
-            result = set_peft_model_state_dict(unet, state)
-            # All weights of the base are missing, which the checkpoint does not hold.
-            differing = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
-            if differing:
-                raise ValueError(
-                    f"The adapter of {folder} has other layers than this run's, such as {differing[0]}. Resume with "
-                    "the `pretrained_model_name_or_path` that it was begun with."
-                )
+            # Checkpoints of the first version have the trained adapter in their root, and no averaged one.
+            load_lora(accelerator.unwrap_model(models.pop()), trained if os.path.isdir(trained) else folder)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

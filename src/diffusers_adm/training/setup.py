@@ -39,7 +39,7 @@ from .publication import prepare_repository
 from .repositories import from_subfolder_or_root, reading
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 # 1. Processes
@@ -303,16 +303,14 @@ def build_ema(parameters: Iterable[torch.nn.Parameter], training_args: TrainingA
 # 4. The folder of the run, and its log
 
 
-def prepare_output_dir(accelerator: Accelerator, training_args: TrainingArguments, settings: Mapping[str, Any]) -> None:
+def prepare_output_dir(accelerator: Accelerator, training_args: TrainingArguments) -> None:
     """
-    Creates the folder of the run with `train_args.yaml`, which reads back as a recipe. Collective.
+    Creates the folder of the run, and deletes the checkpoints of another run if so asked. Collective.
 
     Raises:
         ValueError: If another run left checkpoints there, and the arguments say neither to go on with it nor to start
             anew. A new run would mix with it: `latest` finds the highest step, whoever wrote it.
     """
-    import yaml
-
     output_dir = training_args.output_dir
     latest = find_latest_checkpoint(output_dir)
     if training_args.resume_from_checkpoint is None and latest is not None:
@@ -328,8 +326,6 @@ def prepare_output_dir(accelerator: Accelerator, training_args: TrainingArgument
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.makedirs(output_dir, exist_ok=True)
-        with open(os.path.join(output_dir, "train_args.yaml"), "w", encoding="utf-8") as file:
-            yaml.safe_dump(dict(settings), file, sort_keys=False)
 
 
 def save_samples(accelerator: Accelerator, grid: Image.Image, output_dir: str, global_step: int) -> None:
@@ -338,6 +334,44 @@ def save_samples(accelerator: Accelerator, grid: Image.Image, output_dir: str, g
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("samples", np.asarray(grid), global_step, dataformats="HWC")
+
+
+# What to do about a run that has gone astray.
+ADVICE = (
+    "Resume an earlier checkpoint with a lower `--learning_rate`, or with `--mixed_precision bf16` or `no` instead of "
+    "fp16."
+)
+# A network that always predicts 0 has a squared error of about 1 (images and noise have unit scale), one that guesses
+# among a million classes a cross entropy of 14: a mean a hundred times as large is out of reach of any that learns.
+ABSURD_ERROR = 100.0
+# So much above the lowest mean over that many rows is beyond what rows of few images differ by.
+DIVERGED_FACTOR, DIVERGENCE_SPAN = 100.0, 20
+
+
+class DivergenceWatch:
+    """
+    Notices that a run has diverged though its loss is finite: the squared error (a classifier's cross entropy) is
+    absurdly large, or has risen far above the lowest mean that it had.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[float] = []  # of the latest rows, oldest first
+        self.lowest = math.inf  # of the means over `DIVERGENCE_SPAN` rows
+
+    def update(self, values: Mapping[str, float]) -> str | None:
+        """Takes a row of metrics. What is wrong with it; None for nothing."""
+        name = "mse" if "mse" in values else "loss"
+        value = values[name]
+        if not math.isfinite(value):  # a row of the history that could not be written as a number
+            return f"its {name} is {value}"
+        if value > ABSURD_ERROR:
+            return f"its {name} is {value:.3g}, far above that of an untrained network"
+        if value > DIVERGED_FACTOR * self.lowest:
+            return f"its {name} is {value:.3g}, and had come down to {self.lowest:.3g}"
+        self.values = [*self.values, value][-DIVERGENCE_SPAN:]
+        if len(self.values) == DIVERGENCE_SPAN:
+            self.lowest = min(self.lowest, sum(self.values) / DIVERGENCE_SPAN)
+        return None
 
 
 class TrainingLog:
@@ -366,8 +400,12 @@ class TrainingLog:
         self.accelerator = accelerator
         self.total_batch_size = total_batch_size
         self.history = MetricsHistory(os.path.join(output_dir, "metrics.jsonl"))
+        self.watch, self.divergence = DivergenceWatch(), None
         if accelerator.is_main_process:
             self.history.rewind(global_step)
+            for row in self.history.rows():
+                if "loss" in row:
+                    self.watch.update(row)
         accelerator.init_trackers(
             "train",
             config={name: str(value) for name, value in settings.items()},
@@ -394,14 +432,16 @@ class TrainingLog:
         """
         A row of training metrics, `loss` among them, with learning rate and throughput since the last row.
 
+        A warning tells when the run has diverged although its loss is finite.
+
         Raises:
             RuntimeError: If the loss is not finite.
         """
         if not math.isfinite(values["loss"]):
-            raise RuntimeError(
-                f"The loss is {values['loss']} at step {step}. Resume an earlier checkpoint with a lower "
-                "`--learning_rate`, or with `--mixed_precision bf16` or `no` instead of fp16."
-            )
+            raise RuntimeError(f"The loss is {values['loss']} at step {step}. {ADVICE}")
+        before, self.divergence = self.divergence, self.watch.update(values)
+        if self.divergence is not None and before is None:
+            logger.warning(f"The run seems to have diverged at step {step}: {self.divergence}. {ADVICE}")
         images = (step - self._clock_step) * self.total_batch_size
         images_per_second = images / (time.perf_counter() - self._clock_start)
         self.start_clock(step)
@@ -427,4 +467,9 @@ class TrainingLog:
             self.history.append(step, {f"{file_prefix}{name}": value for name, value in values.items()})
 
     def close(self) -> None:
+        """At the end of the training; a run that has diverged is not to end as if nothing had happened."""
         self.progress_bar.close()
+        if self.divergence is not None:
+            logger.warning(
+                f"The run has diverged: {self.divergence}. Its result is saved all the same, but is of no use. {ADVICE}"
+            )

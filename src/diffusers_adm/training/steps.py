@@ -14,7 +14,7 @@ from .checkpoints import TrainingProgress
 from .classification import ClassificationMetrics
 from .losses import Objective, TrainingLosses
 from .metrics import LossMetrics
-from .setup import TrainingLog
+from .setup import ADVICE, TrainingLog
 from .timestep_samplers import TimestepSampler
 
 
@@ -59,6 +59,8 @@ class AfterStep:
     """
     What follows an optimizer step: learning rate, average, counters, and a row of the log where one is due. Collective.
 
+    Where a checkpoint is due, the weights are looked at first: it would take the place of one that is sound.
+
     Args:
         accelerator (`Accelerator`): Of the run.
         training_args (`TrainingArguments`): How often rows, checkpoints and validations are due.
@@ -94,6 +96,10 @@ class AfterStep:
         self.log = log
 
     def __call__(self) -> Due:
+        """
+        Raises:
+            RuntimeError: If the loss of a row, or a weight that is to be saved, is not finite.
+        """
         if not self.accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
             self.lr_scheduler.step()
         if self.ema is not None:
@@ -106,7 +112,18 @@ class AfterStep:
             values = self.metrics.compute(self.accelerator)  # the one place that waits for the device
             self.metrics.reset()
             self.log.write(self.progress.global_step, values, float(self.lr_scheduler.get_last_lr()[0]))
+        if due.checkpoint:
+            self._check_weights()
         return due
+
+    def _check_weights(self) -> None:
+        for name, tensors in (("weights", self.parameters), ("averaged weights", self.ema and self.ema.shadow_params)):
+            finite = [torch.isfinite(tensor).all() for tensor in tensors or ()]
+            if finite and not torch.stack(finite).all():  # waits for the device once
+                raise RuntimeError(
+                    f"The {name} are not finite at step {self.progress.global_step}, so no checkpoint of them is "
+                    f"saved. {ADVICE}"
+                )
 
     def _due(self) -> Due:
         step, arguments = self.progress.global_step, self.training_args
