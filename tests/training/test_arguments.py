@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from diffusers_adm.training.arguments import parse_args
+from diffusers_adm.training.arguments import given_arguments, parse_args
 
 
 @dataclass
@@ -169,3 +169,19 @@ def test_an_optional_list_of_the_recipe_can_be_unset(tmp_path):
     recipe.write_text("data_files: a.parquet\n")
     (arguments,) = parse_args(TrainingArguments, ["--config", str(recipe), "--data_files", "none"])
     assert arguments.data_files is None
+
+
+def test_what_was_given(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{learning_rate: 1e-3, channels: [3], snr_gamma: none}")  # the first is the default
+    words = ["--config", str(recipe), "--output_dir", "a", "--channels", "4", "--no_use_ema", "--data_files", "none"]
+    given = given_arguments([ModelArguments, TrainingArguments], words)
+    assert given == {
+        "learning_rate": 1e-3,
+        "channels": [4],
+        "snr_gamma": None,
+        "output_dir": "a",
+        "use_ema": False,
+        "data_files": None,
+    }
+    assert given_arguments([TrainingArguments], []) == {}

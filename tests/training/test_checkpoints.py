@@ -137,6 +137,58 @@ def test_how_a_checkpoint_can_be_named(tmp_path, monkeypatch, caplog):
         resume_checkpoint(run.accelerator, tmp_path / "run", str(tmp_path / "run"))
 
 
+def test_the_result_is_written_before_the_checkpoint_has_its_name(tmp_path):
+    run = Run()
+    folders = []
+
+    def save_result(folder):
+        folders.append(Path(folder).name)
+        Path(folder, "result.txt").write_text("the result")
+
+    run.save(tmp_path, 1, save_result=save_result)
+    assert folders == [".writing-checkpoint-1"]
+    assert (tmp_path / "checkpoint-1" / "result.txt").read_text() == "the result"
+
+    def fail(folder):
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        run.save(tmp_path, 2, save_result=fail)
+    assert find_latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_weights_of_another_network(tmp_path):
+    Run().save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"another network: 2 of 2 tensors differ, such as .*\(8.*\) there and \(9"):
+        resume_checkpoint(Run(width=9).accelerator, tmp_path, "latest")
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, True), (True, False), (False, True)])
+def test_gradient_scaler_of_fp16(tmp_path, before, now):
+    """A run may go on in another precision: its scaler starts as a new one, or is left behind."""
+    run, resumed = Run(), Run()
+    if before:
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    if now:
+        resumed.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    run.save(tmp_path, 3)
+    resume_checkpoint(resumed.accelerator, tmp_path, "latest")
+    resumed.assert_at(3)
+    if now:
+        assert resumed.accelerator.scaler.get_scale() == (8.0 if before else 16.0)
+
+
+def test_registered_objects_that_are_not_restored(tmp_path):
+    run = Run()
+    run.save(tmp_path, 3)
+    resumed = Run()
+    resume_checkpoint(resumed.accelerator, tmp_path, "latest", not_restored=[resumed.progress])
+    assert resumed.progress == TrainingProgress()
+    resumed.accelerator.register_for_checkpointing(TrainingProgress())
+    with pytest.raises(ValueError, match="holds the state of 1 objects besides the networks, but this run has 2"):
+        resume_checkpoint(resumed.accelerator, tmp_path, "latest")
+
+
 def save_for_ever(output_dir):
     torch.set_num_threads(1)
     run = Run(width=700)  # 6 MB with the optimizer: long enough to be caught in the act

@@ -8,6 +8,7 @@ from runs import reset_accelerate
 
 from diffusers_adm.training import AfterStep, LossMetrics, TrainingArguments, TrainingProgress, UniformTimestepSampler
 from diffusers_adm.training.losses import TrainingLosses
+from diffusers_adm.training.setup import DivergenceWatch
 from diffusers_adm.training.steps import record_losses
 
 
@@ -83,6 +84,45 @@ def test_a_step_that_the_gradient_scaler_skipped(monkeypatch):
     run.step()
     assert run.lr_scheduler.get_last_lr() == [1.0]
     assert run.progress.global_step == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_reach_no_checkpoint(value):
+    """Also where the loss that led to them was finite. Without a checkpoint nothing looks at them."""
+    run = Run(7, logging_steps=1, checkpointing_steps=2)
+    run.step()
+    run.step()
+    with torch.no_grad():
+        run.weight.fill_(value)
+    run.step()
+    with pytest.raises(RuntimeError, match="The weights are not finite at step 4, so no checkpoint.*`--learning_rate`"):
+        run.step()
+    with torch.no_grad():
+        run.weight.fill_(1.0)
+    run.ema.shadow_params[0].fill_(value)
+    run.progress.global_step = 5
+    with pytest.raises(RuntimeError, match="The averaged weights are not finite at step 6"):
+        run.step()
+
+
+class TestDivergenceWatch:
+    def test_ordinary_curves_and_rows_of_few_images(self):
+        watch, generator = DivergenceWatch(), torch.Generator().manual_seed(0)
+        for step in range(500):
+            # Falls by 50; log-normal rows, by e up or down.
+            value = (0.02 + 1 / (1 + step)) * float(torch.randn((), generator=generator).exp())
+            assert watch.update({"loss": 2 * value, "mse": value}) is None
+
+    def test_absurd_at_once(self):
+        assert "its mse is 5e+21" in DivergenceWatch().update({"loss": 5e21, "mse": 5e21})
+        assert "its loss is 101" in DivergenceWatch().update({"loss": 101.0})  # a classifier's
+
+    def test_what_had_been_learned_is_lost(self):
+        watch = DivergenceWatch()
+        for _ in range(30):
+            assert watch.update({"loss": 1.0, "mse": 0.005}) is None
+        assert "its mse is 0.9, and had come down to 0.005" in watch.update({"loss": 1.0, "mse": 0.9})
+        assert watch.update({"loss": 1.0, "mse": 0.006}) is None  # it has recovered
 
 
 def test_losses_as_they_are():

@@ -1,0 +1,806 @@
+"""What may change when a run is resumed: what each argument then does, what is refused, what checkpoints hold."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from runs import (
+    EMOJI,
+    SHORT_RUN,
+    assert_same_checkpoint,
+    flags,
+    own_process_state,
+    read_metrics,
+    reset_accelerate,
+    save_base,
+)
+from safetensors.torch import load_file
+from scripts import REPOSITORY, load_script
+from toy_models import TOY_CLASSIFIER_CONFIG, TOY_CONFIG, random_text_unet, random_unet
+
+from diffusers_adm import AdaGNClassifierModel, AdaGNControlNetModel, AdaGNUNet2DModel, ADMPipeline
+from diffusers_adm.evaluation.sample.__main__ import main as sample
+from diffusers_adm.training.resume import (
+    APPLIED,
+    FREE,
+    NEVER,
+    OF_ONE_START,
+    PROCESS,
+    SOURCE,
+    VERDICTS,
+    apply_arguments,
+    parse_run,
+)
+
+
+NAMES = ("train_adm", "train_classifier", "train_controlnet", "train_super_resolution")
+SCRIPTS = {name: load_script(name) for name in NAMES}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PREVIOUS = Path("tests", "training", "data", "previous_version")  # as its record has it: relative to the repository
+
+ALL_ARGUMENTS = {
+    name: [f.name for types in script.ARGUMENT_TYPES for f in dataclasses.fields(types)]
+    for name, script in SCRIPTS.items()
+}
+
+
+def with_verdict(*verdicts):
+    return [
+        pytest.param(script, name, id=f"{script}-{name}")
+        for script, arguments in ALL_ARGUMENTS.items()
+        for name in arguments
+        if VERDICTS.get(name) in verdicts
+    ]
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for script in SCRIPTS.values():  # slow, and tested elsewhere
+        for name in ("plot_loss_curves", "plot_classifier_curves"):
+            if hasattr(script, name):
+                monkeypatch.setattr(script, name, lambda *args: None)
+    with own_process_state("train_adm"):
+        yield
+
+
+def run(name, **arguments):
+    reset_accelerate()
+    try:
+        SCRIPTS[name].main(flags(**arguments))
+    finally:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+def parse(name, **arguments):
+    return parse_run(SCRIPTS[name].ARGUMENT_TYPES, flags(**arguments), name)
+
+
+def values_of(all_args):
+    return {name: value for arguments in all_args for name, value in vars(arguments).items()}
+
+
+def write_json(path, config, **changes):
+    path.write_text(json.dumps({**config, **changes}))
+    return str(path)
+
+
+def weights(folder, component="unet"):
+    return load_file(Path(folder, component, WEIGHTS))
+
+
+# 1. The table, against all arguments of all scripts
+
+
+def test_every_argument_has_a_verdict_and_no_others_have():
+    assert set(VERDICTS) == {name for arguments in ALL_ARGUMENTS.values() for name in arguments}
+    assert set(VERDICTS.values()) == {FREE, APPLIED, PROCESS, NEVER, SOURCE}
+
+
+# 2. One short run of each script, whose checkpoint the tests below resume
+
+
+TOY_RUN = SHORT_RUN | {
+    "train_batch_size": 4,
+    "max_train_samples": 8,  # two batches an epoch
+    "learning_rate": 1e-3,
+    "num_validation_images": 1,
+    "validation_num_inference_steps": 1,
+    "ema_max_decay": 0.5,
+    "data_files": EMOJI,
+    "label_column": "label",
+}
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """Arguments of a run of two steps, by script."""
+    folder = tmp_path_factory.mktemp("toys")
+    classifier = {k: v for k, v in TOY_CLASSIFIER_CONFIG.items() if k != "num_classes"}
+    base = save_base(folder / "base", random_unet(num_class_embeds=10, null_class_id=9))
+    no_grids = ("num_validation_images", "validation_num_inference_steps")
+    arguments = {
+        "train_adm": TOY_RUN | {"model_config_name_or_path": write_json(folder / "unet.json", TOY_CONFIG)},
+        "train_classifier": {k: v for k, v in TOY_RUN.items() if k not in no_grids}
+        | {"model_config_name_or_path": write_json(folder / "classifier.json", classifier), "use_ema": True},
+        "train_controlnet": TOY_RUN | {"pretrained_model_name_or_path": base, "condition": "low_resolution"},
+        "train_super_resolution": TOY_RUN
+        | {"model_config_name_or_path": write_json(folder / "upsampler.json", TOY_CONFIG, in_channels=6)}
+        | {"low_res_size": 4, "max_noise_level": 0},
+    }
+    return {name: given | {"output_dir": str(folder / name)} for name, given in arguments.items()}
+
+
+@pytest.fixture(scope="module")
+def begun(toys):
+    """The folder of the finished run, by script; made when first asked for."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    done = {}
+
+    def folder(name):
+        if name not in done:
+            run(name, **toys[name])
+            done[name] = Path(toys[name]["output_dir"])
+        return done[name]
+
+    yield folder
+    patch.undo()
+
+
+def resumed(begun, tmp_path, name="train_adm", **changes):
+    """One step more, in a folder of its own; the folder."""
+    run(
+        name,
+        **{"max_train_steps": 3, "output_dir": str(tmp_path)} | changes,
+        resume_from_checkpoint=str(begun(name) / "checkpoint-2"),
+    )
+    return tmp_path
+
+
+# Another value for each argument, which no other argument contradicts.
+OTHERS = {
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 1e-3,
+    "adam_weight_decay": 0.1,
+    "allow_tf32": True,
+    "beta_end": 0.03,
+    "beta_start": 0.001,
+    "cache_dir": "elsewhere",
+    "caption_column": "text",
+    "caption_dropout_prob": 0.7,
+    "center_crop": True,
+    "channels_last": True,
+    "checkpointing_steps": 7,
+    "checkpoints_total_limit": 3,
+    "class_balanced": True,
+    "class_dropout_prob": 0.7,
+    "condition": "edges",
+    "condition_dropout_prob": 0.7,
+    "conditioning_embedding_out_channels": [8, 8],
+    "conditioning_image_column": "image",
+    "controlnet_width": 0.5,
+    "data_files": ["elsewhere.parquet"],
+    "dataloader_num_workers": 1,
+    "dataset_config_name": "other",
+    "dataset_name": "somebody/else",
+    "ddpm_beta_schedule": "cosine",
+    "ddpm_num_steps": 100,
+    "ema_inv_gamma": 2.0,
+    "ema_max_decay": 0.25,
+    "ema_power": 0.5,
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": True,
+    "hub_model_id": "alice/toy",
+    "hub_private_repo": True,
+    "hub_token": "token",
+    "image_check_num_proc": 2,
+    "image_column": "picture",
+    "label_column": None,
+    "learning_rate": 2e-3,
+    "logging_dir": "elsewhere",
+    "logging_steps": 2,
+    "lora_alpha": 3.0,
+    "lora_rank": 2,
+    "lora_target_modules": ["conv1"],
+    "low_res_size": 2,
+    "lr_scheduler": "linear",
+    "lr_warmup_steps": 6,
+    "max_grad_norm": 1e-9,
+    "max_noise_level": 3,
+    "max_train_samples": 12,
+    "max_train_steps": 4,
+    "max_validation_samples": 3,
+    "min_image_size": 7,
+    "mixed_precision": "bf16",
+    "noised": False,
+    "num_timestep_bins": 2,
+    "num_train_epochs": 2,
+    "num_validation_images": 2,
+    "objective": "simple",
+    "output_dir": "elsewhere",
+    "overwrite_output_dir": True,
+    "precompute_text_embeddings": True,
+    "prediction_type": "v_prediction",
+    "push_to_hub": True,
+    "random_flip": True,
+    "report_to": "tensorboard",
+    "resolution": 16,
+    "seed": 5,
+    "snr_gamma": 5.0,
+    "split": "test",
+    "task": "inpaint",
+    "timestep_sampler": "loss-second-moment",
+    "train_batch_size": 2,
+    "train_data_dir": "elsewhere",
+    "train_text_encoder": True,
+    "use_ema": False,
+    "validation_data_files": [EMOJI],
+    "validation_guidance_scale": 2.0,
+    "validation_num_inference_steps": 2,
+    "validation_prompts": ["a cat"],
+    "validation_split": "test",
+    "validation_steps": 3,
+    "variance_type": "learned_log",
+}
+# What an argument needs beside it.
+NEEDED = {
+    "caption_column": {},
+    "hub_model_id": {"push_to_hub": True},
+    "hub_private_repo": {"push_to_hub": True},
+    "hub_token": {"push_to_hub": True},
+    "lora_alpha": {"lora_rank": 2},
+    "lora_target_modules": {"lora_rank": 2},
+    "max_validation_samples": {"validation_split": "test"},
+}
+# Of the pretrained model, so that its script refuses them whether or not a run is resumed.
+REFUSED_ANYWAY = {
+    ("train_controlnet", name) for name in ("ddpm_num_steps", "ddpm_beta_schedule", "beta_start", "beta_end")
+}
+REFUSED_ANYWAY |= {("train_controlnet", name) for name in ("prediction_type", "variance_type", "train_text_encoder")}
+
+
+@pytest.mark.parametrize(("script", "name"), with_verdict(FREE))
+def test_free_arguments_are_used(begun, script, name):
+    if name in (*OF_ONE_START, "precompute_text_embeddings", "validation_prompts"):
+        return  # of one start; the others need captions, see below
+    changes = {name: OTHERS[name], "resume_from_checkpoint": str(begun(script) / "checkpoint-2"), "max_train_steps": 3}
+    all_args, record = parse(script, **NEEDED.get(name, {}) | changes)
+    assert values_of(all_args)[name] == OTHERS[name]
+    assert not record.forced
+
+
+@pytest.mark.parametrize(("script", "name"), with_verdict(PROCESS))
+def test_another_process_is_refused_by_name(begun, tmp_path, script, name):
+    before = yaml.safe_load((begun(script) / "train_args.yaml").read_text())
+    changes = {name: OTHERS[name], "max_train_steps": 3, "output_dir": str(tmp_path)}
+    changes["resume_from_checkpoint"] = str(begun(script) / "checkpoint-2")
+    if (script, name) in REFUSED_ANYWAY:
+        with pytest.raises(ValueError, match=f"drop .*`{name}`"):
+            run(script, **changes)
+        return
+    with pytest.raises(ValueError, match=f"`{name}` is .*, and was .* for checkpoint-2.*`--force_resume`") as caught:
+        run(script, **changes)
+    assert f"--{name} " in str(caught.value) or before["pretrained_model_name_or_path"] is not None
+    assert not list(tmp_path.iterdir())  # before data or a folder of the run
+
+
+@pytest.mark.parametrize(("script", "name"), with_verdict(NEVER))
+def test_what_could_not_be_loaded_is_refused_even_if_forced(begun, tmp_path, script, name):
+    if name == "lora_target_modules" or (script, name) in REFUSED_ANYWAY:
+        return  # compared once the layers are known, see test_train_adm_lora.py
+    changes = {name: OTHERS[name], "max_train_steps": 3, "output_dir": str(tmp_path), "force_resume": True}
+    with pytest.raises(ValueError, match=f"`{name}` is .*, and was .*checkpoint-2, which cannot be loaded otherwise"):
+        run(
+            script,
+            **NEEDED.get(name, {}) | changes,
+            resume_from_checkpoint=str(begun(script) / "checkpoint-2"),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+# 3. What is applied
+
+
+@pytest.fixture(scope="module")
+def unchanged(begun, tmp_path_factory):
+    return resumed(begun, tmp_path_factory.mktemp("unchanged"))
+
+
+def moments(folder, step=3):
+    state = torch.load(Path(folder, f"checkpoint-{step}", "optimizer.bin"))
+    names = [name for name, _ in AdaGNUNet2DModel.from_pretrained(folder, subfolder="unet").named_parameters()]
+    return {name: state["state"][index] for index, name in enumerate(names)}, state["param_groups"][0]
+
+
+def trained(folder, step):
+    return load_file(Path(folder, f"checkpoint-{step}", "model.safetensors"))
+
+
+# One step of Adam in float32, taken twice: the last bits of its sums.
+CLOSE = {"rtol": 1e-4, "atol": 1e-8}
+
+
+class TestApplied:
+    def test_learning_rate(self, begun, unchanged, tmp_path):
+        folder = resumed(begun, tmp_path, learning_rate=2e-3)
+        before, usual, fast = trained(begun("train_adm"), 2), trained(unchanged, 3), trained(folder, 3)
+        for name in before:  # the moments are kept: the same direction, twice as far
+            torch.testing.assert_close(
+                fast[name] - before[name], 2 * (usual[name] - before[name]), rtol=1e-2, atol=1e-6
+            )
+        assert read_metrics(folder)[-1]["lr"] == 2e-3
+        assert moments(folder)[1]["lr"] == moments(folder)[1]["initial_lr"] == 2e-3
+        assert yaml.safe_load((folder / "train_args.yaml").read_text())["learning_rate"] == 2e-3
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            # After step 3: the end of the line; and half of the warm-up.
+            ({"lr_scheduler": "linear"}, 0.0),
+            ({"lr_warmup_steps": 6}, 0.5e-3),
+            ({"lr_warmup_steps": 6, "learning_rate": 4e-3}, 2e-3),
+        ],
+    )
+    def test_the_curve_of_the_learning_rate(self, begun, tmp_path, changes, expected):
+        folder = resumed(begun, tmp_path, **changes)
+        assert read_metrics(folder)[-1]["lr"] == pytest.approx(expected)
+
+    @pytest.mark.parametrize("changes", [{"max_train_steps": 4}, {"num_train_epochs": 2}])
+    def test_length(self, begun, tmp_path, changes):
+        arguments = {"output_dir": str(tmp_path), "resume_from_checkpoint": str(begun("train_adm") / "checkpoint-2")}
+        run("train_adm", **arguments, **changes)
+        assert (tmp_path / "checkpoint-4").is_dir()
+        assert [row["step"] for row in read_metrics(tmp_path)] == [3, 4]
+
+    @pytest.mark.parametrize(("name", "moment"), [("adam_beta1", "exp_avg"), ("adam_beta2", "exp_avg_sq")])
+    def test_adam_betas(self, begun, unchanged, tmp_path, name, moment):
+        """m = beta m + (1 - beta) g, with the same gradient g (or its square) as without the change."""
+        old, new = {"adam_beta1": (0.9, 0.5), "adam_beta2": (0.999, 0.9)}[name]
+        folder = resumed(begun, tmp_path, **{name: new})
+        before, usual, other = moments(begun("train_adm"), 2)[0], moments(unchanged)[0], moments(folder)[0]
+        for weight in before:
+            first, second, third = (state[weight][moment].double() for state in (before, usual, other))
+            # The difference of two float32 numbers, divided by 1 - 0.999.
+            tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(second.abs().max()) + 1e-12}
+            torch.testing.assert_close(
+                (third - new * first) / (1 - new), (second - old * first) / (1 - old), **tolerance
+            )
+
+    def test_adam_weight_decay(self, begun, unchanged, tmp_path):
+        folder = resumed(begun, tmp_path, adam_weight_decay=0.1)
+        before, usual, decayed = trained(begun("train_adm"), 2), trained(unchanged, 3), trained(folder, 3)
+        for name in before:
+            torch.testing.assert_close(decayed[name], usual[name] - 1e-3 * 0.1 * before[name], **CLOSE)
+
+    def test_adam_epsilon(self, begun, tmp_path):
+        folder = resumed(begun, tmp_path, adam_epsilon=1e6)
+        before, after = trained(begun("train_adm"), 2), trained(folder, 3)
+        assert max(float((after[name] - before[name]).abs().max()) for name in before) < 1e-8
+
+    def test_max_grad_norm(self, begun, tmp_path):
+        folder = resumed(begun, tmp_path, max_grad_norm=1e-9)
+        before, after = moments(begun("train_adm"), 2)[0], moments(folder)[0]
+        for name in before:  # no gradient is left
+            torch.testing.assert_close(after[name]["exp_avg"], 0.9 * before[name]["exp_avg"], **CLOSE)
+
+    def test_mixed_precision(self, begun, tmp_path, monkeypatch):
+        dtypes = set()
+        forward = AdaGNUNet2DModel.forward
+
+        def recorded(self, *args, **kwargs):
+            if self.training:
+                dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(AdaGNUNet2DModel, "forward", recorded)
+        resumed(begun, tmp_path, mixed_precision="bf16")
+        assert dtypes == {torch.bfloat16}
+
+    def test_tf32(self, begun, tmp_path):
+        try:
+            resumed(begun, tmp_path, allow_tf32=True)
+            assert torch.backends.cuda.matmul.allow_tf32
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    @pytest.mark.parametrize(("name", "value"), [("ema_max_decay", 0.25), ("ema_inv_gamma", 8.0), ("ema_power", 0.25)])
+    def test_ema(self, begun, tmp_path, name, value):
+        """a = d a + (1 - d) w, where d = 1 - (1 + step / inv_gamma) ** -power, at most max_decay; step 2 of its own."""
+        folder = resumed(begun, tmp_path, **{name: value})
+        settings = {"ema_max_decay": 0.5, "ema_inv_gamma": 1.0, "ema_power": 0.75} | {name: value}
+        decay = 1 - (1 + 2 / settings["ema_inv_gamma"]) ** -settings["ema_power"]
+        decay = min(decay, settings["ema_max_decay"])
+        before, now = weights(begun("train_adm") / "checkpoint-2"), trained(folder, 3)
+        for weight, average in weights(folder / "checkpoint-3").items():
+            torch.testing.assert_close(average, decay * before[weight] + (1 - decay) * now[weight], **CLOSE)
+
+    def test_class_dropout_prob(self, begun, tmp_path):
+        folder = resumed(begun, tmp_path, class_dropout_prob=1.0)
+        before, after = (
+            state["class_embedding.weight"]["exp_avg"]
+            for state in (moments(begun("train_adm"), 2)[0], moments(folder)[0])
+        )
+        torch.testing.assert_close(after[:9], 0.9 * before[:9], **CLOSE)  # only the null class has a gradient
+        assert not torch.allclose(after[9], 0.9 * before[9], **CLOSE)
+
+    def test_condition_dropout_prob(self, begun, tmp_path, monkeypatch):
+        shown = []
+        forward = AdaGNControlNetModel.forward
+
+        def recorded(self, *args, controlnet_cond, **kwargs):
+            if self.training:
+                shown.append(controlnet_cond)
+            return forward(self, *args, controlnet_cond=controlnet_cond, **kwargs)
+
+        monkeypatch.setattr(AdaGNControlNetModel, "forward", recorded)
+        resumed(begun, tmp_path, "train_controlnet", condition_dropout_prob=1.0)
+        assert not torch.cat(shown).any()
+
+    def test_caption_dropout_prob_and_what_is_free_with_captions(self, tmp_path, monkeypatch):
+        base = save_base(tmp_path / "text", random_text_unet("added_kv"), "clip")
+        arguments = {k: v for k, v in TOY_RUN.items() if k != "label_column"}
+        arguments |= {"pretrained_model_name_or_path": base, "caption_column": "text", "output_dir": tmp_path / "run"}
+        run("train_adm", **arguments)
+        shown = []
+        caption_model_kwargs = SCRIPTS["train_adm"].caption_model_kwargs
+
+        def recorded(batch, captions, empty_caption, *args):
+            kwargs = caption_model_kwargs(batch, captions, empty_caption, *args)
+            shown.append(kwargs["encoder_hidden_states"])
+            return kwargs
+
+        monkeypatch.setattr(SCRIPTS["train_adm"], "caption_model_kwargs", recorded)
+        changes = {"caption_dropout_prob": 1.0, "precompute_text_embeddings": True, "validation_prompts": ["a cat"]}
+        folder = {"cache_dir": tmp_path / "cache", "output_dir": tmp_path / "run"}
+        run("train_adm", **changes, **folder, max_train_steps=3, resume_from_checkpoint="latest")
+        assert all(torch.equal(states, states[:1].expand_as(states)) for states in shown)  # all of them the empty one
+
+    def test_there_is_a_test_of_each(self):
+        tested = {name for name in dir(self) if name.startswith("test_")}
+        covered = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "num_train_epochs"}
+        covered |= {"adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision"}
+        covered |= {"allow_tf32", "ema_max_decay", "ema_inv_gamma", "ema_power", "class_dropout_prob"}
+        covered |= {"condition_dropout_prob", "caption_dropout_prob"}
+        assert covered == {name for name, verdict in VERDICTS.items() if verdict == APPLIED}
+        assert len(tested) > 10
+
+
+def test_values_are_applied_to_all_groups():
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [weight]} for weight in weights], lr=1.0)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    lr_scheduler.step()
+    (training_args,) = [args for args in parse("train_adm", learning_rate=8.0)[0] if hasattr(args, "learning_rate")]
+    apply_arguments(training_args, optimizer, lr_scheduler, None)
+    assert [group["lr"] for group in optimizer.param_groups] == [4.0, 4.0] == lr_scheduler.get_last_lr()
+    optimizer.step()
+    lr_scheduler.step()
+    assert lr_scheduler.get_last_lr() == [2.0, 2.0]
+
+
+# 4. Left out, forced, and what is read elsewhere
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_what_is_left_out_is_that_of_the_run(begun, script, toys):
+    all_args, _ = parse(script, resume_from_checkpoint=str(begun(script) / "checkpoint-2"), max_train_steps=3)
+    expected = values_of(SCRIPTS[script].parse_run(SCRIPTS[script].ARGUMENT_TYPES, flags(**toys[script]), script)[0])
+    values = values_of(all_args)
+    assert {name for name in values if values[name] != expected[name]} == {"max_train_steps", "resume_from_checkpoint"}
+
+
+def test_a_run_is_resumed_by_its_folder_alone(toys, tmp_path, caplog):
+    arguments = toys["train_adm"] | {"max_train_steps": 4, "checkpointing_steps": 2, "lr_scheduler": "cosine"}
+    run("train_adm", **arguments | {"output_dir": str(tmp_path / "unbroken")})
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    caplog.clear()
+    run("train_adm", output_dir=str(tmp_path / "broken"), resume_from_checkpoint="latest")
+    assert_same_checkpoint(tmp_path / "unbroken" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
+    assert read_metrics(tmp_path / "unbroken") == read_metrics(tmp_path / "broken")
+    assert "since left out here: model_config_name_or_path" in caplog.text
+    assert "lr_scheduler cosine" in caplog.text
+
+
+def test_what_is_free_changes_no_bit(begun, unchanged, tmp_path):
+    arguments = {"dataloader_num_workers": 1, "gradient_checkpointing": True, "logging_steps": 3}
+    arguments |= {"num_validation_images": 3, "validation_steps": 1, "report_to": "tensorboard"}
+    folder = resumed(begun, tmp_path, **arguments)
+    assert trained(folder, 3).keys() == trained(unchanged, 3).keys()
+    for name, weight in trained(folder, 3).items():  # recomputed activations: the same operations, in the same order
+        assert torch.equal(weight, trained(unchanged, 3)[name]), name
+
+
+def test_forced_the_new_value_is_used_and_named(begun, tmp_path, caplog):
+    changes = {"ddpm_beta_schedule": "cosine", "timestep_sampler": "loss-second-moment", "train_batch_size": 2}
+    folder = resumed(begun, tmp_path, **changes, force_resume=True)
+    assert ADMPipeline.from_pretrained(folder).scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    recorded = yaml.safe_load((folder / "checkpoint-3" / "train_args.yaml").read_text())
+    for name, value in changes.items():
+        assert recorded[name] == value
+    for told in ("`ddpm_beta_schedule` is 'squaredcos_cap_v2', and was 'linear'", "`train_batch_size` is 2, and was 4"):
+        assert f"--force_resume: {told} for checkpoint-2" in caplog.text
+    # What it was forced to is what the next resume continues.
+    assert parse("train_adm", output_dir=str(folder), resume_from_checkpoint="latest", max_train_steps=4)
+
+
+def test_force_resume_without_a_checkpoint():
+    with pytest.raises(ValueError, match="`force_resume` was given without `resume_from_checkpoint`"):
+        parse("train_adm", force_resume=True)
+
+
+@pytest.mark.parametrize("name", ["squaredcos_cap_v2", "cosine"])
+def test_names_of_one_schedule(toys, tmp_path, name):
+    arguments = toys["train_adm"] | {"output_dir": str(tmp_path), "beta_start": 1e-4}  # the default
+    run("train_adm", **arguments | {"ddpm_beta_schedule": "cosine", "max_train_steps": 1})
+    changes = {"ddpm_beta_schedule": name, "beta_start": "none", "prediction_type": "epsilon"}
+    run("train_adm", output_dir=str(tmp_path), resume_from_checkpoint="latest", max_train_steps=2, **changes)
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+class TestSources:
+    @pytest.fixture
+    def tuned(self, toys, tmp_path):
+        arguments = {k: v for k, v in toys["train_adm"].items() if k != "model_config_name_or_path"}
+        base = save_base(tmp_path / "base", random_unet(num_class_embeds=10, null_class_id=9))
+        arguments |= {"pretrained_model_name_or_path": base, "output_dir": str(tmp_path / "run"), "max_train_steps": 1}
+        run("train_adm", **arguments)
+        return {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest", "max_train_steps": 2}
+
+    def test_moved(self, tuned, tmp_path):
+        (tmp_path / "base").rename(tmp_path / "moved")
+        run("train_adm", **tuned, pretrained_model_name_or_path=tmp_path / "moved")
+        assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+    def test_the_scheduler_there_has_changed(self, tuned, tmp_path):
+        path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.05}))
+        with pytest.raises(
+            ValueError, match="`beta_end` is 0.05, and was 0.02 for checkpoint-1.*restore the scheduler"
+        ):
+            run("train_adm", **tuned)
+
+    def test_the_network_there_has_changed(self, begun, tmp_path):
+        path = write_json(tmp_path / "unet.json", TOY_CONFIG, dropout=0.3)
+        with pytest.raises(ValueError, match="`dropout` in the config of the network is 0.3, and was 0.0 for checkp"):
+            resumed(begun, tmp_path / "run", model_config_name_or_path=path)
+        path = write_json(tmp_path / "unet.json", TOY_CONFIG, block_out_channels=[8, 8])
+        with pytest.raises(ValueError, match=r"holds the weights of another network: .* such as '.*', of shape \("):
+            resumed(begun, tmp_path / "run", model_config_name_or_path=path, force_resume=True)
+
+    def test_the_base_of_an_adapter_has_changed(self, toys, tmp_path):
+        arguments = {k: v for k, v in toys["train_adm"].items() if k != "model_config_name_or_path"}
+        base = save_base(tmp_path / "base", random_unet(num_class_embeds=10, null_class_id=9))
+        arguments |= {"pretrained_model_name_or_path": base, "lora_rank": 2, "output_dir": str(tmp_path / "run")}
+        run("train_adm", **arguments)
+        save_base(tmp_path / "base", random_unet(seed=1, num_class_embeds=10, null_class_id=9))
+        resume = {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest", "max_train_steps": 3}
+        with pytest.raises(ValueError, match="the frozen U-Net is [0-9a-f]{32} .a hash., and was [0-9a-f]{32} for"):
+            run("train_adm", **resume)
+
+
+def test_another_script(begun):
+    with pytest.raises(ValueError, match=r"was written by train_adm\.py, and this is train_super_resolution\.py"):
+        parse("train_super_resolution", resume_from_checkpoint=str(begun("train_adm") / "checkpoint-2"))
+
+
+def test_a_resume_that_fails_leaves_the_record_of_the_run(begun, tmp_path):
+    shutil.copytree(begun("train_adm"), tmp_path / "run")
+    record = (tmp_path / "run" / "train_args.yaml").read_bytes()
+    arguments = {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest", "max_train_steps": 3}
+    (tmp_path / "run" / "checkpoint-2" / "optimizer.bin").unlink()
+    with pytest.raises(FileNotFoundError):
+        run("train_adm", **arguments, learning_rate=7.0)
+    assert (tmp_path / "run" / "train_args.yaml").read_bytes() == record
+
+
+@pytest.mark.parametrize("changes", [{"max_train_steps": 2}, {"max_train_steps": 1}, {"num_train_epochs": 1}])
+def test_fewer_steps_than_the_checkpoint_has(begun, changes):
+    steps = changes.get("max_train_steps", 2)
+    with pytest.raises(
+        ValueError, match=f"is to end at step {steps} .*trained for 2 steps already.*can be loaded from"
+    ):
+        run("train_adm", **changes, resume_from_checkpoint=str(begun("train_adm") / "checkpoint-2"))
+
+
+def test_pushing_is_not_taken_to_another_folder(begun, tmp_path):
+    """Else a run that branches off would overwrite what the first one has pushed."""
+    shutil.copytree(begun("train_adm"), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-2" / "train_args.yaml"
+    path.write_text(path.read_text().replace("push_to_hub: false", "push_to_hub: true"))
+    arguments = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-2"), "max_train_steps": 3}
+    assert values_of(parse("train_adm", **arguments)[0])["push_to_hub"]
+    assert not values_of(parse("train_adm", **arguments, output_dir=tmp_path / "other")[0])["push_to_hub"]
+
+
+# 5. Data that has changed
+
+
+class TestData:
+    @pytest.fixture
+    def folders(self, tmp_path, toys):
+        generator = np.random.default_rng(0)
+        for name in ("blue", "red"):
+            (tmp_path / "images" / name).mkdir(parents=True)
+            for index in range(4):
+                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+        arguments = {k: v for k, v in toys["train_adm"].items() if k not in ("data_files", "max_train_samples")}
+        arguments |= {"train_data_dir": str(tmp_path / "images"), "output_dir": str(tmp_path / "run")}
+        run("train_adm", **arguments | {"max_train_steps": 1})
+        return tmp_path / "images"
+
+    def resume(self, tmp_path, **changes):
+        run("train_adm", output_dir=tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=2, **changes)
+
+    def test_a_class_renamed(self, folders, tmp_path, caplog):
+        (folders / "red").rename(folders / "rose")
+        with pytest.raises(ValueError, match="class 1 of the data is 'rose', and was 'red' for checkpoint-1.*--force_"):
+            self.resume(tmp_path)
+        self.resume(tmp_path, force_resume=True)
+        assert "--force_resume: class 1 of the data is 'rose', and was 'red'" in caplog.text
+        assert ADMPipeline.from_pretrained(tmp_path / "run").id2label == {0: "blue", 1: "rose"}
+
+    def test_a_class_added_or_removed(self, folders, tmp_path):
+        shutil.copytree(folders / "red", folders / "green")
+        with pytest.raises(ValueError, match="has 3 classes, and had 2 for checkpoint-1; added: 'green'"):
+            self.resume(tmp_path, force_resume=True)
+        shutil.rmtree(folders / "green")
+        shutil.rmtree(folders / "blue")
+        with pytest.raises(ValueError, match="has 1 classes, and had 2 for checkpoint-1; removed: 'blue'"):
+            self.resume(tmp_path, force_resume=True)
+
+    def test_an_image_less(self, folders, tmp_path):
+        (folders / "red" / "0.png").unlink()
+        with pytest.raises(
+            ValueError, match="the data has 7 usable images, and had 8 for checkpoint-1.*--force_resume"
+        ):
+            self.resume(tmp_path)
+        self.resume(tmp_path, force_resume=True)
+        assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+# 6. Checkpoints are models
+
+
+class TestCheckpointsAreModels:
+    @pytest.mark.parametrize("pipeline_class", [ADMPipeline, DiffusionPipeline])
+    def test_pipelines(self, begun, pipeline_class):
+        folder = begun("train_adm")
+        pipeline = pipeline_class.from_pretrained(folder / "checkpoint-2")
+        assert isinstance(pipeline, ADMPipeline)
+        assert pipeline.id2label == ADMPipeline.from_pretrained(folder).id2label
+        raw = trained(folder, 2)
+        for name, weight in pipeline.unet.state_dict().items():
+            assert torch.equal(weight, weights(folder)[name]), name
+        assert any(not torch.equal(raw[name], weight) for name, weight in weights(folder).items())
+
+    def test_on_the_way_as_if_the_run_had_ended(self, begun, toys, tmp_path):
+        run("train_adm", **toys["train_adm"] | {"output_dir": tmp_path, "max_train_steps": 3, "checkpointing_steps": 2})
+        ended = weights(begun("train_adm"))  # the learning rate is constant
+        for name, weight in weights(tmp_path / "checkpoint-2").items():
+            assert torch.equal(weight, ended[name]), name
+
+    def test_no_pickle_holds_the_average(self, begun):
+        folder = begun("train_adm") / "checkpoint-2"
+        objects = [torch.load(path) for path in folder.glob("custom_checkpoint_*.pkl")]
+        assert len(objects) == 3
+        assert not any("shadow_params" in state for state in objects)
+        counters = json.loads((folder / "run_record.json").read_text())["ema"]
+        assert counters["optimization_step"] == 2
+        assert counters["decay"] == 0.5
+
+    def test_upsamplers_classifiers_and_branches(self, begun):
+        assert (
+            DiffusionPipeline.from_pretrained(begun("train_super_resolution") / "checkpoint-2").config.low_res_size == 4
+        )
+        folder = begun("train_classifier")
+        classifier = AdaGNClassifierModel.from_pretrained(folder / "checkpoint-2", subfolder="classifier")
+        for name, weight in weights(folder, "classifier").items():
+            assert torch.equal(weight, classifier.state_dict()[name]), name
+        for name in ("classifier/id2label.json", "scheduler/scheduler_config.json"):
+            assert (folder / "checkpoint-2" / name).read_bytes() == (folder / name).read_bytes()
+        folder = begun("train_controlnet")
+        branch = AdaGNControlNetModel.from_pretrained(folder / "checkpoint-2")
+        for name, weight in load_file(folder / WEIGHTS).items():
+            assert torch.equal(weight, branch.state_dict()[name]), name
+
+    def test_adapters(self, toys, tmp_path):
+        arguments = {k: v for k, v in toys["train_adm"].items() if k != "model_config_name_or_path"}
+        arguments |= {"pretrained_model_name_or_path": toys["train_controlnet"]["pretrained_model_name_or_path"]}
+        run("train_adm", **arguments | {"lora_rank": 2, "output_dir": tmp_path})
+        pipelines = [ADMPipeline.from_pretrained(arguments["pretrained_model_name_or_path"]) for _ in range(2)]
+        for pipeline, folder in zip(pipelines, (tmp_path, tmp_path / "checkpoint-2"), strict=True):
+            pipeline.load_lora_weights(folder)
+        first, second = (pipeline.unet.state_dict() for pipeline in pipelines)
+        assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+    def test_the_sampling_command(self, begun, tmp_path):
+        words = {
+            "num_images": 2,
+            "num_inference_steps": 1,
+            "class_labels": "uniform",
+            "output_dir": tmp_path / "images",
+        }
+        sample(flags(model=begun("train_adm") / "checkpoint-2", **words))
+        assert len(list((tmp_path / "images").glob("*.png"))) == 2
+
+
+# 7. Checkpoints of the first version: the average in a pickle, no record
+
+
+class TestPreviousVersion:
+    @pytest.fixture(autouse=True)
+    def in_the_repository(self, monkeypatch):
+        monkeypatch.chdir(REPOSITORY)
+
+    def resume(self, tmp_path, **changes):
+        arguments = {"output_dir": tmp_path, "resume_from_checkpoint": str(PREVIOUS / "checkpoint-2")}
+        run("train_adm", **arguments, max_train_steps=3, **changes)
+
+    def test_it_is_resumed_with_its_average(self, tmp_path, caplog):
+        self.resume(tmp_path)
+        assert "written by an earlier version, without a record of its arguments. They are taken from" in caplog.text
+        before = torch.load(PREVIOUS / "checkpoint-2" / "custom_checkpoint_3.pkl")
+        assert before["optimization_step"] == 2
+        names = [name for name, _ in AdaGNUNet2DModel.from_pretrained(tmp_path, subfolder="unet").named_parameters()]
+        now, average = trained(tmp_path, 3), weights(tmp_path / "checkpoint-3")
+        for name, old in zip(names, before["shadow_params"], strict=True):  # the third step decays by 0.5
+            torch.testing.assert_close(average[name], 0.5 * old + 0.5 * now[name], **CLOSE)
+        assert json.loads((tmp_path / "checkpoint-3" / "run_record.json").read_text())["ema"]["optimization_step"] == 3
+
+    def test_its_arguments_are_compared(self, tmp_path):
+        for changes, message in (
+            ({"train_batch_size": 2}, "`train_batch_size` is 2, and was 4 for checkpoint-2"),
+            ({"ddpm_beta_schedule": "linear"}, "`ddpm_beta_schedule` is 'linear', and was 'squaredcos_cap_v2' for"),
+            ({"model_config_name_or_path": "other.json"}, "`model_config_name_or_path` is 'other.json', and was"),
+            ({"use_ema": False}, "`use_ema` is False, and was True for checkpoint-2, which cannot be loaded otherwise"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                self.resume(tmp_path, **changes)
+
+    def test_without_any_record(self, tmp_path, caplog):
+        shutil.copytree(PREVIOUS / "checkpoint-2", tmp_path / "checkpoint-2")
+        given = yaml.safe_load((PREVIOUS / "train_args.yaml").read_text())
+        names = ("model_config_name_or_path", "data_files", "label_column", "max_train_samples", "train_batch_size")
+        arguments = {name: given[name] for name in (*names, "ddpm_beta_schedule", "num_validation_images", "report_to")}
+        arguments |= {"output_dir": tmp_path / "run", "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+        arguments |= {"max_train_steps": 3, "validation_num_inference_steps": 1}
+        with pytest.raises(ValueError, match="holds the state of 4 objects besides the networks, but this run has 3"):
+            run("train_adm", **arguments, use_ema=False)
+        run("train_adm", **arguments)
+        assert "holds no record of its arguments" in caplog.text
+
+
+# 8. Divergence
+
+
+class TestDivergence:
+    def test_it_is_told_when_it_happens_and_at_the_end(self, toys, tmp_path, caplog):
+        run("train_adm", **toys["train_adm"] | {"output_dir": tmp_path, "learning_rate": 1e6, "max_train_steps": 2})
+        assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path))
+        messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert "The run seems to have diverged at step 2: its mse is" in messages[0]
+        assert "The run has diverged: its mse is" in messages[-1]
+        assert "Resume an earlier checkpoint with a lower `--learning_rate`" in messages[-1]
+        assert (tmp_path / "model_index.json").is_file()
+
+    def test_what_the_message_recommends_works(self, begun, tmp_path, caplog):
+        folder = resumed(begun, tmp_path, max_train_steps=4, learning_rate=1e3)
+        assert read_metrics(folder)[-1]["mse"] > 100
+        caplog.clear()
+        arguments = {"output_dir": folder, "max_train_steps": 5, "learning_rate": 1e-4}
+        run("train_adm", **arguments, resume_from_checkpoint=str(begun("train_adm") / "checkpoint-2"))
+        assert read_metrics(folder)[-1]["mse"] < 2
+        assert "diverged" not in caplog.text
