@@ -105,6 +105,12 @@ def test_every_argument_has_a_verdict_and_no_others_have():
     assert set(VERDICTS.values()) == {FREE, APPLIED, PROCESS, NEVER, SOURCE}
 
 
+def test_the_page_names_what_is_applied_and_what_is_never_loaded():
+    page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8").replace("`adam_*`", "`adam_beta1`")
+    names = {name for name, verdict in VERDICTS.items() if verdict in (APPLIED, NEVER)}
+    assert {name for name in names if f"`{name}`" not in page} <= {"adam_beta2", "adam_weight_decay", "adam_epsilon"}
+
+
 # 2. One short run of each script, whose checkpoint the tests below resume
 
 
@@ -509,7 +515,7 @@ def test_a_run_is_resumed_by_its_folder_alone(toys, tmp_path, caplog):
     run("train_adm", output_dir=str(tmp_path / "broken"), resume_from_checkpoint="latest")
     assert_same_checkpoint(tmp_path / "unbroken" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
     assert read_metrics(tmp_path / "unbroken") == read_metrics(tmp_path / "broken")
-    assert "since left out here: model_config_name_or_path" in caplog.text
+    assert "Not given, so taken from the run: model_config_name_or_path" in caplog.text
     assert "lr_scheduler cosine" in caplog.text
 
 

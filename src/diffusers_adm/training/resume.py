@@ -27,11 +27,12 @@ from .arguments import TrainingArguments, build_arguments, given_arguments
 from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, TrainingProgress, find_checkpoint, resume_checkpoint
 from .ema import load_average
 from .fingerprints import hash_tensors, hash_tokenizer
+from .setup import ARGUMENTS_NAME, write_settings
 
 
 logger = get_logger(__name__)
 
-ARGUMENTS_NAME, RECORD_NAME = "train_args.yaml", "run_record.json"
+RECORD_NAME = "run_record.json"
 RECORD_VERSION = 1
 
 
@@ -296,12 +297,12 @@ class RunRecord:
             raise ValueError(
                 f"{'; '.join(told[name] for name in changed[NEVER])} for {checkpoint.name}, which cannot be loaded "
                 f"otherwise. Leave it out (or pass `{' '.join(_flag(name, before[name]) for name in changed[NEVER])}`) "
-                "to resume, or train anew in another `--output_dir`."
+                "to resume, or start a new run in another `--output_dir`."
             )
         self.refuse(
             [told[name] for name in changed[PROCESS]],
-            f"Leave it out (or pass `{' '.join(_flag(name, before[name]) for name in changed[PROCESS])}`) to go on as "
-            "before",
+            f"Leave it out (or pass `{' '.join(_flag(name, before[name]) for name in changed[PROCESS])}`) to continue "
+            "as before",
         )
         self.forced_arguments |= set(changed[PROCESS])
         self.applied = {name: (before[name], values[name]) for name in changed[APPLIED]}
@@ -354,7 +355,7 @@ class RunRecord:
             )
         left_out = ", ".join(f"{name} {value}" for name, value in self.left_out.items())
         logger.info(
-            f"Resuming {checkpoint.name}." + (f" Of the run, since left out here: {left_out}" if left_out else "")
+            f"Resuming {checkpoint.name}." + (f" Not given, so taken from the run: {left_out}" if left_out else "")
         )
         for name, (before, now) in self.applied.items():
             logger.info(f"From here on, `{name}` is {now} (before: {before}).")
@@ -372,8 +373,8 @@ class RunRecord:
             return
         if not self.force:
             raise ValueError(
-                f"{'; '.join(differences)} for {self.checkpoint.name}. That would be another training than the "
-                f"one that was begun. {way_out}, or pass `--force_resume` to go on with the new value."
+                f"{'; '.join(differences)} for {self.checkpoint.name}. This would be another training than the "
+                f"one that was begun. {way_out}, or pass `--force_resume` to continue with the new value."
             )
         self.forced += differences
         if self.settings:  # `begin` logs those from before it
@@ -424,7 +425,7 @@ class RunRecord:
             way_out = "Leave it out, and restore the scheduler of the pretrained model if that has changed,"
         self.refuse(
             [f"`{name}` is {now!r}, and was {old!r}" for name, (old, now) in told.items()],
-            f"{way_out} to go on as before",
+            f"{way_out} to continue as before",
         )
         self.forced_arguments |= set(told)
 
@@ -464,7 +465,7 @@ class RunRecord:
         renamed = [(number, *pair) for number, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1]]
         self.refuse(
             [f"class {number} of the data is {new!r}, and was {old!r}" for number, old, new in renamed],
-            "Give the data the former classes to go on as before",
+            "Give the data the former classes to continue as before",
         )
 
     def check_data(self, num_images: int) -> None:
@@ -476,7 +477,7 @@ class RunRecord:
         if known and before != num_images:
             self.refuse(
                 [f"the data has {num_images} usable images, and had {before}"],
-                "Give the run the former images to go on as before",
+                "Give the run the former images to continue as before",
             )
 
     def check_network(
@@ -486,7 +487,7 @@ class RunRecord:
         Args:
             config (mapping): Of the network that is trained.
             resolution (`int`): In pixels.
-            frozen (mapping, *optional*): Networks and tokenizers beside it that stay as they are, by the names that
+            frozen (mapping, *optional*): Networks and tokenizers that stay as they are, by the names that
                 errors call them; None is passed over.
 
         Raises:
@@ -496,7 +497,7 @@ class RunRecord:
         if known and before != resolution:
             self.refuse(
                 [f"`resolution` is {resolution}, and was {before}"],
-                f"Pass `--resolution {before}` to go on as before",
+                f"Pass `--resolution {before}` to continue as before",
             )
         known, before = self._before("network", {k: v for k, v in _public(config).items() if k != "sample_size"})
         if known:
@@ -507,7 +508,7 @@ class RunRecord:
                     f"`{key}` in the config of the network is {now.get(key)!r}, and was {before.get(key)!r}"
                     for key in keys
                 ],
-                "Resume with the former config or pretrained model to go on as before",
+                "Resume with the former config or pretrained model to continue as before",
             )
         parts = {name: part for name, part in (frozen or {}).items() if part is not None}
         known, before = self._before("frozen", {name: _hash(part) for name, part in parts.items()})
@@ -516,7 +517,7 @@ class RunRecord:
             differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             self.refuse(
                 [f"the frozen {name} is {now.get(name)} (a hash), and was {before.get(name)}" for name in differing],
-                "Resume with the former pretrained model to go on as before",
+                "Resume with the former pretrained model to continue as before",
             )
 
     # Loading, and what is written
@@ -565,7 +566,7 @@ class RunRecord:
                 self.check_steps(max_train_steps)
         if accelerator.is_main_process:
             os.makedirs(training_args.output_dir, exist_ok=True)
-            self._write_arguments(training_args.output_dir)
+            write_settings(training_args.output_dir, self.settings)
 
     def _load_average(
         self,
@@ -594,13 +595,7 @@ class RunRecord:
         }
         text = json.dumps(record, indent=2, ensure_ascii=False)
         Path(folder, RECORD_NAME).write_text(text + "\n", encoding="utf-8")
-        self._write_arguments(folder)
-
-    def _write_arguments(self, folder: str) -> None:
-        import yaml  # comes with the `train` extra
-
-        with open(os.path.join(folder, ARGUMENTS_NAME), "w", encoding="utf-8") as file:
-            yaml.safe_dump(dict(self.settings), file, sort_keys=False)
+        write_settings(folder, self.settings)
 
 
 def apply_arguments(

@@ -41,6 +41,8 @@ from .repositories import from_subfolder_or_root, reading
 
 logger = get_logger(__name__)
 
+ARGUMENTS_NAME = "train_args.yaml"
+
 
 # 1. Processes
 
@@ -303,9 +305,20 @@ def build_ema(parameters: Iterable[torch.nn.Parameter], training_args: TrainingA
 # 4. The folder of the run, and its log
 
 
-def prepare_output_dir(accelerator: Accelerator, training_args: TrainingArguments) -> None:
+def write_settings(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    """Writes the arguments of a run as `train_args.yaml`, which reads back as a recipe."""
+    import yaml  # comes with the `train` extra
+
+    with open(os.path.join(folder, ARGUMENTS_NAME), "w", encoding="utf-8") as file:
+        yaml.safe_dump(dict(settings), file, sort_keys=False)
+
+
+def prepare_output_dir(
+    accelerator: Accelerator, training_args: TrainingArguments, settings: Mapping[str, Any] | None = None
+) -> None:
     """
-    Creates the folder of the run, and deletes the checkpoints of another run if so asked. Collective.
+    Creates the folder of the run, with its `settings` if they are given already, and deletes the checkpoints of another
+    run if so asked. Collective.
 
     Raises:
         ValueError: If another run left checkpoints there, and the arguments say neither to go on with it nor to start
@@ -326,6 +339,8 @@ def prepare_output_dir(accelerator: Accelerator, training_args: TrainingArgument
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.makedirs(output_dir, exist_ok=True)
+        if settings is not None:
+            write_settings(output_dir, settings)
 
 
 def save_samples(accelerator: Accelerator, grid: Image.Image, output_dir: str, global_step: int) -> None:
