@@ -208,6 +208,27 @@ class TestExport:
         for ours, theirs in zip(again.unet.parameters(), unet.parameters(), strict=True):
             assert torch.equal(ours, theirs)
 
+    def test_of_an_upsampler_of_a_size_that_those_of_openai_do_not_have(self, tmp_path, caplog):
+        """`create_model` builds any size, `sr_create_model` three of them."""
+        unet = AdaGNUNet2DModel(
+            sample_size=16,
+            in_channels=6,
+            out_channels=6,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attn_norm_num_groups=32,
+            resnet_time_scale_shift="scale_shift",
+            num_attention_heads=4,
+        )
+        with caplog.at_level(logging.WARNING):
+            flags = export_openai(unet, tmp_path / "back.pt", scheduler=process(learned=True))
+        assert (flags["image_size"], flags["channel_mult"], flags["learn_sigma"]) == (16, "1,2", True)
+        assert "in its `create_model` to 6 and `out_channels` to 6" in caplog.text
+        result = convert_openai(tmp_path / "back.pt", tmp_path / "again", model_flags=flags)
+        assert (result.kind, result.image_channels, result.condition_channels) == ("unet", 3, 3)
+
     def test_asks_where_nothing_tells_the_channels_of_an_image(self, tmp_path):
         convert("inpainter", tmp_path)
         unet = AdaGNUNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
