@@ -107,6 +107,7 @@ UNAMBIGUOUS = {
         "'state_dict.model'; left aside: epoch (int), optimizer_states (list), criterion.weight",
     ),
     "only-an-average": (lambda: {"ema": {"module": prefixed("module.", weights())}}, "'ema.module.module'"),
+    "only-an-average-by-prefix": (lambda: prefixed("ema_model.", weights()) | {"step": torch.tensor(5)}, "'ema_model'"),
     "counter-beside": (
         lambda: torch.optim.swa_utils.AveragedModel(Loop(net=weights()).net).state_dict(),
         "'module'; left aside: n_averaged",

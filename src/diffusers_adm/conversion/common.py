@@ -163,9 +163,9 @@ def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoin
     if not places:
         return LoadedCheckpoint(_tensors(content, checkpoint), "", [])
     place = _choose(places, key, checkpoint)
-    entries, left_aside = content, []
+    entries, beside = content, []
     for part in place.path:
-        left_aside += _describe({name: value for name, value in entries.items() if name != part})
+        beside.append({name: value for name, value in entries.items() if name != part})
         entries = entries[part]
     inner = [other.prefix for other in places if other.path == place.path and len(other.prefix) > len(place.prefix)]
     own = {
@@ -173,18 +173,17 @@ def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoin
         for name, value in entries.items()
         if str(name).startswith(place.prefix) and not str(name).startswith(tuple(inner))
     }
-    rest = {name: value for name, value in entries.items() if name not in own}
-    left_aside += _describe(rest)
+    beside.append({name: value for name, value in entries.items() if name not in own})
     state_dict = _tensors({str(name)[len(place.prefix) :]: value for name, value in own.items()}, checkpoint)
     if key is None:
-        averages = _averages(content, place.path) + _averages(rest)
+        averages = [name for others in beside for name in _averages(others)]
         if averages:
             raise ValueError(
                 f"{checkpoint} holds a network as '{place.key}', and averaged weights as '{averages[0]}', in a form "
                 f"that cannot be read. Pass `key='{place.key}'` (on the command line `--key {place.key}`) to convert "
                 "the former, or save the state dict of the latter."
             )
-    return LoadedCheckpoint(state_dict, place.key, left_aside)
+    return LoadedCheckpoint(state_dict, place.key, [line for others in beside for line in _describe(others)])
 
 
 def report_unwrapping(checkpoint: Path, loaded: LoadedCheckpoint) -> None:
@@ -234,16 +233,14 @@ def _describe(entries: Mapping[Any, Any]) -> list[str]:
     return others + tensors
 
 
-def _averages(entries: Mapping[Any, Any], path: Sequence[str] = ()) -> list[str]:
-    """Names of averaged weights beside `path`, which leads to a network."""
-    found = []
-    for name, value in entries.items():
-        first = str(name).split(".")[0]
-        if path and name == path[0]:
-            found += _averages(value, path[1:]) if len(path) > 1 else []
-        elif "ema" in re.split("[^a-z]+", first.lower()) and _holds_weights(value):
-            found.append(first)
-    return found
+def _averages(entries: Mapping[Any, Any]) -> list[str]:
+    """Names of averaged weights among what lies beside a network."""
+    parts = {name: str(name).split(".")[0] for name in entries}
+    return [
+        part
+        for name, part in parts.items()
+        if "ema" in re.split("[^a-z]+", part.lower()) and _holds_weights(entries[name])
+    ]
 
 
 def _holds_weights(value: Any) -> bool:
