@@ -250,6 +250,7 @@ OTHERS = {
     "train_data_dir": "elsewhere",
     "train_text_encoder": True,
     "use_ema": False,
+    "replace_classes": True,
     "validation_data_files": [EMOJI],
     "validation_guidance_scale": 2.0,
     "validation_num_inference_steps": 2,
@@ -557,9 +558,9 @@ def test_force_resume_without_a_checkpoint():
 
 @pytest.mark.parametrize("name", ["squaredcos_cap_v2", "cosine"])
 def test_names_of_one_schedule(toys, tmp_path, name):
-    arguments = toys["train_adm"] | {"output_dir": str(tmp_path), "beta_start": 1e-4}  # the default
+    arguments = toys["train_adm"] | {"output_dir": str(tmp_path)}
     run("train_adm", **arguments | {"ddpm_beta_schedule": "cosine", "max_train_steps": 1})
-    changes = {"ddpm_beta_schedule": name, "beta_start": "none", "prediction_type": "epsilon"}
+    changes = {"ddpm_beta_schedule": name, "prediction_type": "epsilon"}
     run("train_adm", output_dir=str(tmp_path), resume_from_checkpoint="latest", max_train_steps=2, **changes)
     assert (tmp_path / "checkpoint-2").is_dir()
 
