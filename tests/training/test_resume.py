@@ -531,10 +531,11 @@ def test_a_run_is_resumed_by_its_folder_alone(toys, tmp_path, caplog):
     assert "lr_scheduler cosine" in caplog.text
 
 
-def test_what_is_free_changes_nothing_that_is_learned(begun, unchanged, tmp_path):
+def test_what_is_free_changes_nothing_that_is_learned(begun, unchanged, tmp_path, caplog):
     arguments = {"dataloader_num_workers": 1, "gradient_checkpointing": True, "logging_steps": 3}
     arguments |= {"num_validation_images": 3, "validation_steps": 1, "report_to": "tensorboard"}
-    folder = resumed(begun, tmp_path, **arguments)
+    folder = resumed(begun, tmp_path, **arguments, overwrite_output_dir=True)
+    assert "`overwrite_output_dir` has no effect on a run that is resumed" in caplog.text
     assert_mostly_close(trained(folder, 3), trained(unchanged, 3), rtol=0, atol=1e-6)  # a step is 1e-3 long
 
 

@@ -357,6 +357,8 @@ class RunRecord:
         logger.info(
             f"Resuming {checkpoint.name}." + (f" Not given, so taken from the run: {left_out}" if left_out else "")
         )
+        if settings["overwrite_output_dir"]:
+            logger.warning("`overwrite_output_dir` has no effect on a run that is resumed: no checkpoint is deleted.")
         for name, (before, now) in self.applied.items():
             logger.info(f"From here on, `{name}` is {now} (before: {before}).")
         for difference in self.forced:
