@@ -8,9 +8,12 @@ guidance (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, sect
 autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
 """
 
+import contextlib
+import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -82,13 +85,34 @@ NEEDED_OF_COMPONENTS = {
 
 
 @dataclass
-class Denoising:
+class CallState:
     """
-    What a call has settled before its first step.
+    What a running call shows to its callback and takes from it, under the names of the pipeline's properties.
 
     Attributes:
-        scheduler ([`SchedulerMixin`]), timesteps (`torch.Tensor`): The pipeline's scheduler or a copy of it, and its
-            steps.
+        guidance_scale (`float`): For the steps that follow.
+        num_timesteps (`int`): Number of steps.
+        interrupt (`bool`): Whether the steps that follow are skipped.
+    """
+
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    interrupt: bool = False
+
+
+# The calls that run in this thread, each with its pipeline; the innermost one, made by a callback, is the last.
+_RUNNING_CALLS: ContextVar[tuple[tuple[DiffusionPipeline, CallState], ...]] = ContextVar("running_calls", default=())
+
+
+@dataclass
+class Denoising:
+    """
+    What a call has settled before its first step. It belongs to this call alone: other calls of the same pipeline may
+    run at the same time.
+
+    Attributes:
+        state (`CallState`): What callbacks may change.
+        scheduler ([`SchedulerMixin`]), timesteps (`torch.Tensor`): A copy of the pipeline's scheduler, and its steps.
         step_kwargs (`dict`): Of `scheduler.step`.
         conditional (`dict`), both (`dict`, *optional*): Keyword arguments of the U-Net for the conditional pass alone,
             and for the unconditional and the conditional one in one batch; `None` where there is nothing to guide away
@@ -99,6 +123,7 @@ class Denoising:
         num_images (`int`), size (`tuple[int, int]`): Number, height and width of the samples.
     """
 
+    state: CallState
     scheduler: SchedulerMixin
     timesteps: torch.Tensor
     step_kwargs: dict[str, Any]
@@ -130,14 +155,18 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
     LoRA weights of U-Net and text encoder come and go with `load_lora_weights`, `set_adapters`, `fuse_lora`,
     `unfuse_lora` and `unload_lora_weights`, and are written with `save_lora_weights`.
 
+    Several threads may call one pipeline at the same time: each call steps a scheduler of its own, and what a callback
+    sets is for its own call. What changes the networks or the pipeline itself must wait until no call is running: `to`,
+    `enable_model_cpu_offload` and other offloading (whose hooks move the networks during and after a call), caches and
+    other hooks that keep a state, `load_lora_weights` and its kin, another component, `set_progress_bar_config`.
+
     Args:
         unet (`AdaGNUNet2DModel`, [`UNet2DModel`] or [`UNet2DConditionModel`]): Predicts the noise, and with twice the
             channels of its input a variance as well.
         scheduler ([`SchedulerMixin`]): `LearnedVarianceDDPMScheduler`, or a scheduler of diffusers made with
             `from_config` (docs/samplers.md compares them). Only the former and `DDPMScheduler` with
-            `variance_type="learned_range"` use a learned variance; the others get the mean channels alone. One that
-            has inherited a learned `variance_type` and would cut the channels itself is copied for each call, and so is
-            `DPMSolverSDEScheduler`: `pipe.scheduler.timesteps` is then not what was stepped through.
+            `variance_type="learned_range"` use a learned variance; the others get the mean channels alone. Each call
+            steps a copy: `pipe.scheduler` stays as it is, its `timesteps` included.
         vae ([`AutoencoderKL`], *optional*): Decodes the samples, which are then latents, to images.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*), tokenizer
             ([`~transformers.PreTrainedTokenizerBase`], *optional*): Any text encoder of transformers (CLIP, T5, BERT
@@ -186,9 +215,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         self._check_components()
         self._check_noise_of_classifier()
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
-        self._interrupt = False
+        self._latest_call = CallState()
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -211,27 +238,68 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         """Whether the U-Net has cross-attention."""
         return cross_attention_width(self.unet.config) is not None
 
+    # diffusers' pipelines keep these on themselves. Here they belong to a call: within one, which is to say in its
+    # callback, they are those of this call, and elsewhere those of the call that was started last.
+
     @property
     def guidance_scale(self) -> float:
         """
-        Strength of the classifier-free guidance in the latest call; 1.0 is off. A callback may set it for the steps
-        that follow.
+        Strength of the classifier-free guidance; 1.0 is off. A callback may set it for the steps that follow in its
+        call. Elsewhere it is that of the latest call.
         """
-        return self._guidance_scale
+        return self._call_state.guidance_scale
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
-        self._guidance_scale = scale
+        self._call_state.guidance_scale = scale
 
     @property
     def num_timesteps(self) -> int:
-        """Number of steps of the latest call."""
-        return self._num_timesteps
+        """Number of steps, in a callback of its own call, elsewhere of the latest call."""
+        return self._call_state.num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """A callback that sets `pipe._interrupt = True` ends the sampling after the current step."""
-        return self._interrupt
+        """
+        A callback that sets `pipe._interrupt = True` ends the sampling of its call after the current step. Set
+        elsewhere, in another thread, it ends the latest call.
+        """
+        return self._call_state.interrupt
+
+    # Callbacks that were written for pipelines of diffusers set these two.
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float) -> None:
+        self.guidance_scale = scale
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool) -> None:
+        self._call_state.interrupt = interrupt
+
+    @property
+    def _call_state(self) -> CallState:
+        for pipe, state in reversed(_RUNNING_CALLS.get()):
+            if pipe is self:
+                return state
+        return self._latest_call
+
+    @contextlib.contextmanager
+    def _running(self, denoising: Denoising) -> Iterator[Any]:
+        """The steps of a call, during which this thread is in it; gives their progress bar."""
+        token = _RUNNING_CALLS.set((*_RUNNING_CALLS.get(), (self, denoising.state)))
+        try:
+            with self.progress_bar(total=denoising.state.num_timesteps) as progress_bar:
+                yield progress_bar
+        finally:
+            _RUNNING_CALLS.reset(token)
 
     @classmethod
     def load_lora_into_unet(
@@ -524,8 +592,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 callback_on_step_end, callback_on_step_end_tensor_inputs
             ),
         )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
+        state = self._latest_call = CallState(guidance_scale)
         device = self._execution_device
         num_images = num_prompts * num_images_per_prompt
 
@@ -534,7 +601,9 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         negative_given = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
-        text, negative_text = self._prepare_text(prompt, negative_prompt, given, negative_given, num_prompts)
+        text, negative_text = self._prepare_text(
+            prompt, negative_prompt, given, negative_given, num_prompts, guidance_scale
+        )
         if class_labels is not None:
             class_labels = class_labels.to(device).repeat_interleave(num_images_per_prompt, dim=0)
         conditional, both = self._conditions(class_labels, text, negative_text, num_images_per_prompt)
@@ -555,9 +624,10 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 "overflow in the first step. Ask for more steps, make it with `timestep_spacing='leading'`, or take "
                 "another scheduler."
             )
-        self._num_timesteps = len(timesteps)
+        state.num_timesteps = len(timesteps)
         shifts_score = classifier_guidance_scale != 0.0 and not self._takes_gradient(scheduler)
         return Denoising(
+            state=state,
             scheduler=scheduler,
             timesteps=timesteps,
             step_kwargs=self._step_kwargs(scheduler, generator, eta),
@@ -601,9 +671,9 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         extra_channels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """From noise, scaled for the scheduler, to samples; `extra_channels` as of `_predict`."""
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with self._running(denoising) as progress_bar:
             for i, t in enumerate(denoising.timesteps):
-                if self._interrupt:
+                if denoising.state.interrupt:
                     continue
                 model_output, steering = self._predict(denoising, latents, i, t, extra_channels)
                 latents = denoising.scheduler.step(
@@ -643,7 +713,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         model_input = model_input.to(self.unet.dtype)
 
         # A callback may have changed it, also from or to "off".
-        guidance_scale = self._guidance_scale
+        guidance_scale = denoising.state.guidance_scale
         runs_both = is_guided and guidance_scale != 1.0 and denoising.both is not None
         if runs_both:
             model_input = torch.cat([model_input] * 2)
@@ -1124,9 +1194,10 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
     ) -> SchedulerMixin:
         """
-        The pipeline's scheduler, or a copy of it with what one call needs: solvers that inherited a learned
-        `variance_type` by `from_config` cut the first three channels out of what they get, whatever it is, so their
-        copy has `variance_type=None`; `DPMSolverSDEScheduler` takes a seed for each image in place of a generator.
+        A copy of the pipeline's scheduler for one call, which keeps its timesteps and its history to itself. Solvers
+        that inherited a learned `variance_type` by `from_config` cut the first three channels out of what they get,
+        whatever it is, so their copy has `variance_type=None`; `DPMSolverSDEScheduler` takes a seed for each image in
+        place of a generator.
         """
         scheduler = self.scheduler
         options = inspect.signature(type(scheduler).__init__).parameters
@@ -1139,7 +1210,14 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
             changes["noise_sampler_seed"] = [
                 int(torch.randint(2**63 - 1, (), generator=source, device=source.device)) for source in sources
             ]
-        return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
+        # What steps of the user's own have left may have a gradient. Such tensors cannot be copied, and need not be:
+        # `set_timesteps` begins a new history.
+        values = [x for value in vars(scheduler).values() for x in (value if isinstance(value, list) else [value])]
+        own = copy.deepcopy(scheduler, {id(x): x for x in values if torch.is_tensor(x) and not x.is_leaf})
+        own.register_to_config(**changes)
+        if "noise_sampler_seed" in changes:
+            own.noise_sampler_seed = changes["noise_sampler_seed"]  # which its constructor has read
+        return own
 
     @staticmethod
     def _step_kwargs(
@@ -1281,6 +1359,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         given: TextConditioning,
         negative_given: TextConditioning,
         num_prompts: int,
+        guidance_scale: float,
     ) -> tuple[TextConditioning | None, TextConditioning | None]:
         """
         Conditional and unconditional text, a row a prompt. The latter is `None` where it was not given, and the text
@@ -1290,7 +1369,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
             return None, None
         text = given if given.hidden_states is not None else None
         negative_text = negative_given if negative_given.hidden_states is not None else None
-        wants_negative = self._guidance_scale != 1.0 or negative_prompt is not None
+        wants_negative = guidance_scale != 1.0 or negative_prompt is not None
         if text is None or (negative_text is None and wants_negative):
             prompts = [prompt or ""] * num_prompts if prompt is None or isinstance(prompt, str) else prompt
             encoded, negative_encoded = self._encode_texts(prompts, negative_prompt)

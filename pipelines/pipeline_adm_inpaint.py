@@ -242,7 +242,7 @@ class ADMInpaintPipeline(ADMPipeline):
         denoising = self._shorten(denoising, strength)
         is_anything_known = not bool(repainted.all())
         walk = self._choose_walk(denoising, jump_length, jump_n_sample, is_anything_known)
-        self._num_timesteps = len(walk)
+        denoising.state.num_timesteps = len(walk)
 
         # 3. noise
         noise = self._draw_noise(denoising, latents)
@@ -255,9 +255,9 @@ class ADMInpaintPipeline(ADMPipeline):
         # 4. denoise
         replaces = is_anything_known and not self.is_trained_to_inpaint
         position = 0  # of the step that `latents` are noisy for
-        with self.progress_bar(total=len(walk)) as progress_bar:
+        with self._running(denoising) as progress_bar:
             for evaluation, index in enumerate(walk):
-                if self._interrupt:
+                if denoising.state.interrupt:
                     continue
                 t = denoising.timesteps[index]
                 if index < position:

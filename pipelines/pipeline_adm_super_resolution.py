@@ -199,7 +199,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         levels = torch.full((denoising.num_images,), noise_level, device=denoising.device)
         if noise_level > 0:
             noise = randn_tensor(low_res.shape, generator, denoising.device, denoising.dtype)
-            low_res = add_noise_to_low_res(low_res, noise, levels, self.scheduler.alphas_cumprod)
+            low_res = add_noise_to_low_res(low_res, noise, levels, denoising.scheduler.alphas_cumprod)
         embedding_dim = self.unet.config.get("time_cond_proj_dim")
         if embedding_dim is not None:
             embedding = noise_level_embedding(levels, embedding_dim).to(self.unet.dtype)

@@ -13,6 +13,7 @@ import math
 import queue
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -470,7 +471,7 @@ def make_scheduler(scheduler: LearnedVarianceDDPMScheduler, sampler: str) -> Sch
     """A scheduler of its own for one call."""
     if sampler == "DDPM":
         return LearnedVarianceDDPMScheduler.from_config(scheduler.config)
-    # Solvers and DDIM take the mean alone; with a learned type, pipelines would copy the scheduler that is watched.
+    # Solvers and DDIM take the mean alone.
     solver = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
     if sampler in solver:
         return solver[sampler].from_config(scheduler.config, variance_type=None)
@@ -494,16 +495,17 @@ class DeterministicDDIM(LearnedVarianceDDPMScheduler):
 
 def watch(scheduler: SchedulerMixin, tell: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]):
     """
-    Has a scheduler tell of each step before it makes it: the model's output, the timestep, x_t and the predicted x_0.
+    Has a scheduler, and the copy of it that a pipeline steps, tell of each step before it is made: the model's output,
+    the timestep, x_t and the predicted x_0.
     """
-    step = scheduler.step
+    step = scheduler.step.__func__
 
     @functools.wraps(step)  # with its signature, which pipelines read
-    def watched(model_output, timestep, sample, *args, **kwargs):
-        tell(model_output, timestep, sample, predict_original(scheduler, model_output, timestep, sample))
-        return step(model_output, timestep, sample, *args, **kwargs)
+    def watched(self, model_output, timestep, sample, *args, **kwargs):
+        tell(model_output, timestep, sample, predict_original(self, model_output, timestep, sample))
+        return step(self, model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = watched
+    scheduler.step = types.MethodType(watched, scheduler)  # a method of a copy is one of that copy
 
 
 def predict_original(

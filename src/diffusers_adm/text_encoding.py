@@ -11,6 +11,7 @@ Either way the padding of one caption does not depend on the others.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
+# A tokenizer keeps truncation and padding as a state of its own, which each call sets: two threads would fail in it, or
+# mix theirs up.
+_TOKENIZER_LOCK = threading.Lock()
 # Where neither tokenizer nor encoder names a limit. T5, which needs none, was trained with this many tokens.
 DEFAULT_MAX_LENGTH = 512
 # From here on a tokenizer's limit is none: transformers writes "no limit" as a number like 1e30.
@@ -103,15 +107,16 @@ def tokenize(
         logger.warning(
             f"The prompt {prompt!r} has more than {max_length} tokens; this part of it is not read: {lost!r}"
         )
-    encoded = tokenizer(
-        list(prompts),
-        padding="max_length" if pad_to_max else "longest",
-        # Whatever the tokenizer says: on the left, padding would move the words to other positions.
-        padding_side="right",
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=True,
-    )
+    with _TOKENIZER_LOCK:
+        encoded = tokenizer(
+            list(prompts),
+            padding="max_length" if pad_to_max else "longest",
+            # Whatever the tokenizer says: on the left, padding would move the words to other positions.
+            padding_side="right",
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=True,
+        )
     input_ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
     attention_mask = torch.tensor(encoded["attention_mask"], dtype=torch.long)
     if input_ids.shape[1] == 0:  # empty captions, and a tokenizer without special tokens
@@ -124,7 +129,8 @@ def cut_off(tokenizer: Any, prompts: Sequence[str], max_length: int) -> dict[str
     """What `max_length` tokens do not hold of each caption that is longer."""
     room = max_length - tokenizer.num_special_tokens_to_add()
     # Once more without special tokens: they would come back in the decoded rest. `verbose` would warn without a text.
-    lengths = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    with _TOKENIZER_LOCK:
+        lengths = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
     return {
         prompt: tokenizer.decode(ids[room:]) for prompt, ids in zip(prompts, lengths, strict=True) if len(ids) > room
     }
