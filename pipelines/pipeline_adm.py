@@ -11,10 +11,12 @@ autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
 import contextlib
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -52,6 +54,8 @@ from ..text_encoding import (
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 DEFAULT_NUM_INFERENCE_STEPS = 50
+# Pillow's modes for the numbers of channels that images of `output_type="pil"` may have.
+PIL_OUTPUT_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # Schedulers of diffusers that take a config of betas, and yet cannot draw images with these networks.
 UNSUITABLE_SCHEDULERS = {
@@ -74,6 +78,13 @@ SCHEDULERS_WITHOUT_SAMPLE_PREDICTION = (
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler",
+)
+# From the second order on they divide by the length of a step, in log sigma.
+SCHEDULERS_WITHOUT_EQUAL_NOISE_LEVELS = (
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
 )
 DDPM_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 
@@ -216,6 +227,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         self._check_noise_of_classifier()
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._latest_call = CallState()
+        self._warned: set[str] = set()
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -232,6 +244,11 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
     def sample_channels(self) -> int:
         """Channels of a sample. (The U-Net of an upsampler or inpainter takes more.)"""
         return self.unet.config.in_channels
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of an image: those that the `vae` decodes samples to, or those of a sample."""
+        return self.sample_channels if self.vae is None else self.vae.config.get("out_channels", 3)
 
     @property
     def reads_text(self) -> bool:
@@ -588,6 +605,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=self._callback_inputs(
                 callback_on_step_end, callback_on_step_end_tensor_inputs
             ),
@@ -624,9 +642,10 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 "overflow in the first step. Ask for more steps, make it with `timestep_spacing='leading'`, or take "
                 "another scheduler."
             )
+        self._check_noise_levels(scheduler, num_inference_steps)
         state.num_timesteps = len(timesteps)
         shifts_score = classifier_guidance_scale != 0.0 and not self._takes_gradient(scheduler)
-        return Denoising(
+        denoising = Denoising(
             state=state,
             scheduler=scheduler,
             timesteps=timesteps,
@@ -647,6 +666,79 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
             guidance_end=guidance_end,
             classifier_guidance_scale=classifier_guidance_scale,
         )
+        self._warn_of_what_has_no_effect(
+            denoising,
+            class_labels=class_labels,
+            has_negative_text=negative_prompt is not None or negative_given.hidden_states is not None,
+            may_be_guided_later=callback_on_step_end is not None,
+        )
+        return denoising
+
+    def _warn_of_what_has_no_effect(
+        self,
+        denoising: Denoising,
+        *,
+        class_labels: torch.Tensor | None,
+        has_negative_text: bool,
+        may_be_guided_later: bool,
+    ) -> None:
+        """Tells, once each, of arguments that change nothing in this call, and could have been meant to."""
+        steers = denoising.classifier_guidance_scale != 0.0
+        guides = denoising.state.guidance_scale != 1.0
+        has_interval = (denoising.guidance_start, denoising.guidance_end) != (0.0, 1.0)
+        if class_labels is not None and not self._is_class_conditional and not steers:
+            self._warn_once(
+                "`class_labels` have no effect: the U-Net is unconditional, and `classifier_guidance_scale` is 0. Pass "
+                "a `classifier_guidance_scale` to steer towards them, or leave them out."
+            )
+        if not guides and not may_be_guided_later:
+            for name, is_given in (
+                ("negative_prompt", has_negative_text),
+                ("guidance_rescale", denoising.guidance_rescale != 0.0),
+            ):
+                if is_given:
+                    self._warn_once(
+                        f"`{name}` has no effect: `guidance_scale` is 1.0, which is off. Pass another "
+                        "`guidance_scale`, or leave it out."
+                    )
+            if has_interval and not steers:
+                self._warn_once(
+                    "`guidance_start` and `guidance_end` have no effect: `guidance_scale` is 1.0 and "
+                    "`classifier_guidance_scale` is 0.0, which is off. Pass one of them, or leave the interval out."
+                )
+        num_steps = len(denoising.timesteps)
+        is_ever_guided = any(
+            denoising.is_within(i, denoising.guidance_start, denoising.guidance_end) for i in range(num_steps)
+        )
+        if (guides or steers) and not is_ever_guided:
+            self._warn_once(
+                f"Guidance has no effect: none of the {num_steps} steps lies within `guidance_start` "
+                f"{denoising.guidance_start} and `guidance_end` {denoising.guidance_end}. Make the interval longer, or "
+                "ask for more steps."
+            )
+
+    def _warn_once(self, message: str) -> None:
+        """A pipeline is often called in a loop."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logging.getLogger(__name__).warning(message)
+
+    @staticmethod
+    def _check_noise_levels(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+        """Raises a `ValueError` where the result of a solver would not be finite."""
+        if (
+            type(scheduler).__name__ not in SCHEDULERS_WITHOUT_EQUAL_NOISE_LEVELS
+            or scheduler.config.get("solver_order") == 1
+            or scheduler.sigmas.device.type != "cpu"  # where they keep them, so that nothing waits for a device
+        ):
+            return
+        if (scheduler.sigmas.diff() == 0).any():
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}, but a {type(scheduler).__name__} with "
+                f"`timestep_spacing={scheduler.config.get('timestep_spacing')!r}` finds fewer different noise levels "
+                f"in {scheduler.config.num_train_timesteps} timesteps, and its result would not be finite. Ask for "
+                "fewer steps, or take another scheduler."
+            )
 
     @staticmethod
     def _callback_inputs(
@@ -765,7 +857,13 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         if callback is None:
             return latents
         callback_kwargs = {"latents": latents} if "latents" in self._callback_inputs(callback, tensor_inputs) else {}
-        return callback(self, index, t, callback_kwargs).pop("latents", latents)
+        returned = callback(self, index, t, callback_kwargs)
+        if not isinstance(returned, dict):
+            raise TypeError(
+                f"`callback_on_step_end` returned a {type(returned).__name__}. It must return a `dict`, such as the "
+                "`callback_kwargs` that it was given."
+            )
+        return returned.pop("latents", latents)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Samples as images of `output_type`."""
@@ -805,6 +903,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         pooled_prompt_embeds: torch.Tensor | None,
         negative_pooled_prompt_embeds: torch.Tensor | None,
         output_type: str,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raises a `ValueError` for what `__call__` could not do. `class_labels`: one a prompt, or `None`."""
@@ -902,6 +1001,8 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         if classifier_guidance_scale != 0.0:
             self._check_classifier_guidance(classifier_guidance_scale, class_labels, eta, height, width)
         factor = self.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1)
+        if not isinstance(height, Integral) or not isinstance(width, Integral):
+            raise ValueError(f"`height` and `width` are {height!r} and {width!r}; pass integers.")
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(
                 f"`height` and `width` are {height} and {width}; both must be positive and divisible by {factor}, the "
@@ -915,7 +1016,11 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 f"`generator` is a list of {len(generator)} for {num_images} images. Pass one generator for each "
                 "image, or a single one."
             )
+        for source in generator if isinstance(generator, list) else [generator]:
+            self._check_generator(source)
         shape = (num_images, self.sample_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is not None and not (torch.is_tensor(latents) and latents.is_floating_point()):
+            raise ValueError(f"`latents` is {_kind_of(latents)}; pass a tensor of floating point numbers.")
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(
                 f"`latents` has shape {tuple(latents.shape)}, but the number of images, `height` and `width` ask for "
@@ -925,6 +1030,22 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         # output
         if output_type not in get_args(OutputType):
             raise ValueError(f"`output_type` is {output_type!r}; it must be one of {list(get_args(OutputType))}.")
+        if output_type == "pil" and self.image_channels not in PIL_OUTPUT_MODES:
+            modes = ", ".join(f"{number} ({mode})" for number, mode in PIL_OUTPUT_MODES.items())
+            raise ValueError(
+                f"`output_type` is 'pil', but the images have {self.image_channels} channels, and Pillow's have "
+                f"{modes}. Pass `output_type='np'` or `output_type='pt'`."
+            )
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"`callback_on_step_end` is {_kind_of(callback_on_step_end)}; pass a function, or a callback of "
+                "diffusers."
+            )
+        if isinstance(callback_on_step_end_tensor_inputs, str) or callback_on_step_end_tensor_inputs is None:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs!r}; pass a list of names "
+                f"out of {self._callback_tensor_inputs}."
+            )
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -966,6 +1087,9 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 )
         else:
             states, mask, pooled = given
+            for part, tensor in ((embeds_name, states), (f"`{prefix}pooled_prompt_embeds`", pooled)):
+                if tensor is not None and not (torch.is_tensor(tensor) and tensor.is_floating_point()):
+                    raise ValueError(f"{part} is {_kind_of(tensor)}; pass a tensor of floating point numbers.")
             width = cross_attention_width(self.unet.config)
             if states.ndim != 3 or states.shape[0] != num_prompts or states.shape[2] != width:
                 raise ValueError(
@@ -988,6 +1112,27 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                     "`addition_embed_type='text_embeds'`, and with no other; this one has "
                     f"{self.unet.config.get('addition_embed_type')!r}."
                 )
+
+            if pooled is not None and (pooled.ndim != 2 or pooled.shape[0] != num_prompts):
+                raise ValueError(
+                    f"`{prefix}pooled_prompt_embeds` has shape {tuple(pooled.shape)}; {num_prompts} prompts have "
+                    f"({num_prompts}, width)."
+                )
+
+    def _check_generator(self, generator: torch.Generator | None) -> None:
+        """Raises a `ValueError` for what no noise can be drawn from; some schedulers would draw none before a step."""
+        if generator is None:
+            return
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(
+                f"`generator` is, or holds, {_kind_of(generator)}; pass a `torch.Generator`, or a list of them."
+            )
+        device = self._execution_device.type
+        if generator.device.type not in ("cpu", device):
+            raise ValueError(
+                f"`generator` is on {generator.device.type}, but the pipeline on {device}. Make it on that device, or "
+                "on the CPU."
+            )
 
     def _check_classifier_guidance(
         self,
@@ -1305,6 +1450,16 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 f"`class_labels` has shape {tuple(class_labels.shape)}; pass one "
                 f"{'embedding' if is_embedding else 'label'} for each image."
             )
+        if is_embedding:
+            if embed_type == "projection":
+                width = config.projection_class_embeddings_input_dim
+            else:
+                width = config.get("time_embedding_dim") or 4 * config.block_out_channels[0]
+            if class_labels.shape[1] != width:
+                raise ValueError(
+                    f"`class_labels` has shape {tuple(class_labels.shape)}; embeddings of this model have {width} "
+                    "entries each."
+                )
         if embed_type is None:
             if class_labels.is_floating_point() or class_labels.dtype == torch.bool:
                 raise ValueError(f"`class_labels` are of type {class_labels.dtype}; class numbers are integers.")
@@ -1425,3 +1580,8 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 "Pass the number of a class, or a name that there is (`id2label` of the pipeline gives them)."
             )
         return numbers[name]
+
+
+def _kind_of(value: Any) -> str:
+    """What an argument is, for messages."""
+    return f"a tensor of {value.dtype}" if torch.is_tensor(value) else f"a {type(value).__name__}"

@@ -223,11 +223,24 @@ class ADMControlNetPipeline(ADMPipeline):
             control_ends=ends,
             guess_mode=guess_mode,
         )
+        self._warn_of_images_without_effect(denoising)
 
         # 3. noise, 4. denoise, 5. decode
         latents = self._draw_noise(denoising, latents) * denoising.scheduler.init_noise_sigma
         latents = self._denoise(denoising, latents, callback_on_step_end, callback_on_step_end_tensor_inputs)
         return self._finish(self._decode(latents, output_type), return_dict)
+
+    def _warn_of_images_without_effect(self, denoising: ControlledDenoising) -> None:
+        """Tells, once each, of ControlNets that act in no step. (A scale of 0 says so itself.)"""
+        num_steps = len(denoising.timesteps)
+        intervals = zip(denoising.control_scales, denoising.control_starts, denoising.control_ends, strict=True)
+        for i, (scale, start, end) in enumerate(intervals):
+            if scale != 0.0 and not any(denoising.is_within(step, start, end) for step in range(num_steps)):
+                self._warn_once(
+                    f"`{self._name_of_image(i)}` has no effect: none of the {num_steps} steps lies within "
+                    f"`control_guidance_start` {start} and `control_guidance_end` {end}. Make the interval longer, or "
+                    "ask for more steps."
+                )
 
     def _unet_kwargs(
         self,

@@ -242,6 +242,7 @@ class ADMInpaintPipeline(ADMPipeline):
         denoising = self._shorten(denoising, strength)
         is_anything_known = not bool(repainted.all())
         walk = self._choose_walk(denoising, jump_length, jump_n_sample, is_anything_known)
+        self._warn_of_masks_without_effect(repainted, strength, jump_n_sample)
         denoising.state.num_timesteps = len(walk)
 
         # 3. noise
@@ -282,6 +283,22 @@ class ADMInpaintPipeline(ADMPipeline):
 
         # 5. decode
         return self._finish(self._paste(latents, region, output_type), return_dict)
+
+    def _warn_of_masks_without_effect(
+        self, repainted: torch.Tensor, strength: float, jump_n_sample: int | None
+    ) -> None:
+        """Tells, once each, of masks that leave an argument without effect, as one that is inverted or empty does."""
+        if not repainted.flatten(1).any(dim=1).all():
+            self._warn_once(
+                "`mask_image` is black everywhere, or one of several is: these images come back as they were given. "
+                "White marks what is inpainted."
+            )
+        if bool(repainted.all()) and (strength == 1.0 or (jump_n_sample or 1) > 1):
+            name = "`image` has" if strength == 1.0 else "`jump_n_sample` has"
+            self._warn_once(
+                f"{name} no effect: `mask_image` is white everywhere, so nothing of the image is kept. Black marks "
+                "what is kept."
+            )
 
     def _channel_layout(self) -> tuple[int, bool]:
         """Channels of a sample, and whether the U-Net takes as many as go with them."""
@@ -496,6 +513,12 @@ class ADMInpaintPipeline(ADMPipeline):
                 f"`unet` has `in_channels={config.in_channels}` and `out_channels={config.out_channels}`. For samples "
                 "of c channels, as many as it gives or half as many with a learned variance, an inpainting U-Net takes "
                 "c (any model), 2 c + 1 (trained with masks) or 3 c + 1 (which enlarges as well): 3, 7 or 10 for RGB."
+            )
+        if self.vae is not None and self.image_channels != self._image_channels:
+            raise ValueError(
+                f"`vae` takes images of {self._image_channels} channels and gives {self.image_channels}, so what it "
+                "decodes cannot be joined with what is kept of an image. Take one with as many `out_channels` as "
+                "`in_channels`."
             )
         if self.takes_low_res and self.vae is not None:
             raise ValueError(

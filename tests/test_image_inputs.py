@@ -214,3 +214,29 @@ class TestConditions:
         assert not array.flags.writeable
         read_images(array, "image", 3)
         assert not recwarn.list
+
+
+class TestMasksOfThreeChannels:
+    """As drawing programs save them: three equal channels are one mask."""
+
+    MASK = GREY[:1] > 127  # (1, height, width)
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            torch.from_numpy(MASK).expand(3, -1, -1),
+            torch.from_numpy(MASK).float().expand(3, -1, -1),
+            np.stack([MASK[0]] * 3, axis=-1),
+        ],
+        ids=lambda mask: f"{type(mask).__name__}-{tuple(mask.shape)}",
+    )
+    def test_equal_channels_are_one_mask(self, mask):
+        assert torch.equal(read_masks(mask, "mask_image"), torch.from_numpy(self.MASK)[None])
+
+    def test_three_masks_stay_three(self):
+        masks = torch.from_numpy(np.concatenate([GREY, GREY[:1, ::-1]]) > 127)  # (3, height, width)
+        assert torch.equal(read_masks(masks, "mask_image"), masks[:, None])
+
+    def test_colours_are_refused(self):
+        with pytest.raises(ValueError, match="`mask_image` has three different channels"):
+            read_masks(PIXELS[0], "mask_image")

@@ -29,6 +29,7 @@ from pathlib import Path
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import CommitInfo, create_repo
+from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .command_line import CommandError, add_debug_argument, is_mistake, run_command
@@ -306,6 +307,7 @@ def push_folder(
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     folder = Path(folder)
+    validate_repo_id(repo_id)  # before anything is loaded
     # In float16, say, where the folder holds no others; else `variant` names what is made of them.
     is_variant = variant is not None and any(folder.rglob(f"*.{variant}.safetensors"))
     load = {"variant": variant} if is_variant else {}

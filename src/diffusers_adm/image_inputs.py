@@ -77,7 +77,8 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
 
     Args:
         masks (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): As the images of
-            `read_images`, with one channel; of `bool` as well. Colours of Pillow's images count by their brightness.
+            `read_images`, with one channel, or with three equal ones; of `bool` as well. Colours of Pillow's images
+            count by their brightness.
         name (`str`): Of the argument, for messages.
 
     Raises:
@@ -89,7 +90,7 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
         if isinstance(item, Image.Image) and item.mode in LOSSLESS_PIL_MODES[3] and not item.has_transparency_data:
             item = item.convert("L")
         elif isinstance(item, (np.ndarray, torch.Tensor)):
-            item = _from_bool(item)
+            item = _one_channel(_from_bool(item), name)
         if _is_next_to_black(item):  # such a mask would select nothing
             raise ValueError(
                 f"`{name}` holds 8-bit numbers up to 1, of which white would be 255. Pass 0 and 255, or `bool`, or "
@@ -114,8 +115,22 @@ def _is_next_to_black(image: OneImage) -> bool:
     return is_bytes and 0 not in image.shape and int(image.max()) == 1
 
 
+def _one_channel(mask: np.ndarray | torch.Tensor, name: str) -> np.ndarray | torch.Tensor:
+    """A grey mask that has three channels, as drawing programs save it, with one; others as they are."""
+    is_array = isinstance(mask, np.ndarray)
+    if mask.ndim != 3 or mask.shape[-1 if is_array else 0] != 3:
+        return mask
+    first = mask[..., :1] if is_array else mask[:1]
+    if bool((mask == first).all()):
+        return first
+    if is_array:
+        raise ValueError(f"`{name}` has three different channels. Pass a mask of one channel.")
+    return mask  # three masks, whose dimension of channels is missing
+
+
 def _read_one(image: OneImage, name: str, channels: int, background: str) -> torch.Tensor:
     """One image, or a batch of them as one array or tensor, as a batch."""
+    is_text = isinstance(image, str)
     if isinstance(image, Image.Image):
         mode = PIL_MODES.get(channels)
         if mode is None:
@@ -156,6 +171,7 @@ def _read_one(image: OneImage, name: str, channels: int, background: str) -> tor
     else:
         raise ValueError(
             f"`{name}` is a {type(image).__name__}; pass a Pillow image, an array, a tensor, or a list of one of them."
+            + (" A prompt is passed by its name, `prompt=...`; a file is opened with `PIL.Image.open`." * is_text)
         )
 
     if tensor.ndim not in (3, 4) or tensor.shape[-3] != channels or 0 in tensor.shape:

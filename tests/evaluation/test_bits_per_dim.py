@@ -639,7 +639,7 @@ def run(tmp_path, **arguments):
     """The command in this process; what it wrote."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    main(flags(output_dir=tmp_path / "out", **arguments))
+    main(flags(**{"output_dir": tmp_path / "out", **arguments}))
     return json.loads((tmp_path / "out" / "bits_per_dim.json").read_text())
 
 
@@ -744,6 +744,11 @@ class TestCommand:
             ({"batch_size": 0}, "`batch_size` is 0"),
             ({"variance_type": "fixed_small"}, "6 output channels"),
             ({"timestep_respacing": "ddim5"}, "no integer stride"),
+            ({"timestep_respacing": "ddim5", "dataset": "nowhere/at/all"}, "no integer stride"),
+            (
+                {"output_dir": "{path}/model/model_index.json/out", "model": "nowhere"},
+                "`output_dir` is .* is not a directory",
+            ),
             ({"model": "{path}/conditional", "label_column": "colour"}, "`label_column` is 'colour'"),
             ({"label_column": "label"}, "no class embedding"),
             ({"model": "{path}/conditional"}, "no `label_column` was named"),

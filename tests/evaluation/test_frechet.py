@@ -589,7 +589,7 @@ def test_other_npz_files_are_refused(arrays, message, tmp_path):
         ({"features": "classifier:"}, "`features` is 'classifier:'"),
         ({"features": "classifier:nowhere"}, "`features` is 'nowhere'"),
         ({"reference": "nowhere"}, "`dataset` is 'nowhere'"),
-        ({"num_images": 3}, "`k` is 3 and `real` has 3 points"),
+        ({"num_images": 3}, "`k` is 3 and `samples` holds 3 images"),
         ({"k": 0}, "`k` is 0"),
     ],
 )
@@ -598,3 +598,24 @@ def test_wrong_arguments(change, message, stock, capsys):
     arguments |= {"features": f"classifier:{stock / 'classifier'}", **change}
     with pytest.raises(ValueError, match=message):
         measure(capsys, **arguments)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"k": 18}, "`k` is 18 and `samples` holds 18 images"),
+        ({"splits": 19}, "`splits` is 19; it must lie between 1 and 18, the number of samples"),
+        ({"samples": "{path}/foreign.npz"}, "labels of the samples reach from 7 to 7, but the network tells"),
+    ],
+)
+def test_is_found_before_the_features_are_computed(change, message, stock, capsys, monkeypatch):
+    """Or in the first batch, where it takes what the network gives."""
+    np.savez(stock / "foreign.npz", arr_0=np.zeros((18, 8, 8, 3), np.uint8), arr_1=np.full(18, 7))
+    batches = []
+    forward = ClassifierFeatures.__call__
+    monkeypatch.setattr(ClassifierFeatures, "__call__", lambda self, images: batches.append(1) or forward(self, images))
+    arguments = {"samples": stock / "png", "reference": stock / "images", "batch_size": 2}
+    arguments |= {n: v.format(path=stock) if isinstance(v, str) else v for n, v in change.items()}
+    with pytest.raises(ValueError, match=message):
+        measure(capsys, features=f"classifier:{stock / 'classifier'}", **arguments)
+    assert len(batches) <= 1

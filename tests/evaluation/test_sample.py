@@ -345,6 +345,72 @@ def test_grey_images(output_format, tmp_path):
         assert not (tmp_path / "metadata.jsonl").exists()
 
 
+def wide_pipeline(channels):
+    return toy_pipeline(random_unet(in_channels=channels, out_channels=2 * channels))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_any_number_of_channels_as_npz(channels, tmp_path):
+    """Also after an interruption, and the same as the pipeline gives."""
+    draw(wide_pipeline(channels), 3, tmp_path, batch_size=1, output_format="npz")
+    with np.load(tmp_path / "samples.npz") as arrays:
+        whole = arrays["arr_0"]
+    assert {file.name for file in tmp_path.iterdir()} == {"samples.npz", "sampling.json"}
+    generator = torch.Generator().manual_seed(derive_seed(0, "sample", 1))
+    expected = wide_pipeline(channels)(generator=generator, output_type="np", **FEW_STEPS).images[0]
+    assert np.array_equal(whole[1], (expected * 255).round().astype(np.uint8))
+
+    pipe, calls = wide_pipeline(channels), []
+
+    def fail(module, args):
+        calls.append(args)
+        if len(calls) == 2 * FEW_STEPS["num_inference_steps"]:
+            raise KeyboardInterrupt
+
+    pipe.unet.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, 3, tmp_path / "again", batch_size=1, output_format="npz")
+    draw(wide_pipeline(channels), 3, tmp_path / "again", batch_size=1, output_format="npz")
+    assert len(calls) == 2 * FEW_STEPS["num_inference_steps"]
+    with np.load(tmp_path / "again" / "samples.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], whole)
+    assert {file.name for file in (tmp_path / "again").iterdir()} == {"samples.npz", "sampling.json"}
+
+
+def test_transparent_images(tmp_path):
+    draw(wide_pipeline(4), 1, tmp_path / "png")
+    draw(wide_pipeline(4), 1, tmp_path / "npz", output_format="npz")
+    (pixels,) = read(tmp_path / "png").values()
+    with np.load(tmp_path / "npz" / "samples.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"][0], pixels)
+
+
+@pytest.mark.parametrize("channels", [2, 5, 13])
+def test_channels_that_no_png_file_holds(channels, tmp_path):
+    pipe, calls = wide_pipeline(channels), []
+    pipe.unet.register_forward_pre_hook(lambda *args: calls.append(args))
+    with pytest.raises(ValueError, match=f"'png', but the images have {channels} channels, .* Take 'npz'"):
+        draw(pipe, 1, tmp_path / "out")
+    assert calls == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_that_fails_leaves_no_settings(tmp_path):
+    """Those of a run with images stay, and so does what tells of them."""
+    draw(class_pipeline(), 2, tmp_path, class_labels=[1])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    pipe = class_pipeline()
+    pipe.unet.register_forward_pre_hook(lambda *args: 1 / 0)
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises(ZeroDivisionError):
+            draw(pipe, 3, folder, class_labels=[1])
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "new").rmdir()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    draw(class_pipeline(), 3, tmp_path, class_labels=[1])
+    assert json.loads((tmp_path / "sampling.json").read_text())["num_images"] == 3
+
+
 def test_bar_of_the_pipeline_is_as_before(tmp_path, capfd):
     pipe = toy_pipeline()
     pipe.set_progress_bar_config(desc="mine")
@@ -535,6 +601,10 @@ def test_prompts_from_a_file_in_half_precision(stock, tmp_path):
         ({"prompts_file": "nowhere.txt"}, "`prompts_file` is 'nowhere.txt'"),
         ({"prompts_file": "{path}/empty.txt"}, "holds no prompts"),
         ({"guidance_scale": 2}, "`guidance_scale` is 2"),
+        ({"output_dir": "{path}/empty.txt"}, "`output_dir` is .*empty.txt is not a directory. Name another"),
+        ({"output_dir": "{path}/empty.txt/out", "model": "nowhere"}, "empty.txt is not a directory"),
+        ({"scheduler": "DDIMSheduler", "model": "nowhere"}, "`scheduler` is 'DDIMSheduler'"),
+        ({"prompts_file": "nowhere.txt", "model": "nowhere"}, "`prompts_file` is 'nowhere.txt'"),
     ],
 )
 def test_wrong_arguments(arguments, message, stock, tmp_path):
@@ -543,7 +613,7 @@ def test_wrong_arguments(arguments, message, stock, tmp_path):
     arguments = {n: v.format(path=stock) if isinstance(v, str) else v for n, v in arguments.items()}
     with pytest.raises(ValueError, match=message):
         run(**arguments)
-    assert not read(tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_every_process_says_why(stock, tmp_path):
@@ -555,7 +625,7 @@ def test_every_process_says_why(stock, tmp_path):
     found = run_distributed(refusals, cases)
     assert found[0] == found[1]
     assert "`seed` was 0 and is now 1" in found[0][0]
-    assert "Not a directory" in found[0][1]
+    assert "file is not a directory" in found[0][1]
 
 
 def refusals(cases):

@@ -1,17 +1,24 @@
-"""What a call of a pipeline keeps for itself: several threads, calls inside of calls, and the pipeline afterwards."""
+"""
+What a call of a pipeline keeps for itself: several threads, calls inside of calls, and the pipeline afterwards. What it
+checks before its first step, and what it tells of arguments without effect.
+"""
 
 import copy
+import logging
+import re
 import threading
 from collections import deque
 
 import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from diffusers_samplers import SAMPLERS, as_parameters
 from toy_models import (
     CONDITIONAL,
     fill_randomly,
+    random_classifier,
     random_text_encoder,
     random_text_unet,
     random_unet,
@@ -389,3 +396,230 @@ class TestAfterwards:
         assert twin.guidance_scale == 3.0
         twin.guidance_scale = 4.0
         assert pipe.guidance_scale == 3.0
+
+
+# What a call is refused, or told
+
+
+IMAGE = torch.rand(3, 8, 8, generator=seeded(5))
+MASK = torch.zeros(8, 8)
+MASK[2:6, 2:7] = 1
+WHITE = torch.ones(8, 8)
+
+
+def plain(channels: int = 3, **config) -> ADMPipeline:
+    return make_pipeline(unet=random_unet(in_channels=channels, out_channels=2 * channels, **config))
+
+
+def with_text(**config) -> ADMPipeline:
+    text = {"text_encoder": random_text_encoder("bert"), "tokenizer": toy_tokenizer("bert")}
+    return make_pipeline(unet=random_text_unet(**config), **text)
+
+
+def controlled() -> ADMControlNetPipeline:
+    unet = random_unet(**CONDITIONAL)
+    return make_pipeline(ADMControlNetPipeline, unet=unet, controlnet=AdaGNControlNetModel.from_unet(unet))
+
+
+def steered() -> ADMPipeline:
+    return make_pipeline(unet=random_unet(), classifier=random_classifier())
+
+
+def inpainter(**config) -> ADMInpaintPipeline:
+    return make_pipeline(ADMInpaintPipeline, unet=random_unet(**config))
+
+
+def toy_vae(**channels) -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, **channels)
+
+
+class TestBeforeTheFirstStep:
+    """What can be known before it is said before it: no network has run."""
+
+    def refused(self, pipe, message, error=ValueError, **arguments):
+        calls = []
+        pipe.unet.register_forward_pre_hook(lambda *args: calls.append(args))
+        with pytest.raises(error, match=message):
+            pipe(**{"num_inference_steps": 2, **arguments})
+        assert calls == []
+
+    @pytest.mark.parametrize("channels", [2, 5, 13])
+    def test_images_that_pillow_does_not_have(self, channels):
+        pipe = plain(channels)
+        message = rf"images have {channels} channels, and Pillow's have 1 \(L\), 3 \(RGB\), 4 \(RGBA\)\. .*'np'.*'pt'"
+        self.refused(pipe, message)
+        self.refused(
+            inpainter(in_channels=channels, out_channels=2 * channels),
+            message,
+            image=IMAGE[:1].expand(channels, -1, -1),
+            mask_image=MASK,
+        )
+        assert pipe(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, channels)
+        assert pipe(num_inference_steps=1, output_type="pt").images.shape == (1, channels, 8, 8)
+
+    @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (4, "RGBA")])
+    def test_images_that_it_has(self, channels, mode):
+        assert plain(channels)(num_inference_steps=1).images[0].mode == mode
+
+    def test_channels_are_those_of_decoded_images(self):
+        unet = random_unet(in_channels=4, out_channels=8)
+        pipe = make_pipeline(unet=unet, vae=toy_vae(in_channels=3, out_channels=3))
+        assert pipe.image_channels == 3
+        assert pipe(num_inference_steps=1).images[0].mode == "RGB"
+        pipe = make_pipeline(unet=unet, vae=toy_vae(in_channels=5, out_channels=5))
+        self.refused(pipe, "images have 5 channels")
+        assert pipe(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 5)
+        with pytest.raises(ValueError, match="takes images of 3 channels and gives 1"):
+            make_pipeline(ADMInpaintPipeline, unet=unet, vae=toy_vae(in_channels=3, out_channels=1))
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"callback_on_step_end": "print"}, "`callback_on_step_end` is a str"),
+            ({"callback_on_step_end_tensor_inputs": "latents"}, "is 'latents'; pass a list of names"),
+            ({"callback_on_step_end_tensor_inputs": None}, "is None; pass a list of names"),
+            ({"generator": 0, "latents": torch.zeros(1, 3, 8, 8)}, "`generator` is, or holds, a int"),
+            ({"generator": [None, 1], "batch_size": 2}, "`generator` is, or holds, a int"),
+            ({"generator": (seeded(), seeded()), "batch_size": 2}, "`generator` is, or holds, a tuple"),
+            ({"latents": torch.zeros(1, 3, 8, 8, dtype=torch.int64)}, "`latents` is a tensor of torch.int64"),
+            ({"latents": np.zeros((1, 3, 8, 8))}, "`latents` is a ndarray"),
+            ({"height": 8.0}, "`height` and `width` are 8.0 and 8; pass integers"),
+            ({"width": "8"}, "are 8 and '8'; pass integers"),
+        ],
+        ids=lambda value: None if isinstance(value, str) else ",".join(value),
+    )
+    def test_arguments(self, arguments, message):
+        self.refused(make_pipeline(), re.escape(message), **arguments)
+
+    def test_embeddings(self):
+        states, pooled = torch.zeros(1, 3, 16), torch.zeros(1, 32)
+        pipe = with_text()
+        self.refused(pipe, "`prompt_embeds` is a tensor of torch.int64", prompt_embeds=states.long())
+        pipe = with_text(addition_embed_type="text_embeds")
+        self.refused(
+            pipe,
+            "`pooled_prompt_embeds` is a tensor of torch.int64",
+            prompt_embeds=states,
+            pooled_prompt_embeds=pooled.long(),
+        )
+        self.refused(
+            pipe,
+            r"`pooled_prompt_embeds` has shape \(2, 32\); 1 prompts have \(1, width\)",
+            prompt_embeds=states,
+            pooled_prompt_embeds=pooled.expand(2, -1),
+        )
+
+    @pytest.mark.parametrize(
+        "config, width",
+        [
+            ({"class_embed_type": "identity"}, 32),
+            ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 7}, 7),
+        ],
+        ids=["identity", "projection"],
+    )
+    def test_class_embeddings(self, config, width):
+        pipe = plain(**config)
+        message = rf"`class_labels` has shape \(1, 9\); embeddings of this model have {width} entries"
+        self.refused(pipe, message, class_labels=torch.zeros(1, 9))
+        assert pipe(class_labels=torch.zeros(1, width), num_inference_steps=1, output_type="pt").images.shape[0] == 1
+
+    @pytest.mark.parametrize("name, options", EACH)
+    def test_as_many_steps_as_timesteps(self, name, options):
+        """Solvers of the DPM family then find one noise level twice, and gave NaN without a word."""
+        pipe = make_pipeline(scheduler=LearnedVarianceDDPMScheduler(num_train_timesteps=60, beta_end=0.3))
+        if name != OURS:
+            pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+        solvers = ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "SASolver")
+        if name.removesuffix("Scheduler") in solvers:
+            self.refused(
+                pipe, "`num_inference_steps` is 60, .* finds fewer different noise levels", num_inference_steps=40
+            )
+            steps = 20
+        else:
+            steps = 50 if name == "TCDScheduler" else 60  # which is refused more by its own config
+        assert torch.isfinite(draw(pipe, {"num_inference_steps": steps})).all()
+
+    def test_a_callback_that_returns_nothing(self):
+        """It is not known before, but said in words."""
+        with pytest.raises(TypeError, match="`callback_on_step_end` returned a NoneType. It must return a `dict`"):
+            make_pipeline()(num_inference_steps=2, callback_on_step_end=lambda *args: None)
+
+    def test_a_prompt_in_place_of_the_image(self):
+        """As in pipelines whose first argument is the prompt."""
+        with pytest.raises(ValueError, match=r"`image` is a str; .* A prompt is passed by its name, `prompt=\.\.\.`"):
+            inpainter()("a cat", IMAGE, MASK)
+
+
+# The pipeline, the arguments, and what is told of them.
+WITHOUT_EFFECT = {
+    "labels": (steered, {"class_labels": 1}, "`class_labels` have no effect: the U-Net is unconditional"),
+    "negative prompt": (with_text, {"prompt": "a cat", "negative_prompt": "a dog"}, "`negative_prompt` has no effect"),
+    "rescale": (make_pipeline, {"class_labels": 1, "guidance_rescale": 0.5}, "`guidance_rescale` has no effect"),
+    "interval": (make_pipeline, {"guidance_end": 0.5}, "`guidance_start` and `guidance_end` have no effect"),
+    "empty interval": (
+        make_pipeline,
+        {"class_labels": 1, "guidance_scale": 2.0, "guidance_start": 0.3, "guidance_end": 0.6},
+        "none of the 2 steps lies within `guidance_start` 0.3 and `guidance_end` 0.6",
+    ),
+    "control interval": (
+        controlled,
+        {"image": IMAGE, "control_guidance_start": 0.3, "control_guidance_end": 0.6},
+        "`image` has no effect: none of the 2 steps",
+    ),
+    "black mask": (inpainter, {"image": IMAGE, "mask_image": 0 * MASK}, "`mask_image` is black everywhere"),
+    "white mask": (inpainter, {"image": IMAGE, "mask_image": WHITE}, "`image` has no effect"),
+    "resampling": (
+        inpainter,
+        {"image": IMAGE, "mask_image": WHITE, "strength": 0.5, "num_inference_steps": 12, "jump_n_sample": 2},
+        "`jump_n_sample` has no effect",
+    ),
+}
+# Nothing to tell: they act, or a callback may have them act.
+WITH_EFFECT = {
+    "labels that steer": (steered, {"class_labels": 1, "classifier_guidance_scale": 1.0}),
+    "labels of the U-Net": (make_pipeline, {"class_labels": 1}),
+    "negative prompt": (with_text, {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 2.0}),
+    "guidance by a callback": (
+        with_text,
+        {
+            "negative_prompt": "a dog",
+            "guidance_rescale": 0.5,
+            "guidance_end": 0.5,
+            "callback_on_step_end": lambda *a: a[-1],
+        },
+    ),
+    "interval of the classifier": (steered, {"class_labels": 1, "classifier_guidance_scale": 1.0, "guidance_end": 0.5}),
+    "no ControlNet on purpose": (controlled, {"image": IMAGE, "controlnet_conditioning_scale": 0.0}),
+    "mask": (inpainter, {"image": IMAGE, "mask_image": MASK}),
+    "all of an image anew": (inpainter, {"image": IMAGE, "mask_image": WHITE, "strength": 0.5}),
+}
+
+
+class TestWithoutEffect:
+    @pytest.mark.parametrize("make, arguments, message", WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+    def test_is_told_once(self, make, arguments, message, caplog):
+        pipe = make()
+        for _ in range(2):
+            pipe(**{"num_inference_steps": 2, "output_type": "pt", **arguments})
+        told = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(told) == 1
+        assert message in told[0]
+
+    @pytest.mark.parametrize("make, arguments", WITH_EFFECT.values(), ids=WITH_EFFECT)
+    def test_is_all_that_is_told(self, make, arguments, caplog):
+        make()(**{"num_inference_steps": 2, "output_type": "pt", **arguments})
+        assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+    @pytest.mark.parametrize("name", ["labels", "negative prompt", "rescale", "interval", "empty interval"])
+    def test_it_has_none(self, name):
+        """What is told is true: without the arguments in question the samples are the same."""
+        make, arguments, _ = WITHOUT_EFFECT[name]
+        pipe = make()
+        conditions = () if name == "labels" else ("prompt", "class_labels")
+        kept = {key: value for key, value in arguments.items() if key in conditions}
+        given, without = (
+            pipe(num_inference_steps=2, generator=seeded(), output_type="latent", **call).images
+            for call in (arguments, kept)
+        )
+        # The same operations; the last bits of matrix products depend on where their operands lie in memory.
+        torch.testing.assert_close(given, without, rtol=1e-4, atol=1e-4)

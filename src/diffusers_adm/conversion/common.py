@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..training.repositories import check_can_be_written
+
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ def check_output_dir(output_dir: Path) -> None:
     """Raises a `ValueError` if a folder cannot be put there."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` {output_dir} exists and is not empty. Name another folder, or remove it.")
+    check_can_be_written("output_dir", output_dir.parent)  # where it is made first, under another name
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..schedulers import LearnedVarianceDDPMScheduler
+from ..training.repositories import check_can_be_written
 from .common import RECORD_NAME, SAFETENSORS_DTYPES
 from .openai_checkpoints import (
     IMAGE_CHANNELS,
@@ -90,6 +91,7 @@ def export_openai(
     if output_file.exists():
         raise ValueError(f"`output_file` {output_file} exists. Name another one, or remove it.")
     check_image_channels(image_channels)
+    check_can_be_written("output_file", output_file.parent)
     record: dict[str, Any] = {}
     dtypes: dict[str, torch.dtype] = {}
     if isinstance(model, (str, Path)):

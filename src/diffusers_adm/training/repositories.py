@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ..command_line import is_mistake
@@ -35,3 +36,18 @@ def from_subfolder_or_root(load: Callable[..., Any], repository: str, subfolder:
             return load(repository, **kwargs)
         except OSError:
             raise error.with_traceback(traceback) from None
+
+
+def check_can_be_written(argument: str, value: str | os.PathLike) -> None:
+    """
+    Looks whether a folder can be made, or written to, before the work whose results it is to hold. Makes nothing.
+
+    Raises:
+        ValueError: If it cannot; it names `argument`.
+    """
+    path = Path(value).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"`{argument}` is {str(value)!r}, but {existing} is not a directory. Name another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"`{argument}` is {str(value)!r}, but {existing} cannot be written to. Name another folder.")

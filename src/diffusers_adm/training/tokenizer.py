@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from ..command_line import run_command
 from .arguments import arg, check_at_least, parse_args
 from .data import load_source, read_captions
+from .repositories import check_can_be_written
 
 
 logger = logging.getLogger("diffusers_adm.training.tokenizer")
@@ -98,6 +99,7 @@ def train_tokenizer(
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     (args,) = parse_args(TokenizerArguments, argv, description=__doc__)
+    check_can_be_written("output_dir", args.output_dir)
     dataset, source = load_source(
         args.dataset_name,
         args.dataset_config_name,

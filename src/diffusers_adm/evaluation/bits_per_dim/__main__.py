@@ -25,11 +25,11 @@ from diffusers import DiffusionPipeline
 from ... import __version__
 from ...command_line import run_command
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
-from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, respaced_timesteps
 from ...training.arguments import parse_args
 from ...training.classification import match_classes
 from ...training.data import ImageDataset, check_images, load_image_dataset, renumber_labels
-from ...training.repositories import from_subfolder_or_root, reading
+from ...training.repositories import check_can_be_written, from_subfolder_or_root, reading
 from ...training.setup import join_processes
 from ..data import find_dataset, num_real_classes
 from .bound import bits_per_dim
@@ -156,12 +156,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ImportError(f"This command needs {module}. Install the extra: `pip install diffusers-adm[eval]`.")
     import datasets
 
+    check_can_be_written("output_dir", args.output_dir)
     accelerator = join_processes(args.mixed_precision)
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
 
     # 1. model and process
     index, scheduler = load_index(args), load_scheduler(args)
+    if args.timestep_respacing is not None:
+        respaced_timesteps(scheduler.config.num_train_timesteps, args.timestep_respacing)  # raises
     unet = _load(AdaGNUNet2DModel.from_pretrained, args, "unet", variant=args.variant).to(accelerator.device)
     resolution = args.resolution or unet.config.sample_size
     check_network(args, unet.config, scheduler, resolution)

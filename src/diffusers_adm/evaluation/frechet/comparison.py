@@ -113,9 +113,18 @@ def compare_image_sets(
         ValueError: For sets too small for `k` or `splits`, features that are not finite, and labels that the network
             does not know.
     """
+    sets = {"samples": samples, "reference": reference}
+    for name, images in sets.items():
+        number = len(images)  # type: ignore[arg-type]
+        if number == 0:
+            raise ValueError(f"`{name}` holds no images. Pass some.")
+        if not 1 <= k < number:
+            raise ValueError(f"`k` is {k} and `{name}` holds {number} images; there must be more, and `k` at least 1.")
     features, logits, labels, statistics = [], None, None, []
-    for name, images in (("samples", samples), ("reference", reference)):
-        vectors, set_logits, set_labels, gaussian = _extract(network, images, batch_size, name, progress_bar)
+    for name, images in sets.items():
+        vectors, set_logits, set_labels, gaussian = _extract(
+            network, images, batch_size, name, progress_bar, splits=splits if name == "samples" else None
+        )
         if name == "samples":
             logits, labels = set_logits, set_labels
         if len(vectors) <= vectors.shape[1]:
@@ -159,19 +168,22 @@ def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]
     """And its binomial standard error."""
     labelled = labels != UNLABELLED
     logits, labels = logits[labelled], labels[labelled]
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f"The labels of the samples reach from {labels.min()} to {labels.max()}, but the network tells "
-            f"{logits.shape[1]} classes apart. Take a classifier of the same classes."
-        )
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
     return accuracy, math.sqrt(accuracy * (1 - accuracy) / len(labels))
 
 
 def _extract(
-    network: FeatureNetwork, images: torch.utils.data.Dataset, batch_size: int, name: str, progress_bar: bool
+    network: FeatureNetwork,
+    images: torch.utils.data.Dataset,
+    batch_size: int,
+    name: str,
+    progress_bar: bool,
+    splits: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, GaussianStatistics]:
-    """Features, logits and labels, on the CPU, and the statistics of the features."""
+    """
+    Features, logits and labels, on the CPU, and the statistics of the features. With `splits` it raises a `ValueError`
+    as soon as it sees that the logits are of no use for that many, or for the labels.
+    """
     statistics = GaussianStatistics()
     collected: dict[str, list[torch.Tensor]] = {"features": [], "logits": [], "labels": []}
     bar = tqdm(
@@ -192,8 +204,20 @@ def _extract(
                 collected["logits"].append(logits.float().cpu())
             if "class_labels" in batch:
                 collected["labels"].append(batch["class_labels"])
+            if splits is not None and logits is not None:
+                _check_logits(logits, batch.get("class_labels"), len(images), splits)  # type: ignore[arg-type]
             bar.update(len(pixels))
     features, logits, labels = (torch.cat(parts) if parts else None for parts in collected.values())
-    if features is None:
-        raise ValueError(f"`{name}` holds no images. Pass some.")
     return features, logits, labels, statistics
+
+
+def _check_logits(logits: torch.Tensor, labels: torch.Tensor | None, num_images: int, splits: int) -> None:
+    """Raises a `ValueError` for logits of a batch that neither score nor accuracy could be computed from."""
+    if not 1 <= splits <= num_images:
+        raise ValueError(f"`splits` is {splits}; it must lie between 1 and {num_images}, the number of samples.")
+    known = None if labels is None else labels[labels != UNLABELLED]
+    if known is not None and len(known) and (known.min() < 0 or known.max() >= logits.shape[1]):
+        raise ValueError(
+            f"The labels of the samples reach from {known.min()} to {known.max()}, but the network tells "
+            f"{logits.shape[1]} classes apart. Take a classifier of the same classes."
+        )

@@ -29,7 +29,7 @@ from ...training.arguments import arg, check_at_least, parse_args
 from ...training.classification import match_classes
 from ...training.data import UNLABELLED, load_image_dataset
 from ...training.effects import Rule, check_effects
-from ...training.repositories import reading
+from ...training.repositories import check_can_be_written, reading
 from ...training.seeding import derive_seed
 from ...training.setup import join_processes
 from ..data import find_dataset, load_classifier
@@ -138,6 +138,15 @@ class Arguments:
                 f"`class_labels` is {self.class_labels!r} and `dataset` is {self.dataset}. `--class_labels data` needs "
                 "a `--dataset` to count the classes of, and nothing else does."
             )
+        if self.dataset is not None and importlib.util.find_spec("datasets") is None:
+            raise ImportError("`--dataset` needs datasets. Install the extra: `pip install diffusers-adm[eval]`.")
+        known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+        if self.scheduler is not None and self.scheduler not in known:
+            close = difflib.get_close_matches(self.scheduler, known)
+            raise ValueError(
+                f"`scheduler` is {self.scheduler!r}, which diffusers does not know. Pass the name of a class, e.g. "
+                f"{' or '.join(close) or 'DPMSolverMultistepScheduler'}."
+            )
         check_effects(self, rules=RULES)
 
 
@@ -160,13 +169,6 @@ def load_pipeline(args: Arguments) -> ADMPipeline:
     elif its_names is not None:
         check_same_classes(args, pipe.id2label, its_names)
     if args.scheduler is not None:
-        known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-        if args.scheduler not in known:
-            close = difflib.get_close_matches(args.scheduler, known)
-            raise ValueError(
-                f"`scheduler` is {args.scheduler!r}, which diffusers does not know. Pass the name of a class, e.g. "
-                f"{' or '.join(close) or 'DPMSolverMultistepScheduler'}."
-            )
         pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
     return pipe
 
@@ -228,8 +230,6 @@ def shuffled_data_classes(args: Arguments, pipe: ADMPipeline, num_classes: int) 
     The classes of the images of a dataset, in random order by the seed. Each lends its class once before any does so
     twice: as many images as the dataset has are of exactly its proportions.
     """
-    if importlib.util.find_spec("datasets") is None:
-        raise ImportError("This needs datasets. Install the extra: `pip install diffusers-adm[eval]`.")
     images, id2label = load_image_dataset(
         **find_dataset(args.dataset, args.dataset_config_name, args.split),
         label_column=args.label_column,
@@ -254,13 +254,15 @@ def read_prompts(args: Arguments) -> list[str] | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_args(Arguments, argv, description=__doc__)
+    check_can_be_written("output_dir", args.output_dir)
+    prompts = read_prompts(args)
     accelerator = join_processes(args.mixed_precision)
     # The bars of diffusers and transformers while they load would be one more set of lines per process.
     diffusers.utils.logging.disable_progress_bar()
 
     with accelerator.main_process_first():  # the others find downloads in the cache
         pipe = load_pipeline(args)
-        class_labels, prompts = choose_classes(args, pipe), read_prompts(args)
+        class_labels = choose_classes(args, pipe)
     path = sample_images(
         pipe.to(accelerator.device),
         args.num_images,

@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ... import __version__
+from ...pipelines.pipeline_adm import PIL_OUTPUT_MODES
 from ...training.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
 from ...training.seeding import derive_seed
 
@@ -36,7 +37,7 @@ OutputFormat = Literal["png", "npz"]
 
 # What the settings, the labels and the finished arrays are called in the folder of the images.
 SETTINGS_NAME, METADATA_NAME, NPZ_NAME = "sampling.json", "metadata.jsonl", "samples.npz"
-IMAGE_NAME = re.compile(r"(\d{6,})\.png")
+IMAGE_NAME = re.compile(r"(\d{6,})\.(png|npy)")  # .npy: on the way to a `.npz`, for what no PNG file can hold
 # A file under this name is not finished; a hidden one, for whoever reads the folder meanwhile.
 WRITING_PREFIX = ".writing-"
 # Arguments of the pipeline that are not options of a run: they are made for each batch, or differ in nothing but form.
@@ -89,8 +90,8 @@ def sample_images(
         batch_size (`int`, defaults to 32): Images that a process draws at a time.
         seed (`int`, defaults to 0): Of the noise.
         output_format (`str`, defaults to `"png"`): `"npz"`: at the end the images are put into `samples.npz`, as
-            guided-diffusion's scripts expect (`arr_0`: uint8 of shape `(num_images, height, width, channels)`;
-            `arr_1`: the class labels, if any), and the single files are deleted.
+            guided-diffusion's scripts expect (`arr_0`: uint8 of shape `(num_images, height, width, channels)`, of any
+            number of channels; `arr_1`: the class labels, if any), and the single files are deleted.
         pipeline_options (mapping, *optional*): Further arguments of the pipeline's call, the same for all images; plain
             values.
         accelerator (`accelerate.Accelerator`, *optional*): Whose processes share the images, and whose precision the
@@ -102,11 +103,11 @@ def sample_images(
 
     Raises:
         ValueError: If the folder holds images of other settings (what differs is named) or more than `num_images`; for
-            arguments out of range; and whatever the pipeline does not take.
+            arguments out of range, and images of other than 1, 3 or 4 channels as PNG files; and whatever the pipeline
+            does not take. Nothing is written then.
         TypeError: For `pipeline_options` that are no plain values.
         OSError: If the folder cannot be made, read or written; in all processes, if it is so in the first.
-        RuntimeError: If an image holds a value that is not a number, or the pipeline gives no pictures of 1 or 3
-            channels.
+        RuntimeError: If an image holds a value that is not a number.
     """
     # 1. check
     options = dict(pipeline_options or {})
@@ -130,12 +131,12 @@ def sample_images(
                 **_pipeline_settings(pipe, options),
             }
             # As they come back from the file: tuples are lists there.
-            plan[0] = _find_missing(folder, num_images, json.loads(json.dumps(settings)), pipe)
+            plan[0] = _plan(folder, num_images, json.loads(json.dumps(settings)), pipe)
         except (OSError, TypeError, ValueError) as error:
             plan[1] = error  # else the other processes would wait for a plan
     if num_processes > 1:
         broadcast_object_list(plan)
-    missing, refusal = plan
+    (missing, record), refusal = plan[0] or ([], None), plan[1]
     if refusal is not None:
         raise refusal
 
@@ -168,12 +169,13 @@ def sample_images(
                     f"Among the images from number {indices[0]} on, one holds values that are not finite. Draw them in "
                     "bfloat16 or float32 instead of float16."
                 )
-            if images.ndim != 4 or images.shape[-1] not in (1, 3):
-                raise RuntimeError(
-                    f"The pipeline gives images of shape {images.shape}. One or three channels can be stored."
-                )
+            _check_channels(images.shape[-1], output_format)  # of pipelines that do not tell it before
+            if start == 0:
+                # Only now: settings that the pipeline refuses leave nothing behind. Whichever process is the first.
+                (folder / METADATA_NAME).unlink(missing_ok=True)  # it would name files that are not there, or lack some
+                _write_file(folder / SETTINGS_NAME, record, suffix=f".{rank}")
             for index, pixels in zip(indices, (images * 255).round().astype(np.uint8), strict=True):
-                _write_image(folder / _image_name(index), pixels)
+                _write_image(folder, index, pixels)
             bar.update(len(indices))
 
     # 4. what belongs to all images
@@ -206,6 +208,8 @@ def _check_arguments(
             raise ValueError(f"`{name}` is {values!r}; pass a list of at least one, or None.")
     if output_format not in get_args(OutputFormat):
         raise ValueError(f"`output_format` is {output_format!r}; it must be one of {list(get_args(OutputFormat))}.")
+    if getattr(pipe, "image_channels", None) is not None:
+        _check_channels(pipe.image_channels, output_format)
     tensors = [name for name, value in options.items() if torch.is_tensor(value)]
     if tensors:
         raise ValueError(f"`{tensors[0]}` is a tensor; `pipeline_options` are plain values, the same for all images.")
@@ -217,6 +221,14 @@ def _check_arguments(
         raise ValueError(
             f"`{wrong[0]}` cannot be passed on to a {type(pipe).__name__}: "
             + ("it is made for each batch." if wrong[0] in options and wrong[0] in RESERVED else "it does not take it.")
+        )
+
+
+def _check_channels(channels: int, output_format: str) -> None:
+    if output_format == "png" and channels not in PIL_OUTPUT_MODES:
+        raise ValueError(
+            f"`output_format` is 'png', but the images have {channels} channels, and PNG files have "
+            f"{', '.join(map(str, PIL_OUTPUT_MODES))}. Take 'npz', which holds any number."
         )
 
 
@@ -244,8 +256,11 @@ def _pipeline_settings(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _find_missing(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) -> list[int]:
-    """The numbers of the images to be drawn. The folder is made, or found to be of a run with the same settings."""
+def _plan(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) -> tuple[list[int], bytes]:
+    """
+    The numbers of the images to be drawn, and the record of the settings, to be written once there are any. The folder
+    is made, or found to be of a run with the same settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{WRITING_PREFIX}*"):
         leftover.unlink()
@@ -266,26 +281,22 @@ def _find_missing(folder: Path, num_images: int, settings: dict[str, Any], pipe:
                 f"in {NPZ_NAME}, to which none can be added. Choose another folder."
             )
         if packed:
-            return []
+            return [], b""
         if max(existing) >= num_images:
             raise ValueError(
                 f"`num_images` is {num_images}, but `output_dir` {str(folder)!r} holds images up to number "
                 f"{max(existing)}. Ask for at least {max(existing) + 1}, or choose another folder."
             )
     missing = [index for index in range(num_images) if index not in existing]
-    if missing:
-        (folder / METADATA_NAME).unlink(missing_ok=True)  # it would name files that are not there, or lack some
-        model = getattr(pipe, "name_or_path", None)
-        content = {
-            "num_images": num_images,
-            "settings": settings,
-            "model": None if model is None else os.fspath(model),
-            "id2label": getattr(pipe, "id2label", None),
-            "versions": {"diffusers_adm": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
-        }
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        _write_file(folder / SETTINGS_NAME, text.encode())
-    return missing
+    model = getattr(pipe, "name_or_path", None)
+    content = {
+        "num_images": num_images,
+        "settings": settings,
+        "model": None if model is None else os.fspath(model),
+        "id2label": getattr(pipe, "id2label", None),
+        "versions": {"diffusers_adm": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
+    }
+    return missing, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _check_same_settings(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -333,15 +344,32 @@ def _image_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-def _write_image(path: Path, pixels: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="png")
-    _write_file(path, buffer.getvalue())
+def _write_image(folder: Path, index: int, pixels: np.ndarray) -> None:
+    buffer, name = io.BytesIO(), _image_name(index)
+    if pixels.shape[-1] in PIL_OUTPUT_MODES:
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="png")
+    else:
+        np.save(buffer, pixels)
+        name = Path(name).with_suffix(".npy").name
+    _write_file(folder / name, buffer.getvalue())
 
 
-def _write_file(path: Path, content: bytes) -> None:
-    """Whole or not at all: killed at any point, there is no half file under this name."""
-    writing = path.with_name(f"{WRITING_PREFIX}{path.name}")
+def _read_image(folder: Path, index: int) -> np.ndarray:
+    """`(height, width, channels)`"""
+    path = folder / _image_name(index)
+    if not path.exists():
+        return np.load(path.with_suffix(".npy"))
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _write_file(path: Path, content: bytes, suffix: str = "") -> None:
+    """
+    Whole or not at all: killed at any point, there is no half file under this name. Processes that may write the same
+    file at the same time have a `suffix` each.
+    """
+    writing = path.with_name(f"{WRITING_PREFIX}{path.name}{suffix}")
     with open(writing, "wb") as file:
         file.write(content)
         file.flush()
@@ -371,23 +399,22 @@ def _write_metadata(
 
 def _pack(folder: Path, num_images: int, labels: Sequence[int] | None) -> None:
     """Puts the images into one `.npz` file, one at a time: together they may be larger than the memory."""
-    path, files = folder / NPZ_NAME, [folder / _image_name(index) for index in range(num_images)]
+    path = folder / NPZ_NAME
     if not path.exists():
-        with Image.open(files[0]) as first:
-            shape = (num_images, first.height, first.width, len(first.getbands()))
+        shape = (num_images, *_read_image(folder, 0).shape)
         writing = path.with_name(f"{WRITING_PREFIX}{path.name}")
         with zipfile.ZipFile(writing, "w") as archive:  # not compressed, like that of `numpy.savez`
             with archive.open("arr_0.npy", "w", force_zip64=True) as array:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(array, header)
-                for file in files:
-                    with Image.open(file) as image:
-                        array.write(image.tobytes())
+                for index in range(num_images):
+                    array.write(_read_image(folder, index).tobytes())
             if labels is not None:
                 with archive.open("arr_1.npy", "w", force_zip64=True) as array:
                     np.lib.format.write_array(array, np.array(labels, dtype=np.int64))
         with open(writing, "rb") as written:
             os.fsync(written.fileno())
         os.replace(writing, path)
-    for file in files:
-        file.unlink(missing_ok=True)
+    for file in folder.iterdir():
+        if IMAGE_NAME.fullmatch(file.name):
+            file.unlink(missing_ok=True)
