@@ -494,9 +494,9 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 length)`, *optional*): 1 where cross-attention sees these states, 0 for padding. `None`: it sees all.
             pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of shape `(number of prompts, width)`,
                 *optional*): One vector a prompt, for a U-Net with `addition_embed_type="text_embeds"`.
-            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"`: `(batch_size, height, width, channels)` in
-                [0, 1]; `"pt"`: `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: the last sample as it
-                is, not decoded; about [-1, 1] for pixels.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, for images of 1 (mode L), 3 (RGB) or 4 (RGBA) channels;
+                `"np"`: `(batch_size, height, width, channels)` in [0, 1]; `"pt"`: `(batch_size, channels, height,
+                width)` in [0, 1]; `"latent"`: the last sample as it is, not decoded; about [-1, 1] for pixels.
             return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each step as `callback(pipe, step, timestep,
                 callback_kwargs)`; `latents` in the dictionary it returns replaces the sample. It may set

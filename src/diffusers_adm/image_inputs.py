@@ -121,7 +121,7 @@ def _one_channel(mask: np.ndarray | torch.Tensor, name: str) -> np.ndarray | tor
     if mask.ndim != 3 or mask.shape[-1 if is_array else 0] != 3:
         return mask
     first = mask[..., :1] if is_array else mask[:1]
-    if bool((mask == first).all()):
+    if bool(torch.as_tensor(mask == first).all()):
         return first
     if is_array:
         raise ValueError(f"`{name}` has three different channels. Pass a mask of one channel.")
