@@ -13,6 +13,7 @@ from toy_models import CONDITIONAL, random_classifier, random_unet
 
 from diffusers_adm import AdaGNControlNetModel, ADMPipeline, LearnedVarianceDDPMScheduler, model_cards
 from diffusers_adm.evaluation import ImageSetComparison
+from diffusers_adm.hub import push_folder
 from diffusers_adm.model_cards import LoraAdapter, write_model_card
 from diffusers_adm.training import add_lora, save_id2label, save_lora
 
@@ -359,3 +360,8 @@ else:
         loaded = torch.load(tmp_path / "half.pt")
         assert loaded.keys() == half.keys()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in half.items())
+
+
+def test_a_wrong_repository_name_is_found_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="Repo id must"):
+        push_folder(tmp_path / "nowhere", "not a name")

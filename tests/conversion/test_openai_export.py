@@ -218,3 +218,9 @@ def test_what_flags_cannot_say_is_said(tmp_path, caplog):
     assert "with the larger fixed variance, this scheduler with the smaller one" in caplog.text
     with pytest.raises(ValueError, match="`variance_type` is 'learned_log'"):
         export_openai(model, tmp_path / "b.pt", scheduler=LearnedVarianceDDPMScheduler(variance_type="learned_log"))
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_the_network_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`output_file` is .*file is not a directory. Name another"):
+        export_openai(tmp_path / "nowhere", tmp_path / "file" / "back.pt")

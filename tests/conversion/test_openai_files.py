@@ -268,6 +268,12 @@ def test_another_image_size_does_not_move_the_attention(tmp_path):
     assert (result.flags["attention_resolutions"], result.flags["channel_mult"]) == ("12", "1,2")
 
 
+def test_a_folder_that_cannot_be_made_is_found_before_the_checkpoint_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`output_dir` is .*file is not a directory. Name another"):
+        convert_openai(tmp_path / "nowhere.pt", tmp_path / "file" / "out")
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     file, folder = NETWORK.save(tmp_path), tmp_path / "out"
     folder.mkdir()
