@@ -32,15 +32,71 @@ else:
         os.environ.pop(f"HUGGINGFACE_{_name}", None)
     os.environ.pop("HUGGING_FACE_HUB_TOKEN", None)
 
+import platform  # noqa: E402
 import random  # noqa: E402
+import zlib  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from jitter import Jitter  # noqa: E402
 
 
 if _IS_XDIST_WORKER:
     torch.set_num_threads(1)
+
+
+# Variables that choose the instructions with which torch, oneDNN and MKL compute.
+_KERNEL_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--jitter",
+        type=int,
+        metavar="SEED",
+        help="perturb the last bits of matrix products, convolutions and reductions, to find tests that rest on them",
+    )
+
+
+def _processor():
+    """The name of the model where the system tells it, else the architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def pytest_report_header(config):
+    """Where the tests ran: the last bits of a result depend on each of these."""
+    threads = 1 if config.getoption("numprocesses", None) else torch.get_num_threads()
+    lines = [
+        f"processor: {_processor()}, {os.cpu_count()} cores",
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, threads in each process: {threads}",
+    ]
+    variables = [f"{name}={os.environ[name]}" for name in _KERNEL_VARIABLES if name in os.environ]
+    return lines + ([" ".join(variables)] if variables else [])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session):
+    """`-q`, as in `make test`, leaves the header out; these lines are for every report."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and reporter.verbosity == -1 and not reporter.no_header:
+        for line in pytest_report_header(session.config):
+            reporter.write_line(line)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """`--jitter` reaches fixtures, too. Each test has noise of its own, whichever tests run before it."""
+    seed = item.config.getoption("jitter")
+    if seed is None or item.get_closest_marker("no_jitter"):
+        return (yield)
+    with Jitter(zlib.crc32(f"{seed} {item.nodeid}".encode())):
+        return (yield)
 
 
 def pytest_unconfigure():

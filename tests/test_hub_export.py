@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.utils.dynamic_modules_utils import check_imports, get_relative_imports
 from hub_server import WITHOUT_PACKAGE
+from tolerances import NETWORK, SAMPLING, rounding_errors
 from toy_models import CONDITIONAL, MAX_PROMPT_LENGTH, random_classifier, random_text_encoder, random_unet
 
 import diffusers_adm
@@ -107,12 +108,12 @@ class TestWithoutThePackage:
             expected_states, expected_pooled = text_encoder(**words)
         assert expected.std() > 0.1
         assert expected_logits.std() > 0.1
-        assert torch.equal(output, expected)
-        assert torch.equal(logits, expected_logits)
+        assert rounding_errors(output, expected) <= NETWORK
+        assert rounding_errors(logits, expected_logits) <= NETWORK
         assert expected_pooled.std() > 0.1
-        assert torch.equal(states, expected_states)
-        assert torch.equal(pooled, expected_pooled)
-        assert torch.equal(images, pipe(generator=torch.Generator().manual_seed(0), **kwargs).images)
+        assert rounding_errors(states, expected_states) <= NETWORK
+        assert rounding_errors(pooled, expected_pooled) <= NETWORK
+        assert rounding_errors(images, pipe(generator=torch.Generator().manual_seed(0), **kwargs).images) <= SAMPLING
 
     def test_the_package_really_is_absent(self, tmp_path):
         """The sources as they are do not import there; only the exported file does."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from tolerances import SAMPLING, rounding_errors
 from toy_models import (
     CONDITIONAL,
     random_classifier,
@@ -153,7 +154,7 @@ torch.save({"images": images, "modules": modules}, result)
         for name, pipe in pipelines.items():
             expected = draw(pipe, CALLS[name])
             assert expected.std() > 0.05
-            assert torch.equal(loaded["images"][name], expected), name
+            assert rounding_errors(loaded["images"][name], expected) <= SAMPLING, name
             start = "diffusers_adm." if package else "diffusers_modules."
             assert all(module.startswith(start) for module in loaded["modules"][name]), loaded["modules"]
         if not package:  # saved again there: the same code, named in the index as before

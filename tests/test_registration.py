@@ -17,6 +17,7 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from hub_server import HubServer
+from tolerances import NETWORK, SAMPLING, rounding_errors
 from toy_models import CONDITIONAL, random_classifier, random_unet
 
 import diffusers_adm
@@ -252,7 +253,7 @@ torch.save({"images": images, "weights": weights, "control": control, "logits": 
         expected = draw(pipe)
         assert expected.std() > 0.1
         for images in loaded["images"]:
-            assert torch.equal(images, expected)
+            assert rounding_errors(images, expected) <= SAMPLING
         for weights in loaded["weights"]:
             assert weights.keys() == pipe.unet.state_dict().keys()
             assert all(torch.equal(weights[name], tensor) for name, tensor in pipe.unet.state_dict().items())
@@ -260,5 +261,5 @@ torch.save({"images": images, "weights": weights, "control": control, "logits": 
         for name, tensor in controlled.controlnet.state_dict().items():
             assert torch.equal(loaded["control"][name], tensor)
         with torch.no_grad():
-            assert torch.equal(loaded["logits"], classifier(torch.ones(1, 3, 8, 8), 7).logits)
+            assert rounding_errors(loaded["logits"], classifier(torch.ones(1, 3, 8, 8), 7).logits) <= NETWORK
         assert "as defined in `model_index.json` does not exist in alice/unregistered" in loaded["error"]

@@ -100,9 +100,9 @@ def low_resolution(image: torch.Tensor) -> torch.Tensor:
     # Sides that blocks do not divide are continued by their last pixels.
     padding = (0, -width % LOW_RESOLUTION_FACTOR, 0, -height % LOW_RESOLUTION_FACTOR)
     padded = F.pad(image[None], padding, mode="replicate")
-    low_res = shrink(2 * padded - 1, LOW_RESOLUTION_FACTOR)
-    enlarged = (enlarge(low_res, *padded.shape[2:]) + 1) * 127.5
-    return _from_levels(enlarged[0, :, :height, :width])
+    # Whole numbers times multiples of 1 / 64 are exact, and so are the halves that are rounded up.
+    low_res = ((shrink(2 * padded - 1, LOW_RESOLUTION_FACTOR) + 1) * 127.5).round()
+    return _from_levels(enlarge(low_res, *padded.shape[2:])[0, :, :height, :width])
 
 
 CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -61,7 +61,7 @@ class TestEdgeAgreement:
         line = torch.zeros(1, 10, 10, dtype=torch.bool)
         line[0, :, 4] = True
         for shift, f1 in ((0, 1.0), (1, 1.0), (-1, 1.0), (2, 0.0)):
-            assert measure_controlnet.edge_agreement(line.roll(shift, 2), line)["f1"].item() == f1
+            assert measure_controlnet.edge_agreement(line.roll(shift, 2), line)["f1"].item() == pytest.approx(f1)
         half = line.clone()
         half[0, 5:] = False  # 5 of 10 pixels, which reach one further
         result = measure_controlnet.edge_agreement(half, line)
@@ -72,7 +72,7 @@ class TestEdgeAgreement:
     def test_images_without_edges(self, measure_controlnet):
         none, some = torch.zeros(1, 6, 6, dtype=torch.bool), torch.eye(6, dtype=torch.bool)[None]
         for samples, conditions, f1 in ((none, none, 1.0), (none, some, 0.0), (some, none, 0.0), (some, some, 1.0)):
-            assert measure_controlnet.edge_agreement(samples, conditions)["f1"].item() == f1
+            assert measure_controlnet.edge_agreement(samples, conditions)["f1"].item() == pytest.approx(f1)
 
 
 def picture(number):
@@ -127,7 +127,7 @@ class TestBenchmark:
             assert cells[scale]["f1_of_each"] == pytest.approx(expected, abs=1e-12)
             assert cells[scale]["f1"] == pytest.approx(np.mean(expected))
             assert cells[scale]["f1_error"] == pytest.approx(np.std(expected, ddof=1) / 2)
-        assert (cells["1"]["minus_first"], cells["1"]["minus_previous_error"]) == (0.0, 0.0)
+        assert (cells["1"]["minus_first"], cells["1"]["minus_previous_error"]) == pytest.approx((0.0, 0.0))
 
         # Pictures of the same caption are no other ones.
         f1 = np.array([[agreement(a, b)[2] for b in edges[1]] for a in edges[1]])

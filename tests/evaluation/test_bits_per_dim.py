@@ -23,6 +23,7 @@ from analytic_distributions import BETAS, Gaussian, OptimalNetwork, cumulative_a
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from processes import run_distributed
+from tolerances import NETWORK, rounding_errors
 from torch.testing import assert_close
 from toy_models import CONDITIONAL, random_diffusers_unet, random_unet
 
@@ -278,14 +279,14 @@ class TestEquations:
 
     def test_a_seed_selects_the_noise(self):
         unet, scheduler, images = random_unet(), short_scheduler(), random_images(2)
-        first, again, other = (evaluate(unet, scheduler, images, seed=seed).terms for seed in (0, 0, 1))
-        assert torch.equal(first, again)
-        assert not (first == other).any()
+        first, again, other = (evaluate(unet.double(), scheduler, images, seed=seed).terms for seed in (0, 0, 1))
+        assert_close(first, again, rtol=1e-10, atol=0)
+        assert ((first - other).abs() > 1e-6 * first.abs()).all()
 
     def test_a_chain_within_the_chain_sees_the_same_noise(self):
-        unet, scheduler, images = random_unet(), short_scheduler(12), random_images(2)
+        unet, scheduler, images = random_unet().double(), short_scheduler(12), random_images(2)
         full, short = (evaluate(unet, scheduler, images, timestep_respacing=r) for r in (None, "ddim4"))
-        assert_close(short.x0_mse, full.x0_mse[:, ::3], rtol=1e-5, atol=0)
+        assert_close(short.x0_mse, full.x0_mse[:, ::3], rtol=1e-10, atol=0)
 
     def test_zero_terminal_snr(self):
         scheduler = short_scheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
@@ -381,14 +382,15 @@ class TestBatchesAndProcesses:
             assert "repeats examples" in prepared[2]
 
     def test_number_of_images(self):
-        unet, scheduler, images = random_unet(), short_scheduler(2), random_images(20)
+        unet, scheduler, images = random_unet().double(), short_scheduler(2), random_images(20)
         everything = evaluate(unet, scheduler, images)
         some = evaluate(unet, scheduler, images, num_images=6)
-        chosen = [int((everything.prior == prior).nonzero()) for prior in some.prior]
+        chosen = [int((everything.prior - prior).abs().argmin()) for prior in some.prior]
+        assert_close(some.prior, everything.prior[chosen], rtol=1e-9, atol=0)
         assert chosen == sorted(set(chosen))
         assert chosen != list(range(6))
-        # Noise by the position in the data: an image costs what it cost before. Float32 in other batches.
-        assert_close(some.total, everything.total[chosen], rtol=1e-5, atol=0)
+        # Noise by the position in the data: an image costs what it cost before.
+        assert_close(some.total, everything.total[chosen], rtol=1e-10, atol=0)
         assert len(evaluate(unet, scheduler, images, num_images=100).total) == 20
         batches = torch.utils.data.DataLoader(images, batch_size=4)
         assert_close(evaluate(unet, scheduler, batches, num_images=6).prior, everything.prior[:6])
@@ -399,9 +401,9 @@ class TestBatchesAndProcesses:
         mixed = evaluate(unet, scheduler, images, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
         half = evaluate(random_unet().to(torch.bfloat16), scheduler, images)
         for rough in (mixed, half):
-            assert not torch.equal(rough.terms, exact.terms)
+            assert rounding_errors(rough.terms, exact.terms.to(rough.terms.dtype)) > NETWORK
             assert_close(rough.terms, exact.terms, rtol=0.05, atol=0.05)
-            assert torch.equal(rough.prior, exact.prior)
+            assert_close(rough.prior, exact.prior, rtol=1e-9, atol=0)
 
     def test_the_loop_over_timesteps_does_not_wait_for_the_device(self):
         """The "meta" device has no numbers, so whatever waits for them raises: here, the end of the first chunk."""
@@ -450,16 +452,18 @@ class TestClassesAndNetworks:
         assert self.labels_seen([3, 0]) is None
 
     def test_diffusers_unet_with_classes(self):
-        unet, images = random_diffusers_unet(num_class_embeds=3), random_images(2)
-        ours = random_unet(num_class_embeds=3)
+        unet, images = random_diffusers_unet(num_class_embeds=3).double(), random_images(2)
+        ours = random_unet(num_class_embeds=3).double()
         ours.load_state_dict(unet.state_dict())
         data = pairs(images, [2, 1])
-        assert_same(evaluate(unet, short_scheduler(), data), evaluate(ours, short_scheduler(), data), rtol=1e-4)
+        assert_same(
+            evaluate(unet, short_scheduler(), data), evaluate(ours, short_scheduler(), data), rtol=1e-6
+        )  # their sinusoid is float32
         with pytest.raises(ValueError, match="no null class"):
             evaluate(unet, short_scheduler(), images)
 
     def test_a_plain_function_and_a_tuple(self):
-        unet, images = random_unet(), random_images(2)
+        unet, images = random_unet().double(), random_images(2)
         expected = evaluate(unet, short_scheduler(), images)
         assert_same(evaluate(lambda x, t: unet(x, t).sample, short_scheduler(), images), expected)
         assert_same(evaluate(lambda x, t: unet(x, t, return_dict=False), short_scheduler(), images), expected)
@@ -467,19 +471,20 @@ class TestClassesAndNetworks:
     @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
     def test_diffusers_schedulers_are_converted(self, variance_type):
         config = {"num_train_timesteps": 6, "beta_end": 0.2, "variance_type": variance_type}
-        unet = random_unet(out_channels=6 if variance_type == "learned_range" else 3)
+        unet = random_unet(out_channels=6 if variance_type == "learned_range" else 3).double()
         expected = evaluate(unet, LearnedVarianceDDPMScheduler(**config), random_images(2))
         assert_same(evaluate(unet, DDPMScheduler(**config), random_images(2)), expected)
 
     def test_ddim_scheduler_has_the_same_process(self):
-        expected = evaluate(random_unet(), short_scheduler(clip_sample=False), random_images(2))
+        unet = random_unet().double()
+        expected = evaluate(unet, short_scheduler(clip_sample=False), random_images(2))
         ddim = DDIMScheduler(num_train_timesteps=6, beta_end=0.2, clip_sample=False)
-        assert_same(evaluate(random_unet(), ddim, random_images(2)), expected)
+        assert_same(evaluate(unet, ddim, random_images(2)), expected)
 
     def test_clipping_follows_the_scheduler(self):
-        unet, images = random_unet(), random_images(2)
+        unet, images = random_unet().double(), random_images(2)
         clipped, free = (evaluate(unet, short_scheduler(clip_sample=clip), images) for clip in (True, False))
-        assert not torch.allclose(clipped.terms, free.terms)
+        assert not torch.allclose(clipped.terms, free.terms, rtol=1e-3)
         assert_same(evaluate(unet, short_scheduler(clip_sample=False), images, clip_sample=True), clipped)
         assert_same(evaluate(unet, short_scheduler(), images, clip_sample=False), free)
 
@@ -509,8 +514,8 @@ class TestResult:
         for name, values in parts.items():
             assert content[name] == pytest.approx(values.mean(), rel=1e-12)
             assert content[f"{name}_standard_error"] == pytest.approx(values.std(ddof=1) / 7**0.5, rel=1e-12)
-        assert content["bits_per_dim"] == result.bits_per_dim
-        assert content["bits_per_dim_standard_error"] == result.standard_error
+        assert content["bits_per_dim"] == pytest.approx(result.bits_per_dim, rel=1e-12)
+        assert content["bits_per_dim_standard_error"] == pytest.approx(result.standard_error, rel=1e-12)
         assert content["bits_per_dim"] == pytest.approx(content["prior"] + content["decoder"] + content["kl"])
         by_timestep = content["by_timestep"]
         assert by_timestep["timestep"] == [0, 10, 20, 30]
@@ -673,8 +678,8 @@ class TestCommand:
         expected = evaluate(unet, short_scheduler(), data, seed=3, timestep_respacing="4").to_dict()
         settings = content.pop("settings")
         assert set(content.pop("versions")) == {"diffusers_adm", "diffusers", "torch"}
-        assert content.pop("by_timestep")["terms"] == pytest.approx(expected.pop("by_timestep")["terms"], rel=1e-5)
-        assert content == pytest.approx(expected, rel=1e-5)
+        assert content.pop("by_timestep")["terms"] == pytest.approx(expected.pop("by_timestep")["terms"], rel=1e-4)
+        assert content == pytest.approx(expected, rel=1e-4)  # float32, as in the next tests
         assert settings["seed"] == 3
         assert settings["resolution"] == 8
         assert settings["variance_type"] == "learned_range"
@@ -801,9 +806,9 @@ class TestCommand:
         launched = json.loads((tmp_path / "launched" / "bits_per_dim.json").read_text())
         assert launched["num_images"] == 7
         for name in ("terms", "x0_mse", "epsilon_mse", "terms_standard_error"):
-            assert launched["by_timestep"][name] == pytest.approx(alone["by_timestep"][name], rel=1e-5)
+            assert launched["by_timestep"][name] == pytest.approx(alone["by_timestep"][name], rel=1e-4)
         for name in ("bits_per_dim", "bits_per_dim_standard_error", "prior", "decoder", "kl"):
-            assert launched[name] == pytest.approx(alone[name], rel=1e-5)
+            assert launched[name] == pytest.approx(alone[name], rel=1e-4)
 
     def test_the_name_is_the_function_whatever_was_imported(self):
         importlib.import_module("diffusers_adm.evaluation.bits_per_dim")

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 from processes import run_distributed, start
+from tolerances import levels_apart
 from toy_models import (
     CONDITIONAL,
     random_classifier,
@@ -127,7 +128,7 @@ def test_each_image_is_the_one_its_generator_gives(tmp_path):
     for i, pixels in enumerate(read(tmp_path).values()):
         generator = torch.Generator().manual_seed(derive_seed(9, "sample", i))
         expected = pipe(class_labels=[2, 0, 1][i % 3], generator=generator, **options).images[0]
-        assert np.array_equal(pixels, np.asarray(expected))
+        assert levels_apart(pixels, np.asarray(expected)) <= 1
 
 
 COMMANDS = {
@@ -323,7 +324,7 @@ def test_npz_is_that_of_guided_diffusion(tmp_path):
     with np.load(path) as arrays:
         assert arrays.files == ["arr_0", "arr_1"]
         assert arrays["arr_0"].dtype == np.uint8
-        assert np.array_equal(arrays["arr_0"], np.stack(list(read(tmp_path / "png").values())))
+        assert levels_apart(arrays["arr_0"], np.stack(list(read(tmp_path / "png").values()))) <= 1
         assert arrays["arr_1"].tolist() == [0, 1, 2, 3, 0]
 
     stamp = path.stat().st_mtime_ns
@@ -503,7 +504,7 @@ def test_options_reach_the_pipeline(stock, tmp_path, capsys):
     generators = [torch.Generator().manual_seed(derive_seed(0, "sample", i)) for i in range(2)]
     expected = pipe(class_labels=[2, 2], generator=generators, **options).images
     for pixels, image in zip(read(tmp_path).values(), expected, strict=True):
-        assert np.array_equal(pixels, np.asarray(image))
+        assert levels_apart(pixels, np.asarray(image)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -552,7 +553,7 @@ def test_classes_of_the_classifier_alone(stock, tmp_path):
     run(**steered, class_labels="fish", output_dir=tmp_path / "one")
     assert labels(tmp_path / "one") == [3] * 6
     drawn, other = read(tmp_path / "uniform"), read(tmp_path / "one")
-    assert [np.array_equal(drawn[name], other[name]) for name in drawn] == [False] * 3 + [True] + [False] * 2
+    assert [levels_apart(drawn[name], other[name]) <= 1 for name in drawn] == [False] * 3 + [True] + [False] * 2
     with pytest.raises(ValueError, match="'uniform', but the network is unconditional, and nothing steers"):
         run(**arguments, class_labels="uniform", output_dir=tmp_path / "unsteered")
 

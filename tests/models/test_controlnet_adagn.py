@@ -13,6 +13,7 @@ from docstrings import check_documented_arguments, parameters_of
 from test_unet_2d_adagn_compatibility import TOLERANCE, relative_error
 from test_unet_2d_adagn_text import CONFIGS as TEXT_CONFIGS
 from test_unet_2d_adagn_text import STABLE_DIFFUSION, inputs_for, random_condition_model
+from tolerances import NETWORK, rounding_errors
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from toy_models import CONDITIONAL, TOY_CONFIG, fill_randomly, random_text_unet, random_unet
@@ -121,8 +122,9 @@ class TestAgainstDiffusers:
             their_inputs = (sample, timestep, theirs.encoder_hid_proj(states).detach(), image)
         for options in ({}, {"conditioning_scale": 0.3}, {"guess_mode": True}):
             found, expected = ours(*inputs, **kwargs, **options), theirs(*their_inputs, **kwargs, **options)
-            # In guess mode its scales are float32.
-            tolerance = max(TOLERANCE[dtype], 1e-7 if options.get("guess_mode") else 0)
+            # In guess mode its scales are float32, and where it pools text, the softmax of its attention is.
+            in_float32 = options.get("guess_mode") or "addition_embed_type" in self.CONFIGS[name]
+            tolerance = max(TOLERANCE[dtype], 1e-6 if in_float32 else 0)
             assert len(found.down_block_res_samples) == len(expected.down_block_res_samples)
             found, expected = (
                 [*output.down_block_res_samples, output.mid_block_res_sample] for output in (found, expected)
@@ -218,7 +220,10 @@ class TestFromUNet:
         inputs, conditions = inputs_of(unet)
         branch = AdaGNControlNetModel.from_unet(unet, width=width)
         branch.check_base(unet)
-        assert torch.equal(with_branch(unet, branch, *inputs, IMAGE, **conditions), unet(*inputs, **conditions).sample)
+        assert (
+            rounding_errors(with_branch(unet, branch, *inputs, IMAGE, **conditions), unet(*inputs, **conditions).sample)
+            <= NETWORK
+        )
 
     @pytest.mark.parametrize("name", UNETS)
     @torch.no_grad()
@@ -232,9 +237,9 @@ class TestFromUNet:
             return torch.cat([x.flatten() for x in (*down, mid)])
 
         plain = residuals()
-        assert not torch.equal(plain, residuals(image=1 - IMAGE))
-        assert not torch.equal(plain, residuals(sample=sample + 1))
-        assert not torch.equal(plain, residuals(timestep=timestep + 1))
+        assert rounding_errors(plain, residuals(image=1 - IMAGE)) > NETWORK
+        assert rounding_errors(plain, residuals(sample=sample + 1)) > NETWORK
+        assert rounding_errors(plain, residuals(timestep=timestep + 1)) > NETWORK
         for key, value in conditions.items():
             if key == "encoder_attention_mask":
                 changed = 1 - value
@@ -242,7 +247,7 @@ class TestFromUNet:
                 changed = {k: v + 1 for k, v in value.items()}
             else:
                 changed = value + 1
-            assert not torch.equal(plain, residuals(**{key: changed})), key
+            assert rounding_errors(plain, residuals(**{key: changed})) > NETWORK, key
 
     @pytest.mark.parametrize("name", unet_configs.CONFIGS)
     @torch.no_grad()
@@ -259,10 +264,10 @@ class TestFromUNet:
         branch = AdaGNControlNetModel.from_unet(unet, conditioning_channels=1)
         image = torch.rand(2, 1, height, width)
         expected = unet(*inputs, class_labels=labels).sample
-        assert torch.equal(with_branch(unet, branch, *inputs, image, class_labels=labels), expected)
+        assert rounding_errors(with_branch(unet, branch, *inputs, image, class_labels=labels), expected) <= NETWORK
         assert torch.equal(branch.conv_in.weight, unet.conv_in.weight)
         narrow = AdaGNControlNetModel.from_unet(unet, conditioning_channels=1, width=0.5)
-        assert torch.equal(with_branch(unet, narrow, *inputs, image, class_labels=labels), expected)
+        assert rounding_errors(with_branch(unet, narrow, *inputs, image, class_labels=labels), expected) <= NETWORK
 
     @pytest.mark.parametrize("width", [1.0, 0.5])
     @pytest.mark.parametrize("name", TEXT_CONFIGS)
@@ -276,7 +281,7 @@ class TestFromUNet:
         conditions = {"encoder_hidden_states": states, "class_labels": labels}
         expected = theirs(sample, timestep, **conditions).sample
         image = torch.rand(3, 3, 16, 16)
-        assert torch.equal(with_branch(theirs, branch, sample, timestep, image, **conditions), expected)
+        assert rounding_errors(with_branch(theirs, branch, sample, timestep, image, **conditions), expected) <= NETWORK
 
     def test_the_copy_is_one(self):
         unet = random_unet(**CONDITIONAL)
@@ -406,10 +411,10 @@ class TestLora:
         branch = AdaGNControlNetModel.from_unet(random_unet(**CONDITIONAL))
         inputs, conditions = inputs_of(unet)
         with_lora = unet(*inputs, **conditions).sample
-        assert torch.equal(with_branch(unet, branch, *inputs, IMAGE, **conditions), with_lora)
+        assert rounding_errors(with_branch(unet, branch, *inputs, IMAGE, **conditions), with_lora) <= NETWORK
         unet.disable_adapters()
         without = unet(*inputs, **conditions).sample
-        assert not torch.equal(with_lora, without)
+        assert rounding_errors(with_lora, without) > NETWORK
 
     def test_weights_that_an_adapter_trains_a_copy_of(self):
         from peft import LoraConfig
@@ -611,9 +616,9 @@ class TestSeveral:
             branch(*inputs, controlnet_cond=image, conditioning_scale=scale, **conditions)
             for branch, image, scale in zip(branches, images, (0.5, 2.0), strict=True)
         ]
-        assert_close(mid, alone[0].mid_block_res_sample + alone[1].mid_block_res_sample)
+        assert rounding_errors(mid, alone[0].mid_block_res_sample + alone[1].mid_block_res_sample) <= NETWORK
         for found, *parts in zip(down, *(each.down_block_res_samples for each in alone), strict=True):
-            assert_close(found, parts[0] + parts[1])
+            assert rounding_errors(found, parts[0] + parts[1]) <= NETWORK
 
     @torch.no_grad()
     def test_a_branch_that_counts_nothing_does_not_run(self):
@@ -623,7 +628,7 @@ class TestSeveral:
         both = AdaGNMultiControlNetModel(branches)
         found = both(SAMPLE, TIMESTEP, controlnet_cond=[IMAGE, IMAGE], conditioning_scale=[0, 1.0])
         alone = branches[1](SAMPLE, TIMESTEP, controlnet_cond=IMAGE)
-        assert torch.equal(found.mid_block_res_sample, alone.mid_block_res_sample)
+        assert rounding_errors(found.mid_block_res_sample, alone.mid_block_res_sample) <= NETWORK
 
     def test_save_and_load(self, tmp_path):
         unet = random_unet()
@@ -746,7 +751,7 @@ class TestNumbers:
         again, info = AdaGNControlNetModel.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info.values()), info
         found, expected = (model(SAMPLE, TIMESTEP, controlnet_cond=IMAGE) for model in (again, branch))
-        assert torch.equal(found.mid_block_res_sample, expected.mid_block_res_sample)
+        assert rounding_errors(found.mid_block_res_sample, expected.mid_block_res_sample) <= NETWORK
         assert again.config.unet_block_out_channels == [8, 16]  # as JSON has it
 
 

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from tolerances import NETWORK, rounding_errors
 from toy_models import (
     CONDITIONAL,
     MAX_PROMPT_LENGTH,
@@ -65,14 +66,19 @@ class TestSaving:
         model.save_pretrained(tmp_path, max_shard_size=f"{size // 3000}KB", variant=variant)
         suffix = f".{variant}" if variant else ""
         assert len(list(tmp_path.glob(f"diffusion_pytorch_model{suffix}-*-of-*.safetensors"))) > 1
-        assert torch.equal(predict(type(model).from_pretrained(tmp_path, variant=variant)), predict(model))
+        assert (
+            rounding_errors(predict(type(model).from_pretrained(tmp_path, variant=variant)), predict(model)) <= NETWORK
+        )
         with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
             type(model).from_pretrained(tmp_path, variant="another")
 
     def test_pickled(self, model, tmp_path):
         model.save_pretrained(tmp_path, safe_serialization=False)
         assert [file.name for file in tmp_path.glob("diffusion*")] == ["diffusion_pytorch_model.bin"]
-        assert torch.equal(predict(type(model).from_pretrained(tmp_path, use_safetensors=False)), predict(model))
+        assert (
+            rounding_errors(predict(type(model).from_pretrained(tmp_path, use_safetensors=False)), predict(model))
+            <= NETWORK
+        )
 
 
 class TestOffloading:
@@ -90,7 +96,7 @@ class TestOffloading:
         )
         assert "disk" in loaded.hf_device_map.values()
         assert any(parameter.is_meta for parameter in loaded.parameters())
-        assert torch.equal(predict(loaded), predict(model))
+        assert rounding_errors(predict(loaded), predict(model)) <= NETWORK
 
     @pytest.mark.parametrize("offload_type, number", [("block_level", 1), ("leaf_level", None)])
     def test_groups_on_disk(self, model, offload_type, number, tmp_path):
@@ -102,9 +108,10 @@ class TestOffloading:
             offload_to_disk_path=str(tmp_path),
         )
         assert list(tmp_path.glob("*.safetensors"))
-        assert torch.equal(predict(model), expected)
+        assert rounding_errors(predict(model), expected) <= NETWORK
 
 
+@pytest.mark.no_jitter("torch compiles nothing inside a dispatch mode")
 class TestCompiling:
     """With the backend "eager" torch traces the network and runs the trace as it is; translating it takes minutes."""
 
@@ -120,8 +127,8 @@ class TestCompiling:
         expected = predict(model)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         with torch._dynamo.config.patch(error_on_recompile=True):
-            assert torch.equal(predict(compiled), expected)
-            assert torch.equal(predict(compiled), expected)
+            assert rounding_errors(predict(compiled), expected) <= NETWORK
+            assert rounding_errors(predict(compiled), expected) <= NETWORK
 
     @pytest.mark.skipif(
         "recompile_limit" not in inspect.signature(torch.compile).parameters,
@@ -140,11 +147,11 @@ class TestCompiling:
         assert len(kinds) > 8
         expected = predict(model)
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        assert torch.equal(predict(model), expected)
+        assert rounding_errors(predict(model), expected) <= NETWORK
 
     @pytest.mark.parametrize("name", ["classifier-attention-pool", "text-encoder"])
     def test_repeated_blocks(self, name):
         model = MODELS[name]()
         expected = predict(model)
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        assert torch.equal(predict(model), expected)
+        assert rounding_errors(predict(model), expected) <= NETWORK

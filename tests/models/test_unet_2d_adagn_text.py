@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from test_unet_2d_adagn_compatibility import TOLERANCE, relative_error
-from torch.testing import assert_close
+from tolerances import NETWORK, gradient_errors, rounding_errors
 
 from diffusers_adm import AdaGNUNet2DModel
 
@@ -156,13 +156,15 @@ def test_same_weights_same_outputs_and_gradients(name, dtype):
     only_text = config.get("only_cross_attention") or config.get("mid_block_only_cross_attention")
     mask = None if only_text else torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1, 0] * 3 + [1]])
     arguments = {"class_labels": labels, "encoder_attention_mask": mask}
+    # Where diffusers pools text, the softmax of its attention is float32.
+    tolerance = max(TOLERANCE[dtype], 1e-6 if config.get("addition_embed_type") == "text" else 0)
     ours_output, ours_gradients = run(ours, sample, timestep, states, **arguments)
     their_output, their_gradients = run(theirs, sample, timestep, states, **arguments)
-    assert relative_error(ours_output, their_output) < TOLERANCE[dtype]
+    assert relative_error(ours_output, their_output) < tolerance
     largest = max(gradient.abs().max() for gradient in their_gradients.values())
     assert ours_gradients.keys() == their_gradients.keys()
     for key, gradient in their_gradients.items():
-        assert (ours_gradients[key] - gradient).abs().max() < TOLERANCE[dtype] * largest, key
+        assert (ours_gradients[key] - gradient).abs().max() < tolerance * largest, key
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -200,7 +202,7 @@ def test_a_folder_of_theirs_loads_and_one_of_ours_reloads(name, tmp_path):
             for model in (theirs, ours, again)
         ]
     assert relative_error(outputs[1], outputs[0]) < 1e-5
-    assert_close(outputs[2], outputs[1], rtol=0, atol=0)
+    assert rounding_errors(outputs[2], outputs[1]) <= NETWORK
 
 
 def test_what_a_config_leaves_out_has_the_defaults_of_its_class(tmp_path):
@@ -269,7 +271,7 @@ class TestPooledText:
             output = with_pooled(
                 sample, timestep, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled}
             ).sample
-        assert_close(output, expected, rtol=0, atol=0)
+        assert rounding_errors(output, expected) <= NETWORK
         with pytest.raises(ValueError, match=r"`added_cond_kwargs` lack `text_embeds`.*\(3, 64\)"):
             with_pooled(sample, timestep, encoder_hidden_states=states)
         with pytest.raises(ValueError, match=r"hold \(3, 60\) as `text_embeds`.*\(3, 64\)"):
@@ -288,8 +290,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         plain = {name: gradient.clone() for name, gradient in plain.items()}
         model.enable_gradient_checkpointing()
         _, recomputed = run(model, sample, timestep, states, class_labels=labels)
-        for key, gradient in plain.items():
-            assert_close(recomputed[key], gradient, rtol=0, atol=0)
+        assert gradient_errors(recomputed, plain) <= NETWORK
 
 
 def test_residuals_of_a_control_net_are_added():
@@ -404,7 +405,7 @@ def test_class_vectors_take_the_dtype_of_the_network():
         outputs = [
             model(sample.bfloat16(), timestep, vectors, **half).sample for vectors in (labels, labels.bfloat16())
         ]
-    assert torch.equal(*outputs)
+    assert rounding_errors(*outputs) <= NETWORK
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-1.5", "karlo-decoder", "only-text-in-the-middle"])

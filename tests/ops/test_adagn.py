@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from tolerances import ONE_LAYER, rounding_errors
 from torch import nn
 from torch.testing import assert_close
 from toy_models import CONDITIONAL, fill_randomly, random_unet
@@ -135,6 +136,7 @@ def test_fast_path_and_reference_agree_in_float32(shape, conditioned):
         assert (actual[name] - value).abs().max() <= bound, (name, amplification)
 
 
+@pytest.mark.no_jitter("bounds the error of a single rounding, to which the jitter would add one")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("activation", get_args(AdaGNActivation))
 def test_16_bit_fast_path_is_as_accurate_as_two_roundings(activation, dtype):
@@ -171,7 +173,7 @@ def test_16_bit_fast_path_is_as_near_the_truth_as_the_reference(dtype, condition
 def test_16_bit_channels_last_keeps_its_input_alone_for_the_backward_pass(dtype, conditioned):
     inputs = make_inputs((4, 32, 8, 16, 16), dtype, "channels_last", conditioned)
     for name, value in outputs_and_grads(adagn_reference, inputs, 8).items():
-        assert torch.equal(outputs_and_grads(adagn, inputs, 8)[name], value), name
+        assert rounding_errors(outputs_and_grads(adagn, inputs, 8)[name], value) <= ONE_LAYER, name
 
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -239,7 +241,8 @@ def test_gradcheck(layout, conditioned, function):
     def call(x, weight, bias, scale=None, shift=None):
         return function(x, 2, weight, bias, EPS, scale, shift, "silu")
 
-    assert torch.autograd.gradcheck(call, given)
+    # Two backward passes may differ by rounding, of 2.2e-16 times the size of the gradients, about 1.
+    assert torch.autograd.gradcheck(call, given, nondet_tol=1e-9)
 
 
 @pytest.mark.parametrize("activation", get_args(AdaGNActivation))
@@ -269,7 +272,7 @@ def test_inputs_are_never_changed(layout, conditioned, activation):
     for no_grad in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with no_grad():
             output = adagn(num_groups=4, eps=EPS, activation=activation, **inputs)
-        assert_close(output, with_grad.detach(), rtol=0, atol=0)
+        assert rounding_errors(output, with_grad.detach()) <= ONE_LAYER
     for name, value in copies.items():
         if value is not None:
             assert torch.equal(inputs[name], value), name

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from tolerances import SAMPLING, rounding_errors
 from toy_models import MAX_PROMPT_LENGTH, WORDS, random_text_encoder, random_text_unet, toy_tokenizer
 
 from diffusers_adm import ADMPipeline, GLIDETextModel, LearnedVarianceDDPMScheduler
@@ -86,7 +87,7 @@ def test_embeddings_made_before(pipe):
     expected = pipe(["a cat", "a dog"], negative_prompt="a mat", guidance_scale=2.0, generator=seeded(), **ARGUMENTS)
     given = dict(zip(names, embeddings, strict=True))
     actual = pipe(**given, guidance_scale=2.0, generator=seeded(), **ARGUMENTS)
-    assert torch.equal(actual.images, expected.images)
+    assert rounding_errors(actual.images, expected.images) <= SAMPLING
 
 
 def test_saving_and_loading(pipe, tmp_path):
@@ -100,7 +101,7 @@ def test_saving_and_loading(pipe, tmp_path):
         assert type(loaded) is ADMPipeline
         assert type(loaded.text_encoder) is GLIDETextModel
         loaded.set_progress_bar_config(disable=True)
-        assert torch.equal(loaded(generator=seeded(), **arguments).images, expected)
+        assert rounding_errors(loaded(generator=seeded(), **arguments).images, expected) <= SAMPLING
     again = ADMPipeline.from_pipe(loaded)
     assert again.text_encoder is loaded.text_encoder
 
@@ -114,10 +115,10 @@ def test_adapters_of_the_unet(pipe):
     assert (adapted - plain).abs().max() > 1e-3
 
     pipe.disable_lora()
-    assert torch.equal(pipe(generator=seeded(), **arguments).images, plain)
+    assert rounding_errors(pipe(generator=seeded(), **arguments).images, plain) <= SAMPLING
     pipe.enable_lora()
     pipe.set_adapters("style", 0.0)
-    assert torch.equal(pipe(generator=seeded(), **arguments).images, plain)
+    assert rounding_errors(pipe(generator=seeded(), **arguments).images, plain) <= SAMPLING
     pipe.set_adapters("style", 1.0)
     pipe.fuse_lora()
     torch.testing.assert_close(pipe(generator=seeded(), **arguments).images, adapted, rtol=1e-3, atol=1e-3)

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers_samplers import SAMPLERS, STOCHASTIC, as_parameters
 from docstrings import check_documented_arguments
+from tolerances import SAMPLING, rounding_errors
 from toy_models import (
     CONDITIONAL,
     fill_randomly,
@@ -166,7 +167,7 @@ class TestKnownPixels:
         arguments = {"num_inference_steps": 5, "output_type": "pt", "batch_size": 2}
         expected = plain(generator=seeded(3), **arguments).images
         actual = inpaint(IMAGE, WHITE, jump_length=2, generator=seeded(3), **arguments).images
-        assert torch.equal(actual, expected)
+        assert rounding_errors(actual, expected) <= SAMPLING
         assert inpaint.num_timesteps == plain.num_timesteps
 
     def test_a_trained_network_sees_that_none_is_known(self):
@@ -698,7 +699,7 @@ class TestLatents:
         arguments = {"num_inference_steps": 3, "jump_n_sample": 1}
         (drawn,) = pipe(pixels, repainted, output_type="pt", generator=seeded(), **arguments).images
         assert torch.equal(drawn[:, ~repainted], (pixels[0].float() / 255)[:, ~repainted])
-        assert not torch.equal(drawn[:, repainted], (pixels[0].float() / 255)[:, repainted])
+        assert rounding_errors(drawn[:, repainted], (pixels[0].float() / 255)[:, repainted]) > SAMPLING
         known = torch.ones(8, 8, dtype=torch.bool)
         known[1, 2] = False
         known[4:6, 1:5] = False
@@ -730,7 +731,7 @@ class TestSaved:
         loaded.set_progress_bar_config(disable=True)
         arguments = {"class_labels": 1, "num_inference_steps": 2, "output_type": "pt"}
         actual, expected = (p(IMAGE, MASK, generator=seeded(), **arguments).images for p in (loaded, pipe))
-        assert torch.equal(actual, expected)
+        assert rounding_errors(actual, expected) <= SAMPLING
 
     def test_from_a_pipeline_that_draws(self, tmp_path):
         plain = make_pipeline(cls=ADMPipeline)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from tolerances import SAMPLING, rounding_errors
 from toy_models import (
     CONDITIONAL,
     fill_randomly,
@@ -128,7 +129,7 @@ class TestStableDiffusion:
         actual, expected = (
             pipe("a cat", generator=seeded(), num_inference_steps=3, output_type="pt").images for pipe in (loaded, ours)
         )
-        assert torch.equal(actual, expected)
+        assert rounding_errors(actual, expected) <= SAMPLING
 
 
 class TestLatents:
@@ -143,7 +144,7 @@ class TestLatents:
         images = pipe(generator=seeded(), output_type="pt", **self.ARGUMENTS).images
         with torch.no_grad():
             expected = vae.decode(2 * latents + (shift or 0.0)).sample
-        torch.testing.assert_close(images, ((expected + 1) / 2).clamp(0, 1))
+        assert rounding_errors(images, ((expected + 1) / 2).clamp(0, 1)) <= SAMPLING
 
     def test_sizes_are_pixels(self):
         pipe = make_pipeline()

@@ -21,6 +21,7 @@ from diffusers import (
     UnCLIPScheduler,
 )
 from diffusers_samplers import NAMES, SAMPLERS, as_parameters, needs_torchsde
+from tolerances import SAMPLING, rounding_errors
 from toy_models import random_unet
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
@@ -80,7 +81,7 @@ class TestPlugIn:
         actual = pipe(num_inference_steps=steps, batch_size=2, latents=start, generator=seeded(1), output_type="latent")
         assert torch.isfinite(expected).all()
         assert expected.std() > 0.1
-        torch.testing.assert_close(actual.images, expected, rtol=1e-5, atol=1e-5)
+        assert rounding_errors(actual.images, expected) <= SAMPLING
         assert pipe.scheduler.config.get("variance_type") == inherited
 
     @pytest.mark.parametrize("name, options", EACH)
@@ -145,27 +146,27 @@ class TestGenerator:
         state = torch.get_rng_state()
         batch = pipe(batch_size=2, generator=[seeded(5), seeded(6)], **kwargs).images
         assert torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(pipe(batch_size=2, generator=[seeded(5), seeded(6)], **kwargs).images, batch)
+        assert rounding_errors(pipe(batch_size=2, generator=[seeded(5), seeded(6)], **kwargs).images, batch) <= SAMPLING
         for image, seed in zip(batch, (5, 6), strict=True):
             single = pipe(generator=seeded(seed), **kwargs).images[0]
             # Sums run in another order for another batch size; the first step multiplies errors by 157.
             torch.testing.assert_close(single, image, rtol=1e-3, atol=1e-3)
         one, other = (pipe(latents=noise(number=1), generator=seeded(seed), **kwargs).images for seed in (5, 6))
-        assert not torch.allclose(one, other)
+        assert rounding_errors(one, other) > SAMPLING
         first, second = pipe(latents=noise(number=1).repeat(2, 1, 1, 1), batch_size=2, generator=seeded(), **kwargs)[0]
-        assert not torch.allclose(first, second)
+        assert rounding_errors(first, second) > SAMPLING
         pipe.scheduler = DPMSolverSDEScheduler.from_config(pipe.scheduler.config, noise_sampler_seed=7)
         one, other = (pipe(latents=noise(number=1), generator=seeded(seed), **kwargs).images for seed in (5, 6))
-        assert torch.equal(one, other)
+        assert rounding_errors(one, other) <= SAMPLING
 
     def test_eta_of_tcd(self):
         pipe = make_pipeline(LearnedVarianceDDPMScheduler())
         pipe.scheduler = TCDScheduler.from_config(pipe.scheduler.config)
         kwargs = {"num_inference_steps": 4, "latents": noise(number=1), "output_type": "latent"}
         default, same, zero = (pipe(generator=seeded(1), eta=eta, **kwargs).images for eta in (None, 0.3, 0.0))
-        assert torch.equal(default, same)
-        assert not torch.allclose(default, zero)
-        assert torch.equal(zero, pipe(generator=seeded(2), eta=0.0, **kwargs).images)
+        assert rounding_errors(default, same) <= SAMPLING
+        assert rounding_errors(default, zero) > SAMPLING
+        assert rounding_errors(zero, pipe(generator=seeded(2), eta=0.0, **kwargs).images) <= SAMPLING
         with pytest.raises(ValueError, match=r"`eta` is 1\.5; a TCDScheduler takes 0 .* to 1"):
             pipe(eta=1.5, **kwargs)
 

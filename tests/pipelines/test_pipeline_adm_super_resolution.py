@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from docstrings import check_documented_arguments
 from PIL import Image
+from tolerances import SAMPLING, rounding_errors
 from toy_models import (
     CONDITIONAL,
     random_classifier,
@@ -203,8 +204,8 @@ class TestSampling:
             make_upsampler(network)(small, num_inference_steps=4, generator=seeded(), output_type="latent").images
             for network in (unet, unet, other)
         ]
-        assert torch.equal(results[0], results[1])
-        assert not torch.allclose(results[0], results[2], atol=1e-3)
+        assert rounding_errors(results[0], results[1]) <= SAMPLING
+        assert (results[0] - results[2]).abs().max() > 1e-3
 
     def test_networks_of_diffusers(self, small):
         pipe = make_upsampler(random_diffusers_unet(**CHANNELS), low_res_size=4)
@@ -244,10 +245,10 @@ class TestImages:
         pictures = [Image.fromarray((array * 255).round().astype("uint8")) for array in arrays]
         expected = pipe(small, generator=seeded(), **arguments).images
         for image in (pictures, arrays, list(arrays), list(small), small.double()):
-            assert torch.equal(pipe(image, generator=seeded(), **arguments).images, expected)
+            assert rounding_errors(pipe(image, generator=seeded(), **arguments).images, expected) <= SAMPLING
         first = pipe(small[:1], generator=seeded(), **arguments).images
         for image in (pictures[0], arrays[0], small[0]):
-            assert torch.equal(pipe(image, generator=seeded(), **arguments).images, first)
+            assert rounding_errors(pipe(image, generator=seeded(), **arguments).images, first) <= SAMPLING
 
     @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
     def test_what_the_base_draws_goes_straight_in(self, pipe, output_type):
@@ -260,8 +261,8 @@ class TestImages:
         images = pipe(small, class_labels=[0, 1], num_inference_steps=2, generator=seeded()).images
         assert [image.size for image in images] == [(8, 8)] * 2
         exact = base(class_labels=[0, 1], num_inference_steps=2, generator=seeded(), output_type="pt").images
-        # Pictures are rounded to 8 bits, a step of 2/255 in [-1, 1].
-        tolerance = 1.01 / 255 if output_type == "pil" else 1e-6
+        # Pictures are rounded to 8 bits, a step of 2/255 in [-1, 1]; else, two calls differ as by SAMPLING.
+        tolerance = 1.1 / 255 if output_type == "pil" else 5e-4
         assert (calls[0][0][:, 3:] - enlarged(2 * exact - 1, 8, 8)).abs().max() < tolerance
 
     def test_how_many_come_out(self, pipe, small):
@@ -297,7 +298,8 @@ class TestImages:
         # Within a block, the differences stay what they were.
         before = plain.clamp(-1, 1).view(4, 3, 4, 2, 4, 2)
         change = blocks - before
-        torch.testing.assert_close(change, change[:, :, :, :1, :, :1].expand_as(change), rtol=0, atol=1e-6)
+        # Up to the rounding of two calls of the pipeline.
+        torch.testing.assert_close(change, change[:, :, :, :1, :, :1].expand_as(change), rtol=0, atol=5e-4)
         assert change.abs().max() > 0.1
 
     def test_callbacks_and_output_types(self, pipe, small):
@@ -326,7 +328,7 @@ def test_saved_and_loaded(load, pipe, small, tmp_path):
     assert loaded.id2label == pipe.id2label
     arguments = {"class_labels": "b", "noise_level": 6, **ARGUMENTS}
     images = [p(small, generator=seeded(), **arguments).images for p in (pipe, loaded)]
-    assert torch.equal(*images)
+    assert rounding_errors(*images) <= SAMPLING
 
 
 def test_shrink_is_pillows_reduce():

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from tolerances import SAMPLING, rounding_errors
 from toy_models import (
     CONDITIONAL,
     TEXT_CONFIGS,
@@ -200,15 +201,15 @@ class TestBatches:
     def test_no_prompt_is_the_empty_prompt(self):
         pipe = make_pipeline()
         actual, expected = (pipe(p, batch_size=2, generator=seeded(), **ARGUMENTS).images for p in (None, ""))
-        assert torch.equal(actual, expected)
+        assert rounding_errors(actual, expected) <= SAMPLING
 
     def test_one_prompt_for_all_images(self):
         pipe = make_pipeline(**CONDITIONAL)
         expected = pipe(["a cat"] * 2, class_labels=[1, 2], generator=generators(2), **ARGUMENTS).images
         actual = pipe("a cat", class_labels=[1, 2], generator=generators(2), **ARGUMENTS).images
-        assert torch.equal(actual, expected)
+        assert rounding_errors(actual, expected) <= SAMPLING
         actual = pipe(["a cat"] * 2, class_labels=1, batch_size=2, generator=generators(2), **ARGUMENTS).images
-        assert torch.equal(actual[:1], expected[:1])
+        assert rounding_errors(actual[:1], expected[:1]) <= SAMPLING
 
     def test_several_images_of_each_prompt(self):
         pipe = make_pipeline()
@@ -216,7 +217,7 @@ class TestBatches:
         actual = pipe(["a cat", LONG], num_images_per_prompt=2, generator=generators(4), **arguments).images
         arguments["negative_prompt"] = ["a mat", "a mat", "a hat", "a hat"]
         expected = pipe(["a cat", "a cat", LONG, LONG], generator=generators(4), **arguments).images
-        assert torch.equal(actual, expected)
+        assert rounding_errors(actual, expected) <= SAMPLING
 
     def test_a_prompt_that_is_too_long_is_cut_with_a_warning(self, caplog):
         pipe = make_pipeline("bert")
@@ -225,7 +226,7 @@ class TestBatches:
         assert "it is not read: 'red cat'" in caplog.text
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            assert torch.equal(images, pipe(LONG, generator=seeded(), **ARGUMENTS).images)
+            assert rounding_errors(images, pipe(LONG, generator=seeded(), **ARGUMENTS).images) <= SAMPLING
         assert caplog.text == ""
 
     def test_guidance_switched_on_by_a_callback(self):
@@ -237,7 +238,7 @@ class TestBatches:
 
         actual = pipe("a cat", callback_on_step_end=callback, generator=seeded(), **ARGUMENTS).images
         expected = pipe("a cat", guidance_scale=2.0, guidance_start=0.2, generator=seeded(), **ARGUMENTS).images
-        assert torch.equal(actual, expected)
+        assert rounding_errors(actual, expected) <= SAMPLING
 
 
 class TestEmbeddings:
@@ -266,9 +267,9 @@ class TestEmbeddings:
         arguments["latents"] = torch.randn(1, 3, 8, 8, generator=seeded())
         expected = pipe("a cat", **arguments).images
         embeds = self.embeds(pipe, "a cat")
-        assert torch.equal(pipe(**embeds, **arguments).images, expected)
+        assert rounding_errors(pipe(**embeds, **arguments).images, expected) <= SAMPLING
         embeds["pooled_prompt_embeds"] = embeds["pooled_prompt_embeds"] + 1
-        assert not torch.allclose(pipe(**embeds, **arguments).images, expected)
+        assert rounding_errors(pipe(**embeds, **arguments).images, expected) > SAMPLING
 
     def test_of_another_length_than_the_negative_ones(self):
         pipe = make_pipeline("t5")
@@ -313,7 +314,7 @@ class TestSaveAndLoad:
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded) is ADMPipeline
         assert type(loaded.text_encoder) is type(pipe.text_encoder)
-        assert torch.equal(loaded(generator=generators(2), **self.ARGUMENTS).images, expected)
+        assert rounding_errors(loaded(generator=generators(2), **self.ARGUMENTS).images, expected) <= SAMPLING
         again = ADMPipeline.from_pipe(loaded)
         assert again.text_encoder is loaded.text_encoder
         assert again.tokenizer is loaded.tokenizer

@@ -22,6 +22,7 @@ from space_models import (
     paint_of,
     stream,
 )
+from tolerances import levels_apart
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
 from diffusers_adm.noise_schedules import check_same_noise
@@ -112,10 +113,10 @@ def test_link_with_something_unreadable():
 def test_same_recipe_same_pictures(models, sampler):
     recipe = Recipe("red cat", "cats", steps=3, sampler=sampler, seed=5, num_images=2)
     first, second = models.generate(recipe, nothing), models.generate(recipe, nothing)
-    assert np.array_equal(pixels(first), pixels(second))
+    assert levels_apart(pixels(first), pixels(second)) <= 1
     other = models.generate(Recipe("red cat", "cats", steps=3, sampler=sampler, seed=6, num_images=1), nothing)
     assert np.abs(pixels(other)[0].astype(int) - pixels(first)[1]).max() <= 1  # seed 5 goes on with 6
-    assert not np.array_equal(pixels(other)[0], pixels(first)[0])
+    assert levels_apart(pixels(other)[0], pixels(first)[0]) > 1
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -176,8 +177,8 @@ def test_sketch_is_followed_by_its_strength(models):
     ImageDraw.Draw(condition).line((1, 1, 6, 6), fill="white")
     recipe = Recipe(steps=3, num_images=1)
     without, with_it = (pixels(models.sketch(recipe, condition, scale, nothing)) for scale in (0.0, 1.0))
-    assert np.array_equal(without, pixels(models.generate(recipe, nothing)))
-    assert not np.array_equal(without, with_it)
+    assert levels_apart(without, pixels(models.generate(recipe, nothing))) <= 1
+    assert levels_apart(without, with_it) > 1
     with pytest.raises(ValueError, match="Strength of the sketch is 3"):
         models.sketch(recipe, condition, 3, nothing)
 
@@ -320,4 +321,4 @@ def test_nothing_to_guide_towards(models):
     free, guided = (
         pixels(models.generate(Recipe(steps=2, num_images=1, guidance_scale=scale), nothing)) for scale in (1.0, 4.0)
     )
-    assert np.array_equal(free, guided)
+    assert levels_apart(free, guided) <= 1

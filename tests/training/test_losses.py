@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.training_utils import compute_snr
+from tolerances import ONE_LAYER, rounding_errors
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 from toy_models import CONDITIONAL, random_unet
@@ -298,7 +299,7 @@ def test_min_snr_weights(prediction_type, gamma, schedule):
     weights = {"epsilon": clamped / snr, "sample": clamped, "v_prediction": clamped / (snr + 1)}[prediction_type]
     # Both compute the ratio in float32.
     assert_close(weighted.mse, plain.mse * weights, rtol=1e-5, atol=0)
-    assert_close(weighted.vb, plain.vb, rtol=0, atol=0)
+    assert rounding_errors(weighted.vb, plain.vb) <= ONE_LAYER
     assert_close(weighted.loss, weighted.mse + weighted.vb, rtol=0, atol=0)
 
 
@@ -335,7 +336,12 @@ def test_every_form_of_answer(wrap):
     x_0, _, noise, timesteps = make_batch()
     output = make_output(x_0, noise, scheduler, timesteps)
     expected = training_losses(Fixed(output), scheduler, x_0, timesteps, noise=noise)
-    assert torch.equal(training_losses(Fixed(wrap(output)), scheduler, x_0, timesteps, noise=noise).loss, expected.loss)
+    assert (
+        rounding_errors(
+            training_losses(Fixed(wrap(output)), scheduler, x_0, timesteps, noise=noise).loss, expected.loss
+        )
+        <= ONE_LAYER
+    )
 
 
 def test_model_kwargs_reach_the_network():
@@ -371,7 +377,7 @@ def test_16_bit_answers_are_upcast(objective, dtype):
     expected = training_losses(Fixed(output.float()), scheduler, x_0, timesteps, noise=noise, objective=objective)
     for name in ("loss", "mse", "vb"):
         assert getattr(losses, name).dtype == torch.float32
-        assert torch.equal(getattr(losses, name), getattr(expected, name))
+        assert rounding_errors(getattr(losses, name), getattr(expected, name)) <= ONE_LAYER
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -396,7 +402,7 @@ def test_noise_is_drawn_where_none_is_given():
     model = Fixed(torch.zeros(6, 6, 32, 32, dtype=torch.float64))
     first = training_losses(model, scheduler, x_0, timesteps, objective="simple")
     second = training_losses(model, scheduler, x_0, timesteps, objective="simple")
-    assert not torch.equal(first.mse, second.mse)
+    assert rounding_errors(first.mse, second.mse) > ONE_LAYER
     # The prediction is 0, so this is the mean square of 6 x 3072 standard normals: 1 +- 5 sigma.
     assert abs(first.mse.mean().item() - 1) <= 5 * (2 / (6 * 3072)) ** 0.5
 
@@ -415,7 +421,7 @@ def test_extra_channels_reach_the_network_alone(objective):
     assert torch.equal(with_extra, torch.cat([without, extra.double()], dim=1))
     assert kwargs == {"class_labels": "labels"}
     for name in ("loss", "mse", "vb"):
-        assert torch.equal(getattr(losses, name), getattr(plain, name))
+        assert rounding_errors(getattr(losses, name), getattr(plain, name)) <= ONE_LAYER
 
 
 def test_set_timesteps_has_no_effect():
@@ -424,7 +430,9 @@ def test_set_timesteps_has_no_effect():
     model = Fixed(make_output(x_0, noise, scheduler, timesteps))
     before = training_losses(model, scheduler, x_0, timesteps, noise=noise)
     scheduler.set_timesteps(5)
-    assert torch.equal(training_losses(model, scheduler, x_0, timesteps, noise=noise).loss, before.loss)
+    assert (
+        rounding_errors(training_losses(model, scheduler, x_0, timesteps, noise=noise).loss, before.loss) <= ONE_LAYER
+    )
 
 
 # Bad input
@@ -479,7 +487,9 @@ def test_the_default_is_hybrid():
     x_0, _, noise, timesteps = make_batch()
     model = Fixed(make_output(x_0, noise, scheduler, timesteps))
     expected = training_losses(model, scheduler, x_0, timesteps, noise=noise, objective="hybrid")
-    assert torch.equal(training_losses(model, scheduler, x_0, timesteps, noise=noise).loss, expected.loss)
+    assert (
+        rounding_errors(training_losses(model, scheduler, x_0, timesteps, noise=noise).loss, expected.loss) <= ONE_LAYER
+    )
 
 
 # What the images are

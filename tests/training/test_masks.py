@@ -46,8 +46,8 @@ class TestRandomKnown:
         )
         assert set(corners) == {(0, 1, 0, 1), (1, 0, 1, 0), (0, 0, 1, 1), (1, 1, 0, 0)}
         shares = 1 - halves.mean(dim=(1, 2, 3))
-        assert 0.3 <= shares.min() < 0.4
-        assert 0.6 < shares.max() <= 0.7
+        assert 0.3 - 1e-6 <= shares.min() < 0.4  # means of float32
+        assert 0.6 < shares.max() <= 0.7 + 1e-6
         for kind in ("boxes", "strokes"):
             shares = 1 - masks(300, kind, 32).mean(dim=(1, 2, 3))
             assert shares.min() < 0.1

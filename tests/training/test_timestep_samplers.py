@@ -178,8 +178,8 @@ def test_one_timestep():
 def test_uniform_sampler_learns_nothing_and_has_no_state():
     sampler = UniformTimestepSampler(5)
     sampler.update(torch.arange(5), torch.arange(5.0))
-    assert torch.equal(probabilities(sampler), torch.full((5,), 0.2, dtype=torch.float64))
-    assert torch.equal(sampler.sample(10)[1], torch.ones(10))
+    assert_close(probabilities(sampler), torch.full((5,), 0.2, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert_close(sampler.sample(10)[1], torch.ones(10))
     assert sampler.state_dict() == {}
     sampler.load_state_dict({})
 
@@ -252,10 +252,10 @@ def test_uniform_until_every_timestep_has_a_full_history():
     updates = [torch.tensor([0, 1, 2, 3])] * 2 + [torch.tensor([0, 1, 2])] * 5
     for timesteps in updates:
         sampler.update(timesteps, 1.0 + timesteps.float())
-        assert torch.equal(probabilities(sampler), uniform)
-        assert torch.equal(sampler.sample(8)[1], torch.ones(8))
+        assert_close(probabilities(sampler), uniform, rtol=1e-12, atol=0)
+        assert_close(sampler.sample(8)[1], torch.ones(8))
     sampler.update(torch.tensor([3]), torch.tensor([math.nan]))  # skipped: does not count as seen
-    assert torch.equal(probabilities(sampler), uniform)
+    assert_close(probabilities(sampler), uniform, rtol=1e-12, atol=0)
     sampler.update(torch.tensor([3]), torch.tensor([4.0]))
     expected = 0.999 * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64) / 10 + 0.001 / 4
     assert_close(probabilities(sampler), expected, rtol=1e-12, atol=0)
@@ -287,7 +287,7 @@ def test_every_timestep_keeps_its_share_of_the_uniform_distribution(uniform_prob
 def test_losses_of_zero_everywhere_are_uniform():
     sampler = LossSecondMomentTimestepSampler(3, history_per_term=2)
     sampler.update(torch.arange(3).repeat(2), torch.zeros(6))
-    assert torch.equal(probabilities(sampler), torch.full((3,), 1 / 3, dtype=torch.float64))
+    assert_close(probabilities(sampler), torch.full((3,), 1 / 3, dtype=torch.float64), rtol=1e-12, atol=0)
     assert sampler.sample(8)[1].isfinite().all()
 
 
@@ -310,7 +310,7 @@ def test_state_round_trip():
     resumed.load_state_dict(state)
     batches = list(random_batches(20, [30] * 5, seed=2))
     for timesteps, losses in batches:
-        assert torch.equal(resumed.weights(), saved.weights())
+        assert_close(resumed.weights(), saved.weights(), rtol=1e-12, atol=0)
         assert torch.equal(resumed.sample(50, generator=generator())[0], saved.sample(50, generator=generator())[0])
         saved.update(timesteps, losses)
         resumed.update(timesteps, losses)
@@ -334,7 +334,7 @@ def test_state_of_another_sampler_is_refused(state, message):
     before = sampler.weights()
     with pytest.raises(ValueError, match=message):
         sampler.load_state_dict(state)
-    assert torch.equal(sampler.weights(), before)
+    assert_close(sampler.weights(), before, rtol=1e-12, atol=0)
 
 
 # Bad input

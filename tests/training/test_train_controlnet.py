@@ -30,6 +30,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 from scripts import REPOSITORY, load_script
+from tolerances import NETWORK, gradient_errors, rounding_errors
 from toy_models import fill_randomly, random_diffusers_unet, random_text_unet, random_unet
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
@@ -165,8 +166,8 @@ class TestBranch:
 
     def test_at_first_the_base_is_left_alone(self, short, calls):
         train(**short)
-        assert torch.equal(calls.losses[0], calls.of_base[0])
-        assert not torch.equal(calls.losses[1], calls.of_base[1])
+        assert rounding_errors(calls.losses[0], calls.of_base[0]) <= NETWORK
+        assert rounding_errors(calls.losses[1], calls.of_base[1]) > NETWORK
 
     @pytest.mark.parametrize("part", ["U-Net", "text encoder"])
     def test_a_base_that_changes_is_not_passed_over(self, short, tmp_path, monkeypatch, part):
@@ -291,8 +292,7 @@ def test_gradients_are_those_beside_a_base_that_is_not_frozen(kind):
             unet.enable_gradient_checkpointing()
             branch.enable_gradient_checkpointing()
         actual = gradients(unet, branch, sample, timesteps, target, controlnet_cond=picture, **given)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+        assert gradient_errors(actual, expected) <= NETWORK
         assert all(parameter.grad is None for parameter in unet.parameters())
 
 

@@ -37,6 +37,7 @@ from .data import EpochShuffleSampler, ImageDataset
 from .metrics import MetricsHistory
 from .publication import prepare_repository
 from .repositories import from_subfolder_or_root, reading
+from .reproducibility import report_machine
 
 
 logger = get_logger(__name__)
@@ -103,6 +104,7 @@ def start_accelerator(training_args: TrainingArguments, script: str) -> Accelera
     if training_args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     get_logger(script).info(accelerator.state, main_process_only=True)
+    report_machine(accelerator)
     prepare_repository(accelerator, training_args)
     return accelerator
 

@@ -1,0 +1,108 @@
+"""
+What the environment variable MKL_CBWR costs: time of a training step and of a sampling step for each of its values.
+
+    python benchmarks/bench_mkl_cbwr.py [--rounds 8] [--steps 8] [--threads 1] [--json results.json]
+
+MKL reads the variable when it is loaded, so each value has a process of its own. In each round every value has its
+turn; a row gives the median over the rounds of the time relative to the process without the variable, with a 95%
+bootstrap interval. Times are those that the processor spent, so other programs disturb them little. The network is
+that of `training/configs/unet_emoji_32.json`, at batch size 16. docs/reproducibility.md says what the variable is for.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from measuring import bootstrap_interval
+
+from diffusers_adm import AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
+from diffusers_adm.training import training_losses
+from diffusers_adm.training.reproducibility import describe_machine
+
+
+CONFIG = Path(__file__).parents[1] / "training" / "configs" / "unet_emoji_32.json"
+VALUES = (None, "AUTO,STRICT", "AVX2,STRICT", "AVX512,STRICT", "COMPATIBLE")
+BATCH_SIZE = 16
+
+
+def measure(steps: int, threads: int) -> dict[str, float]:
+    """Median milliseconds of each kind of step in this process."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    unet, scheduler = AdaGNUNet2DModel.from_config(AdaGNUNet2DModel.load_config(CONFIG)), LearnedVarianceDDPMScheduler()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+    images = torch.rand(BATCH_SIZE, 3, 32, 32) * 2 - 1
+    timesteps = torch.arange(BATCH_SIZE) * 60
+
+    def train(enabled: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = training_losses(unet, scheduler, images, timesteps).loss.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def sample() -> None:
+        scheduler.step(unet(images, 500).sample, 500, images)
+
+    kinds = {
+        "training, float32": lambda: train(False),
+        "training, bf16": lambda: train(True),
+        "sampling, float32": sample,
+    }
+    result = {}
+    for kind, step in kinds.items():
+        times = []
+        for _ in range(steps + 2):
+            start = time.process_time()
+            step()
+            times.append(1000 * (time.process_time() - start))
+        result[kind] = statistics.median(times[2:])  # the first ones warm up
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8, help="Processes for each value.")
+    parser.add_argument("--steps", type=int, default=8, help="Timed steps of each kind in a process.")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", help="Write all numbers to this file.")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.steps, args.threads)))
+        return
+
+    found = {value: [] for value in VALUES}
+    command = [sys.executable, __file__, "--measure", "--steps", str(args.steps), "--threads", str(args.threads)]
+    for turn in range(args.rounds):
+        for value in VALUES if turn % 2 else reversed(VALUES):
+            environment = {name: content for name, content in os.environ.items() if name != "MKL_CBWR"}
+            environment |= {} if value is None else {"MKL_CBWR": value}
+            output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+            found[value].append(json.loads(output.splitlines()[-1]))
+
+    print(
+        f"{describe_machine()}; measured with {args.threads} threads, batch size {BATCH_SIZE}, {args.rounds} rounds\n"
+    )
+    print("time relative to the process without MKL_CBWR [95% interval]")
+    rows = []
+    for kind in found[None][0]:
+        print(f"{kind}: {statistics.median(result[kind] for result in found[None]):.0f} ms without")
+        for value in VALUES[1:]:
+            pairs = [a[kind] / b[kind] for a, b in zip(found[value], found[None], strict=True)]
+            low, high = bootstrap_interval(pairs)
+            rows.append({"kind": kind, "value": value, "ratio": statistics.median(pairs), "low": low, "high": high})
+            print(f"  {value:14} {statistics.median(pairs):.3f} [{low:.3f}, {high:.3f}]")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
