@@ -136,7 +136,7 @@ def test_fast_path_and_reference_agree_in_float32(shape, conditioned):
         assert (actual[name] - value).abs().max() <= bound, (name, amplification)
 
 
-@pytest.mark.no_jitter("bounds the error of a single rounding, to which the jitter would add one")
+@pytest.mark.no_jitter("counts roundings to 16 bits, to which the jitter would add")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("activation", get_args(AdaGNActivation))
 def test_16_bit_fast_path_is_as_accurate_as_two_roundings(activation, dtype):
@@ -155,6 +155,7 @@ def test_16_bit_fast_path_is_as_accurate_as_two_roundings(activation, dtype):
         assert ((outputs[function].double() - truth).abs() <= bound).all(), function.__name__
 
 
+@pytest.mark.no_jitter("counts roundings to 16 bits, to which the jitter would add")
 @pytest.mark.parametrize("conditioned", [True, False], ids=["scale-shift", "plain"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_16_bit_fast_path_is_as_near_the_truth_as_the_reference(dtype, conditioned):

@@ -253,7 +253,8 @@ class TestBranch:
         (_, given), _ = calls.steps
         assert set(given) == {"encoder_hidden_states", "encoder_attention_mask", "controlnet_cond"}
         assert not given["encoder_hidden_states"].requires_grad
-        assert torch.equal(given["encoder_hidden_states"][0], given["encoder_hidden_states"][1])  # both the empty one
+        # Both the empty one.
+        assert rounding_errors(given["encoder_hidden_states"][0], given["encoder_hidden_states"][1]) <= NETWORK
         assert branch_of(short["output_dir"]).config.cross_attention_dim == 16
 
 
