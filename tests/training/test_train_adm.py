@@ -193,6 +193,7 @@ class TestLaunched:
     def test_what_it_prints(self, launched):
         folder, output, _ = launched
         assert "Num processes: 2" in output
+        assert output.count("Machine: ") == 1
         assert "25 images in 2 classes at 8 x 8, 16 per optimizer step; steps 0 to 11, 2 an epoch" in output
         assert output.count("3 of 28 images are left out: 2 unreadable, 1 too small.") == 1  # on one process
         assert "1 of the remaining images have no label and are kept as unlabelled." in output
