@@ -278,13 +278,13 @@ class TestEquations:
         assert off_diagonal.abs().max() < 5.5 / math.sqrt(noise.shape[1])
 
     def test_a_seed_selects_the_noise(self):
-        unet, scheduler, images = random_unet(), short_scheduler(), random_images(2)
-        first, again, other = (evaluate(unet.double(), scheduler, images, seed=seed).terms for seed in (0, 0, 1))
+        unet, scheduler, images = random_unet().double(), short_scheduler(), random_images(2, dtype=torch.float64)
+        first, again, other = (evaluate(unet, scheduler, images, seed=seed).terms for seed in (0, 0, 1))
         assert_close(first, again, rtol=1e-10, atol=0)
         assert ((first - other).abs() > 1e-6 * first.abs()).all()
 
     def test_a_chain_within_the_chain_sees_the_same_noise(self):
-        unet, scheduler, images = random_unet().double(), short_scheduler(12), random_images(2)
+        unet, scheduler, images = random_unet().double(), short_scheduler(12), random_images(2, dtype=torch.float64)
         full, short = (evaluate(unet, scheduler, images, timestep_respacing=r) for r in (None, "ddim4"))
         assert_close(short.x0_mse, full.x0_mse[:, ::3], rtol=1e-10, atol=0)
 
@@ -382,7 +382,7 @@ class TestBatchesAndProcesses:
             assert "repeats examples" in prepared[2]
 
     def test_number_of_images(self):
-        unet, scheduler, images = random_unet().double(), short_scheduler(2), random_images(20)
+        unet, scheduler, images = random_unet().double(), short_scheduler(2), random_images(20, dtype=torch.float64)
         everything = evaluate(unet, scheduler, images)
         some = evaluate(unet, scheduler, images, num_images=6)
         chosen = [int((everything.prior - prior).abs().argmin()) for prior in some.prior]
@@ -403,7 +403,7 @@ class TestBatchesAndProcesses:
         for rough in (mixed, half):
             assert rounding_errors(rough.terms, exact.terms.to(rough.terms.dtype)) > NETWORK
             assert_close(rough.terms, exact.terms, rtol=0.05, atol=0.05)
-            assert_close(rough.prior, exact.prior, rtol=1e-9, atol=0)
+            assert_close(rough.prior, exact.prior, rtol=1e-5, atol=0)
 
     def test_the_loop_over_timesteps_does_not_wait_for_the_device(self):
         """The "meta" device has no numbers, so whatever waits for them raises: here, the end of the first chunk."""
@@ -452,7 +452,7 @@ class TestClassesAndNetworks:
         assert self.labels_seen([3, 0]) is None
 
     def test_diffusers_unet_with_classes(self):
-        unet, images = random_diffusers_unet(num_class_embeds=3).double(), random_images(2)
+        unet, images = random_diffusers_unet(num_class_embeds=3).double(), IMAGES[:2]
         ours = random_unet(num_class_embeds=3).double()
         ours.load_state_dict(unet.state_dict())
         data = pairs(images, [2, 1])
@@ -463,26 +463,28 @@ class TestClassesAndNetworks:
             evaluate(unet, short_scheduler(), images)
 
     def test_a_plain_function_and_a_tuple(self):
-        unet, images = random_unet().double(), random_images(2)
+        unet, images = random_unet(), random_images(2)
         expected = evaluate(unet, short_scheduler(), images)
-        assert_same(evaluate(lambda x, t: unet(x, t).sample, short_scheduler(), images), expected)
-        assert_same(evaluate(lambda x, t: unet(x, t, return_dict=False), short_scheduler(), images), expected)
+        assert_same(evaluate(lambda x, t: unet(x, t).sample, short_scheduler(), images), expected, rtol=1e-4)
+        assert_same(
+            evaluate(lambda x, t: unet(x, t, return_dict=False), short_scheduler(), images), expected, rtol=1e-4
+        )
 
     @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
     def test_diffusers_schedulers_are_converted(self, variance_type):
         config = {"num_train_timesteps": 6, "beta_end": 0.2, "variance_type": variance_type}
         unet = random_unet(out_channels=6 if variance_type == "learned_range" else 3).double()
-        expected = evaluate(unet, LearnedVarianceDDPMScheduler(**config), random_images(2))
-        assert_same(evaluate(unet, DDPMScheduler(**config), random_images(2)), expected)
+        expected = evaluate(unet, LearnedVarianceDDPMScheduler(**config), IMAGES[:2])
+        assert_same(evaluate(unet, DDPMScheduler(**config), IMAGES[:2]), expected)
 
     def test_ddim_scheduler_has_the_same_process(self):
         unet = random_unet().double()
-        expected = evaluate(unet, short_scheduler(clip_sample=False), random_images(2))
+        expected = evaluate(unet, short_scheduler(clip_sample=False), IMAGES[:2])
         ddim = DDIMScheduler(num_train_timesteps=6, beta_end=0.2, clip_sample=False)
-        assert_same(evaluate(unet, ddim, random_images(2)), expected)
+        assert_same(evaluate(unet, ddim, IMAGES[:2]), expected)
 
     def test_clipping_follows_the_scheduler(self):
-        unet, images = random_unet().double(), random_images(2)
+        unet, images = random_unet().double(), IMAGES[:2]
         clipped, free = (evaluate(unet, short_scheduler(clip_sample=clip), images) for clip in (True, False))
         assert not torch.allclose(clipped.terms, free.terms, rtol=1e-3)
         assert_same(evaluate(unet, short_scheduler(clip_sample=False), images, clip_sample=True), clipped)
