@@ -16,6 +16,7 @@ from runs import (
     EMOJI,
     SHORT_RUN,
     assert_same_checkpoint,
+    bit_by_bit,
     flags,
     launch,
     own_process_state,
@@ -206,7 +207,8 @@ class TestTextEncoders:
             train_text_encoder=True,
             resume_from_checkpoint=str(Path(short["output_dir"]) / "checkpoint-3"),
         )
-        assert_equal_states(states(tmp_path / "resumed"), after)
+        with bit_by_bit():
+            assert_equal_states(states(tmp_path / "resumed"), after)
 
     def test_a_frozen_one_keeps_its_dtype(self, short, tmp_path):
         source = tmp_path / "text"
@@ -392,8 +394,12 @@ class TestCaptions:
             folder = str(tmp_path / name)
             train(**short | {"output_dir": folder, "validation_prompts": ["a cat"], "max_train_steps": 3} | changes)
             rows[name] = read_metrics(folder)
-        assert rows["dropped"] == rows["empty"]
-        assert rows["dropped"][-1]["loss"] != rows["kept"][-1]["loss"]
+        for dropped, expected in zip(rows["dropped"], rows["empty"], strict=True):
+            assert dropped == pytest.approx(expected, rel=1e-5)
+        # After three steps captions count little: 6e-6 of the loss, which has rounding errors of some 1e-7.
+        losses = {name: of_steps[-1]["loss"] for name, of_steps in rows.items()}
+        assert losses["dropped"] == pytest.approx(losses["empty"], rel=1e-6)
+        assert losses["dropped"] != pytest.approx(losses["kept"], rel=2e-6)
 
     def test_captions_and_classes_are_dropped_independently(self, short, tmp_path, monkeypatch):
         seen = Counter()

@@ -78,7 +78,7 @@ def report_machine(accelerator: Accelerator) -> None:
             "On this processor the last bits of %s depend on the place of the operands in memory, so a resumed run "
             "equals the unbroken one only up to rounding. For equal bits, set the environment variable "
             "MKL_CBWR=COMPATIBLE for this run and for those that resume it.",
-            " and ".join(found),
+            ", ".join(found),
         )
 
 
