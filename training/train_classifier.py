@@ -384,9 +384,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     def validate() -> bool:
-        """On all processes, unless this was done before the run was resumed; log and plots on the main one."""
-        if validation_images is None or log.has_validation(progress.global_step):
-            return True
+        """On all processes; log and plots on the main one. Whether it succeeded."""
         return survives(accelerator, progress, measure) and survives(
             accelerator, progress, functools.partial(report, validation_metrics.compute(accelerator))
         )
@@ -397,9 +395,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # 5. train
     classifier.train()
-    every = training_args.validation_steps
-    if every and 0 < progress.global_step < max_train_steps and progress.global_step % every == 0:
-        validate()  # the run may have ended between this checkpoint and its validation
+    # A run that ended between a checkpoint and its validation makes up for it when it is resumed.
+    resumed_at, every = progress.global_step, training_args.validation_steps
+    owes_validation = validation_images is not None and log.lacks_validation(resumed_at)
+    if owes_validation and every and resumed_at % every == 0 and resumed_at < max_train_steps:
+        validate()
     while progress.global_step < max_train_steps:
         for batch in rest_of_epoch(train_dataloader, progress):
             seed_step(training_args.seed, accelerator.process_index, progress.micro_step)
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
             if due.end:  # the last validation follows below
                 break
-            if due.validation:
+            if due.validation and validation_images is not None:
                 validate()
                 log.start_clock(progress.global_step)
 
@@ -444,7 +444,9 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         save_result(output_dir)
         logger.info(f"Saved the classifier to {output_dir}")
-    validated = validate()
+    validated = True
+    if validation_images is not None and (progress.global_step > resumed_at or owes_validation):
+        validated = validate()
     validated = survives(accelerator, progress, plot) and validated
     log.close()
     accelerator.end_training()

@@ -471,12 +471,13 @@ class TrainingLog:
         """A row of its own, whose names begin with `validation_` (for the trackers: `validation/`)."""
         self._write(step, values, "validation/", "validation_")
 
-    def has_validation(self, step: int) -> bool:
-        """Whether the row of the validation after `step` was written. Collective."""
+    def lacks_validation(self, step: int) -> bool:
+        """Whether this folder has rows of `step`, but none of the validation after it. Collective."""
         rows = self.history.rows() if self.accelerator.is_main_process else []
         names = {name for row in rows if row["step"] == step for name in row}
-        (found,) = broadcast_object_list([any(name.startswith("validation_") for name in names)])
-        return found
+        lacks = bool(names) and not any(name.startswith("validation_") for name in names)
+        (lacks,) = broadcast_object_list([lacks])  # of the main process, which writes them
+        return lacks
 
     def _write(self, step: int, values: Mapping[str, float], tracker_prefix: str, file_prefix: str) -> None:
         self.accelerator.log({f"{tracker_prefix}{name}": value for name, value in values.items()}, step=step)
