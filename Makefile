@@ -44,8 +44,8 @@ space: $(VENV)/.installed-space
 test: $(VENV)/.installed-test
 	$(PY) -m pytest -n 2 -q $(TEST_ARGS)
 
-# What only the last bits of one processor let pass fails here: other kernels of torch, oneDNN and MKL, one thread, and
-# noise of the size of rounding errors (tests/jitter.py). Numbers: no launched runs, no files, no page.
+# The tests on numbers with other kernels of torch, oneDNN and MKL, with one thread, and with noise of the size of rounding
+# errors (tests/jitter.py): a test that passes only by the last bits of one processor fails here.
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1
 JITTER        ?= 0
 NUMBERS       := $(addprefix tests/,ops models schedulers conversion pipelines evaluation test_conditions.py \
