@@ -622,13 +622,24 @@ def test_a_resume_that_fails_leaves_the_record_of_the_run(begun, tmp_path):
     assert (tmp_path / "run" / "train_args.yaml").read_bytes() == record
 
 
-@pytest.mark.parametrize("changes", [{"max_train_steps": 2}, {"max_train_steps": 1}, {"num_train_epochs": 1}])
-def test_fewer_steps_than_the_checkpoint_has(begun, changes):
-    steps = changes.get("max_train_steps", 2)
-    with pytest.raises(
-        ValueError, match=f"is to end at step {steps} .*trained for 2 steps already.*can be loaded from"
-    ):
-        run("train_adm", **changes, resume_from_checkpoint=str(begun("train_adm") / "checkpoint-2"))
+def test_fewer_steps_than_the_checkpoint_has(begun):
+    with pytest.raises(ValueError, match="is to end at step 1 .*trained for 2 steps already.*can be loaded from"):
+        run("train_adm", max_train_steps=1, resume_from_checkpoint=str(begun("train_adm") / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("changes", [{}, {"max_train_steps": 2}])
+def test_as_many_steps_as_the_checkpoint_has(begun, tmp_path, script, changes):
+    """Killed between the last checkpoint and the end: the same command, once more, saves the result."""
+    shutil.copytree(begun(script) / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    run(script, **changes, output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest")
+    result = list((tmp_path / "run").rglob("*.safetensors"))
+    saved = [path.relative_to(tmp_path / "run") for path in result if "checkpoint-2" not in str(path)]
+    assert saved
+    for path in saved:
+        expected, found = (load_file(tmp_path / "run" / folder / path) for folder in ("checkpoint-2", "."))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)  # copies of the average
 
 
 def test_pushing_is_not_taken_to_another_folder(begun, tmp_path):

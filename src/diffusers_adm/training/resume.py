@@ -321,11 +321,14 @@ class RunRecord:
 
     def check_steps(self, max_train_steps: int) -> None:
         """
+        A checkpoint of the last step is accepted: the run may have been interrupted before its result was saved, and
+        whoever restarts it by the same command gets the result.
+
         Raises:
-            ValueError: If the checkpoint has been trained for as many steps as the run is to have, or more.
+            ValueError: If the checkpoint has been trained for more steps than the run is to have.
         """
         step = self.checkpoint.step if self.checkpoint is not None else None
-        if step is not None and max_train_steps <= step:
+        if step is not None and max_train_steps < step:
             raise ValueError(
                 f"The run is to end at step {max_train_steps} (`max_train_steps`, or `num_train_epochs`), but "
                 f"{self.checkpoint.name} has been trained for {step} steps already. Pass a larger number to train on."
@@ -563,9 +566,10 @@ class RunRecord:
         )
         if loaded is not None:
             apply_arguments(training_args, optimizer, lr_scheduler, ema)
-            if progress.global_step >= max_train_steps:
-                self.checkpoint.step = progress.global_step
-                self.check_steps(max_train_steps)
+            self.checkpoint.step = progress.global_step
+            self.check_steps(max_train_steps)
+            if progress.global_step == max_train_steps:
+                logger.info(f"{self.checkpoint.name} is that of the last step: what is left is to save the result.")
         if accelerator.is_main_process:
             os.makedirs(training_args.output_dir, exist_ok=True)
             write_settings(training_args.output_dir, self.settings)
