@@ -128,7 +128,7 @@ def run_here(monkeypatch, name, *arguments):
         ),
         ("training.tokenizer", ["--data_files", "absent.parquet"], "'absent.parquet', and no such file exists."),
         ("hub", ["push", "{recipe}", "a/b"], "{recipe}"),
-        ("hub", ["push", "{tmp}", "a/b/c"], "holds neither a model_index.json nor a config.json"),
+        ("hub", ["push", "{tmp}", "a/b"], "holds neither a model_index.json nor a config.json"),
     ],
 )
 def test_a_mistake_is_one_sentence(name, arguments, sentence, monkeypatch, tmp_path, capsys):

@@ -304,6 +304,6 @@ class TestCommandLine:
     def test_exports_with_the_channels_of_an_image(self, tmp_path, capsys):
         convert("inpainter", tmp_path)
         arguments = ["--export", tmp_path / "out" / "unet", "--output_file", tmp_path / "back.pt"]
-        with pytest.raises(SystemExit, match="--image_channels"):
+        with pytest.raises(ValueError, match="--image_channels"):
             self.run(capsys, *arguments)
         assert "--learn_sigma True" in self.run(capsys, *arguments, "--image_channels", "3")

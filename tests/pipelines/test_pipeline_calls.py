@@ -595,20 +595,29 @@ WITH_EFFECT = {
 }
 
 
+def warnings_of_calls(records):
+    """All but those of parts that do not say which noise schedule they were trained on, as toys do not."""
+    return [
+        record.message
+        for record in records
+        if record.levelno >= logging.WARNING and not record.name.endswith("noise_schedules")
+    ]
+
+
 class TestWithoutEffect:
     @pytest.mark.parametrize("make, arguments, message", WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
     def test_is_told_once(self, make, arguments, message, caplog):
         pipe = make()
         for _ in range(2):
             pipe(**{"num_inference_steps": 2, "output_type": "pt", **arguments})
-        told = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+        told = warnings_of_calls(caplog.records)
         assert len(told) == 1
         assert message in told[0]
 
     @pytest.mark.parametrize("make, arguments", WITH_EFFECT.values(), ids=WITH_EFFECT)
     def test_is_all_that_is_told(self, make, arguments, caplog):
         make()(**{"num_inference_steps": 2, "output_type": "pt", **arguments})
-        assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+        assert not warnings_of_calls(caplog.records)
 
     @pytest.mark.parametrize("name", ["labels", "negative prompt", "rescale", "interval", "empty interval"])
     def test_it_has_none(self, name):

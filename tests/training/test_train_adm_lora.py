@@ -57,18 +57,34 @@ def short(tmp_path):
     }
 
 
-@pytest.fixture
-def trained_unets(monkeypatch):
-    """The U-Nets of runs in this process, as they leave them: with the average in the adapter."""
-    unets = []
-    build_unet = train_adm.build_unet
+def keep_unets(script):
+    """The U-Nets of the runs that follow, with the average in the adapter once a run has ended."""
+    unets, averages = [], []
+    build_unet, build_ema, push_result = script.build_unet, script.build_ema, script.push_result
 
-    def keep(*args):
+    def keep_unet(*args):
         unets.append(build_unet(*args))
         return unets[-1]
 
-    monkeypatch.setattr(train_adm, "build_unet", keep)
+    def keep_average(parameters, training_args):
+        averages.append((build_ema(parameters, training_args), parameters))
+        return averages[-1][0]
+
+    def copy_average(*args):
+        ema, parameters = averages[-1]
+        ema.copy_to(parameters)
+        push_result(*args)
+
+    script.build_unet, script.build_ema, script.push_result = keep_unet, keep_average, copy_average
     return unets
+
+
+@pytest.fixture
+def trained_unets(monkeypatch):
+    """The U-Nets of runs in this process, see `keep_unets`."""
+    for name in ("build_unet", "build_ema", "push_result"):
+        monkeypatch.setattr(train_adm, name, getattr(train_adm, name))  # so that they come back
+    return keep_unets(train_adm)
 
 
 def train(**arguments):
@@ -94,18 +110,14 @@ def without_adapter(unet):
 def train_and_predict(argv):
     """A run in this process: how many captions it encoded at a time, and what the averaged adapter then predicts."""
     script = load_script("train_adm")
-    encoded, unets = [], []
-    build_unet, encode_captions = script.build_unet, captions.encode_captions
-
-    def keep(*args):
-        unets.append(build_unet(*args))
-        return unets[-1]
+    encoded, unets = [], keep_unets(script)
+    encode_captions = captions.encode_captions
 
     def count(text_encoder, batch, **kwargs):
         encoded.append(len(batch["input_ids"]))
         return encode_captions(text_encoder, batch, **kwargs)
 
-    script.build_unet, captions.encode_captions = keep, count
+    captions.encode_captions = count
     script.plot_loss_curves = lambda *args: None
     script.main(argv)
     return encoded, predict(unets[0]).tolist()
