@@ -218,7 +218,7 @@ def inpainting_grid(
 
 def main(argv: list[str] | None = None) -> None:
     all_args, run = parse_run(ARGUMENT_TYPES, argv, "train_adm", description=__doc__)
-    without_effect = check_effects(*all_args)
+    without_effect = check_effects(*all_args, taken_over=run.left_out)
     model_args, data_args, diffusion_args, training_args, text_args, task_args, lora_args = all_args
     model_args.check_source()
     if lora_args.lora_rank is not None:

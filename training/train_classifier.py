@@ -221,7 +221,7 @@ def evaluate(
 def main(argv: list[str] | None = None) -> None:
     all_args, run = parse_run(ARGUMENT_TYPES, argv, "train_classifier", description=__doc__)
     model_args, data_args, noise_args, training_args = all_args
-    without_effect = check_effects(*all_args)
+    without_effect = check_effects(*all_args, taken_over=run.left_out)
     model_args.check_source()
     if data_args.label_column is None:
         raise ValueError("A classifier is trained on labelled images. Name their column with `--label_column`.")

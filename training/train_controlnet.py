@@ -272,7 +272,7 @@ def sample_grid(
 
 def main(argv: list[str] | None = None) -> None:
     all_args, run = parse_run(ARGUMENT_TYPES, argv, "train_controlnet", description=__doc__)
-    without_effect = check_effects(*all_args)
+    without_effect = check_effects(*all_args, taken_over=run.left_out)
     model_args, data_args, diffusion_args, training_args, text_args, control_args = all_args
     check_base_stays(model_args, diffusion_args, text_args)
     output_dir = training_args.output_dir

@@ -174,7 +174,7 @@ def sample_grid(
 
 def main(argv: list[str] | None = None) -> None:
     all_args, run = parse_run(ARGUMENT_TYPES, argv, "train_super_resolution", description=__doc__)
-    without_effect = check_effects(*all_args)
+    without_effect = check_effects(*all_args, taken_over=run.left_out)
     model_args, data_args, diffusion_args, training_args, text_args, sr_args = all_args
     model_args.check_source()
     output_dir = training_args.output_dir

@@ -28,6 +28,7 @@ from toy_models import TOY_CLASSIFIER_CONFIG, TOY_CONFIG, random_text_unet, rand
 
 from diffusers_adm import AdaGNClassifierModel, AdaGNControlNetModel, AdaGNUNet2DModel, ADMPipeline
 from diffusers_adm.evaluation.sample.__main__ import main as sample
+from diffusers_adm.training import check_effects
 from diffusers_adm.training.resume import (
     APPLIED,
     FREE,
@@ -535,7 +536,8 @@ def test_what_is_free_changes_nothing_that_is_learned(begun, unchanged, tmp_path
     arguments = {"dataloader_num_workers": 1, "gradient_checkpointing": True, "logging_steps": 3}
     arguments |= {"num_validation_images": 3, "validation_steps": 1, "report_to": "tensorboard"}
     folder = resumed(begun, tmp_path, **arguments, overwrite_output_dir=True)
-    assert "`overwrite_output_dir` has no effect on a run that is resumed" in caplog.text
+    assert caplog.text.count("`overwrite_output_dir` is True, which has no effect") == 1
+    assert caplog.text.count("overwrite_output_dir") == 1
     assert_mostly_close(trained(folder, 3), trained(unchanged, 3), rtol=0, atol=1e-6)  # a step is 1e-3 long
 
 
@@ -640,6 +642,59 @@ def test_as_many_steps_as_the_checkpoint_has(begun, tmp_path, script, changes):
         expected, found = (load_file(tmp_path / "run" / folder / path) for folder in ("checkpoint-2", "."))
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)  # copies of the average
+
+
+@pytest.fixture
+def with_record(begun, tmp_path):
+    """A checkpoint whose record has other arguments; its path."""
+
+    def copy(**changes):
+        path = shutil.copytree(begun("train_adm") / "checkpoint-2", tmp_path / "changed" / "checkpoint-2")
+        settings = yaml.safe_load((path / "train_args.yaml").read_text())
+        (path / "train_args.yaml").write_text(yaml.safe_dump(settings | changes))
+        return str(path)
+
+    return copy
+
+
+class TestTakenOver:
+    """What a run takes over from its checkpoint is not judged as if it had been given on the command line."""
+
+    def test_nothing_is_said_of_what_has_no_effect(self, with_record):
+        path = with_record(num_train_epochs=7, class_dropout_prob=0.2)
+        all_args, record = parse("train_adm", resume_from_checkpoint=path, max_train_steps=5)
+        assert values_of(all_args)["num_train_epochs"] == 7
+        assert check_effects(*all_args, taken_over=record.left_out) == []
+        all_args, record = parse("train_adm", resume_from_checkpoint=path, max_train_steps=5, num_train_epochs=3)
+        (said,) = check_effects(*all_args, taken_over=record.left_out)
+        assert said.startswith("`num_train_epochs` is 3, which has no effect")
+
+    def test_betas_end_with_the_schedule_that_they_belong_to(self, begun, with_record, tmp_path):
+        path = with_record(ddpm_beta_schedule="linear", beta_end=0.03)
+        assert values_of(parse("train_adm", resume_from_checkpoint=path, max_train_steps=3)[0])["beta_end"] == 0.03
+        out = tmp_path / "out"
+        arguments = {"resume_from_checkpoint": path, "max_train_steps": 3, "output_dir": str(out)}
+        run("train_adm", **arguments, ddpm_beta_schedule="cosine", force_resume=True)
+        assert yaml.safe_load((out / "train_args.yaml").read_text())["beta_end"] is None
+        assert ADMPipeline.from_pretrained(out).scheduler.config.beta_end == 0.02  # the default
+        with pytest.raises(ValueError, match="`beta_end` is 0.04, which has no effect"):
+            run("train_adm", **arguments, ddpm_beta_schedule="cosine", beta_end=0.04, force_resume=True)
+
+    def test_a_revision_ends_with_the_repository_that_it_belongs_to(self, with_record, tmp_path):
+        path = with_record(model_config_name_or_path=None, pretrained_model_name_or_path="a/model", revision="v1")
+        assert values_of(parse("train_adm", resume_from_checkpoint=path, max_train_steps=3)[0])["revision"] == "v1"
+        moved = {"resume_from_checkpoint": path, "max_train_steps": 3, "pretrained_model_name_or_path": str(tmp_path)}
+        all_args, record = parse("train_adm", **moved)
+        assert values_of(all_args)["revision"] is None
+        assert check_effects(*all_args, taken_over=record.left_out) == []
+
+    @pytest.mark.parametrize("script", NAMES)
+    def test_scripts_say_nothing_of_it(self, script, begun, tmp_path, caplog):
+        path = shutil.copytree(begun(script) / "checkpoint-2", tmp_path / "changed" / "checkpoint-2")
+        settings = yaml.safe_load((path / "train_args.yaml").read_text())
+        (path / "train_args.yaml").write_text(yaml.safe_dump(settings | {"num_train_epochs": 7}))
+        run(script, resume_from_checkpoint=str(path), max_train_steps=3, output_dir=str(tmp_path / "out"))
+        assert "has no effect" not in caplog.text
 
 
 def test_pushing_is_not_taken_to_another_folder(begun, tmp_path):

@@ -1,10 +1,10 @@
-"""Arguments that were given and have no effect beside the others: refused where that is a mistake, told otherwise."""
+"""Arguments that were given and have no effect: refused where that is a mistake, named in the log otherwise."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ class Rule:
         act (callable): From the values of all arguments by name to whether these act. Arguments that the command does
             not have are None.
         because (`str`): Why they do not, if they do not; it may name other arguments as `{name}`.
-        refused (`bool`, defaults to `False`): Giving them is an error. Otherwise it is told: a recipe may hold what an
-            argument on the command line has switched off.
+        refused (`bool`, defaults to `False`): Giving them is an error. Otherwise the log names them: a recipe may hold
+            what an argument on the command line has switched off.
     """
 
     names: tuple[str, ...]
@@ -96,13 +96,17 @@ TRAINING_RULES = (
 )
 
 
-def check_effects(*all_args: Any, rules: Sequence[Rule] = TRAINING_RULES) -> list[str]:
+def check_effects(
+    *all_args: Any, rules: Sequence[Rule] = TRAINING_RULES, taken_over: Collection[str] = ()
+) -> list[str]:
     """
     Looks for arguments that were given and have no effect. Given means: neither the default nor off (None, 0, False).
 
     Args:
         all_args (dataclass instances): From [`parse_args`].
         rules (sequence of `Rule`, *optional*): Those of the training scripts by default.
+        taken_over (collection of `str`, *optional*): Arguments that were not given, but have the values of the run that
+            is resumed.
 
     Returns:
         list of `str`: One sentence for each that is harmless, to be logged.
@@ -114,6 +118,7 @@ def check_effects(*all_args: Any, rules: Sequence[Rule] = TRAINING_RULES) -> lis
     fields = [(arguments, field) for arguments in all_args for field in dataclasses.fields(arguments)]
     values |= {field.name: getattr(arguments, field.name) for arguments, field in fields}
     is_given = {field.name for _, field in fields if values[field.name] and values[field.name] != field.default}
+    is_given -= set(taken_over)
     sentences = []
     for rule in rules:
         for name in rule.names:

@@ -22,9 +22,11 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 
+from ..noise_schedules import alphas_cumprod_of, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from .arguments import TrainingArguments, build_arguments, given_arguments
 from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, TrainingProgress, find_checkpoint, resume_checkpoint
+from .effects import COSINE_SCHEDULES
 from .ema import load_average
 from .fingerprints import hash_tensors, hash_tokenizer
 from .setup import ARGUMENTS_NAME, write_settings
@@ -225,6 +227,11 @@ def parse_run(
     for group in ALTERNATIVES:
         if any(given.get(name) is not None for name in group):
             values |= {name: None for name in group if name in values}
+    # What belongs to a value that another one replaces.
+    if given.get("pretrained_model_name_or_path") not in (None, before["pretrained_model_name_or_path"]):
+        values["revision"] = None
+    if given.get("ddpm_beta_schedule") in COSINE_SCHEDULES:
+        values |= {"beta_start": None, "beta_end": None}
     if "num_train_epochs" in given:
         values["max_train_steps"] = None
     if given.get("push_to_hub") is False:
@@ -360,8 +367,6 @@ class RunRecord:
         logger.info(
             f"Resuming {checkpoint.name}." + (f" Not given, so taken from the run: {left_out}" if left_out else "")
         )
-        if settings["overwrite_output_dir"]:
-            logger.warning("`overwrite_output_dir` has no effect on a run that is resumed: no checkpoint is deleted.")
         for name, (before, now) in self.applied.items():
             logger.info(f"From here on, `{name}` is {now} (before: {before}).")
         for difference in self.forced:
@@ -410,11 +415,9 @@ class RunRecord:
             known, before = self._noise_by_arguments(noise_scheduler)
         if not known or noise_scheduler is None or before is None:  # `noised` has told
             return
-        earlier = LearnedVarianceDDPMScheduler.from_config(before)
         changed = [name for name in ("prediction_type", "variance_type") if before[name] != config[name]]
-        first, second = earlier.alphas_cumprod, noise_scheduler.alphas_cumprod
-        # Far below the distance of any two schedules, far above what processors differ by.
-        if first.shape != second.shape or not torch.allclose(first, second, rtol=1e-6, atol=0):
+        schedulers = (LearnedVarianceDDPMScheduler.from_config(before), noise_scheduler)
+        if not is_same_noise(*(alphas_cumprod_of(noise_schedule_of(scheduler)) for scheduler in schedulers)):
             of_noise = [name for name in NOISE_ARGUMENTS if not name.endswith("_type")]
             differing = [name for name in of_noise if before[NOISE_ARGUMENTS[name]] != config[NOISE_ARGUMENTS[name]]]
             changed += differing or ["ddpm_beta_schedule"]

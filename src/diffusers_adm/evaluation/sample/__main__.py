@@ -79,7 +79,7 @@ RULES = (
         ("revision",),
         lambda given: not os.path.isdir(given["model"]),
         "`model` is a folder, which has no revisions",
-        True,
+        refused=True,
     ),
 )
 
