@@ -124,6 +124,14 @@ class TestDivergenceWatch:
         assert "its mse is 0.9, and had come down to 0.005" in watch.update({"loss": 1.0, "mse": 0.9})
         assert watch.update({"loss": 1.0, "mse": 0.006}) is None  # it has recovered
 
+    def test_a_classifier_that_knows_its_images_by_heart(self):
+        """Its cross entropy is nearly 0, and one uncertain image is a thousand times as much."""
+        watch = DivergenceWatch()
+        for _ in range(30):
+            assert watch.update({"loss": 2e-5}) is None
+        assert watch.update({"loss": 0.05}) is None
+        assert "its loss is 3" in watch.update({"loss": 3.0})
+
 
 def test_losses_as_they_are():
     """Whatever the weights: the sampler sees none, and the simple objective has no bound term."""

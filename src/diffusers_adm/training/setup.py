@@ -361,8 +361,10 @@ ADVICE = (
 # A network that always predicts 0 has a squared error of about 1 (images and noise have unit scale), one that guesses
 # among a million classes a cross entropy of 14: a mean a hundred times as large is out of reach of any that learns.
 ABSURD_ERROR = 100.0
-# So much above the lowest mean over that many rows is beyond what rows of few images differ by.
-DIVERGED_FACTOR, DIVERGENCE_SPAN = 100.0, 20
+# So much above the lowest mean over that many rows is beyond what rows of few images differ by. But a classifier that
+# knows its images by heart has errors near 0, and single ones far above: below half the error of an untrained network,
+# nothing has diverged.
+DIVERGED_FACTOR, DIVERGENCE_SPAN, LEAST_DIVERGED_ERROR = 100.0, 20, 0.5
 
 
 class DivergenceWatch:
@@ -383,7 +385,7 @@ class DivergenceWatch:
             return f"its {name} is {value}"
         if value > ABSURD_ERROR:
             return f"its {name} is {value:.3g}, far above that of an untrained network"
-        if value > DIVERGED_FACTOR * self.lowest:
+        if value > max(DIVERGED_FACTOR * self.lowest, LEAST_DIVERGED_ERROR):
             return f"its {name} is {value:.3g}, and had come down to {self.lowest:.3g}"
         self.values = [*self.values, value][-DIVERGENCE_SPAN:]
         if len(self.values) == DIVERGENCE_SPAN:
