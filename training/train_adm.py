@@ -276,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         unet = build_unet(model_args, data_args, unet_config, num_classes)
         keeps = "`lora_rank` leaves the pretrained weights as they are" if lora_args.lora_rank is not None else None
         images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, keeps)
+        run.check_rows(id2label)
         if unet.config.in_channels < in_channels:
             widen_input(unet, in_channels)
         null_class_id = unet.config.null_class_id
@@ -393,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     def save_result(folder: str) -> None:
-        """A pipeline, or an adapter, with the averaged weights; for the main process alone."""
+        """A pipeline, or an adapter, with the averaged weights; only for the main process."""
         with result_weights(ema, trained_parameters):
             if lora_args.lora_rank is not None:
                 save_lora(accelerator.unwrap_model(unet), folder, noise_schedule_of(noise_scheduler))

@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         if model_args.pretrained_model_name_or_path is not None:
             known = classes_of_classifier(model_args, data_args)
             images, id2label = match_classifier_classes(classifier, images, id2label, known, model_args.replace_classes)
+            run.check_rows(id2label)
         resolution = choose_resolution(data_args.resolution, classifier.config, "classifier")
         classifier.register_to_config(sample_size=resolution)
         record_noise_schedule(classifier, "classifier", noise_scheduler)
@@ -344,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def save_result(folder: str) -> None:
-        """The classifier with the averaged weights, if there are any, and its noise; for the main process alone."""
+        """The classifier with the averaged weights, if there are any, and its noise; only for the main process."""
         with result_weights(ema, trained_parameters):
             accelerator.unwrap_model(classifier).save_pretrained(os.path.join(folder, "classifier"))
         save_id2label(os.path.join(folder, "classifier"), id2label)

@@ -304,8 +304,9 @@ def main(argv: list[str] | None = None) -> None:
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(training_args.seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
-        frozen = "a ControlNet leaves its base model as it is"
-        images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, frozen)
+        keeps = "a ControlNet leaves its base model as it is"
+        images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, keeps)
+        run.check_rows(id2label)
         null_class_id = unet.config.null_class_id
         check_guidance_of_grids(training_args, unet.config, num_classes, has_text)
         resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
@@ -401,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def save_result(folder: str) -> None:
-        """The branch with the averaged weights; for the main process alone."""
+        """The ControlNet with the averaged weights; only for the main process."""
         with result_weights(ema, trained_parameters):
             trained_model.save_pretrained(folder)
 
@@ -492,13 +493,13 @@ def main(argv: list[str] | None = None) -> None:
                 log.start_clock(progress.global_step)
     log.close()
 
-    # 6. the result: the branch with the averaged weights; only then what could fail
+    # 6. the result: the ControlNet with the averaged weights; only then what could fail
     frozen.check()
     hashes = ", ".join(f"{name} {value}" for name, value in frozen.hashes.items())
     logger.info(f"What was frozen has the weights that it began with (hashes: {hashes})")
     if accelerator.is_main_process:
         save_result(output_dir)
-        logger.info(f"Saved the branch to {output_dir}")
+        logger.info(f"Saved the ControlNet to {output_dir}")
     validated = validate()
     accelerator.end_training()
     push_result(accelerator, training_args)

@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(training_args.seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
         images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args)
+        run.check_rows(id2label)
         null_class_id = unet.config.null_class_id
         check_guidance_of_grids(training_args, unet.config, num_classes, has_text)
         resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
@@ -309,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     def save_result(folder: str) -> None:
-        """A pipeline with the averaged weights; for the main process alone."""
+        """A pipeline with the averaged weights; only for the main process."""
         with result_weights(ema, trained_parameters):
             build_pipeline().save_pretrained(folder)
 

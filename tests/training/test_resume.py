@@ -609,6 +609,12 @@ class TestSources:
             run("train_adm", **resume)
 
 
+def test_nothing_to_resume_and_nothing_to_begin_with(tmp_path):
+    """As with a mistyped folder: what was left out cannot be taken from the run."""
+    with pytest.raises(ValueError, match="There is no checkpoint in .*run to resume from.*`--output_dir`"):
+        parse("train_adm", output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest")
+
+
 def test_another_script(begun):
     with pytest.raises(ValueError, match=r"was written by train_adm\.py, and this is train_super_resolution\.py"):
         parse("train_super_resolution", resume_from_checkpoint=str(begun("train_adm") / "checkpoint-2"))
@@ -752,6 +758,50 @@ class TestData:
             self.resume(tmp_path)
         self.resume(tmp_path, force_resume=True)
         assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+class TestClassesThatFineTuningAdds:
+    """The rows of the network are planned anew from the pretrained model each time that the run is started."""
+
+    @pytest.fixture
+    def tune(self, toys, tmp_path):
+        def tune(folder, unet=None, id2label=None, script="train_adm", **arguments):
+            if unet is not None:
+                base = save_base(tmp_path / "base", unet, id2label=id2label)
+                start = {k: v for k, v in toys[script].items() if k != "model_config_name_or_path"}
+                arguments = start | {"pretrained_model_name_or_path": base, "checkpointing_steps": 1} | arguments
+            run(script, **arguments | {"output_dir": str(tmp_path / folder)})
+            return tmp_path / folder
+
+        return tune
+
+    @pytest.mark.parametrize(
+        "config, id2label, arguments",
+        [
+            ({}, None, {}),
+            ({"num_class_embeds": 3, "null_class_id": 2}, {0: "other", 1: "Flags"}, {}),
+            ({"num_class_embeds": 3, "null_class_id": 2}, {0: "other", 1: "Flags"}, {"replace_classes": True}),
+            ({"num_class_embeds": 2}, {0: "other", 1: "Flags"}, {}),
+        ],
+        ids=["unconditional", "more", "replaced", "null-class"],
+    )
+    def test_resumed_as_if_unbroken(self, tune, tmp_path, config, id2label, arguments):
+        unbroken = tune("unbroken", random_unet(**config), id2label, **arguments)
+        shutil.copytree(unbroken, tmp_path / "broken")
+        shutil.rmtree(tmp_path / "broken" / "checkpoint-2")
+        broken = tune("broken", resume_from_checkpoint="latest")
+        assert_same_checkpoint(unbroken / "checkpoint-2", broken / "checkpoint-2")
+
+    def test_the_names_there_have_changed(self, tune, tmp_path, caplog):
+        """A class would be trained into the row of another one."""
+        tune("run", random_unet(num_class_embeds=3, null_class_id=2), {0: "other", 1: "Flags"}, max_train_steps=1)
+        path = tmp_path / "base" / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "Flags", "1": "other"}}))
+        resume = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+        with pytest.raises(ValueError, match="class 0 of the network is 'Flags', and was 'other'; .*Restore the names"):
+            tune("run", **resume)
+        tune("run", **resume, force_resume=True)
+        assert "--force_resume: class 1 of the network is 'other', and was 'Flags' for checkpoint-1" in caplog.text
 
 
 # 6. Checkpoints are models

@@ -459,7 +459,7 @@ class TestResuming:
         output = launch("train_controlnet", arguments | {"output_dir": str(folder)}, tmp_path)
         assert "Num processes: 2" in output
         assert "40 images in 9 classes with 40 captions and edges at 8 x 8, 16 per optimizer step; steps 0" in output
-        assert f"Saved the branch to {folder}" in output
+        assert f"Saved the ControlNet to {folder}" in output
         assert (folder / "loss_curves.png").is_file()
         assert "Traceback" not in output
 

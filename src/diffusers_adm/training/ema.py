@@ -69,10 +69,11 @@ def load_average(
             continue
         kwargs = {} if isinstance(network, ModelMixin) else {"dtype": torch.float32}
         saved = type(network).from_pretrained(os.path.join(folder, subfolder), **kwargs)  # type: ignore[attr-defined]
+        # Not by their order: a class embedding that a network was given comes last there, and earlier where it is made.
+        averages = dict(saved.named_parameters())
         with torch.no_grad():
-            # By their order: transformers saves some weights under other names, and shared ones under one of theirs.
-            for parameter, average in zip(network.parameters(), saved.parameters(), strict=True):
-                parameter.copy_(average)
+            for name, parameter in network.named_parameters():
+                parameter.copy_(averages[name])
     ema.shadow_params = [parameter.detach().clone() for parameter in parameters]
 
 

@@ -212,8 +212,14 @@ def parse_run(
     given = given_arguments(argument_types, argv, description)
     defaults = _defaults(argument_types)
     name = given.get("resume_from_checkpoint")
-    path = find_checkpoint(given.get("output_dir", defaults["output_dir"]), name) if name is not None else None
+    output_dir = given.get("output_dir", defaults["output_dir"])
+    path = find_checkpoint(output_dir, name) if name is not None else None
     if path is None:
+        if name is not None and all(given.get(source) is None for source in ALTERNATIVES[0]):
+            raise ValueError(
+                f"There is no checkpoint in {output_dir} to resume from. Check `--output_dir`, or pass the arguments "
+                "of a new run."
+            )
         return build_arguments(argument_types, given), RunRecord(script)
     checkpoint = read_checkpoint(path, argument_types, script)
     if name != "latest" and "output_dir" not in given and os.path.isdir(name):
@@ -474,6 +480,26 @@ class RunRecord:
         self.refuse(
             [f"class {number} of the data is {new!r}, and was {old!r}" for number, old, new in renamed],
             "Give the data the former classes to continue as before",
+        )
+
+    def check_rows(self, id2label: Mapping[int, str] | None) -> None:
+        """
+        Args:
+            id2label (mapping, *optional*): Row of the network -> name of a class, after the classes of the data have
+                been matched with those of a pretrained model.
+
+        Raises:
+            ValueError: If a class would go on in the row of another one, since the pretrained model names others now.
+        """
+        known, before = self._before("rows", id2label)
+        now = self.facts["rows"]
+        if not known or before == now or self.facts["classes"] != self.checkpoint.facts["classes"]:  # has been reported
+            return
+        before, now = before or {}, now or {}
+        differing = [row for row in {**before, **now} if before.get(row) != now.get(row)]
+        self.refuse(
+            [f"class {row} of the network is {now.get(row)!r}, and was {before.get(row)!r}" for row in differing],
+            "Restore the names of the classes of the pretrained model to continue as before",
         )
 
     def check_data(self, num_images: int) -> None:
