@@ -682,7 +682,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         has_negative_text: bool,
         may_be_guided_later: bool,
     ) -> None:
-        """Tells, once each, of arguments that change nothing in this call, and could have been meant to."""
+        """Warns, once each, of arguments that change nothing in this call although they may have been meant to."""
         steers = denoising.classifier_guidance_scale != 0.0
         guides = denoising.state.guidance_scale != 1.0
         has_interval = (denoising.guidance_start, denoising.guidance_end) != (0.0, 1.0)

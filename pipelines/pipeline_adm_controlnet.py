@@ -231,7 +231,7 @@ class ADMControlNetPipeline(ADMPipeline):
         return self._finish(self._decode(latents, output_type), return_dict)
 
     def _warn_of_images_without_effect(self, denoising: ControlledDenoising) -> None:
-        """Tells, once each, of ControlNets that act in no step. (A scale of 0 says so itself.)"""
+        """Warns, once each, of ControlNets that act in no step. (A scale of 0 says so itself.)"""
         num_steps = len(denoising.timesteps)
         intervals = zip(denoising.control_scales, denoising.control_starts, denoising.control_ends, strict=True)
         for i, (scale, start, end) in enumerate(intervals):

@@ -287,7 +287,7 @@ class ADMInpaintPipeline(ADMPipeline):
     def _warn_of_masks_without_effect(
         self, repainted: torch.Tensor, strength: float, jump_n_sample: int | None
     ) -> None:
-        """Tells, once each, of masks that leave an argument without effect, as one that is inverted or empty does."""
+        """Warns, once each, of masks that leave an argument without effect, such as inverted or empty ones."""
         if not repainted.flatten(1).any(dim=1).all():
             self._warn_once(
                 "`mask_image` is black everywhere, or one of several is: these images come back as they were given. "

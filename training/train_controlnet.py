@@ -195,8 +195,8 @@ def build_controlnet(
     The branch: a new one, or the one to go on with.
 
     Raises:
-        ValueError: If that cannot be read, belongs to another U-Net or noise schedule, or is shown other pictures than
-            those of this script.
+        ValueError: If that cannot be read, belongs to another U-Net or noise schedule, or takes other conditioning
+            images than this script makes.
     """
     name = control_args.controlnet_model_name_or_path
     if name is None:

@@ -139,7 +139,7 @@ def test_code_in_a_file_is_not_run(zipped, tmp_path, tmp_path_factory, refused):
     torch.save({**weights(), "attack": Attack(folder)}, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
     content = (tmp_path / "model.pt").read_bytes()
     for attack in (content, pickle.dumps(Attack(folder)), pickle.dumps(Attack(folder), protocol=2)):
-        refused(attack, "holds tensors alone")
+        refused(attack, "holds only tensors")
         assert not folder.exists()
     # The attack is a real one.
     (tmp_path / "model.pt").write_bytes(content)
@@ -162,7 +162,7 @@ def optimizer_state():
         ([torch.zeros(3)], "holds a list, not a state dict"),
         ({}, "holds a dict, not a state dict"),
         (torch.zeros(3), "holds a Tensor, not a state dict"),
-        ({"state_dict": optimizer_state()}, r"beside tensors it holds state_dict \(dict\)"),
+        ({"state_dict": optimizer_state()}, r"besides tensors it holds state_dict \(dict\)"),
         (weights() | {"step": torch.zeros(1, dtype=torch.long)}, "no plain floating-point numbers: step"),
         (weights() | {"out.0.bias": torch.zeros(32).to_sparse()}, "no plain floating-point numbers: out.0.bias"),
         (weights() | {"out.0.bias": torch.zeros(32, device="meta")}, "no plain floating-point numbers: out.0.bias"),

@@ -183,7 +183,7 @@ def test_averages_that_cannot_be_read_are_not_passed_over(name, tmp_path, plain)
         ({"model": averaged(), "ema": averaged()}, "m", r"`key` is 'm', .* has: 'model', 'ema'"),
         ({"state_dict": prefixed("a.", weights()) | prefixed("b.", weights())}, "state_dict", "'state_dict.a', 's"),
         (optimizer(), "state", r"it holds state \(dict\), param_groups \(list\)"),
-        ({"model": weights() | {"step": 5}}, None, r"beside tensors it holds step \(int\)"),
+        ({"model": weights() | {"step": 5}}, None, r"besides tensors it holds step \(int\)"),
         (prefixed("module.", weights()) | {"module.step": torch.tensor(5)}, None, "no plain floating-point .*: step"),
         ({"model": weights() | {"extra.bias": torch.zeros(2)}}, None, r"not used: extra.bias \(2,\)"),
     ],
@@ -202,7 +202,7 @@ class Config:
 
 
 def test_objects_that_are_not_read_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"an object of .*Config.*could run code.*the state dict of the network alone"):
+    with pytest.raises(ValueError, match=r"an object of .*Config.*could run code.*only the state dict of the network"):
         convert({"model": weights(), "config": Config()}, tmp_path)
 
 

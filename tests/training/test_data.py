@@ -694,7 +694,7 @@ class TestMetadata:
         save_pictures(tmp_path, "train/a.png", "test/b.png")
         write_metadata(tmp_path / "metadata.jsonl", "train/a.png")
         load_image_dataset(train_data_dir=str(tmp_path))
-        assert "metadata.jsonl beside it is not read" in caplog.text
+        assert "metadata.jsonl next to it is not read" in caplog.text
 
 
 class TestCaptionFiles:

@@ -26,7 +26,7 @@ from ..training.repositories import check_can_be_written
 
 logger = logging.getLogger(__name__)
 
-# Beside the components: what a file was converted from, so that it can be written back in the same order.
+# Next to the components: what a file was converted from, so that it can be written back in the same order.
 RECORD_NAME = "openai_checkpoint.json"
 # First bytes of the archives that `torch.save` has written since version 1.6, which can be mapped into memory.
 ZIP_MAGIC = b"PK\x03\x04"
@@ -76,7 +76,7 @@ def check_output_dir(output_dir: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder beside `output_dir`, which takes its place once all is written, and vanishes if that fails."""
+    """A folder next to `output_dir`, which takes its place once all is written, and is deleted if that fails."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output_dir.parent / f".{output_dir.name}.{uuid.uuid4().hex[:8]}"
     unfinished.mkdir()
@@ -128,7 +128,7 @@ def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoin
     r"""
     Reads the network of a `.pt` file, mapped into memory where its format allows that. Runs no code that it may hold.
 
-    Training loops wrap networks: in a dictionary beside an optimizer, in a module whose name becomes a prefix of all
+    Training loops wrap networks: in a dictionary with an optimizer, in a module whose name becomes a prefix of all
     others (`module.`, `model.`, `_orig_mod.`), or in both. That is taken off where it leads to one network.
 
     Args:
@@ -143,7 +143,7 @@ def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoin
         raise FileNotFoundError(f"`checkpoint` {checkpoint} is not a file.")
     unreadable = (
         f"{checkpoint} ({checkpoint.stat().st_size:,} bytes) cannot be read as a file of `torch.save` that holds "
-        "tensors alone. It may be damaged, cut short, or something else."
+        "only tensors. It may be damaged, cut short, or something else."
     )
     try:
         # The arguments of a script: they hold what can be read without them, and making them runs no code.
@@ -153,8 +153,8 @@ def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoin
         found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if found is not None:
             unreadable += (
-                f" It names an object of {found[1]}: reading that could run code. If you trust the file, save the "
-                "state dict of the network alone."
+                f" It names an object of {found[1]}: reading that could run code. If you trust the file, save "
+                "only the state dict of the network."
             )
         raise ValueError(unreadable) from None
     except Exception as error:  # whatever the bytes of another file lead to
@@ -226,7 +226,7 @@ def _choose(places: Sequence[_Place], key: str | None, checkpoint: Path) -> _Pla
 
 
 def _describe(entries: Mapping[Any, Any]) -> list[str]:
-    """What lies beside a network, briefly: tensors by the first part of their names."""
+    """What a file holds besides a network, briefly: tensors by the first part of their names."""
     others = [f"{name} ({type(value).__name__})" for name, value in entries.items() if not torch.is_tensor(value)]
     names: dict[str, list[str]] = {}
     for name, value in entries.items():
@@ -237,7 +237,7 @@ def _describe(entries: Mapping[Any, Any]) -> list[str]:
 
 
 def _averages(entries: Mapping[Any, Any]) -> list[str]:
-    """Names of averaged weights among what lies beside a network."""
+    """Names of averaged weights among what a file holds besides a network."""
     parts = {name: str(name).split(".")[0] for name in entries}
     return [
         part
@@ -261,7 +261,7 @@ def _tensors(entries: Mapping[Any, Any], checkpoint: Path) -> dict[str, torch.Te
     if others:
         names = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:4])
         raise ValueError(
-            f"{checkpoint} is not the state dict of a network: beside tensors it holds {names}. The scripts save "
+            f"{checkpoint} is not the state dict of a network: besides tensors it holds {names}. The scripts save "
             "networks as model*.pt and ema_*.pt; opt*.pt is the state of an optimizer."
         )
     odd = [

@@ -55,8 +55,6 @@ KIND_FLAGS = {
     "upsampler": "`large_size` and `small_size`, `num_channels` and so on, and not `image_size`",
     "classifier": "those that begin with `classifier_`, and `image_size`",
 }
-
-
 # Constants of both code bases: their networks are for RGB images.
 IMAGE_CHANNELS = 3
 # Input channels of inpainting networks for RGB images: x_t, the known pixels and the keep mask, and the enlarged small
@@ -269,7 +267,7 @@ def _make_pipeline(
     if kind == "unet" and channels_in == image_channels:
         return ADMPipeline(model, scheduler, **others)
     if kind == "upsampler" and channels_in == 2 * image_channels:
-        # The file does not tell the size of its small images, so that an assumed one shall bind nobody.
+        # The file does not tell the size of its small images, so an assumed one must not bind anybody.
         trained = {"low_res_size": small_size, "noise_schedule": noise_schedule_of(scheduler)}
         return ADMSuperResolutionPipeline(model, scheduler, **others, **trained)
     if kind == "unet" and image_channels == IMAGE_CHANNELS and channels_in in INPAINTING_CHANNELS:

@@ -93,7 +93,7 @@ def load_classifier(
             index = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
             names = {int(number): name for number, name in (index.get("id2label") or {}).items()} or None
     if classifier.config.noise_schedule is None:
-        with contextlib.suppress(OSError):  # there is none beside it
+        with contextlib.suppress(OSError):  # there is no scheduler next to it
             scheduler = LearnedVarianceDDPMScheduler.from_pretrained(path, subfolder="scheduler", cache_dir=cache_dir)
             classifier.register_to_config(noise_schedule=noise_schedule_of(scheduler))
     return classifier, names

@@ -206,7 +206,7 @@ def _load_image_folder(
         logger.warning("Reading the images in %s; its other folders are named like splits.", root / split)
         for name in METADATA_FILES:
             if (root / name).exists():
-                logger.warning("%s beside it is not read. Move it into the folder of the split.", name)
+                logger.warning("%s next to it is not read. Move it into the folder of the split.", name)
         root = root / split
     elif split != "train":
         raise ValueError(

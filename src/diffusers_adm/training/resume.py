@@ -1,5 +1,5 @@
 """
-Resuming a run: what each argument does if it has changed since the checkpoint, and the record that tells.
+Resuming a run: what each argument does if it has changed since the checkpoint, and the record that shows it.
 
 A checkpoint records the arguments that it was trained with (`train_args.yaml`) and what they led to (`run_record.json`:
 the noise schedule, the classes, the number of images, the config of the network). A run that is resumed takes from
@@ -419,7 +419,7 @@ class RunRecord:
         known, before = self._before("noise_schedule", config)
         if not known and self.checkpoint is not None and self.checkpoint.settings is not None:
             known, before = self._noise_by_arguments(noise_scheduler)
-        if not known or noise_scheduler is None or before is None:  # `noised` has told
+        if not known or noise_scheduler is None or before is None:  # a change of `noised` has been reported
             return
         changed = [name for name in ("prediction_type", "variance_type") if before[name] != config[name]]
         schedulers = (LearnedVarianceDDPMScheduler.from_config(before), noise_scheduler)

@@ -451,7 +451,7 @@ class TrainingLog:
         """
         A row of training metrics, `loss` among them, with learning rate and throughput since the last row.
 
-        A warning tells when the run has diverged although its loss is finite.
+        Logs a warning when the run has diverged although its loss is finite.
 
         Raises:
             RuntimeError: If the loss is not finite.
@@ -487,7 +487,7 @@ class TrainingLog:
             self.history.append(step, {f"{file_prefix}{name}": value for name, value in values.items()})
 
     def close(self) -> None:
-        """At the end of the training; a run that has diverged is not to end as if nothing had happened."""
+        """At the end of the training; a run that has diverged must not end as if nothing had happened."""
         self.progress_bar.close()
         if self.divergence is not None:
             logger.warning(
