@@ -554,6 +554,17 @@ def test_forced_the_new_value_is_used_and_named(begun, tmp_path, caplog):
     assert parse("train_adm", output_dir=str(folder), resume_from_checkpoint="latest", max_train_steps=4)
 
 
+def test_forcing_is_for_one_start(begun, tmp_path):
+    """`train_args.yaml` can be passed to `--config` again, and must not force whatever differs then."""
+    folder = resumed(begun, tmp_path / "run", train_batch_size=2, force_resume=True)
+    for record in (folder / "train_args.yaml", folder / "checkpoint-3" / "train_args.yaml"):
+        settings = yaml.safe_load(record.read_text())
+        assert (settings["train_batch_size"], settings["force_resume"]) == (2, False)
+    again = {"config": folder / "train_args.yaml", "resume_from_checkpoint": "latest", "max_train_steps": 4}
+    with pytest.raises(ValueError, match="`seed` is 1, and was 0 for checkpoint-3"):
+        parse("train_adm", **again, seed=1)
+
+
 def test_force_resume_without_a_checkpoint():
     with pytest.raises(ValueError, match="`force_resume` was given without `resume_from_checkpoint`"):
         parse("train_adm", force_resume=True)

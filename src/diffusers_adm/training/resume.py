@@ -355,7 +355,8 @@ class RunRecord:
         Args:
             settings (mapping): The arguments of the run, as they are recorded.
         """
-        self.settings, checkpoint = settings, self.checkpoint
+        # `train_args.yaml` may be the next recipe, which must not force what differs then.
+        self.settings, checkpoint = {**settings, "force_resume": False}, self.checkpoint
         if checkpoint is None:
             return
         if checkpoint.settings is None:
