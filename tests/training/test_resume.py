@@ -631,6 +631,17 @@ def test_another_script(begun):
         parse("train_super_resolution", resume_from_checkpoint=str(begun("train_adm") / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("script", NAMES)
+def test_where_results_go_is_looked_at_before_the_data(begun, toys, tmp_path, monkeypatch, script):
+    begun(script)
+    monkeypatch.setattr(SCRIPTS[script], "load_image_dataset", lambda **kwargs: pytest.fail("the data was read"))
+    with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
+        run(script, **toys[script])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`output_dir` is .* but .*file is not a directory"):
+        run(script, **toys[script] | {"output_dir": str(tmp_path / "file" / "run")})
+
+
 def test_a_resume_that_fails_leaves_the_record_of_the_run(begun, tmp_path):
     shutil.copytree(begun("train_adm"), tmp_path / "run")
     record = (tmp_path / "run" / "train_args.yaml").read_bytes()

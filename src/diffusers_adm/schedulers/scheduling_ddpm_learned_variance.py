@@ -155,6 +155,8 @@ def discretized_gaussian_log_likelihood(
 
 def check_floating_point(**samples: torch.Tensor | None) -> None:
     """
+    Refuses images or noise of integers.
+
     Raises:
         TypeError: If images or noise, given by the names of their arguments, are no floating point numbers: results
             would be rounded to whole numbers.

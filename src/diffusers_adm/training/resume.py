@@ -284,6 +284,8 @@ class RunRecord:
 
     def compare_arguments(self, before: Mapping[str, Any], values: Mapping[str, Any], left_out: Sequence[str]) -> None:
         """
+        Compares the arguments with those of the checkpoint, as `VERDICTS` says.
+
         Args:
             before (mapping): The arguments of the checkpoint.
             values (mapping): Those of this run.
@@ -383,6 +385,8 @@ class RunRecord:
 
     def refuse(self, differences: Sequence[str], way_out: str) -> None:
         """
+        Refuses what would make it another training.
+
         Raises:
             ValueError: If there are differences, and they are not forced. Otherwise they are logged.
         """
@@ -460,6 +464,8 @@ class RunRecord:
 
     def check_classes(self, id2label: Mapping[int, str] | None) -> None:
         """
+        Compares the classes of the data.
+
         Raises:
             ValueError: If the data does not have the classes of the checkpoint.
         """
@@ -485,6 +491,8 @@ class RunRecord:
 
     def check_rows(self, id2label: Mapping[int, str] | None) -> None:
         """
+        Compares the names of the network's classes.
+
         Args:
             id2label (mapping, *optional*): Row of the network -> name of a class, after the classes of the data have
                 been matched with those of a pretrained model.
@@ -505,6 +513,8 @@ class RunRecord:
 
     def check_data(self, num_images: int) -> None:
         """
+        Compares the number of images.
+
         Raises:
             ValueError: If there is another number of images: which ones the current epoch has shown would be others.
         """
@@ -519,6 +529,8 @@ class RunRecord:
         self, config: Mapping[str, Any], resolution: int, frozen: Mapping[str, Any] | None = None
     ) -> None:
         """
+        Compares the config of the network, the resolution, and what is frozen.
+
         Args:
             config (mapping): Of the network that is trained.
             resolution (`int`): In pixels.

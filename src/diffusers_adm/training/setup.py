@@ -36,7 +36,7 @@ from .classification import BalancedClassSampler
 from .data import EpochShuffleSampler, ImageDataset
 from .metrics import MetricsHistory
 from .publication import prepare_repository
-from .repositories import from_subfolder_or_root, reading
+from .repositories import check_can_be_written, from_subfolder_or_root, reading
 from .reproducibility import report_machine
 
 
@@ -76,10 +76,12 @@ def start_accelerator(training_args: TrainingArguments, script: str) -> Accelera
     package do, the others only errors. If the result is to be pushed to the Hub, its repository is made.
 
     Raises:
-        ValueError: If Accelerate is configured to split the weights over processes, or the Hub refuses.
+        ValueError: If the results cannot go to `output_dir`, Accelerate is configured to split the weights over
+            processes, or the Hub refuses.
     """
     import datasets
 
+    check_output_dir(training_args)
     accelerator = join_processes(
         training_args.mixed_precision,
         gradient_accumulation_steps=training_args.gradient_accumulation_steps,
@@ -315,6 +317,26 @@ def write_settings(folder: str | os.PathLike, settings: Mapping[str, Any]) -> No
         yaml.safe_dump(dict(settings), file, sort_keys=False)
 
 
+def check_output_dir(training_args: TrainingArguments) -> None:
+    """
+    Checks that the results of a run can go to its folder, before anything is read.
+
+    Raises:
+        ValueError: If the folder of the run cannot be made; or if another run left checkpoints there, and the arguments
+            say neither to go on with it nor to start anew. A new run would mix with it: `latest` finds the highest
+            step, whoever wrote it.
+    """
+    output_dir = training_args.output_dir
+    check_can_be_written("output_dir", output_dir)
+    latest = find_latest_checkpoint(output_dir)
+    if latest is not None and training_args.resume_from_checkpoint is None and not training_args.overwrite_output_dir:
+        raise ValueError(
+            f"`output_dir` {output_dir!r} holds {os.path.basename(latest)} of another run. Pass "
+            "`--resume_from_checkpoint latest` to go on with it, `--overwrite_output_dir` to delete its "
+            "checkpoints and start anew, or another `--output_dir`."
+        )
+
+
 def prepare_output_dir(
     accelerator: Accelerator, training_args: TrainingArguments, settings: Mapping[str, Any] | None = None
 ) -> None:
@@ -323,18 +345,11 @@ def prepare_output_dir(
     run if so asked. Collective.
 
     Raises:
-        ValueError: If another run left checkpoints there, and the arguments say neither to go on with it nor to start
-            anew. A new run would mix with it: `latest` finds the highest step, whoever wrote it.
+        ValueError: As `check_output_dir`.
     """
+    check_output_dir(training_args)
     output_dir = training_args.output_dir
-    latest = find_latest_checkpoint(output_dir)
-    if training_args.resume_from_checkpoint is None and latest is not None:
-        if not training_args.overwrite_output_dir:
-            raise ValueError(
-                f"`output_dir` {output_dir!r} holds {os.path.basename(latest)} of another run. Pass "
-                "`--resume_from_checkpoint latest` to go on with it, `--overwrite_output_dir` to delete its "
-                "checkpoints and start anew, or another `--output_dir`."
-            )
+    if training_args.resume_from_checkpoint is None and find_latest_checkpoint(output_dir) is not None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             delete_checkpoints(output_dir)

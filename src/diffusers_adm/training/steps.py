@@ -97,6 +97,8 @@ class AfterStep:
 
     def __call__(self) -> Due:
         """
+        To be called after each optimizer step. Returns what is due now.
+
         Raises:
             RuntimeError: If the loss of a row, or a weight that is to be saved, is not finite.
         """

@@ -47,6 +47,8 @@ def survives(accelerator: Accelerator, progress: TrainingProgress, work: Callabl
 
 def check_last_validation(accelerator: Accelerator, output_dir: str, validated: bool) -> None:
     """
+    Ends a run whose last validation has failed with a message that says where the result is.
+
     Raises:
         CommandError: On the main process, unless the last validation was `validated`, which [`survives`] says.
     """
