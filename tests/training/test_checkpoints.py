@@ -248,3 +248,23 @@ def test_two_processes(tmp_path, caplog):
     assert results[0] != results[1]
     resume_checkpoint(Run().accelerator, tmp_path, "latest")
     assert "was written by 2 processes and is resumed by 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl", "record.json"]
+)
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
+def test_a_file_that_was_cut_short_is_named(tmp_path, name, left):
+    run = Run()
+    run.save(tmp_path, 1)
+    (tmp_path / "checkpoint-1" / "record.json").write_text('{"global_step": 1}\n')
+    whole = run.save(tmp_path, 2, save_record=lambda folder: Path(folder, "record.json").write_text('{"step": 2}'))
+    assert resume_checkpoint(run.accelerator, tmp_path, "latest") == whole
+    file = Path(whole, name)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(left * len(content))])
+    resumed = Run()
+    with pytest.raises(ValueError, match=rf"{name} \([\d,]+ bytes\) is damaged.* found in .*: checkpoint-1\."):
+        resume_checkpoint(resumed.accelerator, tmp_path, "latest")
+    assert resume_checkpoint(resumed.accelerator, tmp_path, "checkpoint-1") is not None
+    resumed.assert_at(1)

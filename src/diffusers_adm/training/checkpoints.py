@@ -8,10 +8,12 @@ run was killed.
 """
 
 import dataclasses
+import json
 import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import SAFE_MODEL_NAME, SCALER_NAME
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 logger = logging.getLogger(__name__)
@@ -159,7 +161,8 @@ def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str) 
         checkpoint, it has another name until `resume_checkpoint` has put it back.
 
     Raises:
-        ValueError: If the checkpoint does not exist, or is a folder that `save_checkpoint` did not write.
+        ValueError: If the checkpoint does not exist, is a folder that `save_checkpoint` did not write, or has a file
+            that is damaged.
     """
     output_dir = Path(output_dir)
     checkpoints = _list_checkpoints(output_dir, REPLACED_PREFIX) | _list_checkpoints(output_dir)
@@ -182,7 +185,36 @@ def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str) 
             f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {path} is not a complete checkpoint. "
             f"Checkpoints are folders `checkpoint-<step>`; found in {output_dir}: {', '.join(found) or 'none'}."
         )
+    damaged = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_damaged(file)]
+    if damaged:
+        others = [name for name in found if name != path.name.removeprefix(REPLACED_PREFIX)]
+        raise ValueError(
+            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {damaged[0]} ({damaged[0].stat().st_size:,} "
+            "bytes) is damaged: it was cut short, or altered. If the checkpoint was copied, copy it again. Otherwise "
+            f"resume from another one; found in {output_dir}: {', '.join(others) or 'none'}."
+        )
     return path
+
+
+def _is_damaged(file: Path) -> bool:
+    """
+    Whether a file of a checkpoint lacks the structure of its format, as one that was cut short or emptied does. The
+    values in it are not read.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):  # compares the size of the file with that of its tensors
+                return False
+        except SafetensorError:
+            return True
+    if file.suffix in (".bin", ".pkl", ".pt"):
+        return not zipfile.is_zipfile(file)  # as `torch.save` writes: its directory is at the end
+    if file.suffix == ".json":
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:  # also for bytes that are no text
+            return True
+    return file.suffix == ".yaml" and file.stat().st_size == 0
 
 
 def resume_checkpoint(
@@ -212,8 +244,8 @@ def resume_checkpoint(
         `str` or `None`: The path of the loaded checkpoint, or None for a fresh start.
 
     Raises:
-        ValueError: If the checkpoint does not exist, is a folder that `save_checkpoint` did not write, or was written
-            by a run of another network, or of one without the average that this one keeps.
+        ValueError: If the checkpoint does not exist, is a folder that `save_checkpoint` did not write, has a file that
+            is damaged, or was written by a run of another network, or of one without the average that this one keeps.
     """
     output_dir = Path(output_dir)
     if _owns_files(accelerator):
