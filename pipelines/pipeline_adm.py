@@ -35,6 +35,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..finiteness import explain_not_finite, not_finite
 from ..guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
 from ..noise_schedules import LORA_NOISE_SCHEDULE_KEY, check_same_noise
 from ..publishing import PublishedPipelineMixin
@@ -870,7 +871,23 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         if self.vae is not None and output_type != "latent":
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype)).sample
+        if output_type in ("pil", "np"):  # tensors may stay on the device, which nothing has to wait for
+            self._warn_of_not_finite(latents)
+        if output_type == "pil":
+            # 8-bit numbers have no NaN, and what NumPy makes of it depends on the processor. Infinity is clamped.
+            latents = latents.nan_to_num(nan=-1.0, posinf=math.inf, neginf=-math.inf)
         return self.image_processor.postprocess(latents, output_type=output_type)
+
+    def _warn_of_not_finite(self, images: torch.Tensor) -> None:
+        """Tells which images hold values that are not finite, at every call: Pillow's show no other sign of it."""
+        numbers = not_finite(images)
+        if numbers:
+            networks = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+            logging.getLogger(__name__).warning(
+                f"{len(numbers)} of {len(images)} images hold values that are not finite (numbers "
+                f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}). As `output_type='pil'` "
+                f"they are black there. {explain_not_finite(networks)}"
+            )
 
     def _finish(self, images: Any, return_dict: bool) -> ImagePipelineOutput | tuple:
         self.maybe_free_model_hooks()

@@ -444,8 +444,10 @@ class ADMInpaintPipeline(ADMPipeline):
         images = torch.where(region.known_pixels, region.images, self._decode(latents, "pt"))
         if output_type == "pt":
             return images
-        arrays = self.image_processor.pt_to_numpy(images)
-        return arrays if output_type == "np" else self.image_processor.numpy_to_pil(arrays)
+        self._warn_of_not_finite(images)
+        if output_type == "np":
+            return self.image_processor.pt_to_numpy(images)
+        return self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(images.nan_to_num(nan=0.0)))
 
     def _check_sizes(
         self,

@@ -445,6 +445,14 @@ def test_bad_arguments(arguments, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_compiled_network_goes_on(tmp_path):
+    pipe = toy_pipeline()
+    draw(pipe, 1, tmp_path)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    draw(pipe, 2, tmp_path)
+    assert len(read(tmp_path)) == 2
+
+
 def test_folder_of_other_images(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "000003.png")
     with pytest.raises(ValueError, match="holds images, but no sampling.json"):
@@ -460,7 +468,7 @@ def test_fewer_images_than_there_are(tmp_path):
 def test_images_that_are_no_numbers(tmp_path):
     pipe = toy_pipeline()
     pipe.unet.conv_out.bias.data[0] = torch.nan
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(RuntimeError, match="Image 0 holds .* not finite. Weights of `unet` .*conv_out.bias"):
         draw(pipe, 1, tmp_path)
     assert not read(tmp_path)
 

@@ -24,6 +24,8 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
+from ...command_line import CommandError
+from ...finiteness import explain_not_finite, not_finite
 from ...schedulers.scheduling_ddpm_learned_variance import (
     LearnedVarianceDDPMScheduler,
     mean_per_example,
@@ -230,6 +232,7 @@ def bits_per_dim(
     Raises:
         ValueError: For images outside [-1, 1], a class-conditional network without labels or null class, labels out of
             range, no images, an option out of range, or a network whose output does not fit the scheduler.
+        RuntimeError: If a term is not finite.
     """
     # 1. check
     for name, value in (("batch_size", batch_size), ("num_images", num_images)):
@@ -309,6 +312,11 @@ def bits_per_dim(
             by_image = [torch.cat(values).reshape(len(kept), len(chunk)).T for values in (terms, x0_mse)]
             prior = scheduler.prior_bits_per_dim(originals, timestep_respacing=timestep_respacing)
             local.append(torch.cat([prior[:, None], *by_image], dim=1).cpu().double())
+            bad = not_finite(local[-1])
+            if bad:
+                with autocast():
+                    reason = explain_not_finite({"unet": unet} if isinstance(unet, torch.nn.Module) else {})
+                raise CommandError(f"Terms of the bound of image {indices[bad[0]]} are not finite. {reason}", 1)
             num_done += len(chunk)
             sum_of_bits += local[-1][:, : 1 + len(kept)].sum().item()
             bar.set_postfix({"bits/dim": f"{sum_of_bits / num_done:.3f}"})  # so far, on this process

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ...finiteness import explain_not_finite, not_finite
 from ...training.data import UNLABELLED
 from ...training.seeding import derive_seed
 from .features import FeatureNetwork
@@ -198,6 +199,14 @@ def _extract(
             pixels = ((batch["images"] + 1) * 127.5).round().to(torch.uint8)
             features, logits = network(pixels)
             features = features.float().cpu()
+            bad = not_finite(features if logits is None else torch.cat([features, logits.float().cpu()], dim=1))
+            if bad:
+                number = sum(map(len, collected["features"])) + bad[0]
+                networks = {name: part for name, part in vars(network).items() if isinstance(part, torch.nn.Module)}
+                raise ValueError(
+                    f"Features or logits of image {number} of the `{name}` are not finite. "
+                    f"{explain_not_finite(networks)}"
+                )
             statistics.update(features)
             collected["features"].append(features)
             if logits is not None:

@@ -28,6 +28,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ... import __version__
+from ...command_line import CommandError
+from ...finiteness import explain_not_finite, not_finite
 from ...pipelines.pipeline_adm import PIL_OUTPUT_MODES
 from ...training.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
 from ...training.seeding import derive_seed
@@ -164,11 +166,10 @@ def sample_images(
                 inputs["batch_size"] = len(indices)
             with autocast():
                 images = pipe(**inputs, **options, output_type="np").images  # (B, H, W, C) in [0, 1]
-            if not np.isfinite(images).all():
-                raise RuntimeError(
-                    f"Among the images from number {indices[0]} on, one holds values that are not finite. Draw them in "
-                    "bfloat16 or float32 instead of float16."
-                )
+                bad = not_finite(torch.from_numpy(images))
+                if bad:
+                    reason = explain_not_finite(_networks(pipe))
+                    raise CommandError(f"Image {indices[bad[0]]} holds values that are not finite. {reason}", 1)
             _check_channels(images.shape[-1], output_format)  # of pipelines that do not tell it before
             if start == 0:
                 # Only now: settings that the pipeline refuses leave nothing behind. Whichever process is the first.
@@ -242,7 +243,7 @@ def _pipeline_settings(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         name: options.get(name, parameter.default) for name, parameter in parameters.items() if name not in RESERVED
     }
     scheduler = json.loads(pipe.scheduler.to_json_string())
-    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    networks = _networks(pipe)
     components = {name: hash_config(network) for name, network in networks.items()}
     if getattr(pipe, "tokenizer", None) is not None:
         components["tokenizer"] = hash_tokenizer(pipe.tokenizer)
@@ -254,6 +255,12 @@ def _pipeline_settings(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         # A model that was trained on under the same name has other ones.
         "weights": hash_plain({name: hash_tensors(network.state_dict()) for name, network in networks.items()}),
     }
+
+
+def _networks(pipe: Any) -> dict[str, torch.nn.Module]:
+    """Below what `torch.compile` wraps around them, which gives their weights other names."""
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {name: getattr(network, "_orig_mod", network) for name, network in networks.items()}
 
 
 def _plan(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) -> tuple[list[int], bytes]:

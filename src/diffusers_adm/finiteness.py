@@ -1,0 +1,43 @@
+"""Results that are not finite: which of them, and what the networks that made them tell of the reason."""
+
+from collections.abc import Mapping
+
+import torch
+
+
+def not_finite(values: torch.Tensor) -> list[int]:
+    """The numbers of the rows of `values` that hold NaN or infinity. Waits for the device."""
+    return torch.nonzero(~values.flatten(1).isfinite().all(dim=1))[:, 0].tolist()
+
+
+def explain_not_finite(networks: Mapping[str, torch.nn.Module]) -> str:
+    """
+    The likely reason why networks gave values that are not finite, and what to do, as sentences for a message.
+
+    Args:
+        networks (mapping of `torch.nn.Module`): By the names that the user knows them by.
+    """
+    for name, network in networks.items():
+        network = getattr(network, "_orig_mod", network)  # below what `torch.compile` wraps around it
+        for parameter, weight in network.named_parameters():
+            if not weight.isfinite().all():
+                return (
+                    f"Weights of `{name}` are not finite themselves, such as `{parameter}`: its training diverged, or "
+                    "its file is damaged. Take an earlier checkpoint, or load it again."
+                )
+    dtypes = {name: _dtype_in_use(network) for name, network in networks.items()}
+    overflowing = [f"`{name}`" for name, dtype in dtypes.items() if dtype == torch.float16]
+    if overflowing:
+        return (
+            f"{' and '.join(overflowing)} ran in float16, where numbers above 65504 overflow. Use bfloat16 or float32."
+        )
+    return "All weights are finite, so it comes from the inputs or the settings, such as a very large guidance scale."
+
+
+def _dtype_in_use(network: torch.nn.Module) -> torch.dtype | None:
+    """Of most of its operations, mixed precision included."""
+    parameter = next(network.parameters(), None)
+    if parameter is None:
+        return None
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
