@@ -335,10 +335,24 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         Loads LoRA layers into a U-Net as diffusers does; `load_lora_weights` calls it.
 
         Raises:
-            ValueError: As of diffusers; if the file says that they were trained on another noise schedule than that of
-                the pipeline's scheduler.
+            ValueError: As of diffusers; if weights are not finite; if there are layers for a text encoder, and the
+                pipeline has none; if the file says that they were trained on another noise schedule than that of the
+                pipeline's scheduler.
         """
+        # Fused, they would leave NaN in the network for good: unfusing subtracts them again.
+        bad = next((key for key, weight in state_dict.items() if not weight.isfinite().all()), None)
+        if bad is not None:
+            raise ValueError(
+                f"The LoRA holds weights that are not finite, such as {bad}: its training diverged, or its file is "
+                "damaged. Load another one."
+            )
         if _pipeline is not None:
+            encoder = cls.text_encoder_name
+            if getattr(_pipeline, encoder) is None and any(key.startswith(f"{encoder}.") for key in state_dict):
+                raise ValueError(
+                    f"The LoRA has layers for a `{encoder}`, but this pipeline has none. Load the pipeline with the "
+                    "text encoder that the LoRA was trained with."
+                )
             check_same_noise(
                 "The LoRA",
                 (metadata or {}).get(LORA_NOISE_SCHEDULE_KEY),
@@ -349,6 +363,40 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
             state_dict,
             network_alphas,
             unet,
+            adapter_name=adapter_name,
+            _pipeline=_pipeline,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+            metadata=metadata,
+        )
+
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        network_alphas: dict[str, float] | None,
+        text_encoder: torch.nn.Module | None,
+        prefix: str | None = None,
+        lora_scale: float = 1.0,
+        adapter_name: str | None = None,
+        _pipeline: DiffusionPipeline | None = None,
+        low_cpu_mem_usage: bool = False,
+        hotswap: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Loads LoRA layers into a text encoder as diffusers does; `load_lora_weights` calls it. Does nothing if there are
+        none for it.
+        """
+        prefix = cls.text_encoder_name if prefix is None else prefix
+        if not any(key.startswith(f"{prefix}.") for key in state_dict):
+            return  # where diffusers warns, even of a pipeline that has no text encoder
+        super().load_lora_into_text_encoder(
+            state_dict,
+            network_alphas,
+            text_encoder,
+            prefix=prefix,
+            lora_scale=lora_scale,
             adapter_name=adapter_name,
             _pipeline=_pipeline,
             low_cpu_mem_usage=low_cpu_mem_usage,

@@ -14,9 +14,11 @@ import re
 import shutil
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils import PushToHubMixin
 from huggingface_hub import CommitInfo, create_repo, try_to_load_from_cache
 
@@ -68,7 +70,43 @@ def _drop_local_paths(folder: Path) -> None:
 
 
 class PublishedModelMixin(ModelCardMixin):
-    """Besides the card: weights that came from the Hub are loaded only if they are what the Hub has."""
+    """
+    Besides the card: weights that came from the Hub are loaded only if they are what the Hub has, and weights are only
+    saved under names that `from_pretrained` knows.
+    """
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves the model as [`ModelMixin.save_pretrained`] does, with its arguments.
+
+        Raises:
+            ValueError: As of diffusers; if the model has a LoRA.
+        """
+        _check_no_adapter(
+            {"the model": self}, "`save_lora_adapter(folder)`", "`unload_lora()`", "`fuse_lora()` and `unload_lora()`"
+        )
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            use_flashpack=use_flashpack,
+            **kwargs,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
@@ -96,6 +134,21 @@ class PublishedModelMixin(ModelCardMixin):
         if isinstance(config, str):
             _check_cached_weights(Path(config).parent)
         return loaded
+
+
+def _check_no_adapter(networks: dict[str, torch.nn.Module], save_alone: str, unload: str, fuse: str) -> None:
+    """
+    Raises a `ValueError` if one of `networks`, by their names, has a LoRA, also a fused one that was not unloaded. PEFT
+    renames the layers that it adapts, so `from_pretrained` would start them at random.
+    """
+    for name, network in networks.items():
+        renamed = next((key for key, _ in network.named_parameters() if ".base_layer." in key), None)
+        if renamed is not None:
+            raise ValueError(
+                f"`save_pretrained` cannot save a LoRA: {name} has one loaded, and `from_pretrained` would not find "
+                f"the weights that it has renamed, such as {renamed}. Save the LoRA alone with {save_alone}, or call "
+                f"{fuse} first to save the sum of both, or {unload} to save the weights without it."
+            )
 
 
 def _check_cached_weights(folder: Path) -> None:
@@ -141,6 +194,9 @@ class PublishedPipelineMixin(ModelCardMixin):
                 code. A pipeline that was loaded in the former way always gets its code.
             kwargs: For `push_to_hub`: `repo_id` (by default the name of the folder), `commit_message`, `private`,
                 `token` and `create_pr`.
+
+        Raises:
+            ValueError: If a network has a LoRA.
         """
         self._save(
             save_directory,
@@ -179,6 +235,7 @@ class PublishedPipelineMixin(ModelCardMixin):
             `huggingface_hub.CommitInfo`: With `pr_url` and `pr_revision` for `create_pr`.
 
         Raises:
+            ValueError: If a network has a LoRA.
             huggingface_hub.errors.HfHubHTTPError: If the Hub refuses: no or a wrong token, no right to write there.
                 Nothing has been uploaded then.
         """
@@ -210,6 +267,12 @@ class PublishedPipelineMixin(ModelCardMixin):
         create_pr: bool = False,
         **kwargs: Any,
     ) -> CommitInfo | None:
+        _check_no_adapter(
+            {f"`{name}`": part for name, part in self.components.items() if isinstance(part, torch.nn.Module)},
+            "`save_lora_weights(folder, ...)`",
+            "`unload_lora_weights()`",
+            "`fuse_lora()` and `unload_lora_weights()`",
+        )
         if push_to_hub:
             # First of all, so that a wrong token shows before anything is written.
             repo_id = repo_id or Path(save_directory).resolve().name

@@ -1,10 +1,13 @@
 """LoRA weights through the methods of ADMPipeline."""
 
+import logging
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 from tolerances import SAMPLING, rounding_errors
 from toy_models import CONDITIONAL, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
@@ -145,6 +148,72 @@ def test_lora_of_the_same_network_in_diffusers(tmp_path):
     loaded = get_peft_model_state_dict(pipe.unet, adapter_name="default_0")
     assert loaded.keys() == layers.keys()
     assert all(torch.equal(loaded[name], layers[name]) for name in layers)
+
+
+class TestNotSavedWithTheModel:
+    """PEFT renames layers: saved so, `from_pretrained` would start them at random."""
+
+    @pytest.mark.parametrize("in_encoder", [False, True])
+    def test_refused_until_it_is_fused_or_unloaded(self, tmp_path, in_encoder):
+        save_adapter(tmp_path / "lora", make_pipeline(True), seed=1, in_encoder=in_encoder)
+        pipe = make_pipeline(True)
+        before = draw(pipe)
+        pipe.load_lora_weights(tmp_path / "lora")
+        for fuse in (False, True):
+            if fuse:
+                pipe.fuse_lora()
+            with pytest.raises(ValueError, match=r"cannot save a LoRA: `unet` .*\.base_layer\..*`fuse_lora\(\)` and"):
+                pipe.save_pretrained(tmp_path / "both")
+            with pytest.raises(ValueError, match="cannot save a LoRA: the model"):
+                pipe.unet.save_pretrained(tmp_path / "unet")
+        assert not (tmp_path / "both").exists()
+        assert not (tmp_path / "unet").exists()
+
+        fused = draw(pipe)
+        pipe.unload_lora_weights()  # what was fused stays
+        pipe.save_pretrained(tmp_path / "fused")
+        loaded = ADMPipeline.from_pretrained(tmp_path / "fused")
+        loaded.set_progress_bar_config(disable=True)
+        assert rounding_errors(draw(loaded), fused) < SAMPLING
+        assert (fused - before).abs().max() > 0.01
+
+    def test_in_the_text_encoder_alone(self, tmp_path):
+        pipe = make_pipeline(True)
+        add_adapter(pipe.text_encoder, ["q_proj"], seed=1)
+        with pytest.raises(ValueError, match="cannot save a LoRA: `text_encoder`"):
+            pipe.save_pretrained(tmp_path / "both")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    """Fused and unfused, they would leave NaN behind."""
+    save_adapter(tmp_path, make_pipeline(False), seed=1)
+    state = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    name = sorted(state)[0]
+    state[name][0, 0] = torch.nan
+    pipe = make_pipeline(False)
+    before = draw(pipe)
+    with pytest.raises(ValueError, match=f"weights that are not finite, such as {name}"):
+        pipe.load_lora_weights(state)
+    assert torch.equal(draw(pipe), before)
+
+
+def test_layers_of_a_text_encoder(tmp_path, caplog):
+    save_adapter(tmp_path, make_pipeline(True), seed=1, in_encoder=True)
+    pipe = ADMPipeline(random_text_unet(), LearnedVarianceDDPMScheduler(), None, None, None, None)
+    with pytest.raises(ValueError, match="has layers for a `text_encoder`, but this pipeline has none"):
+        pipe.load_lora_weights(tmp_path)
+    assert not pipe.get_active_adapters()
+
+    save_adapter(tmp_path, make_pipeline(False), seed=1)
+    pipe = make_pipeline(False)
+    diffusers_logger = logging.getLogger("diffusers")
+    diffusers_logger.addHandler(caplog.handler)  # it does not propagate
+    try:
+        pipe.load_lora_weights(tmp_path)
+    finally:
+        diffusers_logger.removeHandler(caplog.handler)
+    assert "No LoRA keys" not in caplog.text
+    assert pipe.get_active_adapters()
 
 
 class TestNoiseSchedule:

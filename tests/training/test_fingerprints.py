@@ -78,3 +78,8 @@ def test_frozen_networks():
     message = f"beside a frozen .*second {saved['second']}, but this run has .*second {other.hashes['second']}"
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(saved)
+
+
+def test_a_compiled_network_is_the_same():
+    unet = random_unet()
+    assert hash_config(torch.compile(unet, backend="eager")) == hash_config(unet)

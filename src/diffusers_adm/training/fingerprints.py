@@ -52,6 +52,7 @@ def hash_config(model: Any) -> str:
     config = model.config if isinstance(model.config, Mapping) else model.config.to_dict()
     left_out = (*SAVED_KEYS, *TRAINED_ON_KEYS)
     settings = {key: value for key, value in config.items() if key not in left_out and not key.startswith("_")}
+    model = getattr(model, "_orig_mod", model)  # below what `torch.compile` wraps around it
     return hash_plain([type(model).__name__, settings])
 
 
