@@ -582,20 +582,35 @@ def test_other_npz_files_are_refused(arrays, message, tmp_path):
         read_images([str(tmp_path / "file.npz")], None)
 
 
+@pytest.mark.parametrize("content", [b"", b"no archive", 0.5, 0.99])
+def test_damaged_npz_files_are_named(content, tmp_path):
+    file = tmp_path / "file.npz"
+    np.savez_compressed(file, arr_0=np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8))
+    assert len(read_images([str(file)], None)) == 4
+    whole = file.read_bytes()
+    file.write_bytes(content if isinstance(content, bytes) else whole[: int(content * len(whole))])
+    with pytest.raises(ValueError, match=r"file\.npz cannot be read as a \.npz file, or is damaged"):
+        read_images([str(file)], None)
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
         ({"features": "resnet"}, "`features` is 'resnet'"),
         ({"features": "classifier:"}, "`features` is 'classifier:'"),
         ({"features": "classifier:nowhere"}, "`features` is 'nowhere'"),
-        ({"reference": "nowhere"}, "`dataset` is 'nowhere'"),
+        ({"reference": "nowhere"}, "`reference` is 'nowhere', which is no file or folder here. Check the path."),
+        ({"samples": "nowhere"}, "`samples` is 'nowhere', which is no file or folder here. Check the path."),
+        ({"samples": "{path}"}, "`samples` cannot be read: .* holds no images"),
+        ({"reference": "nowhere.npz"}, "nowhere.npz does not exist. Check the path."),
         ({"num_images": 3}, "`k` is 3 and `samples` holds 3 images"),
         ({"k": 0}, "`k` is 0"),
     ],
 )
-def test_wrong_arguments(change, message, stock, capsys):
+def test_wrong_arguments(change, message, stock, capsys, tmp_path):
     arguments = {"samples": stock / "png", "reference": stock / "images"}
     arguments |= {"features": f"classifier:{stock / 'classifier'}", **change}
+    arguments = {n: str(tmp_path) if value == "{path}" else value for n, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
         measure(capsys, **arguments)
 

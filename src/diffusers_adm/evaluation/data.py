@@ -7,6 +7,8 @@ import copy
 import json
 import os
 import random
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,12 @@ from ..training.seeding import derive_seed
 from .sample.images import IMAGE_NAME, NPZ_NAME, SETTINGS_NAME
 
 
-def find_dataset(dataset: Sequence[str], dataset_config_name: str | None, split: str | None) -> dict[str, Any]:
+def find_dataset(
+    dataset: Sequence[str], dataset_config_name: str | None, split: str | None, argument: str = "dataset"
+) -> dict[str, Any]:
     """
-    What `--dataset`, `--dataset_config_name` and `--split` mean to [`load_image_dataset`].
+    What `--dataset`, which messages call `argument`, `--dataset_config_name` and `--split` mean to
+    [`load_image_dataset`].
 
     Raises:
         ValueError: For several that are not all parquet files, where it is not clear which split is meant, and for a
@@ -49,7 +54,7 @@ def find_dataset(dataset: Sequence[str], dataset_config_name: str | None, split:
     if any(name.lower().endswith(".parquet") for name in dataset):
         return {"data_files": dataset, "split": split or "train"}
     if len(dataset) > 1:
-        raise ValueError(f"`dataset` is {dataset}. Several are only taken if they are parquet files.")
+        raise ValueError(f"`{argument}` is {dataset}. Several are only taken if they are parquet files.")
     (name,) = dataset
     if is_local:
         folders = sorted(entry.name for entry in Path(name).iterdir() if entry.is_dir())
@@ -57,7 +62,11 @@ def find_dataset(dataset: Sequence[str], dataset_config_name: str | None, split:
             raise ValueError(f"{name} has the splits {', '.join(folders)}. Name one with `--split`.")
         return {"train_data_dir": name, "split": split or "train"}
     if split is None:
-        raise ValueError(f"`dataset` is {name!r}, a dataset of one or more splits. Name one with `--split`, e.g. test.")
+        if os.path.exists(name):  # a local copy of a dataset, or a file
+            what = "is no folder of images and no parquet file. If it is a copy of a dataset"
+        else:
+            what = "is no file or folder here. Check the path. If it is a dataset on the Hub"
+        raise ValueError(f"`{argument}` is {name!r}, which {what}, name a split with `--split`, e.g. test.")
     return {"dataset_name": name, "dataset_config_name": dataset_config_name, "split": split}
 
 
@@ -99,6 +108,20 @@ def load_classifier(
     return classifier, names
 
 
+def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """`arr_0` and `arr_1`, if they are there, and otherwise the names of what is."""
+    try:
+        with zipfile.ZipFile(path):  # `np.load` takes anything else for a pickle, or for a single array
+            pass
+        with np.load(path) as arrays:
+            found = [name for name in ("arr_0", "arr_1") if name in arrays] if "arr_0" in arrays else list(arrays)
+            return {name: arrays[name] for name in found}
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist. Check the path.") from None
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as a .npz file, or is damaged: {error}. Write it again.") from error
+
+
 class ArrayImages:
     """
     Images of a `.npz` file, as guided-diffusion keeps samples and reference batches, for an [`ImageDataset`].
@@ -113,11 +136,11 @@ class ArrayImages:
     """
 
     def __init__(self, path: str | os.PathLike, to_class: Mapping[int, int] | None = None):
-        with np.load(path) as arrays:
-            if "arr_0" not in arrays:
-                raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no `arr_0`, the images.")
-            self.pixels = arrays["arr_0"]
-            self.labels = arrays.get("arr_1")
+        arrays = _read_npz(path)
+        if "arr_0" not in arrays:
+            raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no `arr_0`, the images.")
+        self.pixels = arrays["arr_0"]
+        self.labels = arrays.get("arr_1")
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or self.pixels.shape[3] not in (1, 3):
             raise ValueError(
                 f"`arr_0` of {path} is {self.pixels.dtype} of shape {self.pixels.shape}. It must be uint8 of shape (N, "
@@ -183,6 +206,7 @@ def read_images(
     num_images: int | None = None,
     seed: int = 0,
     cache_dir: str | None = None,
+    argument: str = "dataset",
 ) -> ImageDataset:
     """
     Images, resized and cropped at the centre; with labels where the source has class numbers beside them, which are
@@ -199,6 +223,7 @@ def read_images(
         num_images (`int`, *optional*): A random choice of this size, if there are more.
         seed (`int`, defaults to 0): Of that choice.
         cache_dir (`str`, *optional*): Where `datasets` keeps what it prepares.
+        argument (`str`, defaults to "dataset"): What messages call `source`.
 
     Raises:
         ValueError: If the images cannot be read, or belong to a run of `sample` that is not finished.
@@ -223,8 +248,11 @@ def read_images(
         labels = [(to_class or {}).get(numbers[label], numbers[label]) for label in images["label"][:]]
         images = images.remove_columns("label").add_column("label", labels)
     else:
-        where = find_dataset(source, dataset_config_name, split)
-        images, _ = load_image_dataset(**where, image_column=image_column, cache_dir=cache_dir)
+        where = find_dataset(source, dataset_config_name, split, argument)
+        try:
+            images, _ = load_image_dataset(**where, image_column=image_column, cache_dir=cache_dir)
+        except ValueError as error:  # which calls it by the arguments of the training scripts
+            raise ValueError(f"`{argument}` cannot be read: {error}") from error
     if num_images is not None and num_images < len(images):
         chosen = random.Random(derive_seed(seed, "num_images")).sample(range(len(images)), num_images)
         images = images.select(sorted(chosen))

@@ -103,7 +103,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. images
     common = {"num_images": args.num_images, "seed": args.seed, "cache_dir": args.cache_dir}
     samples = read_images(
-        args.samples, resolution, to_class=renumber_classes(args.samples, network, id2label), **common
+        args.samples,
+        resolution,
+        to_class=renumber_classes(args.samples, network, id2label),
+        argument="samples",
+        **common,
     )
     reference = read_images(
         args.reference,
@@ -111,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset_config_name=args.dataset_config_name,
         split=args.split,
         image_column=args.image_column,
+        argument="reference",
         **common,
     )
 
