@@ -976,7 +976,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         config, scheduler = self.unet.config, type(self.scheduler).__name__
 
         # steps
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; pass an integer of at least 1.")
         if timestep_respacing is not None:
             if num_inference_steps != DEFAULT_NUM_INFERENCE_STEPS:
@@ -1073,7 +1073,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
                 f"`height` and `width` are {height} and {width}; both must be positive and divisible by {factor}, the "
                 "total downsampling of this model."
             )
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; pass an integer of at least 1.")
         num_images = num_prompts * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != num_images:
@@ -1550,7 +1550,7 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
         batch_size: int,
     ) -> int:
         """How many different images all these ask for."""
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size!r}; pass an integer of at least 1.")
         asked = []
         if isinstance(prompt, (list, tuple)):

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -499,7 +500,7 @@ class ADMInpaintPipeline(ADMPipeline):
                 "1.0, or take another scheduler, such as `DDIMScheduler` or `DPMSolverMultistepScheduler`."
             )
         for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, Integral) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; pass an integer of at least 1.")
         if jump_n_sample is not None and jump_n_sample > 1 and not self._keeps_no_state(self.scheduler):
             raise ValueError(

@@ -7,6 +7,7 @@ https://huggingface.co/papers/2112.10741), and ones told how noisy their small i
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -160,6 +161,8 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         self._check_number(len(low_res), prompt, prompt_embeds, class_labels)
         if noise_level is None:
             noise_level = self.config.noise_level or 0
+        elif isinstance(noise_level, Integral):
+            noise_level = int(noise_level)  # NumPy's
         self._check_noise_level(noise_level)
         default_height, default_width = self._default_size()
         self._check_size(low_res, height or default_height, width or default_width, back_projection)

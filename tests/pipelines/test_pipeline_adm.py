@@ -510,6 +510,22 @@ class TestSaveAndLoad:
         assert ADMPipeline.from_pipe(theirs, **absent).unet is theirs.unet
 
 
+def test_integers_of_numpy():
+    pipe = make_pipeline(random_unet())
+    images = [
+        pipe(
+            batch_size=number(2),
+            num_images_per_prompt=number(2),
+            num_inference_steps=number(3),
+            height=number(8),
+            generator=seeded(),
+            output_type="np",
+        ).images
+        for number in (int, np.int64)
+    ]
+    assert np.array_equal(*images)
+
+
 class TestBadInput:
     """Each is refused before the network is called."""
 

@@ -124,7 +124,7 @@ class TestWhatTheNetworkSees:
         noisy = signal * (2 * small - 1) + math.sqrt(variance) * noise
         calls = record(pipe.unet)
         latents = torch.zeros(2, 3, 8, 8)
-        pipe(small, noise_level=7, latents=latents, generator=seeded(5), **ARGUMENTS)
+        pipe(small, noise_level=np.int64(7), latents=latents, generator=seeded(5), **ARGUMENTS)
         torch.testing.assert_close(calls[0][0][:, 3:].double(), enlarged(noisy, 8, 8), rtol=0, atol=1e-6)
 
     def test_which_level_a_call_has(self, pipe, small):

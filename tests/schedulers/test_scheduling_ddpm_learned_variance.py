@@ -437,9 +437,14 @@ class TestTimesteps:
             scheduler.set_timesteps()
         with pytest.raises(ValueError, match=r"exactly one of .*'num_inference_steps', 'timestep_respacing'"):
             scheduler.set_timesteps(10, timestep_respacing="10")
-        for steps in (0, 1001, -3):
+        for steps in (0, 1001, -3, 2.5):
             with pytest.raises(ValueError, match=rf"`num_inference_steps` is {steps}; .* between 1 and .* 1000"):
                 scheduler.set_timesteps(steps)
+
+        with pytest.raises(ValueError, match=r"`timesteps` is \[2.5, 1\]; it must hold integers"):
+            scheduler.set_timesteps(timesteps=[2.5, 1])
+        scheduler.set_timesteps(10.0)
+        assert (type(scheduler.num_inference_steps), scheduler.num_inference_steps) == (int, 10)
 
     def test_set_timesteps_leaves_training_alone(self):
         scheduler, untouched = LearnedVarianceDDPMScheduler(), LearnedVarianceDDPMScheduler()

@@ -473,13 +473,16 @@ class LearnedVarianceDDPMScheduler(ModelCardMixin, SchedulerMixin, ConfigMixin):
         if timestep_respacing is not None:
             chosen = respaced_timesteps(total, timestep_respacing)
         elif timesteps is not None:
-            chosen = [int(t) for t in reversed(list(timesteps))]
+            chosen = list(reversed(list(timesteps)))
+            if any(t != int(t) for t in chosen):
+                raise ValueError(f"`timesteps` is {timesteps}; it must hold integers.")
         else:
-            if not 1 <= num_inference_steps <= total:
+            if not 1 <= num_inference_steps <= total or num_inference_steps != int(num_inference_steps):
                 raise ValueError(
-                    f"`num_inference_steps` is {num_inference_steps}; it must lie between 1 and the "
+                    f"`num_inference_steps` is {num_inference_steps}; it must be an integer between 1 and the "
                     f"`num_train_timesteps` {total} of this scheduler."
                 )
+            num_inference_steps = int(num_inference_steps)
             if self.config.timestep_spacing == "linspace":
                 chosen = np.linspace(0, total - 1, num_inference_steps).round()
             elif self.config.timestep_spacing == "leading":
