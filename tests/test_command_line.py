@@ -3,6 +3,7 @@
 import contextlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -234,3 +235,19 @@ def test_other_processes_give_the_main_one_time(monkeypatch, capsys):
 
 def test_success():
     assert run_command(lambda: None) is None
+
+
+def test_ctrl_c_is_one_word(monkeypatch, capsys):
+    def main():
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with ended_by(130):
+            run_command(main)
+        assert capsys.readouterr().err == "interrupted\n"
+        monkeypatch.setattr(sys, "argv", ["command", "--debug"])
+        with pytest.raises(KeyboardInterrupt):
+            run_command(main)
+    finally:
+        signal.signal(signal.SIGINT, before)

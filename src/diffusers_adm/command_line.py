@@ -1,5 +1,6 @@
 """
-How commands end: a mistake of the user with one sentence and exit code 2, anything else with its traceback.
+How commands end: a mistake of the user with one sentence and exit code 2, Ctrl-C with one word, anything else with its
+traceback.
 
 Every script of `training/` and every `python -m diffusers_adm...` starts its `main` with [`run_command`].
 """
@@ -22,6 +23,7 @@ DEBUG_FLAG = "--debug"
 # What this package raises, in words, where the user can mend something.
 MISTAKES = (ValueError, TypeError, OSError, ImportError)
 EXIT_CODE = 2  # that of argparse
+INTERRUPTED_EXIT_CODE = 130  # as shells have it: 128 and the number of the signal
 # Seconds that all processes but the main one wait before they report an error. Most often the main one meets the same
 # error, or has caused it by ending; its launcher then stops the others, and the error is shown once.
 WAIT_FOR_MAIN_PROCESS = 10
@@ -50,10 +52,16 @@ def run_command(main: Callable[[], None]) -> None:
     """
     Calls `main()`. A mistake of the user ends the process with `error: <message>` on stderr and exit code 2: a
     `ValueError`, `TypeError`, `OSError` or `ImportError` that a `raise` statement of this package or of the script has
-    raised, or a [`CommandError`]. Every other exception, and with `--debug` every exception, keeps its traceback.
+    raised, or a [`CommandError`]. Ctrl-C ends it with `interrupted`. Every other exception, and with `--debug` every
+    exception, keeps its traceback.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        if DEBUG_FLAG in sys.argv[1:]:
+            raise
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     except Exception as error:
         if DEBUG_FLAG in sys.argv[1:] or not (isinstance(error, CommandError) or is_mistake(error)):
             _wait_for_main_process()
