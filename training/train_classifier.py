@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
             allow_unlabelled=False,
             num_proc=data_args.image_check_num_proc,
             output_dir=output_dir if accelerator.is_main_process else None,
+            id2label=id2label,
         )
         if validation_source is not None:
             validation_images, names = load_image_dataset(**validation_source, seed=training_args.seed)

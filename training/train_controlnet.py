@@ -320,6 +320,7 @@ def main(argv: list[str] | None = None) -> None:
             allow_unlabelled=num_classes is None or null_class_id is not None,
             num_proc=data_args.image_check_num_proc,
             output_dir=output_dir if accelerator.is_main_process else None,
+            id2label=id2label,
         )
         captions = None
         if has_text:

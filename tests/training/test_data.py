@@ -215,6 +215,19 @@ class TestImageFolder:
         assert len(dataset) == 1
         assert "1 x .txt" in caplog.text
 
+    def test_folders_that_give_no_class_are_named(self, tmp_path, caplog):
+        """One without images, and one that is met again under another name."""
+        folder = write_folder(tmp_path, {"cat/a.png": noise(0), "dog/a.png": noise(1), "eel/a.txt": b"x"})
+        os.mkdir(tmp_path / "fox")
+        os.symlink(tmp_path / "dog", tmp_path / "ape")
+        dataset, id2label = load_image_dataset(train_data_dir=folder, label_column="label")
+        assert list(id2label.values()) == ["ape", "cat"]
+        assert "Folders without images give no class: eel, fox." in caplog.text
+        assert f"{tmp_path / 'dog'} is the same folder as {tmp_path / 'ape'}, by a link" in caplog.text
+        caplog.clear()
+        load_image_dataset(train_data_dir=folder)  # without classes, an empty folder is no matter
+        assert "Folders without images" not in caplog.text
+
     def test_links_to_folders_are_followed_and_loops_end(self, tmp_path):
         write_folder(tmp_path, {"elsewhere/cat/a.png": noise(0), "data/dog/b.png": noise(1)})
         os.symlink(tmp_path / "elsewhere" / "cat", tmp_path / "data" / "cat")
@@ -389,6 +402,15 @@ class TestCheck:
         assert f"too small\t{folder}/dog/tiny.png\t30 x 3 pixels, shorter side below 4" in report
         assert "6 of 7 images are left out" in caplog.text
         assert "truncated.jpg" in caplog.text
+
+    def test_classes_that_lose_all_of_their_images_are_named(self, folder, caplog):
+        dataset, id2label = load_image_dataset(train_data_dir=folder, label_column="label")
+        check_images(dataset, 8, id2label=id2label)
+        assert "No image is left of" not in caplog.text
+        os.remove(os.path.join(folder, "dog", "good.png"))
+        dataset, id2label = load_image_dataset(train_data_dir=folder, label_column="label")
+        check_images(dataset, 8, id2label=id2label)
+        assert "No image is left of these classes, so nothing is learned of them: dog." in caplog.text
 
     def test_unlabelled_are_kept_and_counted(self, folder, caplog):
         dataset, _ = load_image_dataset(train_data_dir=folder, label_column="label")

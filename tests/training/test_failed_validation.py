@@ -227,3 +227,11 @@ def test_conditions_of_zeros_and_ones(tmp_path, monkeypatch, caplog):
     assert saved(name, tmp_path / "run")
     assert saved(name, tmp_path / "dark")
     assert "8 of 8 conditions in `conditioning_image_column` hold no 8-bit value above 1" in caplog.text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = arguments_of(name, tmp_path / "run") | {"output_dir": str(tmp_path / "file" / "run")}
+    with pytest.raises(ValueError, match="`output_dir` is .*file is not a directory. Name another folder"):
+        train(name, **arguments)

@@ -215,7 +215,12 @@ def _load_image_folder(
         )
 
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files = list(_walk(root))
+    repeated: list[tuple[Path, Path]] = []
+    files = list(_walk(root, repeated))
+    for folder_again, first in repeated:
+        logger.warning(
+            "%s is the same folder as %s, by a link: its images are taken once, from there.", folder_again, first
+        )
     images = [path for path in files if path.suffix.lower() in extensions]
     metadata = [path for path in files if path.name in METADATA_FILES]
     caption_files: list[Path | None] = [None] * len(images)
@@ -239,6 +244,11 @@ def _load_image_folder(
             f"`label_column` is 'label', but all {len(images)} images are directly in {root}. Sort them into one "
             "folder per class, or drop `label_column` to train without labels."
         )
+    if label_column == "label":
+        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+        empty = [path for path in folders if not any(file.suffix.lower() in extensions for file in _walk(path))]
+        if empty:
+            logger.warning("Folders without images give no class: %s.", _some_names(root, empty))
     features = {"image": datasets.Image(decode=False), "label": datasets.Value("string")}
     # Tuples, since `datasets` takes lists for shards. The stamps are part of the fingerprint of the dataset, so
     # that `check_images` looks again when a file was replaced.
@@ -341,15 +351,20 @@ def _is_hidden(name: str) -> bool:
     return name.startswith((".", "__"))  # .ipynb_checkpoints, ._resource_forks, __MACOSX: also what `datasets` does
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """All files below `root` in sorted order; links to folders are followed, each folder once."""
-    visited = set()
+def _walk(root: Path, repeated: list[tuple[Path, Path]] | None = None) -> Iterator[Path]:
+    """
+    All files below `root` in sorted order; links to folders are followed, each folder once. `repeated` gets those that
+    are met again, with the name that they were met by first.
+    """
+    visited: dict[str, Path] = {}
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:
+            if repeated is not None:
+                repeated.append((Path(folder), visited[real]))
             subfolders.clear()
             continue
-        visited.add(real)
+        visited[real] = Path(folder)
         subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
         yield from (Path(folder, name) for name in sorted(files) if not _is_hidden(name))
 
@@ -595,6 +610,7 @@ def check_images(
     num_proc: int | None = None,
     output_dir: str | os.PathLike | None = None,
     max_names: int = 10,
+    id2label: Mapping[int, str] | None = None,
 ) -> tuple[datasets.Dataset, dict[str, list[str]]]:
     """
     Decodes every image once, and its conditioning image if there are any, and leaves out those that cannot be used,
@@ -614,6 +630,7 @@ def check_images(
             each, of reason, name and details, separated by tabs. Pass it on the main process only. A report of an
             earlier launch is replaced, or removed if nothing is left out now.
         max_names (`int`, defaults to 10): Names to log for each reason.
+        id2label (mapping, *optional*): Names of the classes, for the warning of those that lose all of their images.
 
     Returns:
         `tuple` of the dataset without these images, and the names of those left out by reason. A name is the path of a
@@ -664,6 +681,14 @@ def check_images(
     )
     if num_unlabelled:
         logger.warning("%d of the remaining images have no label and are kept as unlabelled.", num_unlabelled)
+    if lines and "label" in dataset.column_names:
+        labels = dataset["label"][:]
+        kept = {label for label, reason in zip(labels, reasons, strict=True) if not reason}
+        lost = sorted(set(labels) - kept - {UNLABELLED})
+        if lost and kept:
+            names = ", ".join((id2label or {}).get(label, str(label)) for label in lost[:max_names])
+            more = f" and {len(lost) - max_names} more" if len(lost) > max_names else ""
+            logger.warning("No image is left of these classes, so nothing is learned of them: %s%s.", names, more)
     num_dark = sum(verdicts["dark"][:])
     if num_dark:
         logger.warning(

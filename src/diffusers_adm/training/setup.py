@@ -91,7 +91,8 @@ def start_accelerator(training_args: TrainingArguments, script: str) -> Accelera
             logging_dir=os.path.join(training_args.output_dir, training_args.logging_dir),
         ),
     )
-    if accelerator.is_main_process:  # not of the libraries, which report each file of a checkpoint and each download
+    if accelerator.is_main_process:
+        # Not of the libraries, which report each file of a checkpoint and each download.
         for name in (script, "diffusers_adm"):
             logging.getLogger(name).setLevel(logging.INFO)
     datasets.utils.logging.set_verbosity_error()
