@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     before = draw(pipe)
     with pytest.raises(ValueError, match=f"weights that are not finite, such as {name}"):
         pipe.load_lora_weights(state)
-    assert torch.equal(draw(pipe), before)
+    assert rounding_errors(draw(pipe), before) <= SAMPLING
 
 
 def test_layers_of_a_text_encoder(tmp_path, caplog):
@@ -227,14 +227,14 @@ class TestNoiseSchedule:
         expected = self.save(tmp_path / "linear")
         pipe = make_pipeline(has_text=True)
         pipe.load_lora_weights(tmp_path / "linear")
-        torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-4)
+        assert rounding_errors(draw(pipe), expected) <= SAMPLING
         pipe.unload_lora_weights()
         self.save(tmp_path / "cosine", beta_schedule="cosine")
         plain = draw(pipe)
         with pytest.raises(ValueError, match="The LoRA was trained on the noise schedule squaredcos_cap_v2 with 1000 "):
             pipe.load_lora_weights(tmp_path / "cosine")
         assert pipe.get_list_adapters() == {}
-        assert torch.equal(draw(pipe), plain)
+        assert rounding_errors(draw(pipe), plain) <= SAMPLING
         pipe.scheduler = LearnedVarianceDDPMScheduler(beta_schedule="cosine")
         pipe.load_lora_weights(tmp_path / "cosine", adapter_name="cosine")
         assert pipe.get_list_adapters() == {"unet": ["cosine"]}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from diffusers_samplers import SAMPLERS, as_parameters
+from tolerances import SAMPLING, rounding_errors
 from toy_models import (
     CONDITIONAL,
     fill_randomly,
@@ -365,7 +366,7 @@ class TestAfterwards:
         for t in pipe.scheduler.timesteps:
             sample = pipe.scheduler.step(0.1 * sample, t, sample).prev_sample
         assert sample.requires_grad
-        assert torch.equal(draw(pipe, {"num_inference_steps": 3}), expected)
+        assert rounding_errors(draw(pipe, {"num_inference_steps": 3}), expected) <= SAMPLING
 
     def test_no_tensors_are_kept(self):
         """What a call leaves on the pipeline is small: embeddings and conditions go with it."""

@@ -573,6 +573,7 @@ class TestRange:
                 self.losses(scheduler, images)
             assert len(looks) == number
 
+    @pytest.mark.no_jitter("torch compiles nothing inside a dispatch mode")
     def test_compiled_in_one_graph(self):
         """Looking would break the graph: whoever compiles the whole loss is not warned."""
         scheduler = LearnedVarianceDDPMScheduler()
