@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -91,6 +91,7 @@ DDPM_VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned
 
 # What is read in the configs of components.
 NEEDED_OF_COMPONENTS = {
+    "unet": ("AdaGNUNet2DModel", ("in_channels", "out_channels", "block_out_channels")),
     "vae": ("AutoencoderKL", ("latent_channels", "block_out_channels", "scaling_factor")),
     "classifier": ("AdaGNClassifierModel", ("in_channels", "sample_size", "num_classes")),
 }
@@ -1025,8 +1026,9 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
             ("guidance_scale", guidance_scale),
             ("classifier_guidance_scale", classifier_guidance_scale),
         ):
-            if not math.isfinite(scale):
-                raise ValueError(f"`{name}` is {scale}; it must be a finite number.")
+            # Tensors of one entry serve as well.
+            if not (isinstance(scale, Real) or torch.is_tensor(scale)) or not math.isfinite(scale):
+                raise ValueError(f"`{name}` is {scale!r}; it must be a finite number.")
         if guidance_scale != 1.0:
             null_class_id = config.get("null_class_id")
             if null_class_id is None and not self.reads_text:
@@ -1247,16 +1249,27 @@ class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLora
 
     def _check_components(self) -> None:
         """Raises a `ValueError` for components that do not fit each other."""
-        self._check_scheduler()
-        self._check_variance()
+        for name in ("unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"`{name}` is None, but no image can be drawn without. Pass one, or load the saved one."
+                )
+        if isinstance(self.scheduler, type) or not hasattr(self.scheduler, "config"):
+            raise ValueError(
+                f"`scheduler` is {self.scheduler!r}; pass a scheduler, such as `DDIMScheduler.from_config(config)` of "
+                "the config that the model was saved with."
+            )
         for name, (cls, keys) in NEEDED_OF_COMPONENTS.items():
             component = getattr(self, name)
-            missing = [] if component is None else [key for key in keys if key not in component.config]
+            config = getattr(component, "config", {})
+            missing = [] if component is None else [key for key in keys if key not in config]
             if missing:
                 raise ValueError(
                     f"`{name}` is a {type(component).__name__}, whose config names no {', '.join(missing)}. Pass an "
                     f"`{cls}`, or a model like it."
                 )
+        self._check_scheduler()
+        self._check_variance()
         unet = self.unet.config
         if self.vae is not None and self.vae.config.latent_channels != self.sample_channels:
             raise ValueError(

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback
 from docstrings import check_documented_arguments
 from tolerances import SAMPLING, levels_apart, rounding_errors
-from toy_models import CONDITIONAL, random_diffusers_unet, random_unet
+from toy_models import CONDITIONAL, random_classifier, random_diffusers_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
@@ -540,6 +540,7 @@ class TestBadInput:
         [
             ({"batch_size": 0}, "`batch_size` is 0"),
             ({"batch_size": 2.0}, "`batch_size` is 2.0"),
+            ({"guidance_scale": "3"}, "`guidance_scale` is '3'; it must be a finite number"),
             ({"class_labels": 1}, "this model is unconditional"),
             ({"guidance_scale": 2.0}, "has no null class (`null_class_id` in its config) and reads no text"),
             ({"prompt": "a cat"}, "`prompt` was given, but this model reads no text"),
@@ -642,6 +643,29 @@ class TestBadInput:
         components = {**dict.fromkeys(ADMPipeline._optional_components), name: random_unet()}
         with pytest.raises(ValueError, match=message):
             ADMPipeline(unet=random_unet(), scheduler=LearnedVarianceDDPMScheduler(), **components)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"unet": None}, "`unet` is None, but no image can be drawn without"),
+            ({"scheduler": None}, "`scheduler` is None, but no image can be drawn without"),
+            ({"unet": random_classifier()}, "`unet` is a AdaGNClassifierModel, whose config names no out_channels"),
+            ({"unet": torch.nn.Linear(2, 2)}, "`unet` is a Linear, whose config names no in_channels, out_channels"),
+            ({"scheduler": DDPMScheduler}, "`scheduler` is <class .*; pass a scheduler"),
+        ],
+        ids=["no unet", "no scheduler", "classifier", "layer", "class of a scheduler"],
+    )
+    def test_needed_components(self, change, message):
+        components = dict.fromkeys(ADMPipeline._optional_components) | {
+            "unet": random_unet(),
+            "scheduler": LearnedVarianceDDPMScheduler(),
+        }
+        with pytest.raises(ValueError, match=message):
+            ADMPipeline(**components | change)
+
+    def test_the_class_of_a_scheduler_is_refused_at_the_call(self, pipe):
+        pipe.scheduler = DDPMScheduler
+        self.refused(pipe, "; pass a scheduler, such as")
 
 
 class TestSignature:
