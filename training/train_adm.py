@@ -88,6 +88,7 @@ from diffusers_adm.training import (
     start_accelerator,
     survives,
     training_losses,
+    unwrap,
     widen_input,
 )
 
@@ -385,10 +386,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def build_pipeline() -> ADMPipeline:
         return (ADMInpaintPipeline if inpaints else ADMPipeline)(
-            unet=accelerator.unwrap_model(unet),
+            unet=unwrap(accelerator, unet),
             scheduler=noise_scheduler,
             vae=None,
-            text_encoder=accelerator.unwrap_model(text_encoder) if has_text else None,
+            text_encoder=unwrap(accelerator, text_encoder) if has_text else None,
             tokenizer=tokenizer,
             classifier=None,
             id2label=id2label,
@@ -398,7 +399,7 @@ def main(argv: list[str] | None = None) -> None:
         """A pipeline, or an adapter, with the averaged weights; only for the main process."""
         with result_weights(ema, trained_parameters):
             if lora_args.lora_rank is not None:
-                save_lora(accelerator.unwrap_model(unet), folder, noise_schedule_of(noise_scheduler))
+                save_lora(unwrap(accelerator, unet), folder, noise_schedule_of(noise_scheduler))
             else:
                 build_pipeline().save_pretrained(folder)
 

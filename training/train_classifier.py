@@ -75,6 +75,7 @@ from diffusers_adm.training import (
     start_accelerator,
     survives,
     timestep_bin_edges,
+    unwrap,
 )
 
 
@@ -323,11 +324,11 @@ def main(argv: list[str] | None = None) -> None:
         progress,
         ema,
         trained_parameters,
-        {"classifier": accelerator.unwrap_model(classifier)},
+        {"classifier": unwrap(accelerator, classifier)},
     )
     if ema is not None:
         ema.to(accelerator.device)
-    num_classes = accelerator.unwrap_model(classifier).config.num_classes
+    num_classes = unwrap(accelerator, classifier).config.num_classes
     metrics, validation_metrics = (
         ClassificationMetrics(num_train_timesteps, num_classes, len(edges) - 1, accelerator.device) for _ in range(2)
     )
@@ -348,13 +349,13 @@ def main(argv: list[str] | None = None) -> None:
     def save_result(folder: str) -> None:
         """The classifier with the averaged weights, if there are any, and its noise; only for the main process."""
         with result_weights(ema, trained_parameters):
-            accelerator.unwrap_model(classifier).save_pretrained(os.path.join(folder, "classifier"))
+            unwrap(accelerator, classifier).save_pretrained(os.path.join(folder, "classifier"))
         save_id2label(os.path.join(folder, "classifier"), id2label)
         if noise_scheduler is not None:
             noise_scheduler.save_pretrained(os.path.join(folder, "scheduler"))
 
     def measure() -> None:
-        model = accelerator.unwrap_model(classifier)
+        model = unwrap(accelerator, classifier)
         with evaluation_weights(model, ema):
             evaluate(
                 model,

@@ -82,6 +82,7 @@ from diffusers_adm.training import (
     start_accelerator,
     survives,
     training_losses,
+    unwrap,
 )
 
 
@@ -298,10 +299,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def build_pipeline() -> ADMSuperResolutionPipeline:
         return ADMSuperResolutionPipeline(
-            unet=accelerator.unwrap_model(unet),
+            unet=unwrap(accelerator, unet),
             scheduler=noise_scheduler,
             vae=None,
-            text_encoder=accelerator.unwrap_model(text_encoder) if has_text else None,
+            text_encoder=unwrap(accelerator, text_encoder) if has_text else None,
             tokenizer=tokenizer,
             classifier=None,
             id2label=id2label,

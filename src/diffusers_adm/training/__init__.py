@@ -39,6 +39,7 @@ from .checkpoints import (
     rest_of_epoch,
     resume_checkpoint,
     save_checkpoint,
+    unwrap,
 )
 from .classes import ClassPlan, plan_classes
 from .classification import (
@@ -230,5 +231,6 @@ __all__ = [
     "survives",
     "timestep_bin_edges",
     "training_losses",
+    "unwrap",
     "widen_input",
 ]

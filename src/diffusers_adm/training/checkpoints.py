@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import SAFE_MODEL_NAME, SCALER_NAME
@@ -72,6 +73,14 @@ class TrainingProgress:
             )
         for name, value in state_dict.items():
             setattr(self, name, value)
+
+
+def unwrap(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """
+    A network as it was before `accelerator.prepare`: also without what `torch.compile` wraps around it, which gives
+    weights and class another name. Its weights are the same tensors.
+    """
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def save_checkpoint(
@@ -293,7 +302,7 @@ def _check_shapes(accelerator: Accelerator, path: Path) -> None:
         file = path / f"{SAFE_MODEL_NAME}{f'_{index}' if index else ''}.safetensors"
         if not file.is_file():  # an adapter's, whose own hook reads and checks them
             continue
-        state = accelerator.unwrap_model(model).state_dict()
+        state = unwrap(accelerator, model).state_dict()
         expected = {name: tuple(value.shape) for name, value in state.items()}
         with safe_open(file, "pt") as saved:
             shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118

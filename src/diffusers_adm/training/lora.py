@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..noise_schedules import LORA_NOISE_SCHEDULE_KEY
+from .checkpoints import unwrap
 
 
 # diffusers' names in attention: queries, keys, values, the layer behind, and keys and values of added text.
@@ -165,13 +166,13 @@ def checkpoint_adapter_alone(accelerator: Accelerator, noise_schedule: Mapping[s
         weights.clear()  # which Accelerate would write itself
         if accelerator.is_main_process:
             for model in models:
-                save_lora(accelerator.unwrap_model(model), os.path.join(folder, TRAINED_FOLDER), noise_schedule)
+                save_lora(unwrap(accelerator, model), os.path.join(folder, TRAINED_FOLDER), noise_schedule)
 
     def load(models: list[torch.nn.Module], folder: str) -> None:
         trained = os.path.join(folder, TRAINED_FOLDER)
         while models:  # what is left, Accelerate would read itself
             # Checkpoints of the first version have the trained adapter in their root, and no averaged one.
-            load_lora(accelerator.unwrap_model(models.pop()), trained if os.path.isdir(trained) else folder)
+            load_lora(unwrap(accelerator, models.pop()), trained if os.path.isdir(trained) else folder)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
