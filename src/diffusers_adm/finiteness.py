@@ -31,7 +31,10 @@ def explain_not_finite(networks: Mapping[str, torch.nn.Module]) -> str:
         return (
             f"{' and '.join(overflowing)} ran in float16, where numbers above 65504 overflow. Use bfloat16 or float32."
         )
-    return "All weights are finite, so it comes from the inputs or the settings, such as a very large guidance scale."
+    return (
+        "All weights are finite, so numbers overflowed on the way: after a training that diverged, with a very large "
+        "guidance scale, or with inputs that are not finite."
+    )
 
 
 def _dtype_in_use(network: torch.nn.Module) -> torch.dtype | None:
