@@ -35,7 +35,7 @@ class CommandError(RuntimeError):
 
     Args:
         message (`str`): Shown without a traceback.
-        exit_code (`int`, defaults to 2): Of the command.
+        exit_code (`int`, defaults to 2): Exit code of the command.
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_CODE):

@@ -167,7 +167,7 @@ def describe(result: ConvertedCheckpoint) -> str:
         return "\n".join(lines)
     inputs = {"ADMSuperResolutionPipeline": "small_image, ", "ADMInpaintPipeline": "image, mask_image, "}
     if result.pipeline == "ADMInpaintPipeline":
-        small = " and the enlarged small image" if result.condition_channels > 4 else ""
+        small = " and the upsampled low-resolution image" if result.condition_channels > 4 else ""
         lines.append(
             f"Its pipeline takes the conditions for the known pixels and the keep mask (1 = known){small}, in this "
             "order behind the noisy image. If they are something else, load only the U-Net and write a loop."
