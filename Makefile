@@ -48,9 +48,9 @@ test: $(VENV)/.installed-test
 # errors (tests/jitter.py): a test that passes only by the last bits of one processor fails here.
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1
 JITTER        ?= 0
-NUMBERS       := $(addprefix tests/,ops models schedulers conversion pipelines evaluation test_conditions.py \
-  test_image_inputs.py test_text_encoding.py) $(addprefix tests/training/test_,control_data.py ema.py images.py losses.py \
-  masks.py metrics.py steps.py timestep_samplers.py)
+NUMBERS       := $(addprefix tests/,ops models schedulers conditioning conversion pipelines evaluation \
+  data/test_control_data.py data/test_masks.py) \
+  $(addprefix tests/training/test_,ema.py images.py losses.py metrics.py steps.py timestep_samplers.py)
 
 test-portable: $(VENV)/.installed-test
 	$(OTHER_KERNELS) $(PY) -m pytest -n 2 -q -m 'not slow' --jitter $(JITTER) $(NUMBERS) $(TEST_ARGS)

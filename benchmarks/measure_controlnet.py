@@ -6,8 +6,8 @@ Whether images follow the edges that a ControlNet was shown.
 
 `--pipeline` is the base, `--controlnet` a branch of it that was trained with `--condition edges`. Each held-out picture
 is drawn anew, with its caption and class as far as the base takes them, from its own edges (Canny's, of
-`diffusers_adm.conditions`), at each of several `controlnet_conditioning_scale`s, with the same noise; 0 is the base
-alone. The edges of the samples are compared with those that were asked for:
+`diffusers_adm.conditioning.control_images`), at each of several `controlnet_conditioning_scale`s, with the same noise;
+0 is the base alone. The edges of the samples are compared with those that were asked for:
 
 - precision: the share of the sample's edge pixels with an edge pixel of the condition at most 1 pixel away, diagonals
   included (Chebyshev distance); 0 if the sample has none;
@@ -35,7 +35,7 @@ from measuring import class_labels_for, describe_machine, mean_and_error
 from PIL import Image
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
-from diffusers_adm.conditions import make_condition
+from diffusers_adm.conditioning.control_images import make_condition
 from diffusers_adm.training import decode_rgb, labelled_strips, load_image_dataset
 
 

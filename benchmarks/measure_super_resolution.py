@@ -35,7 +35,7 @@ from measuring import class_labels_for, describe_machine
 from PIL import Image
 
 from diffusers_adm import ADMSuperResolutionPipeline
-from diffusers_adm.super_resolution import shrink
+from diffusers_adm.conditioning.low_resolution import shrink
 from diffusers_adm.training import ImageDataset, labelled_grid, load_image_dataset
 
 

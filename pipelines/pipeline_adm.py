@@ -35,11 +35,8 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..finiteness import explain_not_finite, not_finite
-from ..guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
-from ..noise_schedules import LORA_NOISE_SCHEDULE_KEY, check_same_noise
-from ..publishing import PublishedPipelineMixin
-from ..text_encoding import (
+from diffusers_adm.conditioning.guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
+from diffusers_adm.conditioning.text import (
     TextConditioning,
     check_text_encoder,
     cross_attention_width,
@@ -51,6 +48,9 @@ from ..text_encoding import (
     text_model_kwargs,
     tokenize,
 )
+from diffusers_adm.hub.publishing import PublishedPipelineMixin
+from diffusers_adm.ops.finiteness import explain_not_finite, not_finite
+from diffusers_adm.schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY, check_same_noise
 
 
 OutputType = Literal["pil", "np", "pt", "latent"]

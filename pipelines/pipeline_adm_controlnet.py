@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DCondition
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..image_inputs import ImageInput, read_conditions
-from ..noise_schedules import check_same_noise
-from .pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, Denoising, OutputType
+from diffusers_adm.conditioning.image_inputs import ImageInput, read_conditions
+from diffusers_adm.pipelines.pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, Denoising, OutputType
+from diffusers_adm.schedulers.noise_schedules import check_same_noise
 
 
 @dataclass

@@ -26,11 +26,11 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..guidance import exact_prediction, signal_and_std
-from ..image_inputs import ImageInput, read_images, read_masks
-from ..inpainting import known_channels, resampling_walk
-from ..super_resolution import enlarge
-from .pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, Denoising, OutputType
+from diffusers_adm.conditioning.guidance import exact_prediction, signal_and_std
+from diffusers_adm.conditioning.image_inputs import ImageInput, read_images, read_masks
+from diffusers_adm.conditioning.inpainting import known_channels, resampling_walk
+from diffusers_adm.conditioning.low_resolution import enlarge
+from diffusers_adm.pipelines.pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, Denoising, OutputType
 
 
 # Of models that were not trained to inpaint, where a call does not say it. The paper takes 10, at ten times the cost;

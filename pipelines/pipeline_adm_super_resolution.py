@@ -16,10 +16,15 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..image_inputs import ImageInput, read_images
-from ..noise_schedules import check_same_noise
-from ..super_resolution import add_noise_to_low_res, enlarge, match_low_res, noise_level_embedding
-from .pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, OutputType
+from diffusers_adm.conditioning.image_inputs import ImageInput, read_images
+from diffusers_adm.conditioning.low_resolution import (
+    add_noise_to_low_res,
+    enlarge,
+    match_low_res,
+    noise_level_embedding,
+)
+from diffusers_adm.pipelines.pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, OutputType
+from diffusers_adm.schedulers.noise_schedules import check_same_noise
 
 
 class ADMSuperResolutionPipeline(ADMPipeline):

@@ -44,7 +44,7 @@ from space_models import (
 )
 
 from diffusers_adm import __version__
-from diffusers_adm.command_line import add_debug_argument, run_command
+from diffusers_adm.commands.errors import add_debug_argument, run_command
 
 
 MODELS = Path(__file__).parent / "model"

@@ -32,8 +32,8 @@ from diffusers_adm import (
     ADMSuperResolutionPipeline,
     LearnedVarianceDDPMScheduler,
 )
-from diffusers_adm.conditions import make_condition
-from diffusers_adm.guidance import signal_and_std
+from diffusers_adm.conditioning.control_images import make_condition
+from diffusers_adm.conditioning.guidance import signal_and_std
 
 
 MAX_PROMPT_LENGTH = 200  # characters

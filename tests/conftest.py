@@ -7,7 +7,9 @@ Processes that a test starts inherit it.
 
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 
 _IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -31,6 +33,9 @@ else:
         os.environ.pop(f"HF_{_name}", None)
         os.environ.pop(f"HUGGINGFACE_{_name}", None)
     os.environ.pop("HUGGING_FACE_HUB_TOKEN", None)
+
+# pytest adds a test's own folder alone; these hold helpers that others use, too.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("schedulers", "training")]
 
 import platform  # noqa: E402
 import random  # noqa: E402

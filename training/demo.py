@@ -22,7 +22,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_adm import ADMPipeline
-from diffusers_adm.command_line import CommandError, add_debug_argument, run_command
+from diffusers_adm.commands.errors import CommandError, add_debug_argument, run_command
 from diffusers_adm.training import labelled_grid
 
 

@@ -27,9 +27,9 @@ from accelerate.logging import get_logger
 from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline
-from diffusers_adm.command_line import run_command
-from diffusers_adm.inpainting import known_channels
-from diffusers_adm.noise_schedules import noise_schedule_of
+from diffusers_adm.commands.errors import run_command
+from diffusers_adm.conditioning.inpainting import known_channels
+from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 from diffusers_adm.training import (
     IMAGE_CHANNELS,
     INPAINT_CHANNELS,

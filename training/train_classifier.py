@@ -24,7 +24,7 @@ from accelerate.logging import get_logger
 from torch.utils.data import DataLoader, Subset
 
 from diffusers_adm import AdaGNClassifierModel, LearnedVarianceDDPMScheduler
-from diffusers_adm.command_line import run_command
+from diffusers_adm.commands.errors import run_command
 from diffusers_adm.training import (
     AfterStep,
     ClassificationMetrics,

@@ -25,14 +25,9 @@ from accelerate.logging import get_logger
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from diffusers_adm import (
-    AdaGNControlNetModel,
-    AdaGNUNet2DModel,
-    ADMControlNetPipeline,
-    LearnedVarianceDDPMScheduler,
-)
-from diffusers_adm.command_line import run_command
-from diffusers_adm.noise_schedules import check_same_noise
+from diffusers_adm import AdaGNControlNetModel, AdaGNUNet2DModel, ADMControlNetPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.commands.errors import run_command
+from diffusers_adm.schedulers.noise_schedules import check_same_noise
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
     AfterStep,

@@ -26,9 +26,9 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from diffusers_adm import ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.command_line import run_command
-from diffusers_adm.noise_schedules import noise_schedule_of
-from diffusers_adm.super_resolution import add_noise_to_low_res, enlarge, noise_level_embedding, shrink
+from diffusers_adm.commands.errors import run_command
+from diffusers_adm.conditioning.low_resolution import add_noise_to_low_res, enlarge, noise_level_embedding, shrink
+from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
     AfterStep,

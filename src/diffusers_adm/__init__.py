@@ -5,6 +5,8 @@ __version__ = "0.1.0"
 # `ModelMixin` and `SchedulerMixin` are not ours: diffusers looks up the base classes of a library's components here.
 from diffusers import ModelMixin, SchedulerMixin
 
+from .deprecations import find_moved_modules
+from .hub.registration import register_with_diffusers
 from .models import (
     AdaGNClassifierModel,
     AdaGNControlNetModel,
@@ -13,7 +15,6 @@ from .models import (
     GLIDETextModel,
 )
 from .pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
-from .registration import register_with_diffusers
 from .schedulers import LearnedVarianceDDPMScheduler
 
 
@@ -32,4 +33,5 @@ __all__ = [
     "SchedulerMixin",
 ]
 
+find_moved_modules()
 register_with_diffusers()

@@ -21,20 +21,14 @@ from openai_networks import NETWORKS
 from PIL import Image
 from test_openai_layouts import count, digest, layout_of
 
-from diffusers_adm import (
-    AdaGNUNet2DModel,
-    ADMInpaintPipeline,
-    ADMPipeline,
-    ADMSuperResolutionPipeline,
-    GLIDETextModel,
-)
-from diffusers_adm.command_line import CommandError
+from diffusers_adm import AdaGNUNet2DModel, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline, GLIDETextModel
+from diffusers_adm.commands.errors import CommandError
 from diffusers_adm.conversion import GLIDE_PRESETS, convert_glide, export_openai, glide, load_glide_tokenizer
 from diffusers_adm.conversion.glide_checkpoints import build_glide, recognise_glide
 from diffusers_adm.conversion.glide_flags import default_flags, glide_scheduler_config, parse_glide_flags
 from diffusers_adm.conversion.glide_layout import observed_glide_flags, text_rules
 from diffusers_adm.conversion.openai_layout import expected_shapes, tensor_rules
-from diffusers_adm.noise_schedules import noise_schedule_of
+from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 
 
 STORED = json.loads((Path(__file__).parent / "glide_layouts.json").read_text())

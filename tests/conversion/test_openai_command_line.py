@@ -12,7 +12,7 @@ from openai_networks import NETWORKS
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
-from diffusers_adm.command_line import run_command
+from diffusers_adm.commands.errors import run_command
 from diffusers_adm.conversion import PRESETS, openai
 from diffusers_adm.conversion.openai_checkpoints import build_network
 from diffusers_adm.conversion.openai_layout import expected_shapes, tensor_rules

@@ -21,7 +21,7 @@ from diffusers_adm import (
     LearnedVarianceDDPMScheduler,
 )
 from diffusers_adm.conversion import convert_openai, export_openai
-from diffusers_adm.noise_schedules import noise_schedule_of
+from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 
 
 def relative(ours, theirs):

@@ -21,8 +21,8 @@ from tolerances import SAMPLING, levels_apart, rounding_errors
 from toy_models import CONDITIONAL, random_classifier, random_diffusers_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
-from diffusers_adm.text_encoding import encode_tokens, tokenize
+from diffusers_adm.conditioning.guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
+from diffusers_adm.conditioning.text import encode_tokens, tokenize
 
 
 SHAPE = (2, 3, 8, 8)

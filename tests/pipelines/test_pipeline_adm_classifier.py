@@ -25,8 +25,9 @@ from diffusers_samplers import SAMPLERS, as_parameters
 from tolerances import SAMPLING, rounding_errors
 from toy_models import CONDITIONAL, random_classifier, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
-from diffusers_adm import AdaGNClassifierModel, ADMPipeline, LearnedVarianceDDPMScheduler, guidance
-from diffusers_adm.guidance import log_probability_gradient, shift_prediction, signal_and_std
+from diffusers_adm import AdaGNClassifierModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.conditioning import guidance
+from diffusers_adm.conditioning.guidance import log_probability_gradient, shift_prediction, signal_and_std
 from diffusers_adm.pipelines import pipeline_adm
 
 

@@ -26,8 +26,8 @@ from toy_models import (
 )
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.guidance import exact_prediction
-from diffusers_adm.inpainting import resampling_walk
+from diffusers_adm.conditioning.guidance import exact_prediction
+from diffusers_adm.conditioning.inpainting import resampling_walk
 from diffusers_adm.pipelines.pipeline_adm_inpaint import DEFAULT_JUMP_N_SAMPLE, SCHEDULERS_WITHOUT_STRENGTH
 
 

@@ -12,7 +12,7 @@ from tolerances import SAMPLING, rounding_errors
 from toy_models import CONDITIONAL, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.noise_schedules import noise_schedule_of
+from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 from diffusers_adm.training import save_lora
 
 

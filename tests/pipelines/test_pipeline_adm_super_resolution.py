@@ -20,7 +20,7 @@ from toy_models import (
 )
 
 from diffusers_adm import ADMPipeline, ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.super_resolution import shrink
+from diffusers_adm.conditioning.low_resolution import shrink
 
 
 T = 50

@@ -19,7 +19,7 @@ from toy_models import (
 )
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.text_encoding import TextConditioning, join_texts
+from diffusers_adm.conditioning.text import TextConditioning, join_texts
 
 
 ENCODERS = ("clip", "bert", "t5")

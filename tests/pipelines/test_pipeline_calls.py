@@ -34,7 +34,7 @@ from diffusers_adm import (
     ADMSuperResolutionPipeline,
     LearnedVarianceDDPMScheduler,
 )
-from diffusers_adm.text_encoding import tokenize
+from diffusers_adm.conditioning.text import tokenize
 
 
 OURS = "LearnedVarianceDDPMScheduler"

@@ -14,13 +14,8 @@ from toy_models import (
     toy_tokenizer,
 )
 
-from diffusers_adm import (
-    AdaGNControlNetModel,
-    ADMPipeline,
-    ADMSuperResolutionPipeline,
-    LearnedVarianceDDPMScheduler,
-)
-from diffusers_adm.noise_schedules import noise_schedule_of
+from diffusers_adm import AdaGNControlNetModel, ADMPipeline, ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 
 
 SPACES = Path(__file__).parents[2] / "spaces"

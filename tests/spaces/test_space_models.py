@@ -25,7 +25,7 @@ from space_models import (
 from tolerances import levels_apart
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
-from diffusers_adm.noise_schedules import check_same_noise
+from diffusers_adm.schedulers.noise_schedules import check_same_noise
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from scripts import load_script
 from toy_models import TOY_CLASSIFIER_CONFIG, TOY_CONFIG, random_unet
 
-from diffusers_adm.command_line import CommandError, run_command
+from diffusers_adm.commands.errors import CommandError, run_command
 from diffusers_adm.training import find_latest_checkpoint
 
 

@@ -33,7 +33,7 @@ from scripts import REPOSITORY, load_script
 from toy_models import CONDITIONAL, TOY_CONFIG, random_diffusers_unet, random_unet, toy_tokenizer
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.text_encoding import check_text_encoder
+from diffusers_adm.conditioning.text import check_text_encoder
 from diffusers_adm.training import build_text_encoder, find_latest_checkpoint, parse_args
 
 

@@ -24,7 +24,8 @@ from tolerances import NETWORK, rounding_errors
 from toy_models import random_text_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.training import add_lora, captions
+from diffusers_adm.data import captions
+from diffusers_adm.training import add_lora
 
 
 train_adm = load_script("train_adm")

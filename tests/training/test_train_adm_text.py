@@ -31,14 +31,13 @@ from toy_models import TEXT_CONFIGS, TEXT_WIDTH, TOY_CONFIG, random_text_encoder
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, GLIDETextModel, LearnedVarianceDDPMScheduler
+from diffusers_adm.data import captions, tokenizer
 from diffusers_adm.training import (
     CaptionEmbeddings,
     CaptionTokens,
     build_text_encoder,
-    captions,
     freeze_unused_parameters,
     load_text_encoder,
-    tokenizer,
 )
 
 

@@ -34,8 +34,8 @@ from tolerances import NETWORK, gradient_errors, rounding_errors
 from toy_models import fill_randomly, random_diffusers_unet, random_text_unet, random_unet
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.conditions import CONDITIONS, make_condition
-from diffusers_adm.noise_schedules import noise_schedule_of
+from diffusers_adm.conditioning.control_images import CONDITIONS, make_condition
+from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 from diffusers_adm.training import find_latest_checkpoint, parse_args
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..training.repositories import check_can_be_written
+from ..data.repositories import check_can_be_written
 
 
 logger = logging.getLogger(__name__)

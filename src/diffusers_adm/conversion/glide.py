@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..command_line import CommandError, run_command
+from ..commands.errors import CommandError, run_command
 from .glide_checkpoints import PIPELINES, ConvertedGLIDECheckpoint, convert_glide
 from .glide_flags import GLIDE_PRESETS
 from .openai import add_checkpoint_arguments, with_model_flags_joined

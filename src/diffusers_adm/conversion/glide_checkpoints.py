@@ -12,9 +12,9 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..models import AdaGNUNet2DModel, GLIDETextModel
-from ..noise_schedules import noise_schedule_of
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
+from ..schedulers.noise_schedules import noise_schedule_of
 from .common import (
     TensorRule,
     check_output_dir,

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from ..command_line import CommandError, add_debug_argument, run_command
+from ..commands.errors import CommandError, add_debug_argument, run_command
 from .openai_checkpoints import KIND_NAMES, ConvertedCheckpoint, convert_openai
 from .openai_export import export_openai
 from .openai_flags import CodeBase, format_flags

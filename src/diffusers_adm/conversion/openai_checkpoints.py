@@ -11,9 +11,9 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
-from ..noise_schedules import noise_schedule_of
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
+from ..schedulers.noise_schedules import noise_schedule_of
 from .common import (
     check_output_dir,
     check_sums,

@@ -16,9 +16,9 @@ from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..data.repositories import check_can_be_written
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..schedulers import LearnedVarianceDDPMScheduler
-from ..training.repositories import check_can_be_written
 from .common import RECORD_NAME, SAFETENSORS_DTYPES
 from .openai_checkpoints import (
     IMAGE_CHANNELS,

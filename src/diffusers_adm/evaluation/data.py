@@ -17,20 +17,13 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..data.images import METADATA_FILES, SPLIT_FOLDERS, ImageDataset, check_images, decode_rgb, load_image_dataset
+from ..data.labels import load_id2label
+from ..data.repositories import from_subfolder_or_root, reading
+from ..data.seeding import derive_seed
 from ..models.classifier_adagn import AdaGNClassifierModel
-from ..noise_schedules import noise_schedule_of
+from ..schedulers.noise_schedules import noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from ..training.classification import load_id2label
-from ..training.data import (
-    METADATA_FILES,
-    SPLIT_FOLDERS,
-    ImageDataset,
-    check_images,
-    decode_rgb,
-    load_image_dataset,
-)
-from ..training.repositories import from_subfolder_or_root, reading
-from ..training.seeding import derive_seed
 from .sample.images import IMAGE_NAME, NPZ_NAME, SETTINGS_NAME
 
 

@@ -20,8 +20,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..hub.publishing import PublishedModelMixin
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
-from ..publishing import PublishedModelMixin
 from .unet_2d_adagn import (
     DOWN_BLOCK_TYPES,
     BlockFactory,
@@ -135,8 +135,8 @@ class AdaGNClassifierModel(
         timestep_scale (`float`, defaults to 1.0): Multiplies t before the embedding: 0.25 for 4000 steps that are
             embedded as 0..1000.
         noise_schedule (`dict`, *optional*): The noise schedule that it was trained on, which pipelines compare with
-            that of their scheduler: what `diffusers_adm.noise_schedules.noise_schedule_of(scheduler)` gives. It changes
-            nothing in the network. Empty: trained on clean images. `None`: not known.
+            that of their scheduler: what `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`
+            gives. It changes nothing in the network. Empty: trained on clean images. `None`: not known.
 
     Raises:
         ValueError: For a combination of arguments that describes no network of this family.

@@ -25,8 +25,8 @@ from diffusers.models.controlnets.controlnet import ControlNetModel, ControlNetO
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..hub.publishing import PublishedModelMixin
 from ..ops.adagn import AdaGNActivation
-from ..publishing import PublishedModelMixin
 from .unet_2d_adagn import (
     AdaGNUNet2DModel,
     ClassEmbedType,
@@ -162,8 +162,8 @@ class AdaGNControlNetModel(PublishedModelMixin, EncoderMixin, AttentionMixin, Co
         unet_block_out_channels (`tuple[int]`, *optional*): `block_out_channels` of the U-Net, where the branch is
             narrower than it; `None`: they are the same.
         noise_schedule (`dict`, *optional*): The noise schedule that it was trained on, which pipelines compare with
-            that of their scheduler: what `diffusers_adm.noise_schedules.noise_schedule_of(scheduler)` gives. It changes
-            nothing in the network. `None`: not known.
+            that of their scheduler: what `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`
+            gives. It changes nothing in the network. `None`: not known.
 
     Raises:
         ValueError: For a combination of arguments that describes no branch of this family.

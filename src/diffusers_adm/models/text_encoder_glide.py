@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..publishing import PublishedModelMixin
+from ..hub.publishing import PublishedModelMixin
 
 
 # Of CLIP's text transformer (https://huggingface.co/papers/2103.00020), from which GLIDE's was made; GPT-2's are alike.
@@ -122,7 +122,7 @@ class GLIDETextModel(PublishedModelMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         ValueError: If a size is not positive, or `num_attention_heads` does not divide `hidden_size`.
     """
 
-    # Read by `diffusers_adm.text_encoding`: captions are padded to full length, and the U-Net gets no mask.
+    # Read by `diffusers_adm.conditioning.text`: captions are padded to full length, and the U-Net gets no mask.
     attends_to_padding = True
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GLIDETextEmbeddings", "GLIDETextLayer"]

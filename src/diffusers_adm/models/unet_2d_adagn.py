@@ -31,9 +31,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
+from ..hub.publishing import PublishedModelMixin
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
 from ..ops.conv import Conv2d
-from ..publishing import PublishedModelMixin
 
 
 # What follows each residual block (None: nothing): self-attention; transformer blocks, in which the image attends to

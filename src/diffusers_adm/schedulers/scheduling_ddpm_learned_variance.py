@@ -25,8 +25,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..noise_schedules import BETA_SCHEDULE_ALIASES, BetaSchedule, make_betas, rescale_zero_terminal_snr
-from ..publishing import ModelCardMixin
+from ..hub.publishing import ModelCardMixin
+from .noise_schedules import BETA_SCHEDULE_ALIASES, BetaSchedule, make_betas, rescale_zero_terminal_snr
 
 
 VarianceType = Literal["learned_range", "learned_log", "fixed_small", "fixed_large"]

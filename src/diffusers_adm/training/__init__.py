@@ -5,21 +5,8 @@ Importing it needs the core dependencies alone; what reads data, recipes or draw
 `matplotlib` (the `train` extra) when it is called.
 """
 
-from .arguments import (
-    DataArguments,
-    DiffusionArguments,
-    DiffusionTrainingArguments,
-    ModelArguments,
-    NoiseArguments,
-    TextArguments,
-    TrainingArguments,
-    UNetArguments,
-    arg,
-    check_at_least,
-    given_arguments,
-    parse_args,
-)
-from .captions import (
+from ..commands.arguments import arg, check_at_least, given_arguments, parse_args
+from ..data.captions import (
     CaptionEmbeddings,
     Captions,
     CaptionTokens,
@@ -30,6 +17,33 @@ from .captions import (
     load_text_encoder,
     load_tokenizer,
     stored_conditioning,
+)
+from ..data.control import ControlDataset
+from ..data.fingerprints import FrozenNetworks
+from ..data.images import (
+    EpochShuffleSampler,
+    ImageDataset,
+    UnusableImageError,
+    check_batch_fits,
+    check_images,
+    decode_rgb,
+    load_image_dataset,
+    renumber_labels,
+)
+from ..data.labels import BalancedClassSampler, load_id2label, match_classes, save_id2label
+from ..data.masks import MASK_SHARES, InpaintingDataset, random_known
+from ..data.repositories import from_subfolder_or_root, reading
+from ..data.seeding import derive_seed, seed_step
+from ..hub.publication import prepare_repository, push_result
+from .arguments import (
+    DataArguments,
+    DiffusionArguments,
+    DiffusionTrainingArguments,
+    ModelArguments,
+    NoiseArguments,
+    TextArguments,
+    TrainingArguments,
+    UNetArguments,
 )
 from .checkpoints import (
     TrainingProgress,
@@ -43,40 +57,20 @@ from .checkpoints import (
 )
 from .classes import ClassPlan, plan_classes
 from .classification import (
-    BalancedClassSampler,
     ClassificationMetrics,
-    load_id2label,
-    match_classes,
     match_classifier_classes,
     plot_accuracy_by_timestep,
     plot_classifier_curves,
-    save_id2label,
     timestep_bin_edges,
 )
 from .conditioning import caption_model_kwargs, drop_labels, load_text, prepare_captions
-from .control import ControlDataset
-from .data import (
-    EpochShuffleSampler,
-    ImageDataset,
-    UnusableImageError,
-    check_batch_fits,
-    check_images,
-    decode_rgb,
-    load_image_dataset,
-    renumber_labels,
-)
 from .effects import check_effects
 from .ema import ema_weights, evaluation_weights, result_weights
-from .fingerprints import FrozenNetworks
 from .images import labelled_grid, labelled_strips
 from .lora import add_lora, checkpoint_adapter_alone, save_lora
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
-from .masks import MASK_SHARES, InpaintingDataset, random_known
 from .metrics import LossMetrics, MetricsHistory, plot_loss_curves
-from .publication import prepare_repository, push_result, run_settings
-from .repositories import from_subfolder_or_root, reading
 from .resume import RunRecord, parse_run
-from .seeding import derive_seed, seed_step
 from .setup import (
     TrainingLog,
     build_dataloader,
@@ -89,6 +83,7 @@ from .setup import (
     load_noise_scheduler,
     prepare_output_dir,
     record_noise_schedule,
+    run_settings,
     save_samples,
     start_accelerator,
 )

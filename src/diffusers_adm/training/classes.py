@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin
 
+from ..data.labels import list_names, match_names
+
 
 logger = logging.getLogger(__name__)
-
-MAX_NAMES = 10  # in a message
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,6 @@ class ClassPlan:
     def keeps_rows(self) -> bool:
         """Whether the network can stay as it is."""
         return not self.dropped and self.sources == tuple(range(len(self.sources)))
-
-
-def match_names(id2label: Mapping[int, str], known: Mapping[int, str]) -> dict[int, int]:
-    """
-    The numbers that `known` gives the classes of some data, for those whose names it holds.
-
-    Args:
-        id2label (mapping): Number -> name in the data.
-        known (mapping): Number -> name in a network, or in other data.
-
-    Raises:
-        ValueError: If a name belongs to several numbers of `known`.
-    """
-    if all(known.get(number) == name for number, name in id2label.items()):
-        return {number: number for number in id2label}  # also where two classes have one name
-    numbers: dict[str, int] = {}
-    for number, name in known.items():
-        if name in numbers and name in id2label.values():
-            raise ValueError(
-                f"The data has a class {name!r}, but classes {numbers[name]} and {number} of the model both have this "
-                "name. Give each its own name in the model's `id2label`."
-            )
-        numbers[name] = number
-    return {number: numbers[name] for number, name in id2label.items() if name in numbers}
 
 
 def plan_classes(
@@ -186,13 +162,6 @@ def log_plan(plan: ClassPlan, network: str) -> None:
         )
     if plan.dropped:
         logger.info(f"Classes of the {network} dropped: {len(plan.dropped)} ({list_names(plan.dropped)})")
-
-
-def list_names(names: Iterable[str]) -> str:
-    """The first names, quoted, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(map(repr, names[:MAX_NAMES])) + more
 
 
 def copy_rows(table: torch.Tensor, sources: Iterable[int | None], new: torch.Tensor) -> torch.Tensor:

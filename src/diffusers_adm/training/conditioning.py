@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..text_encoding import check_text_encoder, cross_attention_width, pads_to_max, text_model_kwargs
-from .arguments import DataArguments, ModelArguments, TextArguments
-from .captions import (
+from ..conditioning.text import check_text_encoder, cross_attention_width, pads_to_max, text_model_kwargs
+from ..data.captions import (
     CaptionEmbeddings,
     CaptionTokens,
     build_text_encoder,
@@ -20,6 +19,7 @@ from .captions import (
     load_tokenizer,
     stored_conditioning,
 )
+from .arguments import DataArguments, ModelArguments, TextArguments
 
 
 if TYPE_CHECKING:

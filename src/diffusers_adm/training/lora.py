@@ -20,7 +20,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ..noise_schedules import LORA_NOISE_SCHEDULE_KEY
+from ..schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY
 from .checkpoints import unwrap
 
 

@@ -22,13 +22,14 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 
-from ..noise_schedules import alphas_cumprod_of, is_same_noise, noise_schedule_of
+from ..commands.arguments import build_arguments, given_arguments
+from ..data.fingerprints import hash_tensors, hash_tokenizer
+from ..schedulers.noise_schedules import alphas_cumprod_of, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .arguments import TrainingArguments, build_arguments, given_arguments
+from .arguments import TrainingArguments
 from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, TrainingProgress, find_checkpoint, resume_checkpoint
 from .effects import COSINE_SCHEDULES
 from .ema import load_average
-from .fingerprints import hash_tensors, hash_tokenizer
 from .setup import ARGUMENTS_NAME, write_settings
 
 

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -21,22 +20,23 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..noise_schedules import alphas_cumprod_of, describe_noise_schedule, is_same_noise, noise_schedule_of
+from ..commands.processes import join_processes
+from ..data.images import EpochShuffleSampler, ImageDataset
+from ..data.labels import BalancedClassSampler
+from ..data.repositories import check_can_be_written, from_subfolder_or_root, reading
+from ..hub.publication import prepare_repository
+from ..schedulers.noise_schedules import alphas_cumprod_of, describe_noise_schedule, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from .arguments import DataArguments, ModelArguments, NoiseArguments, TrainingArguments
 from .checkpoints import delete_checkpoints, find_latest_checkpoint
-from .classification import BalancedClassSampler
-from .data import EpochShuffleSampler, ImageDataset
 from .metrics import MetricsHistory
-from .publication import prepare_repository
-from .repositories import check_can_be_written, from_subfolder_or_root, reading
 from .reproducibility import report_machine
 
 
@@ -46,28 +46,6 @@ ARGUMENTS_NAME = "train_args.yaml"
 
 
 # 1. Processes
-
-
-def join_processes(mixed_precision: str | None, **kwargs: Any) -> Accelerator:
-    """
-    Joins the processes that Accelerate has launched, or the only one, and sets up logging: warnings of the main
-    process, errors of the others. Further arguments are those of `Accelerator`.
-    """
-    accelerator = Accelerator(
-        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=mixed_precision,
-        # One process checks images, draws a grid or packs a file while the others wait; NCCL would give up after 10
-        # minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-        **kwargs,
-    )
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
-    )
-    return accelerator
 
 
 def start_accelerator(training_args: TrainingArguments, script: str) -> Accelerator:
@@ -308,6 +286,13 @@ def build_ema(parameters: Iterable[torch.nn.Parameter], training_args: TrainingA
 
 
 # 4. The folder of the run, and its log
+
+
+def run_settings(*all_args: Any) -> dict[str, Any]:
+    """The arguments of a run by name, for its folder and its log: without the token, which is nobody else's matter."""
+    settings = {name: value for arguments in all_args for name, value in vars(arguments).items()}
+    settings.pop("hub_token")
+    return settings
 
 
 def write_settings(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ..conditioning.text import cross_attention_width
+from ..data.images import renumber_labels
+from ..data.repositories import from_subfolder_or_root, reading
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from ..text_encoding import cross_attention_width
 from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArguments, ModelArguments, UNetArguments
 from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
-from .data import renumber_labels
 from .losses import check_objective
-from .repositories import from_subfolder_or_root, reading
 from .setup import check_config_keys, load_model_config, load_noise_scheduler
 
 

@@ -14,10 +14,10 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..command_line import CommandError
+from ..commands.errors import CommandError
+from ..data.images import ImageDataset
 from .arguments import DiffusionTrainingArguments
 from .checkpoints import TrainingProgress
-from .data import ImageDataset
 
 
 logger = get_logger(__name__)

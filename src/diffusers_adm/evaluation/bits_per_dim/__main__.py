@@ -23,14 +23,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ... import __version__
-from ...command_line import run_command
+from ...commands.arguments import parse_args
+from ...commands.errors import run_command
+from ...commands.processes import join_processes
+from ...data.images import ImageDataset, check_images, load_image_dataset, renumber_labels
+from ...data.labels import match_classes
+from ...data.repositories import check_can_be_written, from_subfolder_or_root, reading
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, respaced_timesteps
-from ...training.arguments import parse_args
-from ...training.classification import match_classes
-from ...training.data import ImageDataset, check_images, load_image_dataset, renumber_labels
-from ...training.repositories import check_can_be_written, from_subfolder_or_root, reading
-from ...training.setup import join_processes
 from ..data import find_dataset, num_real_classes
 from .bound import bits_per_dim
 

@@ -24,15 +24,15 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
-from ...command_line import CommandError
-from ...finiteness import explain_not_finite, not_finite
+from ...commands.errors import CommandError
+from ...data.images import UNLABELLED
+from ...data.seeding import derive_seed
+from ...ops.finiteness import explain_not_finite, not_finite
 from ...schedulers.scheduling_ddpm_learned_variance import (
     LearnedVarianceDDPMScheduler,
     mean_per_example,
     respaced_timesteps,
 )
-from ...training.data import UNLABELLED
-from ...training.seeding import derive_seed
 
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,7 @@ How near a set of samples is to a set of images, by the features of a network: t
 
 from .comparison import ImageSetComparison, compare_image_sets
 from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
-from .measures import (
-    GaussianStatistics,
-    frechet_distance,
-    inception_score,
-    mean_pairwise_distance,
-    precision_recall,
-)
+from .measures import GaussianStatistics, frechet_distance, inception_score, mean_pairwise_distance, precision_recall
 
 
 __all__ = [

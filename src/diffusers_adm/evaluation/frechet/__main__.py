@@ -19,9 +19,9 @@ import diffusers
 import torch
 
 from ... import __version__
-from ...command_line import run_command
-from ...training.arguments import arg, check_at_least, parse_args
-from ...training.classification import match_classes
+from ...commands.arguments import arg, check_at_least, parse_args
+from ...commands.errors import run_command
+from ...data.labels import match_classes
 from ..data import load_classifier, read_images, run_of_sample
 from .comparison import compare_image_sets
 from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures

@@ -12,17 +12,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ...finiteness import explain_not_finite, not_finite
-from ...training.data import UNLABELLED
-from ...training.seeding import derive_seed
+from ...data.images import UNLABELLED
+from ...data.seeding import derive_seed
+from ...ops.finiteness import explain_not_finite, not_finite
 from .features import FeatureNetwork
-from .measures import (
-    GaussianStatistics,
-    frechet_distance,
-    inception_score,
-    mean_pairwise_distance,
-    precision_recall,
-)
+from .measures import GaussianStatistics, frechet_distance, inception_score, mean_pairwise_distance, precision_recall
 
 
 logger = logging.getLogger(__name__)

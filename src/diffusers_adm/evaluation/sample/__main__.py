@@ -23,15 +23,15 @@ from typing import Literal
 import diffusers
 import torch
 
-from ...command_line import run_command
+from ...commands.arguments import arg, check_at_least, parse_args
+from ...commands.effects import Rule, check_effects
+from ...commands.errors import run_command
+from ...commands.processes import join_processes
+from ...data.images import UNLABELLED, load_image_dataset
+from ...data.labels import match_classes
+from ...data.repositories import check_can_be_written, reading
+from ...data.seeding import derive_seed
 from ...pipelines import ADMPipeline
-from ...training.arguments import arg, check_at_least, parse_args
-from ...training.classification import match_classes
-from ...training.data import UNLABELLED, load_image_dataset
-from ...training.effects import Rule, check_effects
-from ...training.repositories import check_can_be_written, reading
-from ...training.seeding import derive_seed
-from ...training.setup import join_processes
 from ..data import find_dataset, load_classifier
 from .images import OutputFormat, sample_images
 

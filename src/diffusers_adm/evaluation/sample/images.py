@@ -28,11 +28,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ... import __version__
-from ...command_line import CommandError
-from ...finiteness import explain_not_finite, not_finite
+from ...commands.errors import CommandError
+from ...data.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
+from ...data.seeding import derive_seed
+from ...ops.finiteness import explain_not_finite, not_finite
 from ...pipelines.pipeline_adm import PIL_OUTPUT_MODES
-from ...training.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
-from ...training.seeding import derive_seed
 
 
 OutputFormat = Literal["png", "npz"]

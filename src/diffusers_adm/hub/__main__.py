@@ -1,0 +1,61 @@
+"""
+Pushes to the Hugging Face Hub.
+
+    python -m diffusers_adm.hub push FOLDER USER/NAME
+
+pushes the pipeline, model or adapter in the folder of a run, and from a clone
+
+    python -m diffusers_adm.hub push-space USER/NAME
+
+pushes the Space with its models.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..commands.arguments import HUB_TOKEN
+from ..commands.errors import CommandError, add_debug_argument, is_mistake, run_command
+from .push import push_folder
+from .space import push_space
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `push FOLDER USER/NAME`, and `push-space USER/NAME`."""
+    parser = argparse.ArgumentParser(prog="python -m diffusers_adm.hub", description="Pushes to the Hugging Face Hub.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    push = commands.add_parser("push", help="a pipeline, a model or an adapter from the folder of a run")
+    push.set_defaults(run=push_folder)
+    push.add_argument("folder", type=Path)
+    push.add_argument("repo_id", metavar="user/name")
+    push.add_argument("--include_code", action="store_true", help="make it load without this package, too")
+    push.add_argument("--variant", help="e.g. fp16, in the names of the weight files")
+    space = commands.add_parser("push-space", help="the Space, from a clone of the repository")
+    space.set_defaults(run=push_space)
+    space.add_argument("repo_id", metavar="user/name")
+    space.add_argument("--models", type=Path, metavar="FOLDER", help="by default spaces/model")
+    for command in (push, space):
+        command.add_argument("--private", action="store_true", default=None)
+        command.add_argument("--create_pr", action="store_true", help="open a pull request")
+        command.add_argument("--commit_message")
+        command.add_argument("--token", help="by default that of `hf auth login`, or $HF_TOKEN")
+        add_debug_argument(command)
+    options = vars(parser.parse_args(arguments))
+    run = options.pop("run")
+    del options["command"], options["debug"]
+    if options["token"] is not None and not HUB_TOKEN.fullmatch(options["token"]):
+        parser.error("--token holds characters that no token has")  # and the client would say which, with the token
+    try:
+        commit = run(**options)
+    except Exception as error:
+        if isinstance(error, ValueError) and not is_mistake(error):  # a library's, of a name or a variant
+            raise CommandError(str(error)) from error
+        # HfHubHTTPError is an OSError. Where nothing answers, the error is that of the client's HTTP library.
+        if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
+            raise CommandError(str(error), exit_code=1) from error
+        raise
+    print(commit.pr_url or commit.commit_url)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,84 @@
+"""Pushes the folder of a run: a pipeline, a model or an adapter."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import CommitInfo, create_repo
+from huggingface_hub.utils import validate_repo_id
+
+from ..data.labels import ID2LABEL_NAME
+from .model_cards import LoraAdapter
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    include_code: bool = False,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    r"""
+    Pushes what a training script or `save_pretrained` left in a folder: a pipeline, a model alone (a classifier with
+    the names of its classes and the scheduler of its noise), or an adapter. Its card tells of the run. Checkpoints and
+    logs stay where they are.
+
+    Args:
+        folder (`str` or `Path`): Holds a `model_index.json`, a `config.json`, a folder `classifier`, or
+            `pytorch_lora_weights.safetensors`.
+        repo_id (`str`): `user/name`.
+        include_code (`bool`), private (`bool`, *optional*), create_pr (`bool`), commit_message (`str`, *optional*),
+            variant (`str`, *optional*), token (`str`, *optional*): As of `push_to_hub`. `variant` is what to push as.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: With `pr_url` for `create_pr`.
+
+    Raises:
+        ValueError: If there is none of these, or for `include_code` without a pipeline.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+    """
+    folder = Path(folder)
+    validate_repo_id(repo_id)  # before anything is loaded
+    # In float16, say, where the folder holds no others; else `variant` names what is made of them.
+    is_variant = variant is not None and any(folder.rglob(f"*.{variant}.safetensors"))
+    load = {"variant": variant} if is_variant else {}
+    if (folder / DiffusionPipeline.config_name).is_file():
+        return DiffusionPipeline.from_pretrained(folder, **load).push_to_hub(
+            repo_id,
+            include_code=include_code,
+            private=private,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            variant=variant,
+            token=token,
+        )
+    places = [folder, folder / "classifier"]
+    place = next((place for place in places if (place / ModelMixin.config_name).is_file()), None)
+    if place is None and not (folder / LORA_WEIGHT_NAME_SAFE).is_file():
+        raise ValueError(
+            f"{folder} holds neither a model_index.json nor a config.json: no pipeline, model or adapter was saved."
+        )
+    if include_code:
+        raise ValueError(f"{folder} holds no pipeline, and code goes with pipelines alone. Leave `include_code` out.")
+    if place is None and variant is not None:
+        raise ValueError(f"{folder} holds an adapter, which has no variants. Leave `variant` out.")
+    pushed = LoraAdapter(folder) if place is None else AutoModel.from_pretrained(str(place), **load)
+    repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+    with tempfile.TemporaryDirectory() as staged:
+        if place is None:
+            shutil.copyfile(folder / LORA_WEIGHT_NAME_SAFE, Path(staged, LORA_WEIGHT_NAME_SAFE))
+        else:
+            pushed.save_pretrained(staged, variant=variant)
+            if (place / ID2LABEL_NAME).is_file():
+                shutil.copyfile(place / ID2LABEL_NAME, Path(staged, ID2LABEL_NAME))
+            if (folder / "scheduler").is_dir():
+                shutil.copytree(folder / "scheduler", Path(staged, "scheduler"))
+        return pushed._upload_folder(staged, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)

@@ -1,0 +1,368 @@
+"""Pushing pipelines, models, schedulers and folders of runs by the real client; what their cards say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from PIL import Image
+from toy_models import CONDITIONAL, random_classifier, random_unet
+
+from diffusers_adm import AdaGNControlNetModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.evaluation import ImageSetComparison
+from diffusers_adm.hub import model_cards
+from diffusers_adm.hub.model_cards import LoraAdapter, write_model_card
+from diffusers_adm.hub.push import push_folder
+from diffusers_adm.training import add_lora, save_id2label, save_lora
+
+
+NONE = dict.fromkeys(("vae", "text_encoder", "tokenizer", "classifier"))
+RECIPE = {
+    "dataset_name": None,
+    "data_files": ["/home/somebody/data/noto-emoji-32/train.parquet"],
+    "output_dir": "/home/somebody/runs/emoji",
+    "seed": 3,
+}
+
+
+def make_pipeline() -> ADMPipeline:
+    names = {0: "cat", 1: "dog", 2: "fox", 3: "owl"}
+    return ADMPipeline(
+        unet=random_unet(**CONDITIONAL), scheduler=LearnedVarianceDDPMScheduler(), **NONE, id2label=names
+    )
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The folder that a training script leaves behind, measured."""
+    folder = tmp_path / "run"
+    make_pipeline().save_pretrained(folder)
+    (folder / "train_args.yaml").write_text(yaml.safe_dump(RECIPE))
+    for name, colour in (("samples-0000100", "red"), ("samples-0000200", "blue"), ("loss_curves", "white")):
+        Image.new("RGB", (4, 4), colour).save(folder / f"{name}.png")
+    bits = {"num_images": 8, "num_timesteps": 50, "bits_per_dim": 4.95361, "bits_per_dim_standard_error": 0.145}
+    bits["settings"] = {"dataset": ["/home/somebody/data/noto-emoji-32/test.parquet"]}
+    (folder / "bits_per_dim.json").write_text(json.dumps(bits))
+    compared = ImageSetComparison(
+        num_samples=200,
+        num_reference=163,
+        feature_dim=64,
+        frechet_distance=12.34567,
+        precision=0.75,
+        recall=0.5,
+        diversity=1.0,
+        diversity_standard_error=0.1,
+        reference_diversity=1.0,
+        inception_score=3.25,
+        inception_score_std=0.1,
+    ).to_dict()
+    compared["settings"] = {
+        "features": "classifier:/home/somebody/runs/judge",
+        "samples": ["/home/somebody/samples"],
+        "reference": ["/home/somebody/data/noto-emoji-32/test.parquet"],
+    }
+    (folder / "frechet.json").write_text(json.dumps(compared))
+    (folder / "checkpoint-200").mkdir()
+    (folder / "checkpoint-200" / "optimizer.bin").write_bytes(b"0" * 100)
+    return folder
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    """Folders of the other kinds of runs: a classifier, a branch and an adapter."""
+    folder = tmp_path / "parts"
+    random_classifier(num_classes=4).save_pretrained(folder / "judge" / "classifier")
+    save_id2label(folder / "judge" / "classifier", {0: "cat", 1: "dog", 2: "fox", 3: "owl"})
+    LearnedVarianceDDPMScheduler(num_train_timesteps=500).save_pretrained(folder / "judge" / "scheduler")
+    unet = random_unet(**CONDITIONAL)
+    AdaGNControlNetModel.from_unet(unet).save_pretrained(folder / "edges")
+    add_lora(unet, 4)
+    (folder / "lora").mkdir()
+    save_lora(unet, folder / "lora")
+    for name in ("judge", "edges", "lora"):
+        recipe = RECIPE | {"pretrained_model_name_or_path": "alice/pushed"}
+        (folder / name / "train_args.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+class TestCard:
+    @pytest.fixture(autouse=True)
+    def no_remote_card(self, monkeypatch):
+        monkeypatch.setattr(model_cards, "_existing_card", self.local_card)
+
+    @staticmethod
+    def local_card(path: Path, repo_id: str, token: str | None) -> ModelCard | None:
+        return ModelCard.load(path) if path.is_file() else None
+
+    def test_of_a_run(self, run, tmp_path):
+        pipe = ADMPipeline.from_pretrained(run)
+        folder = tmp_path / "pushed"
+        folder.mkdir()
+        card = ModelCard.load(write_model_card(pipe, folder, "alice/emoji"))
+        data = card.data
+        assert (data.library_name, data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+        assert data.license == "apache-2.0"
+        assert "ADMPipeline" in data.tags
+        assert data.model_name == "emoji"
+        measured = {result.metric_type: result.metric_value for result in data.eval_results}
+        assert measured == {
+            "bits_per_dim": 4.9536,
+            "frechet_distance": 12.3457,
+            "inception_score": 3.25,
+            "precision": 0.75,
+            "recall": 0.5,
+        }
+        assert data.metrics == list(measured)
+        assert {result.dataset_name for result in data.eval_results} == {".../noto-emoji-32/test.parquet"}
+        assert "Frechet distance (200 samples, features of the classifier .../runs/judge)" in {
+            result.metric_name for result in data.eval_results
+        }
+        assert "frechet distance 12.35, inception score 3.25, precision 0.75, recall 0.5 (200 samples" in card.text
+        assert 'DiffusionPipeline.from_pretrained("alice/emoji")' in card.text
+        assert "trust_remote_code" not in card.text
+        assert "accelerate launch training/train_adm.py --config train_args.yaml" in card.text
+        assert "4.954 ± 0.145 bits per dimension" in card.text
+        assert "0 cat, 1 dog, 2 fox, 3 owl" in card.text
+        assert "Noto Emoji" in card.text
+        assert "seed: 3" in card.text
+        assert "/home/somebody" not in card.content  # nothing of the machine it was trained on
+        assert Image.open(folder / "images" / "samples.png").getpixel((0, 0)) == (0, 0, 255)  # the last ones
+        assert (folder / "images" / "loss_curves.png").is_file()
+
+    def test_fid_is_of_inception_alone(self, run, tmp_path):
+        path = run / "frechet.json"
+        path.write_text(path.read_text().replace("classifier:/home/somebody/runs/judge", "inception"))
+        (run / "bits_per_dim.json").unlink()
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/emoji"))
+        assert card.data.metrics == ["fid", "inception_score", "precision", "recall"]
+        assert "bits per dimension" not in card.text
+
+    @pytest.mark.parametrize(
+        "base, named", [("alice/base", "alice/base"), ("/home/somebody/runs/base", ".../runs/base")]
+    )
+    def test_of_what_stands_beside_its_base(self, base, named, run, tmp_path):
+        (run / "train_args.yaml").write_text(yaml.safe_dump(RECIPE | {"pretrained_model_name_or_path": base}))
+        AdaGNControlNetModel.from_unet(random_unet(**CONDITIONAL)).save_pretrained(run)
+        branch = AdaGNControlNetModel.from_pretrained(run)
+        for number, (pushed, line) in enumerate(
+            (
+                (branch, f'ADMControlNetPipeline.from_pretrained("{named}", controlnet=controlnet)'),
+                (LoraAdapter(run), 'pipe.load_lora_weights("alice/part")'),
+            )
+        ):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            card = ModelCard.load(write_model_card(pushed, folder, "alice/part"))
+            assert f"its base, `{named}`" in card.text
+            assert line in card.text
+            relation = (card.data.base_model, card.data.get("base_model_relation"))
+            assert relation == (("alice/base", "adapter") if base == named else (None, None))
+            assert "/home/somebody" not in card.content
+
+    @pytest.mark.parametrize(
+        "noise_schedule, words",
+        [
+            (
+                {"num_train_timesteps": 40, "beta_schedule": "cosine"},
+                "on the noise schedule cosine with 40 timesteps",
+            ),
+            ({}, "It was trained on clean images, to judge samples. It can neither steer"),
+            (None, "not to classify photographs."),
+        ],
+    )
+    def test_tells_the_noise_schedule(self, noise_schedule, words, tmp_path):
+        classifier = random_classifier(noise_schedule=noise_schedule)
+        card = ModelCard.load(write_model_card(classifier, tmp_path, "alice/classifier"))
+        assert words in card.text
+        assert ("made to steer" in card.text) == (noise_schedule != {})
+        assert ("noise schedule" in card.text) == bool(noise_schedule)
+
+    def test_of_a_fine_tuned_pipeline(self, run, tmp_path):
+        (run / "train_args.yaml").write_text(yaml.safe_dump(RECIPE | {"pretrained_model_name_or_path": "alice/base"}))
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/emoji"))
+        assert (card.data.base_model, card.data.base_model_relation) == ("alice/base", "finetune")
+        assert "license" not in card.data.to_dict()  # that of the base counts, too
+
+    def test_claims_nothing_unknown(self, tmp_path):
+        card = ModelCard.load(write_model_card(make_pipeline(), tmp_path, "alice/emoji"))
+        assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+        assert "## Training" not in card.text
+        assert "## Data" not in card.text
+
+    def test_keeps_what_somebody_wrote(self, run, tmp_path):
+        folder = tmp_path / "pushed"
+        folder.mkdir()
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# My own words\n")
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), folder, "alice/emoji"))
+        assert card.text.strip() == "# My own words"
+        assert card.data.license == "mit"
+        assert card.data.library_name == "diffusers"
+
+    def test_follows_the_model_and_keeps_metadata(self, run, tmp_path):
+        folder = tmp_path / "pushed"
+        folder.mkdir()
+        path = write_model_card(make_pipeline(), folder, "alice/emoji")
+        path.write_text(path.read_text().replace("library_name: diffusers", "library_name: diffusers\nlicense: mit"))
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), folder, "alice/emoji"))
+        assert card.data.license == "mit"
+        assert "## Training" in card.text
+
+    @pytest.mark.parametrize("name, tag", [("unet", "unconditional-image-generation"), ("scheduler", None)])
+    def test_of_a_component(self, name, tag, tmp_path):
+        component = getattr(make_pipeline(), name)
+        card = ModelCard.load(write_model_card(component, tmp_path, "alice/part"))
+        assert card.data.pipeline_tag == tag
+        assert f'{type(component).__name__}.from_pretrained("alice/part")' in card.text
+
+
+class TestPush:
+    CLIENT = """
+import sys
+import diffusers_adm
+from diffusers import DiffusionPipeline
+from diffusers_adm import ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
+from diffusers_adm.hub.__main__ import main
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
+from diffusers_adm.evaluation.data import load_classifier
+run, copy, parts = sys.argv[1:]
+pipe = ADMPipeline.from_pretrained(run)
+mine = {"token": "token-of-alice"}
+pipe.push_to_hub("alice/pushed", commit_message="First", private=True, include_code=True, **mine)
+pipe.save_pretrained(copy, push_to_hub=True, repo_id="saved", commit_message="Second", **mine)
+pull = pipe.push_to_hub("alice/saved", create_pr=True, include_code=True, token="token-of-bob")
+assert pull.pr_revision == "refs/pr/1", pull
+pipe.unet.push_to_hub("alice/unet", variant="fp16", **mine)
+pipe.scheduler.push_to_hub("alice/scheduler", **mine)
+pipe.scheduler.save_pretrained(copy + "/scheduler", push_to_hub=True, repo_id="alice/scheduler2", **mine)
+hub = HfApi(token="token-of-alice")
+words = b"---\\nlicense: mit\\n---\\n\\n# My own words\\n"
+hub.upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id="alice/unet")
+pipe.unet.push_to_hub("alice/unet", **mine)
+main(["push", run, "alice/run", "--token", "token-of-alice", "--include_code"])
+for part in ("judge", "edges", "lora"):
+    main(["push", f"{parts}/{part}", f"alice/{part}", "--token", "token-of-alice"])
+classifier, names = load_classifier("classifier", "alice/judge", None)
+assert (classifier.config.num_classes, names[1]) == (4, "dog")
+noise = LearnedVarianceDDPMScheduler.from_pretrained("alice/judge", subfolder="scheduler")
+assert noise.config.num_train_timesteps == 500
+branch = AdaGNControlNetModel.from_pretrained("alice/edges")
+ADMControlNetPipeline.from_pretrained("alice/pushed", controlnet=branch, **mine).load_lora_weights("alice/lora")
+for token in (None, "wrong", "token-of-bob"):
+    try:
+        pipe.push_to_hub("alice/refused", token=token)
+    except HfHubHTTPError as error:
+        print("refused", error.response.status_code)
+    else:
+        raise SystemExit(f"{token} was taken")
+loaded = DiffusionPipeline.from_pretrained("alice/saved", revision="refs/pr/1")
+assert type(loaded.unet) is AdaGNUNet2DModel
+assert AdaGNUNet2DModel.from_pretrained("alice/unet", variant="fp16").config.in_channels == 3
+assert LearnedVarianceDDPMScheduler.from_pretrained("alice/scheduler").config.num_train_timesteps == 1000
+assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == "dog"
+"""
+
+    def test_all_that_can_be_pushed(self, run, parts, tmp_path):
+        with HubServer() as hub:
+            said = hub.run_client(self.CLIENT, run, tmp_path / "copy", parts, cache=tmp_path / "cache")
+        for repo in hub.repositories:
+            for name, content in hub.files(repo).items():
+                assert str(tmp_path).encode() not in content, (repo, name)
+                assert b"/home/somebody" not in content, (repo, name)
+        assert {name for name in hub.files("alice/lora") if name[0] != "."} == {
+            "README.md",
+            "pytorch_lora_weights.safetensors",
+        }
+        assert {"config.json", "id2label.json", "scheduler/scheduler_config.json"} < set(hub.files("alice/judge"))
+        assert said.count("refused") == 3
+        assert "refused 401" in said
+        assert "refused 403" in said
+        assert "alice/refused" not in hub.repositories
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert hub.files("alice/pushed")[weights] == (run / weights).read_bytes()
+        assert len(hub.uploads) == len(set(hub.uploads))  # what lies on the Hub is not sent again
+        pushed = hub.repositories["alice/pushed"]
+        assert pushed.private
+        assert pushed.commits[pushed.refs["main"]].message == "First"
+        saved = hub.repositories["alice/saved"]
+        assert saved.commits[saved.refs["main"]].message == "Second"
+        assert not saved.private
+        assert "pipeline.py" not in hub.files("alice/saved")
+        assert "pipeline.py" in hub.files("alice/saved", "refs/pr/1")
+        kept = ModelCard(hub.files("alice/unet")["README.md"].decode())
+        assert kept.text.strip() == "# My own words"
+        assert (kept.data.license, kept.data.library_name) == ("mit", "diffusers")
+        for repo in ("pushed", "saved", "scheduler", "scheduler2", "run", "judge", "edges", "lora"):
+            card = ModelCard(hub.files(f"alice/{repo}")["README.md"].decode())
+            assert card.data.library_name == "diffusers"
+            assert model_cards.MARK in card.text
+        run_files = hub.files("alice/run")
+        assert {"pipeline.py", "images/samples.png", "images/loss_curves.png"} < set(run_files)
+        assert not [name for name in run_files if "checkpoint" in name]
+        assert b"trust_remote_code=True" in run_files["README.md"]
+        assert b"trust_remote_code=True" not in hub.files("alice/saved")["README.md"]
+
+
+class TestLoad:
+    ONLINE = """
+import sys, torch
+import diffusers_adm
+from diffusers import DiffusionPipeline
+from diffusers_adm import ADMPipeline
+load = DiffusionPipeline.from_pretrained
+first, second, branch, result = sys.argv[1:]
+steps = lambda pipe: pipe.scheduler.config.num_train_timesteps
+assert steps(load("alice/adm")) == 1000
+assert steps(load("alice/adm", revision=first)) == 500
+assert steps(load("alice/adm", revision=branch)) == 500
+half = ADMPipeline.from_pretrained("alice/adm", variant="fp16", torch_dtype=torch.float16)
+assert half.unet.dtype == torch.float16
+torch.save(half.unet.state_dict(), result)
+mapped = load("alice/adm", device_map="cpu")
+assert mapped.unet.device.type == "cpu"
+"""
+    OFFLINE = """
+import sys
+import diffusers_adm
+from diffusers import DiffusionPipeline
+first, = sys.argv[1:]
+assert DiffusionPipeline.from_pretrained("alice/adm").scheduler.config.num_train_timesteps == 1000
+assert DiffusionPipeline.from_pretrained("alice/adm", revision=first).scheduler.config.num_train_timesteps == 500
+try:
+    DiffusionPipeline.from_pretrained("alice/other")
+except OSError as error:
+    print(error)
+else:
+    raise SystemExit("loaded what was never downloaded")
+"""
+
+    def test_online_then_offline(self, tmp_path):
+        pipe = make_pipeline()
+        for number, steps in enumerate((500, 1000)):
+            pipe.scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=steps)
+            pipe.save_pretrained(tmp_path / f"adm{number}")
+        half = {name: tensor.half() for name, tensor in pipe.unet.state_dict().items()}
+        pipe.unet.float().save_pretrained(tmp_path / "adm1" / "unet")
+        pipe.unet.half().save_pretrained(tmp_path / "adm1" / "unet", variant="fp16")
+        with HubServer() as hub:
+            first = hub.add_commit("alice/adm", tmp_path / "adm0")
+            hub.add_commit("alice/adm", tmp_path / "adm0", ref="older")
+            second = hub.add_commit("alice/adm", tmp_path / "adm1")
+            cache = tmp_path / "cache"
+            hub.run_client(self.ONLINE, first, second, "older", tmp_path / "half.pt", cache=cache)
+            asked = len(hub.requests)
+            said = hub.run_client(self.OFFLINE, first, cache=cache, env={"HF_HUB_OFFLINE": "1"})
+            assert len(hub.requests) == asked
+        assert "alice/other" in said
+        loaded = torch.load(tmp_path / "half.pt")
+        assert loaded.keys() == half.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in half.items())
+
+
+def test_a_wrong_repository_name_is_found_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="Repo id must"):
+        push_folder(tmp_path / "nowhere", "not a name")
