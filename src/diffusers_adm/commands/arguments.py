@@ -27,9 +27,9 @@ NULL_WORDS = ("", "~", "null", "none")
 HUB_TOKEN = re.compile(r"[\w.|-]+", re.ASCII)
 
 
-def arg(default: Any, help: str) -> Any:
-    """A field of a dataclass of arguments, with what `--help` says of it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def arg(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass of arguments, with its help text and whatever else is to be known of it."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 def check_at_least(arguments: object, minimum: int, *names: str) -> None:
