@@ -48,7 +48,6 @@ from diffusers_adm.conditioning.text import (
     text_model_kwargs,
     tokenize,
 )
-from diffusers_adm.hub.publishing import PublishedPipelineMixin
 from diffusers_adm.ops.finiteness import explain_not_finite, not_finite
 from diffusers_adm.schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY, check_same_noise
 
@@ -160,7 +159,7 @@ class Denoising:
         return start <= index / num_steps and (index + 1) / num_steps <= end
 
 
-class ADMPipeline(PublishedPipelineMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     r"""
     Draws images from an ablated diffusion model: by class, by prompt, by both or by neither, with classifier-free and
     classifier guidance, in pixels or in the latents of an autoencoder.

@@ -85,7 +85,6 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []  # "GET /api/models/alice/adm 200", in order
         self.uploads: list[str] = []  # SHA-256 of what came by LFS
-        self.tampered: dict[str, bytes] = {}  # what is sent in place of a content, by the SHA-256 of the latter
         self.lock = threading.Lock()
         for repo, root in (repositories or {}).items():
             self.add_commit(repo, root)
@@ -330,7 +329,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "EntryNotFound", "Entry not found", commit=name)
         entry = self._entry(path, files[path])
         tag = entry["lfs"]["sha256"] if "lfs" in entry else entry["oid"]
-        data = self.hub.tampered.get(files[path], self.hub.blobs[files[path]])
+        data = self.hub.blobs[files[path]]
         return 200, {"ETag": f'"{tag}"', "X-Repo-Commit": name}, data
 
     # Writing.

@@ -34,6 +34,7 @@ from diffusers_adm import (
     LearnedVarianceDDPMScheduler,
 )
 from diffusers_adm.hub import registration
+from diffusers_adm.hub.public_classes import PUBLIC_CLASSES
 
 
 COMPONENTS = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
@@ -64,8 +65,8 @@ class TestNames:
 
     def test_table_of_libraries(self):
         assert pipeline_utils.LOADABLE_CLASSES is pipeline_loading_utils.LOADABLE_CLASSES
-        assert pipeline_loading_utils.LOADABLE_CLASSES["diffusers_adm"] == registration.COMPONENT_CLASSES
-        for base, methods in registration.COMPONENT_CLASSES.items():
+        assert pipeline_loading_utils.LOADABLE_CLASSES["diffusers_adm"] == registration.LOADABLE_BASES
+        for base, methods in registration.LOADABLE_BASES.items():
             assert pipeline_loading_utils.LOADABLE_CLASSES["diffusers"][base] == methods
             assert base in pipeline_loading_utils.ALL_IMPORTABLE_CLASSES
 
@@ -80,7 +81,7 @@ class TestNames:
 
     def test_no_public_class_is_forgotten(self):
         classes = {getattr(diffusers_adm, name) for name in diffusers_adm.__all__} - {ModelMixin, SchedulerMixin}
-        assert classes == set(registration.PUBLIC_CLASSES) == set(CLASSES)
+        assert classes == set(PUBLIC_CLASSES) == set(CLASSES)
 
     @pytest.mark.parametrize("cls", [cls for cls in CLASSES if not issubclass(cls, diffusers.DiffusionPipeline)])
     def test_files_of_components_are_attributes_of_diffusers_pipelines(self, cls):

@@ -15,8 +15,10 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusers import ConfigMixin
+
 from .. import __version__
-from .registration import PACKAGE, PIPELINE_CLASSES
+from .public_classes import PACKAGE, PIPELINES, PUBLIC_CLASSES
 
 
 HEADER = """\
@@ -68,7 +70,8 @@ def export_model_file(cls_or_module: type | types.ModuleType, save_directory: st
     name = cls_or_module.__name__ if isinstance(cls_or_module, types.ModuleType) else cls_or_module.__module__
     if not name.startswith(f"{PACKAGE}."):
         raise ValueError(f"`{name}` is not a module of {PACKAGE}, so it cannot be exported. Pass one of its classes.")
-    sources = _collect(name)
+    published = [cls.__name__ for cls in PUBLIC_CLASSES if cls.__module__ == name and issubclass(cls, ConfigMixin)]
+    sources = (_collect(f"{PACKAGE}.hub.publishing") if published else []) + _collect(name)
     _check_names(sources)
 
     *inlined, main = sources
@@ -83,6 +86,7 @@ def export_model_file(cls_or_module: type | types.ModuleType, save_directory: st
     if inlined:
         parts.append(f"# --- {main.name} ---")
     parts.append(main.body)
+    parts += [f"add_publishing({name})" for name in published]
 
     path = Path(save_directory) / f"{name.rpartition('.')[2]}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +108,8 @@ def export_class_file(cls: type, path: str | Path) -> None:
     path = Path(path)
     with tempfile.TemporaryDirectory() as folder:
         text = export_model_file(cls, folder).read_text(encoding="utf-8")
-    if cls in PIPELINE_CLASSES:
-        others = {pipeline.__name__ for pipeline in PIPELINE_CLASSES} - {cls.__name__}
+    if cls in PIPELINES:
+        others = {pipeline.__name__ for pipeline in PIPELINES} - {cls.__name__}
         functions = _functions(symtable.symtable(text, str(path), "exec"))
         if used := sorted(others.intersection(set().union(*map(_global_names, functions)))):
             raise ValueError(f"The methods in the file of `{cls.__name__}` use {used}, which it may not keep.")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import PushToHubMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
 from ..pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline
 from ..schedulers.noise_schedules import describe_noise_schedule
-from .publishing import ModelCardMixin
+from .publishing import add_publishing
 
 
 MARK = "<!-- Written by diffusers-adm. Without this line, the next push keeps the text as it is. -->"
@@ -53,7 +54,7 @@ SCRIPTS = {
 }
 
 
-class LoraAdapter(ModelCardMixin):
+class LoraAdapter(PushToHubMixin):
     """
     Low-rank adapter for a U-Net: what fine-tuning added to the weights of its base, which it needs.
 
@@ -366,3 +367,6 @@ def _limits(pushed: Any) -> str:
         described = describe_noise_schedule(noise_schedule)
         limits += f" It was trained on the noise schedule {described}, and works with models of that schedule only."
     return limits
+
+
+add_publishing(LoraAdapter, write_model_card)

@@ -1,77 +1,67 @@
 """
-Makes the classes of this package loadable by diffusers: from the Hub as from a folder, with `DiffusionPipeline` and
-`AutoModel` as with the classes themselves, and without `trust_remote_code`.
+Registration with diffusers, so that it loads the classes of this package: from the Hub as from a folder, through
+`DiffusionPipeline` and `AutoModel` as through the classes themselves, and without `trust_remote_code`.
 
 diffusers has no entry points for this. It finds a component by the pair `[library, class]` in `model_index.json`, where
-the library must be a key of `LOADABLE_CLASSES`, and a pipeline or a lone model by an attribute of `diffusers` itself.
-None of that is a promise; tests/test_registration.py fails when a release changes it.
+the library must be a key of `LOADABLE_CLASSES`, and a pipeline or a single model by an attribute of `diffusers` itself.
+These are private details of diffusers; tests/hub/test_registration.py fails when a release changes them.
 """
 
+import sys
 import types
 
 import diffusers
+from diffusers import ConfigMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from ..models import classifier_adagn, controlnet_adagn, text_encoder_glide, unet_2d_adagn
-from ..models.classifier_adagn import AdaGNClassifierModel
-from ..models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
-from ..models.text_encoder_glide import GLIDETextModel
-from ..models.unet_2d_adagn import AdaGNUNet2DModel
-from ..pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
-from ..schedulers import scheduling_ddpm_learned_variance
-from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-
-
-PACKAGE = __name__.partition(".")[0]
-
-# Base classes whose subclasses are components, and how to save and load them. diffusers looks them up as attributes of
-# the package, so `__init__.py` re-exports them.
-COMPONENT_CLASSES = {
-    "ModelMixin": ["save_pretrained", "from_pretrained"],
-    "SchedulerMixin": ["save_pretrained", "from_pretrained"],
-}
-PIPELINE_CLASSES = (ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline)
-# Looked up in `diffusers`: pipelines by the `_class_name` of model_index.json, models by that of a lone config.json.
-PUBLIC_CLASSES = (
-    AdaGNUNet2DModel,
+from ..models import (
     AdaGNClassifierModel,
     AdaGNControlNetModel,
     AdaGNMultiControlNetModel,
+    AdaGNUNet2DModel,
     GLIDETextModel,
-    LearnedVarianceDDPMScheduler,
-    *PIPELINE_CLASSES,
 )
-# Looked up by name in `diffusers.pipelines`: a repository that ships the files of its components names these as their
-# libraries, and the installed module is used in place of the shipped file.
-COMPONENT_MODULES = (
-    unet_2d_adagn,
-    classifier_adagn,
-    controlnet_adagn,
-    text_encoder_glide,
-    scheduling_ddpm_learned_variance,
-)
+from .export import export_class_file
+from .model_cards import write_model_card
+from .public_classes import COMPONENTS, PACKAGE, PIPELINES, PUBLIC_CLASSES
+from .publishing import add_publishing
+
+
+# Base classes of components, and the methods that save and load them. diffusers looks these classes up as attributes of
+# the package, so `diffusers_adm/__init__.py` re-exports them.
+LOADABLE_BASES = {
+    "ModelMixin": ["save_pretrained", "from_pretrained"],
+    "SchedulerMixin": ["save_pretrained", "from_pretrained"],
+}
 
 
 def register_with_diffusers() -> None:
     """
-    Enters the classes of this package where diffusers looks for them. Called by `import diffusers_adm`; a second call
-    changes nothing.
+    Enter the public classes where diffusers looks for them, and give them their methods for the Hub. Called by `import
+    diffusers_adm`; a second call changes nothing.
 
     Raises:
-        RuntimeError: If diffusers, or another plugin, has something else under one of the names.
+        RuntimeError: If diffusers or another plugin already uses one of the names.
     """
+    # In `diffusers`: pipelines by the `_class_name` of model_index.json, models by that of a single config.json. In
+    # `diffusers.pipelines`: the modules of components. A repository that ships these as files names them as libraries,
+    # and the installed module is used in place of the shipped file.
     entries = [(diffusers, cls.__name__, cls) for cls in PUBLIC_CLASSES]
-    entries += [(diffusers.pipelines, module.__name__.rpartition(".")[2], module) for module in COMPONENT_MODULES]
+    modules = [sys.modules[name] for name in dict.fromkeys(cls.__module__ for cls in COMPONENTS)]
+    entries += [(diffusers.pipelines, module.__name__.rpartition(".")[2], module) for module in modules]
     for namespace, name, _ in entries:
         _check_free(namespace, name)
-    if LOADABLE_CLASSES.get(PACKAGE, COMPONENT_CLASSES) != COMPONENT_CLASSES:
+    if LOADABLE_CLASSES.get(PACKAGE, LOADABLE_BASES) != LOADABLE_BASES:
         raise RuntimeError(f"diffusers' `LOADABLE_CLASSES` already has another entry {PACKAGE!r}: another plugin's?")
 
-    LOADABLE_CLASSES[PACKAGE] = COMPONENT_CLASSES
+    LOADABLE_CLASSES[PACKAGE] = LOADABLE_BASES
     for namespace, name, value in entries:
         setattr(namespace, name, value)
-    # `from_pipe` compares exact types with these hints. The pipeline's file does not name them: see there.
-    for pipeline in PIPELINE_CLASSES:
+    for cls in PUBLIC_CLASSES:
+        if issubclass(cls, ConfigMixin):  # `AdaGNMultiControlNetModel` is not: it saves its networks one by one
+            add_publishing(cls, write_model_card, export_class_file)
+    # `from_pipe` compares exact types with these annotations. Delete this loop once the pipelines annotate our classes.
+    for pipeline in PIPELINES:
         hints = pipeline.__init__.__annotations__
         hints["unet"] |= AdaGNUNet2DModel
         hints["classifier"] |= AdaGNClassifierModel

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 
-from .registration import PACKAGE
+from .public_classes import PACKAGE
 
 
 APP_FILES = ("app.py", "space_models.py", "README.md")

@@ -20,7 +20,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..hub.publishing import PublishedModelMixin
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
 from .unet_2d_adagn import (
     DOWN_BLOCK_TYPES,
@@ -97,9 +96,7 @@ class SpatialPool(nn.Sequential):
         return to_out(features), features  # (B, out_dim), (B, SPATIAL_POOL_HIDDEN_DIM)
 
 
-class AdaGNClassifierModel(
-    PublishedModelMixin, ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
-):
+class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Classifies noisy images: log p(y | x_t) and, by its gradient with respect to x_t, classifier guidance.
 

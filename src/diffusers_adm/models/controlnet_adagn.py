@@ -25,7 +25,6 @@ from diffusers.models.controlnets.controlnet import ControlNetModel, ControlNetO
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..hub.publishing import PublishedModelMixin
 from ..ops.adagn import AdaGNActivation
 from .unet_2d_adagn import (
     AdaGNUNet2DModel,
@@ -131,7 +130,7 @@ class ConditioningEmbedding(nn.Module):
         return self.conv_out(hidden_states)
 
 
-class AdaGNControlNetModel(PublishedModelMixin, EncoderMixin, AttentionMixin, ConfigMixin):
+class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
     r"""
     A ControlNet for [`AdaGNUNet2DModel`], [`~diffusers.UNet2DModel`] and [`~diffusers.UNet2DConditionModel`]: of
     pixels or latents, by class, by text, with a learned variance, with further input channels.

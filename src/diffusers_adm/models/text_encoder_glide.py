@@ -15,8 +15,6 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..hub.publishing import PublishedModelMixin
-
 
 # Of CLIP's text transformer (https://huggingface.co/papers/2103.00020), from which GLIDE's was made; GPT-2's are alike.
 TOKEN_STD, POSITION_STD = 0.02, 0.01
@@ -98,7 +96,7 @@ class GLIDETextLayer(nn.Module):
 
 
 # With adapters: pipelines call `set_adapters`, `fuse_lora` and their kin on every model of diffusers that they hold.
-class GLIDETextModel(PublishedModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The text transformer of GLIDE (Nichol et al. 2021, https://huggingface.co/papers/2112.10741). The defaults are those
     of the published base model.

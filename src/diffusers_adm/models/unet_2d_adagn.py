@@ -31,7 +31,6 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from ..hub.publishing import PublishedModelMixin
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
 from ..ops.conv import Conv2d
 
@@ -1063,7 +1062,7 @@ class EncoderMixin(ResBlockCompileMixin):
                 )
 
 
-class AdaGNUNet2DModel(PublishedModelMixin, EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     U-Net that predicts noise (and, with twice the output channels, a variance) from a noisy image and a timestep.
 

@@ -25,7 +25,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..hub.publishing import ModelCardMixin
 from .noise_schedules import BETA_SCHEDULE_ALIASES, BetaSchedule, make_betas, rescale_zero_terminal_snr
 
 
@@ -299,7 +298,7 @@ class DiffusionChain:
         return self._uploads[key, device]
 
 
-class LearnedVarianceDDPMScheduler(ModelCardMixin, SchedulerMixin, ConfigMixin):
+class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
     r"""
     DDPM with a fixed or learned variance: forward process, reverse step (ancestral or DDIM), distributions and bound.
 

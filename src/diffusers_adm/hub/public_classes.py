@@ -1,0 +1,22 @@
+"""The public classes of this package: those that diffusers can look up by name in a saved pipeline or on the Hub."""
+
+from ..models.classifier_adagn import AdaGNClassifierModel
+from ..models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
+from ..models.text_encoder_glide import GLIDETextModel
+from ..models.unet_2d_adagn import AdaGNUNet2DModel
+from ..pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+
+
+PACKAGE = __name__.partition(".")[0]
+
+COMPONENTS = (
+    AdaGNUNet2DModel,
+    AdaGNClassifierModel,
+    AdaGNControlNetModel,
+    AdaGNMultiControlNetModel,
+    GLIDETextModel,
+    LearnedVarianceDDPMScheduler,
+)
+PIPELINES = (ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline)
+PUBLIC_CLASSES = (*COMPONENTS, *PIPELINES)
