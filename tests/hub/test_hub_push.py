@@ -120,7 +120,8 @@ class TestCard:
         assert "Frechet distance (200 samples, features of the classifier .../runs/judge)" in {
             result.metric_name for result in data.eval_results
         }
-        assert "frechet distance 12.35, inception score 3.25, precision 0.75, recall 0.5 (200 samples" in card.text
+        assert "the classifier .../runs/judge, for 200 samples against 163 images of .../noto-emoji-32" in card.text
+        assert "- frechet distance: 12.35\n- inception score: 3.25\n- precision: 0.75\n- recall: 0.5\n" in card.text
         assert 'DiffusionPipeline.from_pretrained("alice/emoji")' in card.text
         assert "trust_remote_code" not in card.text
         assert "accelerate launch training/train_adm.py --config train_args.yaml" in card.text
@@ -169,7 +170,7 @@ class TestCard:
                 {"num_train_timesteps": 40, "beta_schedule": "cosine"},
                 "on the noise schedule cosine with 40 timesteps",
             ),
-            ({}, "It was trained on clean images, to judge samples. It can neither steer"),
+            ({}, "It was trained on clean images, to evaluate samples. It can neither guide"),
             (None, "not to classify photographs."),
         ],
     )
@@ -177,7 +178,7 @@ class TestCard:
         classifier = random_classifier(noise_schedule=noise_schedule)
         card = ModelCard.load(write_model_card(classifier, tmp_path, "alice/classifier"))
         assert words in card.text
-        assert ("made to steer" in card.text) == (noise_schedule != {})
+        assert ("made to guide" in card.text) == (noise_schedule != {})
         assert ("noise schedule" in card.text) == bool(noise_schedule)
 
     def test_of_a_fine_tuned_pipeline(self, run, tmp_path):
