@@ -1,4 +1,4 @@
-"""Names of earlier versions. They warn, and will be removed in 0.3."""
+"""Names of earlier versions, which warn and will be removed in 0.3."""
 
 import importlib
 import importlib.abc
@@ -13,7 +13,7 @@ from typing import Any
 PACKAGE = __name__.partition(".")[0]
 REMOVED_IN = "0.3"
 
-# Where the contents of modules have gone. What is looked up in the old module is looked for in these.
+# New places of modules. A name of the old module is looked up in these, in this order.
 MOVED_MODULES = {
     "command_line": ("commands.errors",),
     "conditions": ("conditioning.control_images",),
@@ -33,20 +33,25 @@ MOVED_MODULES = {
     "training.data": ("data.images", "data.labels"),
     "training.fingerprints": ("data.fingerprints",),
     "training.masks": ("data.masks",),
-    "training.publication": ("hub.publication",),
+    "training.publication": ("hub.publication", "training.setup"),
     "training.repositories": ("data.repositories",),
     "training.seeding": ("data.seeding",),
 }
 
 
+# Old and new names, by module.
+_RENAMED: dict[str, Mapping[str, str]] = {}
+
+
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """
-    A module's `__getattr__` that finds what was renamed in it, and warns.
+    Make the `__getattr__` of a module whose names have changed. It warns.
 
     Args:
-        module (`str`): Its `__name__`.
+        module (`str`): `__name__` of the module.
         names (mapping): From old to new names.
     """
+    _RENAMED[module] = names
 
     def __getattr__(name: str) -> Any:
         if name not in names:
@@ -62,7 +67,7 @@ def _warn(old: str, new: str) -> None:
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of `MOVED_MODULES`; their names are looked up where they are now."""
+    """Finds the modules of `MOVED_MODULES`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
@@ -79,15 +84,16 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             if not name.startswith("__"):
                 for place in places:
                     target = importlib.import_module(f"{PACKAGE}.{place}")
-                    if hasattr(target, name):
-                        _warn(f"{module.__name__}.{name}", f"{target.__name__}.{name}")
-                        return getattr(target, name)
+                    new_name = _RENAMED.get(target.__name__, {}).get(name, name)
+                    if hasattr(target, new_name):
+                        _warn(f"{module.__name__}.{name}", f"{target.__name__}.{new_name}")
+                        return getattr(target, new_name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = __getattr__  # type: ignore[attr-defined]
 
 
 def find_moved_modules() -> None:
-    """Makes old imports work. Called by `import diffusers_adm`; a second call changes nothing."""
+    """Make old imports work. Called by `import diffusers_adm`; a second call changes nothing."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())
