@@ -167,5 +167,10 @@ class TestPushed:
 
 class TestRefused:
     def test_no_clone(self, tmp_path):
-        with pytest.raises(ValueError, match="clone of the repository"):
+        with pytest.raises(ValueError, match="no clone of the repository"):
             find_clone(tmp_path)
+
+
+def test_the_clone_is_found_from_the_imported_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_clone() == ROOT

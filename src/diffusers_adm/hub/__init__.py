@@ -1,8 +1,4 @@
-"""
-The Hub: registration with diffusers, model cards, self-contained repositories, pushing, and the Space.
-
-`import diffusers_adm` imports `registration` alone; what pushes and exports is imported when it is used.
-"""
+"""The Hub: registration with diffusers, model cards, self-contained repositories, pushing, and the Space."""
 
 import importlib
 from typing import Any

@@ -1,13 +1,11 @@
 """
-Pushes to the Hugging Face Hub.
+Pushes to the Hugging Face Hub. The pipeline, model or adapter in the folder of a run:
 
     python -m diffusers_adm.hub push FOLDER USER/NAME
 
-pushes the pipeline, model or adapter in the folder of a run, and from a clone
+and, from a clone of the repository, the Space with its models:
 
     python -m diffusers_adm.hub push-space USER/NAME
-
-pushes the Space with its models.
 """
 
 import argparse
@@ -21,36 +19,35 @@ from .space import push_space
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: `push FOLDER USER/NAME`, and `push-space USER/NAME`."""
-    parser = argparse.ArgumentParser(prog="python -m diffusers_adm.hub", description="Pushes to the Hugging Face Hub.")
+    """Run the command line: `push FOLDER USER/NAME`, or `push-space USER/NAME`."""
+    parser = argparse.ArgumentParser(prog="python -m diffusers_adm.hub", description="Push to the Hugging Face Hub.")
     commands = parser.add_subparsers(dest="command", required=True)
-    push = commands.add_parser("push", help="a pipeline, a model or an adapter from the folder of a run")
+    push = commands.add_parser("push", help="Push a pipeline, a model or an adapter from the folder of a run.")
     push.set_defaults(run=push_folder)
-    push.add_argument("folder", type=Path)
-    push.add_argument("repo_id", metavar="user/name")
-    push.add_argument("--include_code", action="store_true", help="make it load without this package, too")
-    push.add_argument("--variant", help="e.g. fp16, in the names of the weight files")
-    space = commands.add_parser("push-space", help="the Space, from a clone of the repository")
+    push.add_argument("folder", type=Path, help="Folder of the run.")
+    push.add_argument("--include_code", action="store_true", help="Make it load without this package as well.")
+    push.add_argument("--variant", help="Infix for the names of the weight files, e.g. fp16.")
+    space = commands.add_parser("push-space", help="Push the Space from a clone of the repository.")
     space.set_defaults(run=push_space)
-    space.add_argument("repo_id", metavar="user/name")
-    space.add_argument("--models", type=Path, metavar="FOLDER", help="by default spaces/model")
+    space.add_argument("--models", type=Path, metavar="FOLDER", help="Folder of models. Default: spaces/model.")
     for command in (push, space):
-        command.add_argument("--private", action="store_true", default=None)
-        command.add_argument("--create_pr", action="store_true", help="open a pull request")
-        command.add_argument("--commit_message")
-        command.add_argument("--token", help="by default that of `hf auth login`, or $HF_TOKEN")
+        command.add_argument("repo_id", metavar="user/name", help="Name of the repository on the Hub.")
+        command.add_argument("--private", action="store_true", default=None, help="Create it as a private repository.")
+        command.add_argument("--create_pr", action="store_true", help="Open a pull request.")
+        command.add_argument("--commit_message", help="Commit message.")
+        command.add_argument("--token", help="Hub token. Default: that of `hf auth login`, or $HF_TOKEN.")
         add_debug_argument(command)
     options = vars(parser.parse_args(arguments))
     run = options.pop("run")
     del options["command"], options["debug"]
     if options["token"] is not None and not HUB_TOKEN.fullmatch(options["token"]):
-        parser.error("--token holds characters that no token has")  # and the client would say which, with the token
+        parser.error("--token holds characters that no token has")  # the client's message would show the token
     try:
         commit = run(**options)
     except Exception as error:
-        if isinstance(error, ValueError) and not is_mistake(error):  # a library's, of a name or a variant
+        if isinstance(error, ValueError) and not is_mistake(error):  # from a library, about a name or a variant
             raise CommandError(str(error)) from error
-        # HfHubHTTPError is an OSError. Where nothing answers, the error is that of the client's HTTP library.
+        # HfHubHTTPError is an OSError. If nothing answers, the error is one of the client's HTTP library.
         if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
             raise CommandError(str(error), exit_code=1) from error
         raise

@@ -1,4 +1,4 @@
-"""Pushes the folder of a run: a pipeline, a model or an adapter."""
+"""Push the folder of a run: a pipeline, a model or an adapter."""
 
 from __future__ import annotations
 
@@ -27,27 +27,26 @@ def push_folder(
     token: str | None = None,
 ) -> CommitInfo:
     r"""
-    Pushes what a training script or `save_pretrained` left in a folder: a pipeline, a model alone (a classifier with
-    the names of its classes and the scheduler of its noise), or an adapter. Its card tells of the run. Checkpoints and
-    logs stay where they are.
+    Push the result of a training script or of `save_pretrained`: a pipeline, a single model (a classifier with its
+    class names and its noise scheduler) or an adapter. Its card describes the run. Checkpoints and logs are not pushed.
 
     Args:
-        folder (`str` or `Path`): Holds a `model_index.json`, a `config.json`, a folder `classifier`, or
+        folder (`str` or `Path`): Contains a `model_index.json`, a `config.json`, a folder `classifier`, or
             `pytorch_lora_weights.safetensors`.
         repo_id (`str`): `user/name`.
         include_code (`bool`), private (`bool`, *optional*), create_pr (`bool`), commit_message (`str`, *optional*),
-            variant (`str`, *optional*), token (`str`, *optional*): As of `push_to_hub`. `variant` is what to push as.
+            variant (`str`, *optional*), token (`str`, *optional*): See `push_to_hub`.
 
     Returns:
         `huggingface_hub.CommitInfo`: With `pr_url` for `create_pr`.
 
     Raises:
-        ValueError: If there is none of these, or for `include_code` without a pipeline.
+        ValueError: If the folder contains none of these, or for `include_code` without a pipeline.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     folder = Path(folder)
     validate_repo_id(repo_id)  # before anything is loaded
-    # In float16, say, where the folder holds no others; else `variant` names what is made of them.
+    # Load the variant if the folder has it; otherwise it is only the name to push under.
     is_variant = variant is not None and any(folder.rglob(f"*.{variant}.safetensors"))
     load = {"variant": variant} if is_variant else {}
     if (folder / DiffusionPipeline.config_name).is_file():
@@ -67,9 +66,9 @@ def push_folder(
             f"{folder} holds neither a model_index.json nor a config.json: no pipeline, model or adapter was saved."
         )
     if include_code:
-        raise ValueError(f"{folder} holds no pipeline, and code goes with pipelines alone. Leave `include_code` out.")
+        raise ValueError(f"{folder} holds no pipeline, and code is only pushed with one. Drop `include_code`.")
     if place is None and variant is not None:
-        raise ValueError(f"{folder} holds an adapter, which has no variants. Leave `variant` out.")
+        raise ValueError(f"{folder} holds an adapter, which has no variants. Drop `variant`.")
     pushed = LoraAdapter(folder) if place is None else AutoModel.from_pretrained(str(place), **load)
     repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
     with tempfile.TemporaryDirectory() as staged:

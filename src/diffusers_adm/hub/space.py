@@ -1,10 +1,10 @@
 """
 The Space of this package on the Hub: `python -m diffusers_adm.hub push-space USER/NAME`, from a clone.
 
-The clone holds the app in `spaces/`, and a wheel of its sources is built and pushed with the app. When the Hub builds a
-Space, pip sees `requirements.txt` and nothing else of the repository. So that file names the wheel by its address on
-the Hub; with its hash, without which the Hub would go on with what it built for an earlier wheel of that name. Of a
-private Space pip could not fetch it: there, the package lies unpacked beside the app.
+The clone has the app in `spaces/`; a wheel of its sources is built and pushed with the app. When the Hub builds a
+Space, pip sees only `requirements.txt`. So that file names the wheel by its address on the Hub, with its hash: without
+it, the Hub would reuse what it built for an earlier wheel of the same name. pip cannot download the wheel of a private
+Space, so there the package lies unpacked next to the app.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ from .public_classes import PACKAGE
 
 APP_FILES = ("app.py", "space_models.py", "README.md")
 REQUIREMENTS = "requirements.txt"
-# What the wheel is built from.
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src", "pipelines")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src", "pipelines")  # of the wheel
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
-# Else each build would be another file, whether or not the sources have changed.
-BUILD_DATE = "315532800"  # 1 January 1980 in seconds since 1970, the first that a wheel can hold
-# A Space has no GPU unless one is paid for, and the wheels of torch with CUDA are some gigabytes.
+# 1 January 1980 in seconds since 1970, the first date that a wheel can hold. With the current date, each build would
+# give another file.
+BUILD_DATE = 315532800
+# A Space has no GPU unless one is paid for, and the wheels of torch with CUDA take some gigabytes.
 CPU_TORCH = "--extra-index-url https://download.pytorch.org/whl/cpu"
-STALE = ["*.whl", f"{PACKAGE}/*", "model/*"]  # what earlier pushes left, if this one does not write it again
+STALE = ["*.whl", f"{PACKAGE}/*", "model/*"]  # from earlier pushes, unless this one writes them again
 
 
 def push_space(
@@ -45,33 +45,30 @@ def push_space(
     token: str | None = None,
 ) -> CommitInfo:
     r"""
-    Pushes the app, a folder of models and a wheel of this package as a Gradio Space, in one commit. The Space is made
-    if it does not exist.
+    Push the app, a folder of models and a wheel of this package as a Gradio Space, in one commit. The Space is created
+    if necessary.
 
     Args:
         repo_id (`str`): `user/name`, or `name` for the owner of the token.
-        models (`str` or `Path`, *optional*): Holds `base/` and, if wanted, `upsampler/` and `controlnet/` (see
-            spaces/README.md); by default `spaces/model` of the clone.
-        clone (`str` or `Path`, *optional*): Of the repository of this package; by default the working directory, or
-            else where the package was imported from.
-        private (`bool`, *optional*): Of a Space that is made. One that is there stays as it is.
+        models (`str` or `Path`, *optional*): Contains `base/` and optionally `upsampler/` and `controlnet/` (see
+            spaces/README.md). Defaults to `spaces/model` of the clone.
+        clone (`str` or `Path`, *optional*): Clone of the repository of this package. Defaults to the working directory,
+            or else to the place that the package was imported from.
+        private (`bool`, *optional*): Whether a new Space is private. An existing one stays as it is.
         create_pr (`bool`): Whether to open a pull request.
-        commit_message (`str`, *optional*), token (`str`, *optional*): As of `push_to_hub`.
+        commit_message (`str`, *optional*), token (`str`, *optional*): See `push_to_hub`.
 
     Returns:
         `huggingface_hub.CommitInfo`: With `pr_url` for `create_pr`.
 
     Raises:
-        ValueError: If there is no clone, no model, or the wheel cannot be built. Nothing has been made or uploaded
-            then.
+        ValueError: If there is no clone or no model, or the wheel cannot be built. Nothing has been uploaded then.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     clone = find_clone(clone)
     models = clone / "spaces" / "model" if models is None else Path(models)
     if not (models / "base" / "model_index.json").is_file():
-        raise ValueError(
-            f"{models} holds no base/model_index.json, the pipeline of the Space. Name a folder of models."
-        )
+        raise ValueError(f"{models} contains no base/model_index.json, the pipeline of the Space. Pass another folder.")
     hub = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder, "space")
@@ -80,19 +77,17 @@ def push_space(
             shutil.copyfile(clone / "spaces" / name, staged / name)
         shutil.copytree(models, staged / "model", ignore=shutil.ignore_patterns("checkpoint-*", "logs", "__pycache__"))
         wheel = build_wheel(clone, Path(folder, "wheel"))
-        repo_id = hub.create_repo(
-            repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
-        ).repo_id
+        made = hub.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         lines = [(clone / "spaces" / REQUIREMENTS).read_text(encoding="utf-8").strip(), CPU_TORCH]
-        if hub.repo_info(repo_id, repo_type="space").private:
+        if hub.repo_info(made.repo_id, repo_type="space").private:
             lines += _unpack(wheel, staged)
         else:
             shutil.copyfile(wheel, staged / wheel.name)
             digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-            lines.append(f"{hub.endpoint}/spaces/{repo_id}/resolve/main/{wheel.name}#sha256={digest}")
+            lines.append(f"{hub.endpoint}/spaces/{made.repo_id}/resolve/main/{wheel.name}#sha256={digest}")
         (staged / REQUIREMENTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
         return hub.upload_folder(
-            repo_id=repo_id,
+            repo_id=made.repo_id,
             repo_type="space",
             folder_path=staged,
             delete_patterns=STALE,
@@ -103,60 +98,59 @@ def push_space(
 
 def find_clone(clone: str | Path | None = None) -> Path:
     """
-    The clone of the repository: `clone`, or else the working directory or the home of the imported package.
+    Find a clone of the repository: `clone`, or else the working directory or the home of the imported package.
 
     Raises:
         ValueError: If there is none.
     """
-    places = [Path.cwd(), Path(__file__).parents[2]] if clone is None else [Path(clone)]
+    places = [Path.cwd(), Path(__file__).parents[3]] if clone is None else [Path(clone)]
     wanted = [*SOURCES, f"src/{PACKAGE}", f"spaces/{REQUIREMENTS}", *(f"spaces/{name}" for name in APP_FILES)]
     for place in places:
         if all((place / name).exists() for name in wanted):
             return place
     raise ValueError(
-        f"The app of the Space comes from a clone of the repository of diffusers-adm, which holds it in spaces/; an "
-        f"installed package does not. {' and '.join(map(str, places))} are no such clone. Run this in one."
+        f"{' and '.join(map(str, places))}: no clone of the repository of diffusers-adm. The app of the Space is in its "
+        "spaces/, which an installed package lacks. Run this in a clone."
     )
 
 
 def build_wheel(clone: Path, target: Path) -> Path:
     """
-    Builds the wheel of the sources in a clone, offline; the same sources give the same file.
+    Build the wheel of the sources in a clone, offline. The same sources give the same file.
 
     Raises:
         ValueError: If setuptools cannot build it.
     """
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # a build writes into its tree, and takes over what lies in an old one
+    # A build writes into its tree, and includes leftovers of an older one.
+    with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in SOURCES:
-            source = clone / name
-            if source.is_dir():
-                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            if (clone / name).is_dir():
+                leave_out = shutil.ignore_patterns("__pycache__", "*.egg-info")
+                shutil.copytree(clone / name, tree / name, ignore=leave_out)
             else:
-                shutil.copyfile(source, tree / name)
+                shutil.copyfile(clone / name, tree / name)
         for path in tree.rglob("*"):
-            os.utime(path, (int(BUILD_DATE), int(BUILD_DATE)))
+            os.utime(path, (BUILD_DATE, BUILD_DATE))
         target.mkdir(parents=True, exist_ok=True)
         built = subprocess.run(
             [sys.executable, "-c", BUILD, str(target)],
             cwd=tree,
-            env={**os.environ, "SOURCE_DATE_EPOCH": BUILD_DATE},
+            env={**os.environ, "SOURCE_DATE_EPOCH": str(BUILD_DATE)},
             capture_output=True,
             text=True,
         )
     if built.returncode:
         raise ValueError(
-            "The wheel could not be built. It takes setuptools 77.0.3 or later (`pip install -U setuptools`). What it "
-            f"said:\n{built.stderr.strip()[-2000:]}"
+            "The wheel could not be built. It needs setuptools 77.0.3 or later (`pip install -U setuptools`). Its "
+            f"output:\n{built.stderr.strip()[-2000:]}"
         )
     (wheel,) = target.glob("*.whl")
     return wheel
 
 
 def _unpack(wheel: Path, folder: Path) -> list[str]:
-    """Puts the package itself beside the app, which finds it there, and returns the requirements of the package."""
+    """Unpack the package next to the app, and return its requirements."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith(f"{PACKAGE}/")])
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]

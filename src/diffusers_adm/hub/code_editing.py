@@ -1,9 +1,10 @@
-"""Which names in the source of a module mean its globals: Python's rules of scope, for the exporter."""
+"""Edits of source code for the exporter: replacing statements, and renaming globals by Python's rules of scope."""
 
 import ast
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -162,3 +163,81 @@ class GlobalNames(ast.NodeVisitor):
                 self._add(name, annotation)
         for child in ast.iter_child_nodes(annotation):
             self._add_string_annotations(child)
+
+
+def _spans(text: bytes) -> Callable[[Located], tuple[int, int]]:
+    """A function that tells where a node begins and ends in a text."""
+    starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
+    return lambda node: (starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset)
+
+
+def _apply(text: bytes, edits: dict[tuple[int, int], str]) -> str:
+    for (start, end), new in sorted(edits.items(), reverse=True):
+        text = text[:start] + new.encode() + text[end:]
+    return text.decode()
+
+
+def replace_statements(text: str, tree: ast.Module, replaced: dict[ast.stmt, str]) -> str:
+    """Replace statements. One that is replaced by "" is removed with its lines, or becomes `pass` where it has to."""
+    data, edits = text.encode(), {}
+    span = _spans(data)
+    blocks = [getattr(node, name, None) for node in ast.walk(tree) for name in ("body", "orelse", "finalbody")]
+    for block in blocks:
+        statements = [statement for statement in block if statement in replaced] if isinstance(block, list) else []
+        for statement in statements:
+            start, end = span(statement)
+            new = replaced[statement]
+            if not new:
+                before, after = data.rfind(b"\n", 0, start) + 1, data.find(b"\n", end) + 1 or len(data)
+                shares_line = (data[before:start] + data[end:after].partition(b"#")[0]).strip()
+                if shares_line or (block is not tree.body and all(replaced.get(other) == "" for other in block)):
+                    new = "pass"
+                else:
+                    start, end = before, after
+            edits[start, end] = new
+    return _apply(data, edits)
+
+
+def rename_globals(module: str, text: str, new_names: dict[str, str]) -> str:
+    """
+    Rename globals of a module.
+
+    Raises:
+        ValueError: If the new code does not parse as the old one with other names.
+    """
+    if not new_names:
+        return text
+    data, tree = text.encode(), ast.parse(text)
+    span, names = _spans(data), GlobalNames(tree)
+    words = re.compile(rf"(?<![\w.'\"])(?:{'|'.join(new_names)})(?![\w'\"])")
+
+    def renamed(match: re.Match[str]) -> str:
+        return new_names[match[0]]
+
+    edits: dict[tuple[int, int], str] = {}
+    for old, new in new_names.items():
+        for node in names.nodes.get(old, []):
+            f_string = names.f_strings.get(node)
+            if f_string is not None:
+                depth, parts = 0, []  # of braces
+                for part in re.split(r"(\{\{|\}\}|\{|\})", data[slice(*span(f_string))].decode()):
+                    depth += {"{": 1, "}": -1, "{{": 2 * bool(depth), "}}": -2 * bool(depth)}.get(part, 0)
+                    parts.append(words.sub(renamed, part) if depth else part)
+                edits[span(f_string)] = "".join(parts)
+            if isinstance(node, ast.Name):
+                if f_string is None:
+                    edits[span(node)] = new
+                node.id = new
+            elif isinstance(node, ast.Constant):  # a string annotation
+                node.value = words.sub(renamed, str(node.value))
+                edits[span(node)] = repr(node.value)
+            elif isinstance(node, ast.Global):
+                node.names = [new_names.get(name, name) for name in node.names]
+                edits[span(node)] = ast.unparse(node)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)):
+                place = re.compile(rf"\b(?:def|class|as)\s+({old})\b".encode()).search(data, *span(node))
+                edits[place.span(1)] = node.name = new
+    result = _apply(data, edits)
+    if ast.dump(ast.parse(result)) != ast.dump(tree):
+        raise ValueError(f"Names of `{module}` cannot be replaced in its text: {sorted(new_names)}. Rename them there.")
+    return result
