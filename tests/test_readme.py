@@ -79,7 +79,7 @@ finally:
         app.wait(30)
 names = ("images", "flags", "large", "repainted", "follows")
 sizes = {name: [image.size for image in namespace[name]] for name in names}
-print(json.dumps({"sizes": sizes, "pictures": len(namespace["pictures"])}))
+print(json.dumps({"sizes": sizes, "samples": len(namespace["samples"])}))
 """
 
 
@@ -160,7 +160,7 @@ def test_code_runs(clone, tmp_path):
         "repainted": [small],
         "follows": [small],
     }
-    assert result["pictures"] == 2
+    assert result["samples"] == 2
     assert Image.open(clone / "fire.png").size == (32, 32)
     for folder in ("mine", "edges"):
         rows = (clone / "runs" / folder / "metrics.jsonl").read_text().splitlines()
