@@ -1,10 +1,10 @@
 # make demo | space | test | test-portable | contracts | lint | format | types | bench | clean | distclean
 #
-# Every target sets up what it needs in ./.venv by itself: the first run downloads packages for some minutes, later runs
-# start at once, and a change of pyproject.toml or constraints.txt installs again.
-# All paths are relative, so the folder may have spaces in its name.
+# Every target installs its dependencies into ./.venv: the first run downloads packages for some minutes, later runs start
+# at once, and a change of pyproject.toml or constraints.txt triggers a new installation.
+# All paths are relative, so the name of the folder may contain spaces.
 
-# The interpreter that makes the environment: `make PYTHON=/some/python test` picks it by hand; left out, the first of
+# The interpreter that creates the environment: `make PYTHON=/some/python test` sets it; the default is the first of
 # these that runs and is new enough.
 PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python)
@@ -21,19 +21,19 @@ BENCH_ARGS ?=
 
 .PHONY: help demo space test test-portable contracts lint format types bench clean distclean
 .DELETE_ON_ERROR:
-.NOTPARALLEL:  # two installations into one environment at once would break it
+.NOTPARALLEL:  # two simultaneous installations would break the environment
 
 help:
-	@echo 'make demo      fine-tune the small model in spaces/model to another style, draw before and after'
-	@echo 'make space     serve the page of spaces/ on this machine (SPACE_ARGS="--port 7860")'
-	@echo 'make test      run the tests            (TEST_ARGS="-k scheduler" is passed on to pytest)'
-	@echo 'make test-portable  run those on numbers with other instructions, one thread and perturbed last bits'
-	@echo 'make contracts run the common tests of a checkout of diffusers on our classes (DIFFUSERS_REPO=...)'
-	@echo 'make lint      check style and layout   (changes nothing)'
-	@echo 'make format    repair style and layout'
+	@echo 'make demo      fine-tune the small model in spaces/model to another style, with samples before and after'
+	@echo 'make space     serve the Space of spaces/ on this machine (SPACE_ARGS="--port 7860")'
+	@echo 'make test      run the tests (TEST_ARGS="-k scheduler" is passed to pytest)'
+	@echo 'make test-portable  run the numerical tests with other CPU instructions, one thread and perturbed last bits'
+	@echo 'make contracts run the common tests from a checkout of diffusers on our classes (DIFFUSERS_REPO=...)'
+	@echo 'make lint      check style and layout (changes nothing)'
+	@echo 'make format    fix style and layout'
 	@echo 'make types     check types with mypy'
 	@echo 'make bench     compare speed and memory with diffusers (BENCH="unet sampling" BENCH_ARGS=...)'
-	@echo 'make clean     delete what builds and tests leave behind; `make distclean` deletes .venv, too'
+	@echo 'make clean     delete the output of builds and tests; `make distclean` also deletes .venv'
 
 demo: $(VENV)/.installed-train
 	$(PY) training/demo.py $(DEMO_ARGS)
@@ -44,8 +44,8 @@ space: $(VENV)/.installed-space
 test: $(VENV)/.installed-test
 	$(PY) -m pytest -n 2 -q $(TEST_ARGS)
 
-# The tests on numbers with other kernels of torch, oneDNN and MKL, with one thread, and with noise of the size of rounding
-# errors (tests/jitter.py): a test that passes only by the last bits of one processor fails here.
+# The numerical tests with other kernels of torch, oneDNN and MKL, with one thread, and with noise of the size of rounding
+# errors (tests/jitter.py): a test that depends on the last bits of one processor fails here.
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1
 JITTER        ?= 0
 NUMBERS       := $(addprefix tests/,ops models schedulers conditioning conversion pipelines evaluation \
@@ -55,9 +55,9 @@ NUMBERS       := $(addprefix tests/,ops models schedulers conditioning conversio
 test-portable: $(VENV)/.installed-test
 	$(OTHER_KERNELS) $(PY) -m pytest -n 2 -q -m 'not slow' --jitter $(JITTER) $(NUMBERS) $(TEST_ARGS)
 
-# What diffusers' tests import beyond our own. Aside, so that the environment stays what the pins say.
+# Dependencies of diffusers' tests. They are installed separately, so that the environment matches constraints.txt.
 contracts: $(VENV)/.installed-test
-	@test -n "$(DIFFUSERS_REPO)" || { echo 'error: say where a checkout of diffusers is: DIFFUSERS_REPO=...' >&2; exit 1; }
+	@test -n "$(DIFFUSERS_REPO)" || { echo 'error: set DIFFUSERS_REPO to a checkout of diffusers: make contracts DIFFUSERS_REPO=...' >&2; exit 1; }
 	$(PY) -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target $(VENV)/contracts \
 	  parameterized requests-mock
 	PYTHONPATH="$(VENV)/contracts" DIFFUSERS_REPO="$(DIFFUSERS_REPO)" \
@@ -79,31 +79,31 @@ bench: $(VENV)/.installed-test
 	  $(PY) benchmarks/bench_$$name.py $(BENCH_ARGS) || failed=1; \
 	done; exit $$failed
 
-# Each of these holds the ones before it (see pyproject.toml), so installing it counts for them as well.
+# The extras that each extra includes (see pyproject.toml).
 HELD_train := train
 HELD_space := space
 HELD_test  := train space test
 HELD_dev   := train space test dev
 
-# setuptools comes first and pinned, because the build below is not isolated: an isolated one would fetch the newest.
+# setuptools is pinned and installed first, because the build below is not isolated: an isolated one would use the newest.
 $(VENV)/.installed-%: $(INPUTS) | $(VENV)/.created
 	@echo 'Installing diffusers-adm[$*] into $(VENV) ...'
 	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt setuptools
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$*]'
 	@touch $(HELD_$*:%=$(VENV)/.installed-%)
 
-# A stamp of its own, so that an environment whose creation broke off is made again.
+# A stamp of its own, so that an environment whose creation was interrupted is created again.
 $(VENV)/.created:
 	@for python in $(PYTHONS); do \
 	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    echo "Creating $(VENV) with $$("$$python" --version)"; \
 	    "$$python" -m venv --clear $(VENV) && touch $@ && exit 0; \
 	    echo 'error: `'"$$python"' -m venv` failed; on Debian and Ubuntu, install the package python3-venv.' >&2; \
 	    exit 1; \
 	  fi; \
 	done; \
-	echo 'error: diffusers-adm needs Python 3.11 or newer, and none of these is: $(PYTHONS)' >&2; \
-	echo '       Point to one with `make PYTHON=/path/to/python3.12 ...`.' >&2; \
+	echo 'error: diffusers-adm needs Python 3.11 or newer, and none was found among: $(PYTHONS)' >&2; \
+	echo '       Name one with `make PYTHON=/path/to/python3.12 ...`.' >&2; \
 	exit 1
 
 clean:
