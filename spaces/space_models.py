@@ -1,11 +1,11 @@
 """
-What the Space does with its models, without a line of Gradio: recipes, drawing step by step, drawings as conditions,
-and the look inside.
+The models of the Space, without Gradio: recipes, sampling with previews, sketches as conditions, and a look inside.
 
-A recipe holds everything that a picture depends on besides the weights, so that a link or a few lines of JSON make it
-again. Everything that comes from a browser is checked here, whatever the sliders of the page allow.
+A recipe holds everything, except the weights, that an image depends on, so that a link or some JSON reproduces it. All
+input from a browser is checked here, whatever the limits of the page.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,21 +37,29 @@ from diffusers_adm.conditioning.guidance import signal_and_std
 
 
 MAX_PROMPT_LENGTH = 200  # characters
-MAX_STEPS = 100
-MAX_IMAGES = 8
-MAX_GUIDANCE_SCALE = 10.0
-MAX_CLASSIFIER_SCALE = 10.0
-MAX_CONTROLNET_SCALE = 2.0
-MAX_SEED = 2**32 - 1
-MAX_IMAGE_SIDE = 4096  # pixels, of what is uploaded
+MAX_CONTROLNET_SCALE = 2
+MAX_IMAGE_SIDE = 4096  # pixels, for uploads
 MAX_RECIPE_LENGTH = 2000  # characters
 ANY_CATEGORY = "any"
-SAMPLERS = ("DDPM", "DDIM", "DPM-Solver++", "UniPC")
-UPSCALE_STEPS = 10  # of DPM-Solver++
-# Share of a pixel that a stroke must cover. Edges of the training set are a pixel wide.
+SAMPLERS = {
+    "DDPM": LearnedVarianceDDPMScheduler,
+    "DDIM": LearnedVarianceDDPMScheduler,  # with eta = 0
+    "DPM-Solver++": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+# Numbers of a recipe: the name on the page, the lowest and the highest value, and the type.
+LIMITS: dict[str, tuple[str, int, int, type]] = {
+    "guidance_scale": ("Guidance", 1, 10, float),
+    "classifier_scale": ("Classifier guidance", 0, 10, float),
+    "steps": ("Steps", 2, 100, int),
+    "seed": ("Seed", 0, 2**32 - 1, int),
+    "num_images": ("Images", 1, 8, int),
+}
+UPSCALE_STEPS = 10  # with DPM-Solver++
+# Share of a pixel that a stroke must cover. Edges of the training set are one pixel wide.
 STROKE_COVERAGE = 0.25
 BOUND_BATCH = 25  # timesteps whose terms of the bound are computed at once
-SECONDS_BETWEEN_PREVIEWS = 1.0  # each is sent to the browser as files, at the cost of the drawing
+SECONDS_BETWEEN_PREVIEWS = 1.0  # each preview is sent to the browser as files, which slows sampling down
 
 T = TypeVar("T")
 
@@ -59,21 +67,21 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Recipe:
     r"""
-    What a picture depends on besides the weights.
+    Everything, except the weights, that an image depends on. `LIMITS` has the ranges of the numbers.
 
     Args:
-        prompt (`str`): At most `MAX_PROMPT_LENGTH` characters; empty: none.
+        prompt (`str`): At most `MAX_PROMPT_LENGTH` characters; empty for none.
         category (`str`): Name of a class of the model, or "any".
-        guidance_scale (`float`): Classifier-free guidance, from 1 (off) to `MAX_GUIDANCE_SCALE`.
-        classifier_scale (`float`): Classifier guidance, from 0 (off) to `MAX_CLASSIFIER_SCALE`; needs a category.
-        steps (`int`): From 2 to `MAX_STEPS`.
+        guidance_scale (`float`): Classifier-free guidance; 1 is off.
+        classifier_scale (`float`): Classifier guidance; 0 is off. Requires a category.
+        steps (`int`): Number of sampling steps.
         sampler (`str`): One of `SAMPLERS`.
-        seed (`int`): Of the first picture; those that follow take the next ones.
-        num_images (`int`): From 1 to `MAX_IMAGES`.
-        upscale (`bool`): Whether the pictures are enlarged by the upsampler.
+        seed (`int`): Random seed of the first image; the other images have the next seeds.
+        num_images (`int`): Number of images.
+        upscale (`bool`): Whether to upsample the images.
 
     Raises:
-        ValueError: For a value of another type or out of range.
+        ValueError: If a value has the wrong type or is out of range.
     """
 
     prompt: str = ""
@@ -87,80 +95,72 @@ class Recipe:
     upscale: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "prompt", check_prompt(self.prompt))
-        object.__setattr__(self, "guidance_scale", check_number("Guidance", self.guidance_scale, 1, MAX_GUIDANCE_SCALE))
-        classifier_scale = check_number("Classifier guidance", self.classifier_scale, 0, MAX_CLASSIFIER_SCALE)
-        object.__setattr__(self, "classifier_scale", classifier_scale)
-        for name, title, low, high in (
-            ("steps", "Steps", 2, MAX_STEPS),
-            ("seed", "Seed", 0, MAX_SEED),
-            ("num_images", "Pictures", 1, MAX_IMAGES),
-        ):
-            object.__setattr__(self, name, check_integer(title, getattr(self, name), low, high))
+        prompt = "" if self.prompt is None else self.prompt
+        if not isinstance(prompt, str):
+            raise ValueError(f"The prompt is {short(prompt)}. It must be text.")
+        if len(prompt) > MAX_PROMPT_LENGTH:
+            raise ValueError(f"The prompt has {len(prompt)} characters; at most {MAX_PROMPT_LENGTH} are allowed.")
+        object.__setattr__(self, "prompt", prompt.strip())
+        for name, limits in LIMITS.items():
+            object.__setattr__(self, name, check_number(getattr(self, name), *limits))
         if self.sampler not in SAMPLERS:
             raise ValueError(f"There is no sampler {short(self.sampler)}. Choose one of: {', '.join(SAMPLERS)}.")
         if not isinstance(self.category, str):
             raise ValueError(f"The category is {short(self.category)}. Choose one by its name, or {ANY_CATEGORY!r}.")
         if not isinstance(self.upscale, bool):
-            raise ValueError(f"Enlarging is {short(self.upscale)}. It is either true or false.")
+            raise ValueError(f"`upscale` is {short(self.upscale)}. It must be true or false.")
         if self.classifier_scale > 0 and self.category == ANY_CATEGORY:
-            raise ValueError("Classifier guidance steers towards a category. Choose one, or set the scale to 0.")
+            raise ValueError("Classifier guidance needs a category. Choose one, or set the scale to 0.")
 
     def to_json(self, weights: str) -> str:
-        """With `weights`, the fingerprint of the models, because others make other pictures."""
+        """As JSON, with the fingerprint of the weights, because other weights generate other images."""
         return json.dumps({**asdict(self), "weights": weights}, indent=1, ensure_ascii=False)
 
     def query(self) -> dict[str, str]:
-        """As the query of a link: the prompt, which tells that there is a recipe, and what is not as by default."""
-        entries = {field.name: getattr(self, field.name) for field in fields(self)}
+        """As the query of a link: all values that are not the defaults, and always the prompt."""
         return {
             name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in entries.items()
+            for name, value in asdict(self).items()
             if name == "prompt" or value != getattr(Recipe, name)
         }
 
     @classmethod
     def from_json(cls, text: str) -> tuple["Recipe", str | None]:
-        """The recipe, and the fingerprint of the weights it was made with, if it says so."""
+        """The recipe, and the fingerprint of its weights if there is one."""
         if not isinstance(text, str) or not text.strip():
-            raise ValueError("There is no recipe. Paste the JSON that came with a picture.")
+            raise ValueError("There is no recipe. Paste the JSON of an image.")
         if len(text) > MAX_RECIPE_LENGTH:
             raise ValueError(f"The recipe has {len(text)} characters; at most {MAX_RECIPE_LENGTH} are allowed.")
         try:
             entries = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError("The recipe is not valid JSON. Paste it as it came with a picture.") from error
+            raise ValueError("The recipe is not valid JSON. Paste it unchanged.") from error
         if not isinstance(entries, dict):
-            raise ValueError("The recipe is not a JSON object. Paste it as it came with a picture.")
+            raise ValueError("The recipe is not a JSON object. Paste it unchanged.")
         weights = entries.pop("weights", None)
-        cls._check_names(entries)
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(entries) - set(names))
+        if unknown:
+            raise ValueError(f"The recipe has an unknown entry {short(unknown[0])}. Allowed are: {', '.join(names)}.")
         return cls(**entries), weights
 
     @classmethod
     def from_query(cls, query: dict[str, str]) -> "Recipe | None":
-        """From the query of a link, if it holds any entry of a recipe; other entries belong to somebody else."""
-        known = {field.name: field for field in fields(cls)}
+        """From the query of a link, or None if it has no entry of a recipe; other entries are ignored."""
         entries: dict[str, Any] = {}
-        for name, value in query.items():
-            if name not in known:
-                continue
-            try:
-                entries[name] = value if known[name].type is str else json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"The link says that {name} is {short(value)}, which cannot be read.") from error
+        for field in fields(cls):
+            if field.name in query:
+                value = query[field.name]
+                try:
+                    entries[field.name] = value if field.type is str else json.loads(value)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"In the link, {field.name} is {short(value)}, which is not valid.") from error
         return cls(**entries) if entries else None
-
-    @classmethod
-    def _check_names(cls, entries: dict[str, Any]) -> None:
-        names = [field.name for field in fields(cls)]
-        unknown = sorted(set(entries) - set(names))
-        if unknown:
-            raise ValueError(f"The recipe has an entry {short(unknown[0])}. It may have: {', '.join(names)}.")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step is done: `done` of `total`, and the predicted x_0 as pictures."""
+    """Step `done` of `total` is finished; `previews` are the predicted x_0."""
 
     done: int
     total: int
@@ -168,22 +168,20 @@ class Step:
     previews: list[Image.Image]
 
 
-@dataclass(frozen=True)
-class Finished(Generic[T]):
-    result: T
+OnStep = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
 class Inside:
     r"""
-    What happened inside while one picture was drawn. Lists by step, from noise to picture.
+    The steps of one sample, from noise to image. All lists have one entry per step.
 
-    `log_variances` are natural logs, the 10th, 50th and 90th percentile over the picture; `bounds` those of the least
-    and the greatest variance that the network could choose. `terms` of the variational bound and `prior` are in bits
-    per dimension; their sum, `bits_per_dim`, is the bound of the chain that was stepped through.
+    `log_variances` are natural logs: the 10th, 50th and 90th percentile over the pixels. `bounds` are the lower and
+    upper bound of the learned log-variance. `terms` of the variational bound and `prior` are in bits per dimension;
+    their sum, `bits_per_dim`, is the bound for the chain of these steps.
     """
 
-    picture: Image.Image
+    image: Image.Image
     timesteps: list[int]
     samples: list[Image.Image]
     predictions: list[Image.Image]
@@ -194,105 +192,108 @@ class Inside:
     bits_per_dim: float
 
 
-OnStep = Callable[[Step], None]
-
-
 class Models:
     r"""
-    The networks of the Space, loaded once. Pipelines are made anew for each call, around the same networks: they and
-    their schedulers hold state, networks do not.
+    The networks of the Space, loaded once. Each call makes its own pipeline and scheduler, which hold state.
 
     Args:
-        folder (`Path`): With the pipeline `base/` and, where they are to be had, the pipeline `upsampler/` and the
-            ControlNet `controlnet/`.
-        device (`str`, *optional*): `None`: the GPU, where there is one.
+        folder (`Path`): With the pipeline `base/` and optionally the pipeline `upsampler/` and the ControlNet
+            `controlnet/`.
+        device (`str`, *optional*): The default is the GPU if there is one, otherwise the CPU.
 
     Raises:
-        FileNotFoundError: Without `base/model_index.json`.
+        FileNotFoundError: If there is no `base/model_index.json`.
     """
 
     def __init__(self, folder: Path, device: str | None = None):
         folder = Path(folder)
         if not (folder / "base" / "model_index.json").is_file():
             raise FileNotFoundError(
-                f"{folder} holds no pipeline in `base/`. Set ADM_SPACE_MODELS to a folder that does; spaces/README.md "
-                "says what is in it."
+                f"{folder} has no pipeline in `base/`. Set ADM_SPACE_MODELS to a folder of models, as described in "
+                "spaces/README.md."
             )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.base = ADMPipeline.from_pretrained(folder / "base", **_load_options(folder / "base")).to(device)
-        self.upsampler = self.controlnet = None
-        if (folder / "upsampler").is_dir():
-            options = _load_options(folder / "upsampler")
-            self.upsampler = ADMSuperResolutionPipeline.from_pretrained(folder / "upsampler", **options).to(device)
-        if (folder / "controlnet").is_dir():
-            options = _load_options(folder / "controlnet")
-            self.controlnet = AdaGNControlNetModel.from_pretrained(folder / "controlnet", **options).to(device)
+
+        def load(model_class: type[ADMPipeline] | type[AdaGNControlNetModel], name: str) -> Any:
+            if not (folder / name).is_dir():
+                return None
+            # Half precision saves space in the repository; on a CPU float32 is faster.
+            variant = "fp16" if any((folder / name).rglob("*.fp16.safetensors")) else None
+            options = {"dtype": torch.float32, "local_files_only": True, "variant": variant}
+            return model_class.from_pretrained(folder / name, **options).to(device)
+
+        self.base: ADMPipeline = load(ADMPipeline, "base")
+        self.upsampler = load(ADMSuperResolutionPipeline, "upsampler")
+        self.controlnet = load(AdaGNControlNetModel, "controlnet")
         self.weights = fingerprint(folder)
 
     @property
     def size(self) -> int:
-        """Side of the pictures of the base model, in pixels."""
+        """Height and width of the images of the base model, in pixels."""
         return self.base.unet.config.sample_size
 
     @property
     def categories(self) -> list[str]:
+        """Names of the classes, and "any"."""
         return [ANY_CATEGORY, *(self.base.id2label or {}).values()]
 
     def check(self, recipe: Recipe) -> None:
-        """Raises ValueError for what these models, as opposed to others, cannot do."""
+        """Raises a ValueError if these models cannot follow the recipe."""
         if recipe.category not in self.categories:
             names = ", ".join(self.categories)
             raise ValueError(f"There is no category {short(recipe.category)}. Choose one of: {names}.")
         if recipe.upscale and self.upsampler is None:
-            raise ValueError("This Space has no upsampler, so pictures cannot be enlarged.")
+            raise ValueError("This Space has no upsampler. Switch upsampling off.")
         if recipe.classifier_scale > 0 and self.base.classifier is None:
             raise ValueError("This Space has no classifier. Set classifier guidance to 0.")
 
     def generate(self, recipe: Recipe, on_step: OnStep) -> list[Image.Image]:
-        """Pictures of the base model, enlarged if the recipe says so."""
+        """Generates images with the base model, and upsamples them if the recipe says so."""
         self.check(recipe)
         pipe = self._pipeline(ADMPipeline, recipe.sampler)
-        images = self._draw(pipe, recipe, on_step, classifier_guidance_scale=recipe.classifier_scale)
-        return self._upscale(images, recipe, on_step) if recipe.upscale else images
+        images = self._sample(pipe, recipe, on_step, classifier_guidance_scale=recipe.classifier_scale)
+        return self._upsample(images, recipe, on_step) if recipe.upscale else images
 
-    def inpaint(self, recipe: Recipe, picture: Image.Image, mask: Image.Image, on_step: OnStep) -> list[Image.Image]:
-        """Repaints the white part of the mask by RePaint, which asks for ancestral steps."""
+    def inpaint(self, recipe: Recipe, image: Image.Image, mask: Image.Image, on_step: OnStep) -> list[Image.Image]:
+        """Inpaints the white part of the mask with RePaint, which requires ancestral steps."""
+        recipe = replace(recipe, sampler="DDPM")
         self.check(recipe)
-        pipe = self._pipeline(ADMInpaintPipeline, "DDPM")
-        return self._draw(pipe, recipe, on_step, image=picture, mask_image=mask)
+        pipe = self._pipeline(ADMInpaintPipeline, recipe.sampler)
+        return self._sample(pipe, recipe, on_step, image=image, mask_image=mask)
 
     def sketch(self, recipe: Recipe, condition: Image.Image, scale: float, on_step: OnStep) -> list[Image.Image]:
-        """Pictures that follow white lines on black."""
+        """Generates images that follow a sketch of white lines on black."""
         self.check(recipe)
-        scale = check_number("Strength of the sketch", scale, 0, MAX_CONTROLNET_SCALE)
+        scale = check_number(scale, "Strength of the sketch", 0, MAX_CONTROLNET_SCALE, float)
         if self.controlnet is None:
             raise ValueError("This Space has no ControlNet, so it cannot follow sketches.")
         pipe = self._pipeline(ADMControlNetPipeline, recipe.sampler, controlnet=self.controlnet)
-        return self._draw(pipe, recipe, on_step, image=condition, controlnet_conditioning_scale=scale)
+        return self._sample(pipe, recipe, on_step, image=condition, controlnet_conditioning_scale=scale)
 
     @torch.no_grad()
     def look_inside(self, recipe: Recipe, on_step: OnStep) -> Inside:
-        """One picture of ancestral steps, and what the network said on the way."""
+        """Generates one image with ancestral steps and records each of them."""
         recipe = replace(recipe, num_images=1, upscale=False, sampler="DDPM")
         self.check(recipe)
         pipe = self._pipeline(ADMPipeline, recipe.sampler)
-        record: list[tuple] = []
+        record: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         watch(pipe.scheduler, lambda *step: record.append(step))
-        # Distributions and bound are asked for the same chain, which is named in this way.
+        # In this form, the sampler, the distributions and the bound all use the same timesteps.
         chain = {"timestep_respacing": str(recipe.steps)}
-        (picture,) = self._draw(pipe, recipe, on_step, chain, classifier_guidance_scale=recipe.classifier_scale)
+        (image,) = self._sample(pipe, recipe, on_step, chain, classifier_guidance_scale=recipe.classifier_scale)
         log_variances, bounds = [], []
-        for output, t, sample, _ in record:
-            log_variance = self.base.scheduler.predicted_distribution(output, t, sample, **chain)[1]
-            log_variances.append(_percentiles(log_variance))
-            bounds.append(self._variance_bounds(output, t, sample, chain))
-        timesteps = [int(t) for _, t, _, _ in record]
-        terms, prior = self._bound(recipe, picture, timesteps, chain)
+        for output, timestep, sample, _ in record:
+            learned, lower, upper = self._log_variances(output, timestep, sample, chain)
+            percentiles = torch.quantile(learned.flatten(), torch.tensor([0.1, 0.5, 0.9], device=learned.device))
+            log_variances.append(tuple(percentiles.tolist()))
+            bounds.append((lower.mean().item(), upper.mean().item()))
+        timesteps = [int(timestep) for _, timestep, _, _ in record]
+        terms, prior = self._variational_bound(recipe, image, timesteps, chain)
         return Inside(
-            picture=picture,
+            image=image,
             timesteps=timesteps,
-            samples=[_to_pictures(sample)[0] for _, _, sample, _ in record],
-            predictions=[_to_pictures(x_0)[0] for _, _, _, x_0 in record],
+            samples=[_to_images(sample)[0] for _, _, sample, _ in record],
+            predictions=[_to_images(x_0)[0] for _, _, _, x_0 in record],
             log_variances=log_variances,
             bounds=bounds,
             terms=terms,
@@ -300,27 +301,29 @@ class Models:
             bits_per_dim=sum(terms) + prior,
         )
 
-    def read_picture(self, picture: Image.Image | None) -> Image.Image:
-        """A picture of any size and mode as the models take it: square, on white, of their size."""
-        return fit(check_picture(picture), self.size)
+    def read_image(self, image: Image.Image | None) -> Image.Image:
+        """Converts an image of any size and mode to the model's size, square on white."""
+        return fit(check_image(image), self.size)
 
     def read_mask(self, layers: list[Image.Image]) -> Image.Image:
-        """White where anything was painted on a picture."""
-        mask = fit_mask(paint_of(layers), self.size, coverage=0.5)
+        """The mask of the painted pixels, white where the image is inpainted."""
+        mask = fit_mask(painted(layers), self.size, coverage=0.5)
         if mask.getextrema() == (0, 0):
-            raise ValueError("Nothing is marked. Paint over the part of the picture that shall be drawn anew.")
+            raise ValueError("Nothing is marked. Paint over the part of the image to inpaint.")
         return mask
 
     def read_strokes(self, layers: list[Image.Image]) -> Image.Image:
-        """Strokes as the ControlNet knows edges: white lines on black, a pixel wide."""
-        strokes = fit_mask(paint_of(layers), self.size, coverage=STROKE_COVERAGE)
-        if strokes.getextrema() == (0, 0):
-            raise ValueError("The sketch is empty. Draw something, or upload a picture to take the edges of.")
-        return thin(strokes).convert("RGB")
+        """Converts strokes to edges as in the training of the ControlNet: white lines on black, one pixel wide."""
+        from skimage.morphology import skeletonize  # slow to import
 
-    def find_edges(self, picture: Image.Image | None) -> Image.Image:
-        """The edges of a picture, as the ControlNet was trained on."""
-        return make_condition(self.read_picture(picture), "edges")
+        strokes = np.array(fit_mask(painted(layers), self.size, coverage=STROKE_COVERAGE)) > 0
+        if not strokes.any():
+            raise ValueError("The sketch is empty. Draw something, or upload an image to use its edges.")
+        return Image.fromarray(np.where(skeletonize(strokes), 255, 0).astype(np.uint8)).convert("RGB")
+
+    def find_edges(self, image: Image.Image | None) -> Image.Image:
+        """The edges of an image, as in the training of the ControlNet."""
+        return make_condition(self.read_image(image), "edges")
 
     def _pipeline(self, pipeline_class: type[ADMPipeline], sampler: str, **components: Any) -> ADMPipeline:
         parts = {**self.base.components, "scheduler": make_scheduler(self.base.scheduler, sampler), **components}
@@ -328,59 +331,56 @@ class Models:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def _draw(
+    def _sample(
         self, pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, chain: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Image.Image]:
-        has_condition = bool(recipe.prompt) or recipe.category != ANY_CATEGORY  # else nothing to guide towards
+        has_condition = bool(recipe.prompt) or recipe.category != ANY_CATEGORY  # required for guidance
         return run_pipeline(
             pipe,
             recipe,
             on_step,
-            "Drawing",
+            "Generating",
             prompt=recipe.prompt or None,
             class_labels=None if recipe.category == ANY_CATEGORY else recipe.category,
             num_images_per_prompt=recipe.num_images,
             guidance_scale=recipe.guidance_scale if has_condition else 1.0,
+            eta=0.0 if recipe.sampler == "DDIM" else None,
             **(chain or {"num_inference_steps": recipe.steps}),
             **kwargs,
         )
 
-    def _upscale(self, images: list[Image.Image], recipe: Recipe, on_step: OnStep) -> list[Image.Image]:
-        scheduler = make_scheduler(self.upsampler.scheduler, "DPM-Solver++")
-        names = ("low_res_size", "max_noise_level", "noise_level", "noise_schedule", "id2label")
-        config = {name: self.upsampler.config[name] for name in names}
-        pipe = ADMSuperResolutionPipeline(**{**self.upsampler.components, "scheduler": scheduler}, **config)
+    def _upsample(self, images: list[Image.Image], recipe: Recipe, on_step: OnStep) -> list[Image.Image]:
+        pipe = copy.copy(self.upsampler)
+        pipe.scheduler = make_scheduler(pipe.scheduler, "DPM-Solver++")
         pipe.set_progress_bar_config(disable=True)
-        known = (self.upsampler.id2label or {}).values()
         return run_pipeline(
             pipe,
             recipe,
             on_step,
-            "Enlarging",
+            "Upsampling",
             image=images,
-            class_labels=recipe.category if recipe.category in known else None,
+            class_labels=recipe.category if recipe.category in (pipe.id2label or {}).values() else None,
             num_inference_steps=UPSCALE_STEPS,
         )
 
-    def _variance_bounds(
-        self, output: torch.Tensor, t: torch.Tensor, sample: torch.Tensor, chain: dict[str, str]
-    ) -> tuple[float, float]:
-        """What variance channels of -1 and of 1, everywhere, would mean at this timestep."""
+    def _log_variances(
+        self, output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, chain: dict[str, str]
+    ) -> torch.Tensor:
+        """
+        Log-variances `(3, channels, height, width)` of a step: learned, lower bound and upper bound (variance channels
+        of -1 and of 1).
+        """
         mean = output[:, : sample.shape[1]]
-        lower, upper = (
-            self.base.scheduler.predicted_distribution(
-                torch.cat([mean, torch.full_like(mean, choice)], dim=1), t, sample, **chain
-            )[1]
-            for choice in (-1.0, 1.0)
-        )
-        return lower.mean().item(), upper.mean().item()
+        bounds = [torch.cat([mean, torch.full_like(mean, choice)], dim=1) for choice in (-1.0, 1.0)]
+        samples = sample.expand(3, -1, -1, -1)
+        return self.base.scheduler.predicted_distribution(torch.cat([output, *bounds]), timestep, samples, **chain)[1]
 
-    def _bound(
-        self, recipe: Recipe, picture: Image.Image, timesteps: list[int], chain: dict[str, str]
+    def _variational_bound(
+        self, recipe: Recipe, image: Image.Image, timesteps: list[int], chain: dict[str, str]
     ) -> tuple[list[float], float]:
-        """The variational bound of a picture under the prompt and category that it was drawn with."""
+        """Terms and prior of the variational bound of an image, given its prompt and category."""
         unet, scheduler = self.base.unet, self.base.scheduler
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
         generator = torch.Generator().manual_seed(recipe.seed)
         terms = []
         for t in torch.tensor(timesteps).split(BOUND_BATCH):
@@ -393,14 +393,14 @@ class Models:
         prior = scheduler.prior_bits_per_dim(pixels[None].to(unet.device), **chain)
         return terms, prior.item()
 
-    def _conditions(self, recipe: Recipe, count: int) -> dict[str, Any]:
-        """The U-Net's own arguments for prompt and category."""
+    def _conditions(self, recipe: Recipe, batch_size: int) -> dict[str, Any]:
+        """The U-Net's arguments for prompt and category."""
         conditions: dict[str, Any] = {}
         if recipe.category != ANY_CATEGORY:
             label = next(label for label, name in self.base.id2label.items() if name == recipe.category)
-            conditions["class_labels"] = torch.full((count,), label, device=self.base.unet.device)
-        if self.base.reads_text:
-            states, _, pooled, _, mask, _ = self.base.encode_prompt([recipe.prompt] * count)
+            conditions["class_labels"] = torch.full((batch_size,), label, device=self.base.unet.device)
+        if self.base.text_encoder is not None:
+            states, _, pooled, _, mask, _ = self.base.encode_prompt([recipe.prompt] * batch_size)
             conditions |= {"encoder_hidden_states": states, "encoder_attention_mask": mask}
             if pooled is not None:
                 conditions["added_cond_kwargs"] = {"text_embeds": pooled}
@@ -408,201 +408,154 @@ class Models:
 
 
 def run_pipeline(pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, task: str, **kwargs: Any) -> list[Image.Image]:
-    """Calls a pipeline with one generator a picture, and tells of each step what x_0 it predicted."""
+    """Calls a pipeline with one generator per image, and reports the predicted x_0 of each step."""
     latest: list[torch.Tensor] = []
     watch(pipe.scheduler, lambda *step: latest.append(step[-1]))
 
-    def call_back(pipe: ADMPipeline, index: int, timestep: torch.Tensor, kwargs: dict) -> dict:
-        # RePaint goes up and down the chain, and says itself how many steps that takes.
-        on_step(Step(index + 1, max(pipe.num_timesteps, index + 1), task, _to_pictures(latest.pop())))
+    def report(pipe: ADMPipeline, index: int, timestep: torch.Tensor, kwargs: dict) -> dict:
+        # With RePaint, `num_timesteps` includes the resampling.
+        on_step(Step(index + 1, max(pipe.num_timesteps, index + 1), task, _to_images(latest[-1])))
         latest.clear()
         return kwargs
 
     generators = [torch.Generator().manual_seed(recipe.seed + i) for i in range(recipe.num_images)]
-    return pipe(generator=generators, callback_on_step_end=call_back, return_dict=False, **kwargs)[0]
+    return pipe(generator=generators, callback_on_step_end=report, return_dict=False, **kwargs)[0]
 
 
-def stream(draw: Callable[[OnStep], T], seconds_between: float = SECONDS_BETWEEN_PREVIEWS) -> Iterator[Step | Finished]:
+def stream(work: Callable[[OnStep], T], seconds_between: float = SECONDS_BETWEEN_PREVIEWS) -> Iterator[Step | T]:
     r"""
-    Runs `draw` in a thread of its own; yields some of its steps, and at last what it returns. Where nobody reads on
-    (the visitor has left), `draw` ends at its next step.
+    Runs `work` in a thread. Yields some of its steps and finally its result. If the iterator is closed (the visitor has
+    left), `work` ends at its next step.
 
     Args:
-        draw (`Callable`): Takes what it shall call after each step.
-        seconds_between (`float`): Least time between two steps that are yielded.
+        work (`Callable`): Takes a function that it must call after each step.
+        seconds_between (`float`): Minimum time between two steps that are yielded.
 
     Raises:
-        Exception: What `draw` raises.
+        Exception: Any exception of `work`.
     """
     events: queue.Queue = queue.Queue()
-    unread = threading.Event()
+    is_closed = threading.Event()
 
     def on_step(step: Step) -> None:
-        if unread.is_set():
-            raise InterruptedError("nobody waits for this picture any more")
+        if is_closed.is_set():
+            raise InterruptedError("The visitor has left.")
         events.put(step)
 
-    def work() -> None:
+    def run() -> None:
         try:
-            events.put(Finished(draw(on_step)))
+            events.put(work(on_step))
         except Exception as error:
-            events.put(error)  # raised again below, where the page can show it
+            events.put(error)  # raised again below, so that the page can show it
 
-    worker = threading.Thread(target=work, daemon=True)
+    worker = threading.Thread(target=run, daemon=True)
     worker.start()
     last = -math.inf
     try:
-        while True:
-            event = events.get()
-            if isinstance(event, Exception):
-                raise event
-            if isinstance(event, Finished):
-                yield event
-                return
+        while isinstance(event := events.get(), Step):
             if time.monotonic() - last >= seconds_between:
                 last = time.monotonic()
                 yield event
+        if isinstance(event, Exception):
+            raise event
+        yield event
     finally:
-        unread.set()
+        is_closed.set()
         worker.join()
 
 
 def make_scheduler(scheduler: LearnedVarianceDDPMScheduler, sampler: str) -> SchedulerMixin:
-    """A scheduler of its own for one call."""
-    if sampler == "DDPM":
-        return LearnedVarianceDDPMScheduler.from_config(scheduler.config)
-    # Solvers and DDIM take the mean alone.
-    solver = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
-    if sampler in solver:
-        return solver[sampler].from_config(scheduler.config, variance_type=None)
-    return DeterministicDDIM.from_config(scheduler.config)
+    """A new scheduler with the noise schedule of `scheduler`."""
+    scheduler_class = SAMPLERS[sampler]
+    # The solvers of diffusers have no learned variance.
+    options = {} if scheduler_class is LearnedVarianceDDPMScheduler else {"variance_type": None}
+    return scheduler_class.from_config(scheduler.config, **options)
 
 
-class DeterministicDDIM(LearnedVarianceDDPMScheduler):
-    """DDIM without noise, also where the caller says nothing of `eta`."""
-
-    def step(self, model_output, timestep, sample, *, generator=None, guidance_gradient=None, return_dict=True):
-        return super().step(
-            model_output,
-            timestep,
-            sample,
-            generator=generator,
-            eta=0.0,
-            guidance_gradient=guidance_gradient,
-            return_dict=return_dict,
-        )
-
-
-def watch(scheduler: SchedulerMixin, tell: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]):
+def watch(scheduler: SchedulerMixin, report: Callable[..., None]) -> None:
     """
-    Has a scheduler, and the copy of it that a pipeline steps, tell of each step before it is made: the model's output,
-    the timestep, x_t and the predicted x_0.
+    Makes a scheduler, and each copy that a pipeline makes of it, report the model output, the timestep, x_t and the
+    predicted x_0 before each step.
     """
     step = scheduler.step.__func__
 
-    @functools.wraps(step)  # with its signature, which pipelines read
+    @functools.wraps(step)  # including its signature, which pipelines inspect
     def watched(self, model_output, timestep, sample, *args, **kwargs):
-        tell(model_output, timestep, sample, predict_original(self, model_output, timestep, sample))
+        report(model_output, timestep, sample, predict_original(self, model_output, timestep, sample))
         return step(self, model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = types.MethodType(watched, scheduler)  # a method of a copy is one of that copy
+    scheduler.step = types.MethodType(watched, scheduler)  # in a copy, bound to the copy
 
 
 def predict_original(
     scheduler: SchedulerMixin, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The predicted x_0, clipped to [-1, 1], for every scheduler whose samples are signal * x_0 + std * noise."""
+    """The predicted x_0, clipped to [-1, 1], for any scheduler whose samples are signal * x_0 + std * noise."""
     mean = model_output[:, : sample.shape[1]]
     signal, std = signal_and_std(scheduler, torch.as_tensor(timestep), scheduler.alphas_cumprod)
     signal, std = signal.to(sample), std.to(sample)
-    kind = scheduler.config.prediction_type
-    if kind == "sample":
-        x_0 = mean
-    elif kind == "v_prediction":
-        x_0 = signal * sample - std * mean
-    elif kind == "epsilon":
-        x_0 = (sample - std * mean) / signal
-    else:
-        raise ValueError(f"The model predicts {kind!r}; x_0 follows from epsilon, sample and v_prediction.")
-    return x_0.clamp(-1, 1)
+    predictions = {
+        "epsilon": (sample - std * mean) / signal,
+        "sample": mean,
+        "v_prediction": signal * sample - std * mean,
+    }
+    return predictions[scheduler.config.prediction_type].clamp(-1, 1)
 
 
-def check_number(title: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # NaN too
-        raise ValueError(f"{title} is {short(value)}. It must be a number from {low:g} to {high:g}.")
-    return float(value)
-
-
-def check_integer(title: str, value: Any, low: int, high: int) -> int:
+def check_number(value: Any, title: str, low: int, high: int, number_type: type) -> Any:
+    """The value as a `number_type`. Raises a ValueError if it is not a number from `low` to `high`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or value != int(value):
-        raise ValueError(f"{title} is {short(value)}. It must be a whole number from {low} to {high}.")
-    return int(value)
+    if not is_number or not low <= value <= high or number_type(value) != value:
+        kind = "an integer" if number_type is int else "a number"
+        raise ValueError(f"{title} is {short(value)}. It must be {kind} from {low} to {high}.")
+    return number_type(value)
 
 
-def check_prompt(prompt: Any) -> str:
-    if prompt is None:
-        return ""
-    if not isinstance(prompt, str):
-        raise ValueError(f"The prompt is {short(prompt)}. It must be text.")
-    if len(prompt) > MAX_PROMPT_LENGTH:
-        raise ValueError(f"The prompt has {len(prompt)} characters; at most {MAX_PROMPT_LENGTH} are allowed.")
-    return prompt.strip()
-
-
-def check_picture(picture: Image.Image | None) -> Image.Image:
-    if picture is None:
-        raise ValueError("There is no picture. Upload one first.")
-    if max(picture.size) > MAX_IMAGE_SIDE:
-        width, height = picture.size
-        raise ValueError(f"The picture has {width} x {height} pixels; a side may have {MAX_IMAGE_SIDE} at most.")
-    return picture
+def check_image(image: Image.Image | None) -> Image.Image:
+    """The image. Raises a ValueError if there is none or if it is too large."""
+    if image is None:
+        raise ValueError("There is no image. Upload one first.")
+    if max(image.size) > MAX_IMAGE_SIDE:
+        width, height = image.size
+        raise ValueError(f"The image has {width} x {height} pixels; at most {MAX_IMAGE_SIDE} per side are allowed.")
+    return image
 
 
 def short(value: Any) -> str:
-    """A value in an error, however long it is."""
+    """The `repr` of a value for an error message, at most 60 characters long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def fit(picture: Image.Image, size: int) -> Image.Image:
-    """RGB on white, in the middle of a white square, resized to `size`."""
-    picture = picture.convert("RGBA")
-    square = Image.new("RGBA", (max(picture.size),) * 2, "white")
-    offset = tuple((max(picture.size) - side) // 2 for side in picture.size)
-    square.alpha_composite(picture, offset)
-    return square.convert("RGB").resize((size, size), Image.Resampling.BOX if max(picture.size) > size else 0)
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """Centers an image on a white square and resizes it to `size`, as RGB."""
+    side = max(image.size)
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
+    return square.convert("RGB").resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.NEAREST)
 
 
-def paint_of(layers: list[Image.Image]) -> Image.Image:
-    """How much each pixel is painted on, over all layers of an editor: mode L."""
+def painted(layers: list[Image.Image]) -> Image.Image:
+    """The opacity of the paint in each pixel, over all layers of an image editor (mode L)."""
     if not layers:
-        raise ValueError("Nothing is drawn yet. Draw with a finger or the mouse first.")
-    for layer in layers:
-        check_picture(layer)
-    alphas = [np.array(layer.convert("RGBA").getchannel("A")) for layer in layers]
+        raise ValueError("Nothing is drawn yet. Draw with the mouse or a finger first.")
+    alphas = [np.array(check_image(layer).convert("RGBA").getchannel("A")) for layer in layers]
     if len({alpha.shape for alpha in alphas}) > 1:
         raise ValueError("The layers of the drawing differ in size. Clear it and draw again.")
     return Image.fromarray(np.max(alphas, axis=0))
 
 
 def fit_mask(paint: Image.Image, size: int, coverage: float) -> Image.Image:
-    """Black and white (mode L): white where more than `coverage` of a pixel is painted; fitted as `fit` does."""
-    square = Image.new("L", (max(paint.size),) * 2, 0)
-    square.paste(paint, ((max(paint.size) - paint.width) // 2, (max(paint.size) - paint.height) // 2))
+    """A mask (mode L), white where more than `coverage` of a pixel is painted; centered and resized like `fit`."""
+    side = max(paint.size)
+    square = Image.new("L", (side, side))
+    square.paste(paint, ((side - paint.width) // 2, (side - paint.height) // 2))
     share = np.array(square.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
     return Image.fromarray(np.where(share > coverage, 255, 0).astype(np.uint8))
 
 
-def thin(lines: Image.Image) -> Image.Image:
-    """Lines a pixel wide (mode L)."""
-    from skimage.morphology import skeletonize  # slow to import
-
-    return Image.fromarray(np.where(skeletonize(np.array(lines) > 127), 255, 0).astype(np.uint8))
-
-
 def fingerprint(folder: Path) -> str:
-    """Of the weights and configs in a folder: twelve hexadecimal digits."""
+    """A hash of the weights and configs in a folder: twelve hexadecimal digits."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix in (".safetensors", ".json"):
@@ -611,18 +564,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _load_options(folder: Path) -> dict[str, Any]:
-    # Half precision saves space in the repository; on a CPU float32 is faster.
-    is_half = any(Path(folder).rglob("*.fp16.safetensors"))
-    return {"dtype": torch.float32, "local_files_only": True, "variant": "fp16" if is_half else None}
-
-
-def _to_pictures(samples: torch.Tensor) -> list[Image.Image]:
-    """(N, 3, height, width) in [-1, 1], or beyond, as pictures."""
+def _to_images(samples: torch.Tensor) -> list[Image.Image]:
+    """Converts samples `(batch_size, 3, height, width)` to images, clipped to [-1, 1]."""
     levels = ((samples.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in levels]
-
-
-def _percentiles(log_variance: torch.Tensor) -> tuple[float, float, float]:
-    points = torch.tensor([0.1, 0.5, 0.9], device=log_variance.device)
-    return tuple(torch.quantile(log_variance.float().flatten(), points).tolist())

@@ -1,4 +1,4 @@
-"""The folder of models that the Space needs, at toy size, and the app itself, importable."""
+"""Toy versions of the models of the Space; makes the app importable."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Space without its page: recipes, limits, drawings, and what the look inside says."""
+"""The models of the Space without the page: recipes, limits, sampling, sketches, and the look inside."""
 
 import json
 import shutil
@@ -13,13 +13,12 @@ from PIL import Image, ImageDraw
 from space_models import (
     MAX_PROMPT_LENGTH,
     SAMPLERS,
-    Finished,
     Models,
     Recipe,
     Step,
     fit,
     fit_mask,
-    paint_of,
+    painted,
     stream,
 )
 from tolerances import levels_apart
@@ -37,8 +36,8 @@ def nothing(step):
     pass
 
 
-def pixels(pictures):
-    return np.stack([np.array(picture) for picture in pictures])
+def pixels(images):
+    return np.stack([np.array(image) for image in images])
 
 
 # Recipes
@@ -51,10 +50,10 @@ def pixels(pictures):
         ({"prompt": 5}, "must be text"),
         ({"steps": 101}, "Steps is 101"),
         ({"steps": 1}, "Steps is 1"),
-        ({"steps": 2.5}, "whole number"),
-        ({"steps": True}, "whole number"),
-        ({"num_images": 9}, "Pictures is 9"),
-        ({"num_images": 0}, "Pictures is 0"),
+        ({"steps": 2.5}, "an integer from 2 to 100"),
+        ({"steps": True}, "an integer"),
+        ({"num_images": 9}, "Images is 9"),
+        ({"num_images": 0}, "Images is 0"),
         ({"seed": -1}, "Seed is -1"),
         ({"seed": 2**32}, "Seed is"),
         ({"seed": None}, "Seed is None"),
@@ -62,13 +61,13 @@ def pixels(pictures):
         ({"guidance_scale": float("inf")}, "Guidance is inf"),
         ({"guidance_scale": "4"}, "Guidance is '4'"),
         ({"classifier_scale": 11, "category": "cats"}, "Classifier guidance is 11"),
-        ({"classifier_scale": 1}, "Choose one, or set the scale to 0"),
+        ({"classifier_scale": 1}, "needs a category. Choose one, or set the scale to 0"),
         ({"sampler": "Euler"}, "no sampler 'Euler'"),
         ({"category": None}, "category is None"),
         ({"upscale": "yes"}, "true or false"),
     ],
 )
-def test_recipe_refuses_what_is_out_of_range(entries, message):
+def test_recipe_refuses_values_out_of_range(entries, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**entries)
 
@@ -91,53 +90,53 @@ def test_recipes_survive_json_and_links():
         ("{", "not valid JSON"),
         ("[" * 1000, "not valid JSON"),
         ("[1]", "not a JSON object"),
-        (json.dumps({"step": 5}), "entry 'step'"),
+        (json.dumps({"step": 5}), "unknown entry 'step'"),
         (json.dumps({"prompt": "x" * 3000}), "at most 2000"),
         ('{"steps": NaN}', "Steps is nan"),
     ],
 )
-def test_recipes_that_are_none(text, message):
+def test_invalid_recipes(text, message):
     with pytest.raises(ValueError, match=message):
         Recipe.from_json(text)
 
 
-def test_link_with_something_unreadable():
+def test_invalid_link():
     with pytest.raises(ValueError, match="steps is 'many'"):
         Recipe.from_query({"steps": "many"})
 
 
-# Drawing
+# Sampling
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_same_recipe_same_pictures(models, sampler):
+def test_same_recipe_same_images(models, sampler):
     recipe = Recipe("red cat", "cats", steps=3, sampler=sampler, seed=5, num_images=2)
     first, second = models.generate(recipe, nothing), models.generate(recipe, nothing)
     assert levels_apart(pixels(first), pixels(second)) <= 1
     other = models.generate(Recipe("red cat", "cats", steps=3, sampler=sampler, seed=6, num_images=1), nothing)
-    assert np.abs(pixels(other)[0].astype(int) - pixels(first)[1]).max() <= 1  # seed 5 goes on with 6
+    assert np.abs(pixels(other)[0].astype(int) - pixels(first)[1]).max() <= 1  # the seeds of the recipe were 5 and 6
     assert levels_apart(pixels(other)[0], pixels(first)[0]) > 1
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_last_preview_is_about_the_picture(models, sampler):
+def test_last_preview_is_close_to_the_image(models, sampler):
     steps = []
-    pictures = models.generate(Recipe(steps=5, sampler=sampler, num_images=2, guidance_scale=1.0), steps.append)
-    assert [(step.done, step.total, step.task) for step in steps] == [(i, 5, "Drawing") for i in range(1, 6)]
+    images = models.generate(Recipe(steps=5, sampler=sampler, num_images=2, guidance_scale=1.0), steps.append)
+    assert [(step.done, step.total, step.task) for step in steps] == [(i, 5, "Generating") for i in range(1, 6)]
     assert len(steps[-1].previews) == 2
-    if sampler != "UniPC":  # its corrector moves on from the predicted x_0
-        difference = pixels(steps[-1].previews).astype(int) - pixels(pictures)
+    if sampler != "UniPC":  # its corrector changes the predicted x_0
+        difference = pixels(steps[-1].previews).astype(int) - pixels(images)
         assert np.abs(difference).max() <= 1
 
 
-def test_enlarging(models):
+def test_upsampling(models):
     steps = []
-    pictures = models.generate(Recipe(steps=2, num_images=2, upscale=True), steps.append)
-    assert [picture.size for picture in pictures] == [(16, 16)] * 2
-    assert {step.task for step in steps} == {"Drawing", "Enlarging"}
+    images = models.generate(Recipe(steps=2, num_images=2, upscale=True), steps.append)
+    assert [image.size for image in images] == [(16, 16)] * 2
+    assert {step.task for step in steps} == {"Generating", "Upsampling"}
 
 
-def test_enlarging_with_other_noise_than_in_training(models_folder):
+def test_upsampling_with_another_noise_schedule_than_in_training(models_folder):
     models = Models(models_folder, device="cpu")
     models.upsampler.scheduler = LearnedVarianceDDPMScheduler(beta_schedule="cosine")
     with pytest.raises(ValueError, match="This upsampler was trained on the noise schedule linear"):
@@ -145,7 +144,7 @@ def test_enlarging_with_other_noise_than_in_training(models_folder):
 
 
 def test_demonstration_models_carry_their_noise_schedule():
-    """The recipes that they were trained with (spaces/model/README.md) all have the cosine one."""
+    """All of them were trained with the cosine schedule (spaces/model/README.md)."""
     folder = Path(__file__).parents[2] / "spaces" / "model"
     schedulers = [
         LearnedVarianceDDPMScheduler.from_pretrained(folder / name, subfolder="scheduler")
@@ -161,18 +160,18 @@ def test_demonstration_models_carry_their_noise_schedule():
         check_same_noise(path, noise_schedule, scheduler)
 
 
-def test_inpainting_keeps_the_rest(models):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+def test_inpainting_keeps_the_unmasked_part(models):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 4, 8))
     steps = []
-    (result,) = models.inpaint(Recipe(steps=8, num_images=1), picture, mask, steps.append)
-    assert np.array_equal(np.array(result)[:, 4:], np.array(picture)[:, 4:])
-    assert not np.array_equal(np.array(result)[:, :4], np.array(picture)[:, :4])
-    assert steps[-1].done == steps[-1].total > 8  # RePaint goes back and forth
+    (result,) = models.inpaint(Recipe(steps=8, num_images=1), image, mask, steps.append)
+    assert np.array_equal(np.array(result)[:, 4:], np.array(image)[:, 4:])
+    assert not np.array_equal(np.array(result)[:, :4], np.array(image)[:, :4])
+    assert steps[-1].done == steps[-1].total > 8  # RePaint repeats steps
 
 
-def test_sketch_is_followed_by_its_strength(models):
+def test_strength_of_a_sketch(models):
     condition = Image.new("RGB", (8, 8))
     ImageDraw.Draw(condition).line((1, 1, 6, 6), fill="white")
     recipe = Recipe(steps=3, num_images=1)
@@ -201,12 +200,12 @@ def test_look_inside(models):
     assert all(low <= middle <= high for low, middle, high in inside.log_variances)
 
 
-def test_bound_is_that_of_the_condition(models):
+def test_bound_depends_on_the_condition(models):
     one, other = (models.look_inside(Recipe(prompt, steps=3, guidance_scale=1.0), nothing) for prompt in ("cat", "mat"))
     assert one.terms != other.terms
 
 
-def test_what_these_models_cannot(models, models_folder, tmp_path):
+def test_recipes_that_these_models_cannot_follow(models, models_folder, tmp_path):
     with pytest.raises(ValueError, match="no category 'Cats'. Choose one of: any, cats"):
         models.check(Recipe(category="Cats"))
     shutil.copytree(models_folder / "base", tmp_path / "base")
@@ -226,16 +225,16 @@ def test_what_these_models_cannot(models, models_folder, tmp_path):
 def test_stream_ends_with_the_result():
     def draw(on_step):
         for i in range(3):
-            on_step(Step(i + 1, 3, "Drawing", []))
-        return "picture"
+            on_step(Step(i + 1, 3, "Generating", []))
+        return "image"
 
     events = list(stream(draw, seconds_between=0))
     assert [event.done for event in events[:-1]] == [1, 2, 3]
-    assert events[-1] == Finished("picture")
-    assert len(list(stream(draw, seconds_between=100))) == 2  # the first step, and the result however soon
+    assert events[-1] == "image"
+    assert len(list(stream(draw, seconds_between=100))) == 2  # the first step, and always the result
 
 
-def test_stream_hands_on_errors():
+def test_stream_raises_errors():
     def draw(on_step):
         raise ValueError("too much")
 
@@ -243,14 +242,14 @@ def test_stream_hands_on_errors():
         list(stream(draw))
 
 
-def test_drawing_ends_when_the_visitor_leaves():
+def test_sampling_ends_when_the_visitor_leaves():
     steps, ended = [], threading.Event()
 
     def draw(on_step):
         try:
             for i in range(1000):
                 steps.append(i)
-                on_step(Step(i + 1, 1000, "Drawing", []))
+                on_step(Step(i + 1, 1000, "Generating", []))
                 time.sleep(0.005)
         finally:
             ended.set()
@@ -262,29 +261,29 @@ def test_drawing_ends_when_the_visitor_leaves():
     assert len(steps) < 1000
 
 
-# Drawings
+# Uploads and drawings
 
 
-def test_pictures_of_all_kinds_become_small_squares_on_white():
+def test_uploads_become_small_squares_on_white():
     wide = Image.new("RGBA", (64, 32), (255, 0, 0, 255))
     fitted = np.array(fit(wide, 8))
     assert fitted.shape == (8, 8, 3)
     assert (fitted[:2] == 255).all()
     assert (fitted[2:6] == (255, 0, 0)).all()
-    assert (np.array(fit(Image.new("LA", (5, 5), (0, 0)), 8)) == 255).all()  # nothing but transparency
+    assert (np.array(fit(Image.new("LA", (5, 5), (0, 0)), 8)) == 255).all()  # fully transparent
 
 
 def test_mask_is_where_the_paint_is():
     layers = [Image.new("RGBA", (32, 32)), Image.new("RGBA", (32, 32))]
     ImageDraw.Draw(layers[0]).rectangle((0, 0, 15, 15), fill="magenta")
     ImageDraw.Draw(layers[1]).rectangle((24, 24, 31, 31), fill="black")
-    mask = np.array(fit_mask(paint_of(layers), 8, coverage=0.5)) > 0
+    mask = np.array(fit_mask(painted(layers), 8, coverage=0.5)) > 0
     expected = np.zeros((8, 8), bool)
     expected[:4, :4] = expected[6:, 6:] = True
     assert np.array_equal(mask, expected)
 
 
-def test_drawings_that_are_none(models):
+def test_missing_and_unusable_drawings(models):
     for read in (models.read_mask, models.read_strokes):
         with pytest.raises(ValueError, match="Nothing is drawn yet"):
             read([])
@@ -292,10 +291,10 @@ def test_drawings_that_are_none(models):
         models.read_mask([Image.new("RGBA", (32, 32))])
     with pytest.raises(ValueError, match="sketch is empty"):
         models.read_strokes([Image.new("RGBA", (32, 32))])
-    with pytest.raises(ValueError, match="no picture"):
-        models.read_picture(None)
+    with pytest.raises(ValueError, match="no image"):
+        models.read_image(None)
     with pytest.raises(ValueError, match="5000 x 10 pixels"):
-        models.read_picture(Image.new("L", (5000, 10)))
+        models.read_image(Image.new("L", (5000, 10)))
     with pytest.raises(ValueError, match="differ in size"):
         models.read_mask([Image.new("RGBA", (32, 32)), Image.new("RGBA", (16, 16))])
 
@@ -310,14 +309,14 @@ def test_strokes_become_lines_a_pixel_wide(models):
     assert (lines > 0).any(axis=0).sum() >= 5
 
 
-def test_global_random_state_is_left_alone(models):
+def test_global_random_state_is_unchanged(models):
     state = torch.random.get_rng_state()
     models.generate(Recipe(steps=2, num_images=1), nothing)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_nothing_to_guide_towards(models):
-    """Guidance stays at what the page has by default."""
+def test_guidance_without_a_condition(models):
+    """Guidance has no effect, so that the page can keep its default."""
     free, guided = (
         pixels(models.generate(Recipe(steps=2, num_images=1, guidance_scale=scale), nothing)) for scale in (1.0, 4.0)
     )

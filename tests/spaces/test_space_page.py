@@ -1,4 +1,4 @@
-"""The Space as visitors see it: over its API, and in headless Chromium with a mouse that draws."""
+"""The Space as visitors see it: over its API, and in headless Chromium, including drawing with the mouse."""
 
 import io
 import os
@@ -27,7 +27,7 @@ APP = Path(__file__).parents[2] / "spaces" / "app.py"
 README = APP.with_name("README.md")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 START_SECONDS, PATIENCE_MS = 300, 60_000
-# As on a slow display: without a GPU, each frame of a drawing board costs the processor, sixty times a second.
+# Without a GPU, the frames of an image editor (sixty per second) take much CPU time.
 TEN_FRAMES_A_SECOND = """
     const draw = window.requestAnimationFrame.bind(window);
     window.requestAnimationFrame = callback => setTimeout(() => draw(callback), 90);
@@ -37,7 +37,7 @@ TEN_FRAMES_A_SECOND = """
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where the app keeps its caches; Gradio shares one folder among all apps by default."""
+    """Folder for the caches of the app; by default Gradio shares one folder among all apps."""
     return tmp_path_factory.mktemp("space")
 
 
@@ -99,25 +99,25 @@ GENERATE = {
 }
 
 
-def contents(pictures):
-    return [Path(picture["image"]).read_bytes() for picture in pictures]
+def contents(images):
+    return [Path(image["image"]).read_bytes() for image in images]
 
 
 def test_names_of_the_api(client):
     names = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
     assert names >= {"/generate", "/reproduce", "/edit", "/sketch", "/look_inside"}
     # Gradio has one more, for a moment, while it caches examples.
-    assert not names & {"/fill_in", "/take_first", "/new_seed"}
+    assert not names & {"/fill_in", "/first_image", "/lambda"}
 
 
-def test_recipe_makes_the_same_pictures_again(client):
-    pictures, status, recipe, *_ = client.predict(**GENERATE, api_name="/generate")
-    assert (len(pictures), status) == (2, "Done.")
+def test_recipe_reproduces_the_images(client):
+    images, status, recipe, *_ = client.predict(**GENERATE, api_name="/generate")
+    assert (len(images), status) == (2, "Done.")
     again, *_ = client.predict(recipe=recipe, api_name="/reproduce")
-    assert contents(pictures) == contents(again)
+    assert contents(images) == contents(again)
 
 
-def test_recipe_and_link_make_the_same_files_in_another_process(client, models_folder):
+def test_recipe_and_link_reproduce_the_files_in_another_process(client, models_folder):
     """The app is another process than this one."""
     request = {**GENERATE, "sampler": "DPM-Solver++", "upscale": True}
     _, _, recipe, link, archive = client.predict(**request, api_name="/generate")
@@ -128,17 +128,17 @@ def test_recipe_and_link_make_the_same_files_in_another_process(client, models_f
     assert (from_link, weights) == (from_json, models.weights)
     files = zipfile.ZipFile(archive)
     assert files.read("recipe.json").decode() == recipe
-    for number, picture in enumerate(models.generate(from_link, lambda step: None)):
+    for number, image in enumerate(models.generate(from_link, lambda step: None)):
         data = io.BytesIO()
-        picture.save(data, "PNG")
+        image.save(data, "PNG")
         assert data.getvalue() == files.read(f"{number:02d}.png")
     assert files.namelist() == ["00.png", "01.png", "recipe.json"]
 
 
 def test_recipe_of_other_weights(client):
-    """Is drawn all the same; the page says what to expect."""
-    pictures, *_ = client.predict(recipe='{"steps": 2, "num_images": 1, "weights": "other"}', api_name="/reproduce")
-    assert len(pictures) == 1
+    """It runs, and the page shows a warning."""
+    images, *_ = client.predict(recipe='{"steps": 2, "num_images": 1, "weights": "other"}', api_name="/reproduce")
+    assert len(images) == 1
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_recipe_of_other_weights(client):
         ({"seed": -1}, "-1"),
         ({"prompt": "x" * 201}, "at most 200"),
         ({"category": "unicorns"}, "unicorns"),
-        ({"category": "any"}, "Classifier guidance steers towards a category"),
+        ({"category": "any"}, "Classifier guidance needs a category"),
     ],
 )
 def test_limits_hold_on_the_server(client, change, message):
@@ -159,28 +159,28 @@ def test_limits_hold_on_the_server(client, change, message):
 
 
 def test_snippet_of_the_readme(url, tmp_path, monkeypatch):
-    """It calls every function, with drawings that the reader has; here with fewer steps."""
+    """It calls every function with drawings of the reader; here with fewer steps."""
     monkeypatch.chdir(tmp_path)
     strokes = Image.new("RGBA", (64, 64))
     ImageDraw.Draw(strokes).line((8, 32, 56, 32), fill="black", width=16)
     strokes.save("strokes.png")
-    strokes.resize((8, 8)).save("mask.png")  # of the size of the picture
+    strokes.resize((8, 8)).save("mask.png")  # as large as the image
     code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
     code, replaced = re.subn(r"steps=\d+", "steps=12", code)
     assert replaced == 4
     names = {}
     exec(code.replace("http://127.0.0.1:7860", url), names)
     assert len(contents(names["again"])) == 4
-    assert len(contents(names["pictures"])) == 2
+    assert len(contents(names["images"])) == 2
     assert names["status"] == "Done."
     assert Image.open(names["condition"]).getextrema() == ((0, 255),) * 3
     assert Image.open(names["film"]).size == (10 * 128, 2 * 128)
     assert Image.open(names["predictions"]).size == (10 * 128, 2 * 154)  # in rows of ten, with captions
     assert names["curves"]["type"] == "matplotlib"
-    assert re.match(r"At most \*\*\d+\.\d{3} bits per dimension\*\* .* chain of 12 steps", names["bits_per_dim"])
+    assert re.match(r"At most \*\*\d+\.\d{3} bits per dimension\*\* .* with 12 steps", names["bits_per_dim"])
 
 
-def test_drawings_that_are_missing(client):
+def test_missing_drawings(client):
     common = {"prompt": "hat", "category": "any", "guidance_scale": 2, "steps": 3, "seed": 0, "num_images": 1}
     nothing = {"background": None, "layers": [], "composite": None}
     with pytest.raises(gradio_client.exceptions.AppError, match="Upload one first"):
@@ -269,7 +269,7 @@ def wait_for_value(page, value):
     )
 
 
-def count_pictures(page):
+def count_images(page):
     return page.locator(".pixels img:visible").count()
 
 
@@ -297,8 +297,8 @@ def test_page_loads_and_its_example_is_there(visit, home):
         time.sleep(0.2)
     page.get_by_role("button", name=EXAMPLES[0].prompt, exact=True).click()
     wait_for_value(page, "Done.")
-    page.get_by_text("Link to these pictures").wait_for()
-    assert count_pictures(page) == EXAMPLES[0].num_images
+    page.get_by_text("Link to these images").wait_for()
+    assert count_images(page) == EXAMPLES[0].num_images
 
 
 def test_generate_in_the_browser(visit):
@@ -307,8 +307,8 @@ def test_generate_in_the_browser(visit):
     page.get_by_label("Category").first.click()
     page.get_by_role("option", name="dogs").click()
     button(page, "Generate").click()
-    page.get_by_text("Link to these pictures").wait_for()
-    assert count_pictures(page) == 2
+    page.get_by_text("Link to these images").wait_for()
+    assert count_images(page) == 2
     page.get_by_text("Reproduce").click()
     recipe, _ = Recipe.from_json(page.locator("#recipe textarea").input_value())
     assert recipe == Recipe("red cat", "dogs", steps=4, num_images=2)
@@ -317,46 +317,46 @@ def test_generate_in_the_browser(visit):
 def test_edit_in_the_browser(visit):
     page = visit()
     button(page, "Generate").click()
-    page.get_by_text("Link to these pictures").wait_for()
+    page.get_by_text("Link to these images").wait_for()
     page.get_by_role("tab", name="Edit").click()
-    button(page, "Take the first picture of Generate").click()
+    button(page, "Use the first image of the Generate tab").click()
     page.wait_for_timeout(1000)
     draw(page, "edit-drawing")
-    button(page, "Repaint").click()
+    button(page, "Inpaint").click()
     wait_for_value(page, "Done.")
-    assert count_pictures(page) == 2
+    assert count_images(page) == 2
 
 
 def test_sketch_in_the_browser(visit):
     page = visit()
     page.get_by_role("tab", name="Sketch").click()
     draw(page, "sketch-drawing")
-    button(page, "Draw it").click()
+    button(page, "Generate from sketch").click()
     wait_for_value(page, "Done.")
-    assert count_pictures(page) == 3  # two, and what the network saw
+    assert count_images(page) == 3  # two, and the input of the ControlNet
 
 
 def test_look_inside_in_the_browser(visit):
     page = visit()
     page.get_by_role("tab", name="Look inside").click()
     button(page, "Look inside").click()
-    page.get_by_text("bits per dimension for this picture").wait_for()
-    assert count_pictures(page) == 3
+    page.get_by_text("bits per dimension for this image").wait_for()
+    assert count_images(page) == 3
 
 
 def test_bad_input_in_the_browser(visit):
     page = visit(query="steps=1000")
-    page.get_by_text("Steps is 1000. It must be a whole number from 2 to 100.").wait_for()
+    page.get_by_text("Steps is 1000. It must be an integer from 2 to 100.").wait_for()
     page.get_by_role("tab", name="Sketch").click()
-    button(page, "Draw it").click()
+    button(page, "Generate from sketch").click()
     page.get_by_text("Nothing is drawn yet").or_(page.get_by_text("The sketch is empty")).first.wait_for()
 
 
 def test_all_tabs_on_a_phone(visit, request):
     page = visit(390, 844)
     button(page, "Generate").click()
-    page.get_by_text("Link to these pictures").wait_for()
-    # What was made stands between the button and the finer settings.
+    page.get_by_text("Link to these images").wait_for()
+    # The results are between the button and the finer settings.
     tops = [page.get_by_label(label).first.bounding_box()["y"] for label in ("Prompt", "Status", "Guidance")]
     assert tops == sorted(tops)
     leave_screenshot(page, f"{request.node.name}_generate")
