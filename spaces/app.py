@@ -420,11 +420,12 @@ def edit_tab(space: Space, generated: gr.Gallery) -> None:
             prompt, category = prompt_and_category(space.models)
             button = gr.Button("Inpaint", variant="primary")
             with gr.Column(elem_classes="settings"):
-                settings = [slider("guidance_scale"), slider("steps"), seed_box(), slider("num_images", 2)]
+                guidance, steps = slider("guidance_scale"), slider("steps")
+                images, seed = slider("num_images", 2), seed_box()
         with gr.Column(**RESULTS):
             status, results = status_line(), gallery()
     first.click(first_image, generated, drawing, **PRIVATE)
-    inputs, outputs = [drawing, prompt, category, *settings], [results, status]
+    inputs, outputs = [drawing, prompt, category, guidance, steps, seed, images], [results, status]
     button.click(space.edit, inputs, outputs, api_name="edit", show_progress_on=status, **ONE_AT_A_TIME)
 
 
@@ -437,12 +438,13 @@ def sketch_tab(space: Space) -> None:
             button = gr.Button("Generate from sketch", variant="primary")
             with gr.Column(elem_classes="settings"):
                 strength = gr.Slider(0, MAX_CONTROLNET_SCALE, 1, step=0.1, label="Strength of the sketch")
-                settings = [slider("guidance_scale"), slider("steps"), seed_box(), slider("num_images", 2)]
+                guidance, steps = slider("guidance_scale"), slider("steps")
+                images, seed = slider("num_images", 2), seed_box()
         with gr.Column(**RESULTS):
             status = status_line()
             gr.Markdown("Input of the ControlNet:")
             condition, results = image_box("Input of the ControlNet", height=280), gallery()
-    inputs = [drawing, prompt, category, strength, *settings]
+    inputs = [drawing, prompt, category, strength, guidance, steps, seed, images]
     outputs = [condition, results, status]
     button.click(space.sketch, inputs, outputs, api_name="sketch", show_progress_on=status, **ONE_AT_A_TIME)
 
