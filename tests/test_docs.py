@@ -1,4 +1,4 @@
-"""The pages: their links lead somewhere, README.md lists them all, and their code can be parsed."""
+"""The documentation: links work, README.md links all pages, and code can be parsed."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them: lower case, no punctuation, hyphens for spaces."""
+    """Anchors of the headings as on GitHub: lower case, no punctuation, hyphens for spaces."""
     outside_of_code = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.*)$", outside_of_code, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,6 +1,6 @@
 """
-Runs the code of README.md, and of docs/hub.md after it: in order, in one session, in a folder that looks like a clone,
-against a local server in place of the Hub. `CHANGES` and `LEFT_OUT` say what is not run as it stands.
+Runs the code of README.md and then of docs/hub.md: in order, in one session, in a folder that looks like a clone, with a
+local server in place of the Hub. `CHANGES` and `LEFT_OUT` list the exceptions.
 """
 
 import json
@@ -22,7 +22,7 @@ from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 
 MODELS = REPOSITORY / "spaces" / "model"
 PAGES = ("README.md", "docs/hub.md")
-# Fewer of everything that takes long, a user that the server knows, and a port that is free (put in below).
+# Fewer steps and images, and a user that the server knows. The port is replaced by a free one below.
 PORT = "7860"
 CHANGES = {
     r"(num_inference_steps=)\d+": r"\g<1>2",
@@ -35,17 +35,17 @@ CHANGES = {
     r"(num_images_per_prompt=4, guidance_scale=4\.0)\)": r"\1, num_inference_steps=2)",
     r"\buser/repo\b": "alice/repo",
 }
-# What a block contains, and why it is not run.
+# Blocks that contain one of these strings are not run, for this reason.
 LEFT_OUT = {
     "push-space user/name": "builds a wheel; tests/test_hub_space.py runs it",
     "pip install -e": "installs from the network",
     "--checkpoint lsun_cat.pt": "a published file of 2 GB; tests/conversion/ runs the command on small ones",
     'custom_pipeline="pipeline"': "is for machines without this package; tests/test_hub_repositories.py runs it there",
 }
-APP = "python spaces/app.py"  # does not end: it is started, and ended at the end
+APP = "python spaces/app.py"  # runs until it is terminated at the end
 CATEGORIES = {0: "cats", 1: "dogs"}
 
-# Reads the blocks, and runs them: Python in one namespace, commands in a shell of their own.
+# Runs the blocks: Python in one namespace, each shell block in its own shell.
 SESSION = """
 import json, os, subprocess, sys, time, urllib.request
 
@@ -77,7 +77,7 @@ finally:
     if app is not None:
         app.terminate()
         app.wait(30)
-names = ("images", "flags", "large", "repainted", "follows")
+names = ("images", "flags", "large", "inpainted", "controlled")
 sizes = {name: [image.size for image in namespace[name]] for name in names}
 print(json.dumps({"sizes": sizes, "samples": len(namespace["samples"])}))
 """
@@ -95,7 +95,7 @@ def is_left_out(block: Block) -> bool:
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """What the commands need of a clone; and a folder of captioned images."""
+    """The parts of a clone that the commands need, and a folder of captioned images."""
     clone = tmp_path / "clone"
     clone.mkdir()
     for name in ("src", "training", "spaces", "data"):
@@ -113,7 +113,7 @@ def clone(tmp_path) -> Path:
 
 
 def save_toy_space(folder: Path) -> None:
-    """Beside all else the page draws examples, for half a minute with the real models."""
+    """Toy models, because the examples of the page take half a minute with the real ones."""
     ADMPipeline(
         random_text_unet("added_kv"),
         LearnedVarianceDDPMScheduler(),
@@ -157,8 +157,8 @@ def test_code_runs(clone, tmp_path):
         "images": [small] * 2,
         "flags": [small] * 4,
         "large": [large] * 2,
-        "repainted": [small],
-        "follows": [small],
+        "inpainted": [small],
+        "controlled": [small],
     }
     assert result["samples"] == 2
     assert Image.open(clone / "fire.png").size == (32, 32)
@@ -168,7 +168,7 @@ def test_code_runs(clone, tmp_path):
     assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "README.md", "pipeline.py"} <= set(pushed)
 
 
-def test_nothing_is_left_out_in_vain():
+def test_all_exceptions_are_used():
     every = [block.code for page in PAGES for block in blocks(REPOSITORY / page)]
     for mark in LEFT_OUT:
         assert any(mark in code for code in every), f"No block has {mark!r}"
