@@ -37,10 +37,10 @@ CHANGES = {
 }
 # Blocks that contain one of these strings are not run, for this reason.
 LEFT_OUT = {
-    "push-space user/name": "builds a wheel; tests/test_hub_space.py runs it",
+    "push-space user/name": "builds a wheel; tests/hub/test_hub_space.py runs it",
     "pip install -e": "installs from the network",
     "--checkpoint lsun_cat.pt": "a published file of 2 GB; tests/conversion/ runs the command on small ones",
-    'custom_pipeline="pipeline"': "is for machines without this package; tests/test_hub_repositories.py runs it there",
+    'custom_pipeline="pipeline"': "is for machines without this package; tests/hub/test_hub_repositories.py runs it there",
 }
 APP = "python spaces/app.py"  # runs until it is terminated at the end
 CATEGORIES = {0: "cats", 1: "dogs"}
