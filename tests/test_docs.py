@@ -1,7 +1,10 @@
 """The documentation: links work, README.md links all pages, and code can be parsed."""
 
+import ast
+import importlib
 import re
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,18 @@ def test_code_can_be_parsed(page):
         else:
             result = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True)
             assert result.returncode == 0, f"{page.name}, line {block.line}: {result.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_imports_exist(page):
+    """Names of this package that the code of a page imports, without old names that only work with a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for block in blocks(page):
+            for node in ast.walk(ast.parse(block.code)) if block.language == "python" else ():
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusers_adm"):
+                    module = importlib.import_module(node.module)
+                    for alias in node.names:
+                        assert hasattr(module, alias.name), (
+                            f"{page.name}, line {block.line}: {node.module}.{alias.name}"
+                        )
