@@ -1,6 +1,6 @@
 """
-Runs the code of README.md and then of docs/hub.md: in order, in one session, in a folder that looks like a clone, with a
-local server in place of the Hub. `CHANGES` and `LEFT_OUT` list the exceptions.
+Runs the code of README.md and then of docs/hub.md: in order, in one session, in a folder that looks like a clone, with
+a local server in place of the Hub. `CHANGES` and `LEFT_OUT` list the exceptions.
 """
 
 import json
@@ -40,7 +40,7 @@ LEFT_OUT = {
     "push-space user/name": "builds a wheel; tests/hub/test_hub_space.py runs it",
     "pip install -e": "installs from the network",
     "--checkpoint lsun_cat.pt": "a published file of 2 GB; tests/conversion/ runs the command on small ones",
-    'custom_pipeline="pipeline"': "is for machines without this package; tests/hub/test_hub_repositories.py runs it there",
+    'custom_pipeline="pipeline"': "needs a machine without this package; tests/hub/test_hub_repositories.py runs it",
 }
 APP = "python spaces/app.py"  # runs until it is terminated at the end
 CATEGORIES = {0: "cats", 1: "dogs"}
