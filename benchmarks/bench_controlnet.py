@@ -53,7 +53,7 @@ def inputs_for(unet: AdaGNUNet2DModel, batch_size: int) -> tuple[torch.Tensor, t
     images = torch.rand(batch_size, 3, size, size, generator=generator).to(device)
     timesteps = torch.arange(batch_size, device=device) * 999 // max(1, batch_size - 1)
     told = {"class_labels": torch.arange(batch_size, device=device) % NUM_CLASSES}
-    if unet.reads_text:
+    if unet.has_cross_attention:
         states = torch.randn(batch_size, TEXT_LENGTH, unet.config.cross_attention_dim, generator=generator)
         told["encoder_hidden_states"] = states.to(device)
         pooled = torch.randn(batch_size, unet.time_embed_dim, generator=generator)

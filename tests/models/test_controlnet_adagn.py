@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from toy_models import CONDITIONAL, TOY_CONFIG, fill_randomly, random_text_unet, random_unet
 
 from diffusers_adm import AdaGNControlNetModel, AdaGNMultiControlNetModel, AdaGNUNet2DModel
+from diffusers_adm.models.config_checks import NEUTRAL_ARGUMENTS
 from diffusers_adm.models.controlnet_adagn import residual_channels, strides_of
 
 
@@ -147,7 +148,7 @@ class TestAgainstDiffusers:
         ours = AdaGNControlNetModel.from_unet(unet, conditioning_downsampling_factor=8)
         for key, value in theirs.config.items():
             if not key.startswith("_"):
-                assert ours.config[key] == value, key
+                assert ours.config.get(key, NEUTRAL_ARGUMENTS.get(key)) == value, key
         expected, found = theirs.state_dict(), ours.state_dict()
         assert expected.keys() == found.keys()
         for name, value in expected.items():
@@ -199,7 +200,7 @@ def inputs_of(unet, dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
     config, conditions = unet.config, {}
     sample = torch.randn(2, config.in_channels, 8, 8, generator=generator)
-    if unet.reads_text:
+    if unet.has_cross_attention:
         conditions["encoder_hidden_states"] = torch.randn(2, 5, 16, generator=generator)
         conditions["encoder_attention_mask"] = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
     if config.addition_embed_type == "text_embeds":
@@ -343,13 +344,13 @@ class TestFromUNet:
         with pytest.raises(ValueError, match=re.escape(f"`width` is {width}; it must lie in (0, 1]")):
             AdaGNControlNetModel.from_unet(random_unet(), width=width)
 
-    def test_refuses_text_on_the_way_up_alone(self):
+    def test_refuses_text_in_the_up_path_only(self):
         unet = random_text_unet(
             "added_kv",
             down_block_types=("ResnetDownsampleBlock2D",) * 2,
             mid_block_type=None,
         )
-        with pytest.raises(ValueError, match="cross-attention on its way up alone"):
+        with pytest.raises(ValueError, match="cross-attention only in its up path"):
             AdaGNControlNetModel.from_unet(unet)
 
 
@@ -458,7 +459,7 @@ class TestConditioningImage:
 
     @pytest.mark.parametrize("factor", [0, -2, 1.5])
     def test_refuses_what_is_no_factor(self, factor):
-        with pytest.raises(ValueError, match=f"is {factor}; it must be a whole number from 1 on"):
+        with pytest.raises(ValueError, match=f"is {factor}; it must be a positive integer"):
             AdaGNControlNetModel.from_unet(random_unet(), conditioning_downsampling_factor=factor)
 
     @pytest.mark.parametrize("factor, stages", [(16, 3), (6, 1), (2, 0)])
@@ -553,7 +554,7 @@ class TestBase:
             (
                 {},
                 {"block_out_channels": (16, 32)},
-                r"channels of skip connections and middle: \[8, 8, 8, 16, 16\] here, \[16, 16, 16, 32, 32\] there",
+                r"skip connections and middle block: \[8, 8, 8, 16, 16\] here, \[16, 16, 16, 32, 32\] there",
             ),
             ({}, {"layers_per_block": 2}, r"\[8, 8, 8, 16, 16\] here, \[8, 8, 8, 8, 16, 16, 16\] there"),
             ({}, CONDITIONAL, "`num_class_embeds`: None here, 5 there; `null_class_id`: None here, 4 there"),
@@ -578,7 +579,7 @@ class TestBase:
 
     def test_what_is_no_unet(self):
         branch = AdaGNControlNetModel.from_unet(random_unet())
-        with pytest.raises(ValueError, match="belongs to a U-Net, but this is a AdaGNControlNetModel"):
+        with pytest.raises(ValueError, match="belongs to a U-Net, but this is AdaGNControlNetModel"):
             branch.check_base(branch)
 
     def test_fits_other_weights_and_other_classes_of_unet(self):
@@ -646,7 +647,7 @@ class TestSeveral:
         assert len(AdaGNMultiControlNetModel.from_pretrained(tmp_path).nets) == 2
 
     def test_refusals(self, tmp_path):
-        with pytest.raises(ValueError, match="`push_to_hub` of several branches"):
+        with pytest.raises(ValueError, match="`push_to_hub` of several ControlNets"):
             AdaGNMultiControlNetModel([random_branch(random_unet())]).save_pretrained(tmp_path, push_to_hub=True)
         with pytest.raises(ValueError, match="`controlnets` is empty"):
             AdaGNMultiControlNetModel([])
@@ -654,12 +655,12 @@ class TestSeveral:
             AdaGNMultiControlNetModel.from_pretrained(tmp_path)
         unet = random_unet()
         both = AdaGNMultiControlNetModel([AdaGNControlNetModel.from_unet(unet)] * 2)
-        message = "There are 2 branches, 1 entries of `controlnet_cond` and 2 of `conditioning_scale`"
+        message = "There are 2 ControlNets, 1 entries of `controlnet_cond` and 2 of `conditioning_scale`"
         with pytest.raises(ValueError, match=message):
             both(SAMPLE, TIMESTEP, controlnet_cond=[IMAGE], conditioning_scale=[1, 1])
-        with pytest.raises(ValueError, match="no branch has anything to add"):
+        with pytest.raises(ValueError, match="no ControlNet has any effect"):
             both(SAMPLE, TIMESTEP, controlnet_cond=[IMAGE] * 2, conditioning_scale=[0, 0.0])
-        with pytest.raises(ValueError, match="Branch 0 of 2, counted from 0: .* made for another U-Net"):
+        with pytest.raises(ValueError, match="ControlNet 0 of 2, counted from 0: .* made for another U-Net"):
             both.check_base(random_unet(**CONDITIONAL))
 
 
@@ -667,7 +668,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "image, message",
         [
-            (None, r"`controlnet_cond` is missing: .* \(2, 3, 8, 8\)"),
+            (None, r"`controlnet_cond` is missing; this model takes \(2, 3, 8, 8\)"),
             (torch.rand(2, 3, 16, 16), r"has shape \(2, 3, 16, 16\).* takes \(2, 3, 8, 8\)"),
             (torch.rand(2, 1, 8, 8), r"has shape \(2, 1, 8, 8\)"),
             (torch.rand(1, 3, 8, 8), r"has shape \(1, 3, 8, 8\)"),
@@ -682,7 +683,7 @@ class TestBadInput:
         "name, inputs, message",
         [
             ("by-class", {"class_labels": torch.tensor([1, 9])}, "`class_labels` reach from 1 to 9"),
-            ("by-text-added-kv", {"encoder_hidden_states": None}, "`encoder_hidden_states` are missing"),
+            ("by-text-added-kv", {"encoder_hidden_states": None}, "`encoder_hidden_states` is missing"),
             ("upsampler", {"timestep_cond": torch.zeros(2, 5)}, "`timestep_cond` has shape"),
             ("unconditional", {"encoder_hidden_states": torch.zeros(2, 5, 16)}, "without cross-attention"),
         ],
@@ -696,7 +697,7 @@ class TestBadInput:
 
     def test_the_folder_of_a_unet(self, tmp_path):
         random_unet().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="config of a U-Net .* make a branch for it with"):
+        with pytest.raises(ValueError, match="config of a U-Net .* make a ControlNet for it with"):
             AdaGNControlNetModel.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize(
@@ -705,7 +706,7 @@ class TestBadInput:
             ({"controlnet_conditioning_channel_order": "rbg"}, "is 'rbg'; it must be one of"),
             ({"unet_block_out_channels": (8,)}, r"has 1 entries \(8,\) but `block_out_channels` has 2"),
             ({"down_block_types": ("DownBlock2D", "UpBlock2D")}, "`down_block_types` is 'UpBlock2D'"),
-            ({"norm_num_groups": 3}, "`norm_num_groups` is 3"),
+            ({"norm_num_groups": 3}, "num_channels must be divisible by num_groups"),
             ({"conditioning_downsampling_factor": 4}, "`conditioning_downsampling_factor` is 4"),
         ],
     )
@@ -759,7 +760,7 @@ class TestDocstrings:
     @pytest.mark.parametrize("cls", [AdaGNControlNetModel])
     def test_of_the_constructor_names_every_argument(self, cls):
         section = cls.__doc__.partition("Args:")[2].partition("Raises:")[0]
-        shared, rest = section.split("Of its own encoder")
+        shared, rest = section.split("The encoder of the ControlNet")
         names = re.findall(r"\w+", shared) + re.findall(r"^ +(\w+) \(`", rest, re.MULTILINE)
         assert names == list(parameters_of(cls.__init__))
 

@@ -6,13 +6,17 @@ Layouts are those of diffusers' conversion scripts (`convert_kakao_brain_unclip_
 of the configs of Stable Diffusion 1.5 and 2.1, at reduced width.
 """
 
+import json
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from test_unet_2d_adagn_compatibility import TOLERANCE, relative_error
 from tolerances import NETWORK, gradient_errors, rounding_errors
+from toy_models import fill_randomly
 
-from diffusers_adm import AdaGNUNet2DModel
+from diffusers_adm import AdaGNControlNetModel, AdaGNUNet2DModel
+from diffusers_adm.models.config_checks import NEUTRAL_ARGUMENTS
 
 
 STABLE_DIFFUSION = {
@@ -272,9 +276,9 @@ class TestPooledText:
                 sample, timestep, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled}
             ).sample
         assert rounding_errors(output, expected) <= NETWORK
-        with pytest.raises(ValueError, match=r"`added_cond_kwargs` lack `text_embeds`.*\(3, 64\)"):
+        with pytest.raises(ValueError, match=r"text_embeds.* is missing; this model takes \(3, 64\)"):
             with_pooled(sample, timestep, encoder_hidden_states=states)
-        with pytest.raises(ValueError, match=r"hold \(3, 60\) as `text_embeds`.*\(3, 64\)"):
+        with pytest.raises(ValueError, match=r"text_embeds.* has shape \(3, 60\); this model takes \(3, 64\)"):
             with_pooled(
                 sample, timestep, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled[:, :60]}
             )
@@ -318,21 +322,92 @@ def test_residuals_of_a_control_net_are_added():
     assert relative_error(plain, outputs[1]) > 1e-2
 
 
+# Values that diffusers' classes build other networks for.
+NOT_NEUTRAL = {
+    "dual_cross_attention": True,
+    "attention_type": "gated",
+    "class_embeddings_concat": True,
+    "addition_time_embed_dim": 256,
+    "timestep_post_act": "silu",
+    "conv_in_kernel": 5,
+    "conv_out_kernel": 5,
+}
+
+
+class TestPartsThatThisFamilyLacks:
+    """diffusers drops arguments silently that our constructor lacks, if the config is of one of its own classes."""
+
+    CLASSES = [(AdaGNUNet2DModel, "UNet2DConditionModel"), (AdaGNControlNetModel, "ControlNetModel")]
+
+    def test_every_argument_is_tried(self):
+        assert NOT_NEUTRAL.keys() == NEUTRAL_ARGUMENTS.keys()
+
+    @pytest.mark.parametrize("name", NOT_NEUTRAL)
+    @pytest.mark.parametrize("saved_as", ["UNet2DConditionModel", "AdaGNUNet2DModel"])
+    def test_a_folder_with_such_a_part_is_refused(self, name, saved_as, tmp_path):
+        AdaGNUNet2DModel(**STABLE_DIFFUSION, mid_block_type="UNetMidBlock2DCrossAttn").save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "_class_name": saved_as, name: NOT_NEUTRAL[name]}))
+        with pytest.raises(ValueError, match=f"`{name}` is {NOT_NEUTRAL[name]!r}, .* must stay"):
+            AdaGNUNet2DModel.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("name", NOT_NEUTRAL)
+    @pytest.mark.parametrize("cls, theirs", CLASSES)
+    def test_configs_and_arguments_with_such_a_part_are_refused(self, cls, theirs, name):
+        message = f"`{name}` is {NOT_NEUTRAL[name]!r}, .* must stay"
+        with torch.device("meta"):
+            for class_name in (theirs, cls.__name__):
+                with pytest.raises(ValueError, match=message):
+                    cls.from_config({"_class_name": class_name, name: NOT_NEUTRAL[name]})
+            with pytest.raises(ValueError, match=message):
+                cls.from_config({"_class_name": theirs}, **{name: NOT_NEUTRAL[name]})
+            with pytest.raises(ValueError, match=message):
+                cls(**{name: NOT_NEUTRAL[name]})
+
+    def test_a_folder_of_an_earlier_version_with_neutral_arguments_loads(self, tmp_path, caplog):
+        unet = AdaGNUNet2DModel(**STABLE_DIFFUSION, mid_block_type="UNetMidBlock2DCrossAttn")
+        fill_randomly(unet).save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        saved = json.loads(file.read_text())
+        assert not saved.keys() & NEUTRAL_ARGUMENTS.keys()
+        file.write_text(json.dumps({**saved, **NEUTRAL_ARGUMENTS}))
+        again = AdaGNUNet2DModel.from_pretrained(tmp_path)
+        assert caplog.records == []  # such as diffusers' warning about arguments that it ignores
+        assert not again.config.keys() & NEUTRAL_ARGUMENTS.keys()
+        sample, timestep, states, _ = inputs_for(STABLE_DIFFUSION)
+        with torch.no_grad():
+            outputs = [model(sample, timestep, encoder_hidden_states=states).sample for model in (unet, again)]
+        assert rounding_errors(*outputs) <= NETWORK
+
+    @pytest.mark.parametrize("cls", [AdaGNUNet2DModel, AdaGNControlNetModel])
+    def test_constructors_take_neutral_values_and_no_other_names(self, cls):
+        with torch.device("meta"):
+            model, plain = cls(**NEUTRAL_ARGUMENTS), cls()
+        assert {**model.config, "_use_default_values": None} == {**plain.config, "_use_default_values": None}
+        with pytest.raises(TypeError, match=f"{cls.__name__}.* unexpected keyword argument 'layers_per_blok'"):
+            cls(layers_per_blok=3)
+
+
+def test_the_former_name_of_has_cross_attention():
+    with torch.device("meta"):
+        unet = AdaGNUNet2DModel()
+    with pytest.warns(FutureWarning, match="`reads_text` is now `has_cross_attention`"):
+        assert unet.reads_text is False
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"dual_cross_attention": True}, "`dual_cross_attention` is True, .* must stay False"),
-            ({"timestep_post_act": "silu"}, "`timestep_post_act` is 'silu', .* must stay None"),
-            ({"conv_in_kernel": 5}, "`conv_in_kernel` is 5, .* must stay 3"),
-            ({"attention_head_dim": 5}, "the number of heads; it must divide the 16 channels of level 0"),
+            ({"attention_head_dim": 5}, "`attention_head_dim` is 5; it must divide the 16 channels of level 0, as the"),
             ({"attention_head_dim": (4, 4)}, "`attention_head_dim` has 2 entries for 3 levels"),
             ({"layers_per_block": (1, 2)}, "`layers_per_block` has 2 entries for 3 levels"),
             ({"encoder_hid_dim_type": "text_proj"}, "needs `encoder_hid_dim`"),
             ({"addition_embed_type": "text_time"}, "`addition_embed_type` is 'text_time'; it must be one of"),
             ({"class_embed_type": "projection"}, "`projection_class_embeddings_input_dim` is None"),
-            ({"time_embedding_type": "fourier"}, "networks with text have 'positional' alone"),
-            ({"addition_embed_type": "text", "cross_attention_dim": (24, 24, 24)}, "pooled once, from one width"),
+            ({"time_embedding_type": "fourier"}, "networks with text support only 'positional'"),
+            ({"addition_embed_type": "text", "cross_attention_dim": (24, 24, 24)}, r"pooled .* once. Pass one number"),
             ({"reverse_transformer_layers_per_block": (1, 1)}, "has 2 entries for 3 levels"),
             ({"transformer_layers_per_block": (1, (1, 2), 1)}, "pass `reverse_transformer_layers_per_block` as well"),
             (
@@ -340,14 +415,14 @@ class TestBadInput:
                     "transformer_layers_per_block": (1, (1, 2, 3), 1),
                     "reverse_transformer_layers_per_block": (1, (1, 2, 3), 1),
                 },
-                r"`transformer_layers_per_block` holds \(1, 2, 3\) for a level of 2 blocks",
+                r"`transformer_layers_per_block` has \(1, 2, 3\) for a level of 2 blocks",
             ),
             (
                 {
                     "transformer_layers_per_block": (1, (1, 2), 1),
                     "reverse_transformer_layers_per_block": (1, (1, 2), 1),
                 },
-                r"`reverse_transformer_layers_per_block` holds \(1, 2\) for a level of 3 blocks",
+                r"`reverse_transformer_layers_per_block` has \(1, 2\) for a level of 3 blocks",
             ),
         ],
     )
@@ -369,30 +444,26 @@ class TestBadInput:
     def test_calls(self):
         model = AdaGNUNet2DModel(**STABLE_DIFFUSION, mid_block_type="UNetMidBlock2DCrossAttn")
         sample, timestep, states, _ = inputs_for(STABLE_DIFFUSION)
-        with pytest.raises(ValueError, match="`encoder_hidden_states` are missing"):
+        with pytest.raises(ValueError, match="`encoder_hidden_states` is missing"):
             model(sample, timestep)
-        with pytest.raises(
-            ValueError, match=r"has shape \(3, 7, 20\) for 3 examples; this model takes \(3, length, 24\)"
-        ):
+        with pytest.raises(ValueError, match=r"has shape \(3, 7, 20\); this model takes \(3, length, 24\)"):
             model(sample, timestep, encoder_hidden_states=states[..., :20])
-        with pytest.raises(ValueError, match=r"has shape \(2, 7, 24\) for 3 examples"):
+        with pytest.raises(ValueError, match=r"has shape \(2, 7, 24\); this model takes"):
             model(sample, timestep, encoder_hidden_states=states[:2])
-        with pytest.raises(
-            ValueError, match=r"`encoder_attention_mask` has shape \(1, 7\); these states need \(3, 7\)"
-        ):
+        with pytest.raises(ValueError, match=r"`encoder_attention_mask` has shape \(1, 7\); this model takes \(3, 7\)"):
             model(sample, timestep, encoder_hidden_states=states, encoder_attention_mask=torch.ones(1, 7))
         plain = AdaGNUNet2DModel(block_out_channels=(32, 32, 32, 32))
-        with pytest.raises(ValueError, match="given to a model without cross-attention"):
+        with pytest.raises(ValueError, match="passed to a model without cross-attention"):
             plain(torch.randn(3, 3, 16, 16), timestep, encoder_hidden_states=states)
 
     def test_timestep_cond(self):
         sample, timestep = torch.randn(3, 3, 16, 16), torch.tensor([1, 370, 999])
         shape = {"block_out_channels": (32, 32, 32, 32)}
-        with pytest.raises(ValueError, match="given to a model without `time_cond_proj_dim`"):
+        with pytest.raises(ValueError, match="passed to a model without `time_cond_proj_dim`"):
             AdaGNUNet2DModel(**shape)(sample, timestep, timestep_cond=torch.zeros(3, 12))
         model = AdaGNUNet2DModel(**shape, time_cond_proj_dim=12)
         for wrong in [(1, 12), (3, 8), (12,)]:
-            with pytest.raises(ValueError, match=r"this model takes \(3, 12\), one vector an example"):
+            with pytest.raises(ValueError, match=r"`timestep_cond` has shape .*; this model takes \(3, 12\)"):
                 model(sample, timestep, timestep_cond=torch.zeros(wrong))
 
 

@@ -506,8 +506,10 @@ class TestRecipes:
         assert (data.resolution or unet.config.sample_size) % 2 ** (len(unet.config.block_out_channels) - 1) == 0
         for path in data.data_files or []:
             assert Path(path).is_file()
-        assert (text.caption_column is not None) == unet.reads_text
-        if unet.reads_text and model.pretrained_model_name_or_path is None:  # else it brings its text encoder along
+        assert (text.caption_column is not None) == unet.has_cross_attention
+        if (
+            unet.has_cross_attention and model.pretrained_model_name_or_path is None
+        ):  # else it brings its text encoder along
             tokenizer = toy_tokenizer("clip")
             text_encoder = build_text_encoder(text.text_encoder_config_name_or_path, tokenizer, 0)
             check_text_encoder(text_encoder, tokenizer, unet.config)

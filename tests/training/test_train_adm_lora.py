@@ -96,7 +96,7 @@ def train(**arguments):
 def predict(unet, **kwargs):
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 3, 8, 8, generator=generator)
-    if unet.reads_text:
+    if unet.has_cross_attention:
         kwargs["encoder_hidden_states"] = torch.randn(2, 5, 16, generator=generator)
     with torch.no_grad():
         return unet.eval()(sample, torch.tensor([3, 700]), **kwargs).sample

@@ -1,8 +1,8 @@
 """
-AdaGNClassifierModel: tells the class of a noisy image, for classifier guidance.
+AdaGNClassifierModel: classifies noisy images, for classifier guidance.
 
-ADM (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233), section 4: the encoder half of the U-Net and its
-middle, then a pool. The blocks are the U-Net's own.
+ADM (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233), section 4: the down path and the middle block of
+the U-Net, then a pool. The blocks are the U-Net's own.
 """
 
 from __future__ import annotations
@@ -21,24 +21,32 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
-from .unet_2d_adagn import (
+from .config_checks import (
     DOWN_BLOCK_TYPES,
-    BlockFactory,
     ResampleKind,
-    ResBlockCompileMixin,
     TimeInjection,
+    block_types,
+    check_choice,
     check_heads,
     check_levels,
-    check_sample,
+    per_level,
+)
+from .input_checks import check_sample, check_shape
+from .unet_2d_adagn import (
+    DownBlock,
+    Layers,
+    MidBlock,
+    ResBlockCompileMixin,
     expand_timesteps,
+    resolve_heads,
     zero_init,
 )
 
 
 PoolKind = Literal["attention", "adaptive", "spatial", "spatial_v2"]
 
-# Width of the hidden layer of the spatial pools, and groups of its norm; whatever the config says of the other norms.
-# Both as in guided-diffusion.
+# Width of the hidden layer of the spatial pools, and groups of its norm, as in guided-diffusion. The config's number of
+# groups does not apply to it.
 SPATIAL_POOL_HIDDEN_DIM, SPATIAL_POOL_NUM_GROUPS = 2048, 32
 
 
@@ -47,20 +55,20 @@ class AdaGNClassifierOutput(BaseOutput):
     """
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_classes)`): Before the softmax.
-        features (`torch.Tensor` of shape `(batch_size, channels)`, *optional*): What the last linear layer makes the
-            logits of: a description of the image, which samples are compared by. As many channels as the last level
-            has, or the 2048 of the hidden layer of a spatial pool.
+        features (`torch.Tensor` of shape `(batch_size, channels)`, *optional*): Input of the last linear layer: a
+            description of the image, for comparing samples. The channels are those of the last level, or the 2048 of
+            the hidden layer of a spatial pool.
     """
 
     logits: torch.Tensor
-    # With a default, because Accelerate's mixed precision makes the output anew from a dict.
+    # With a default, because Accelerate's mixed precision builds the output again from a dict.
     features: torch.Tensor | None = None
 
 
 class AttentionPool2D(nn.Module):
     """
-    One vector an image: the mean over all places attends to every place and to itself (CLIP, Radford et al. 2021,
-    https://huggingface.co/papers/2103.00020, section 2.4). Each place has its own position vector, so the size is
+    One vector per image: the mean over all positions attends to every position and to itself (CLIP, Radford et al.
+    2021, https://huggingface.co/papers/2103.00020, section 2.4). Each position has a learned vector, so the size is
     fixed.
     """
 
@@ -75,10 +83,10 @@ class AttentionPool2D(nn.Module):
         self.to_out = nn.Linear(channels, out_dim)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        places = hidden_states.flatten(2).transpose(1, 2)  # (B, H*W, C)
-        tokens = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1)
+        positions = hidden_states.flatten(2).transpose(1, 2)  # (B, H*W, C)
+        tokens = torch.cat([positions.mean(dim=1, keepdim=True), positions], dim=1)
         tokens = tokens + self.positional_embedding.to(tokens.dtype)
-        # What the places themselves would attend to is not used, so the mean is the only query.
+        # The outputs of the other tokens are not used, so the mean is the only query.
         query, key, value = self.to_q(tokens[:, 0])[:, None], self.to_k(tokens), self.to_v(tokens)
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value))
         pooled = dispatch_attention_fn(query, key, value).flatten(1)  # (B, 1, heads, C / heads) -> (B, C)
@@ -86,7 +94,7 @@ class AttentionPool2D(nn.Module):
 
 
 class SpatialPool(nn.Sequential):
-    """Layers on joined vectors. They are joined in here, where a model that is split over devices has them on one."""
+    """Layers on concatenated vectors; concatenated here, where a model split over devices has them on one device."""
 
     def forward(self, means: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.cat(means, dim=1)
@@ -98,42 +106,42 @@ class SpatialPool(nn.Sequential):
 
 class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
-    Classifies noisy images: log p(y | x_t) and, by its gradient with respect to x_t, classifier guidance.
+    Classifier of noisy images: log p(y | x_t) and, by its gradient with respect to x_t, classifier guidance.
 
     Its arguments have the names and meanings of [`AdaGNUNet2DModel`]'s; the defaults are those of ADM's classifiers
-    (128 channels, two residual blocks a level, heads of 64 channels, residual resampling, attention pool).
+    (128 channels, two residual blocks per level, heads of 64 channels, residual resampling, attention pool).
 
     Args:
-        sample_size (`int` or `tuple[int, int]`): Height and width of the images. The attention pool takes no other;
-            the others take any size divisible by `2 ** (len(block_out_channels) - 1)`.
+        sample_size (`int` or `tuple[int, int]`): Height and width of the images. The attention pool takes no other
+            size; the other pools take any size divisible by `2 ** (len(block_out_channels) - 1)`.
         in_channels (`int`, defaults to 3): Channels of the images.
         num_classes (`int`, defaults to 1000): Number of logits.
-        down_block_types (`tuple[str]`): `"DownBlock2D"`, `"AttnDownBlock2D"` (self-attention after each residual
-            block) or `"ResnetDownsampleBlock2D"` (residual downsampling) per level.
+        down_block_types (`tuple[str]`): One per level: `"DownBlock2D"`, `"AttnDownBlock2D"` (self-attention after each
+            residual block) or `"ResnetDownsampleBlock2D"` (residual downsampling).
         block_out_channels (`tuple[int]`, defaults to `(128, 256, 384, 512)`): Channels per level.
         layers_per_block (`int`, defaults to 2): Residual blocks per level.
         downsample_type (`str`, defaults to `"resnet"`): `"conv"` or `"resnet"`, for the levels with attention; the
-            other block types say it in their names.
-        dropout (`float`, defaults to 0.0): Before the second convolution of each residual block.
+            other block types imply it.
+        dropout (`float`, defaults to 0.0): Dropout before the second convolution of each residual block.
         act_fn (`str`, defaults to `"silu"`): Activation of the residual blocks.
         attention_head_dim (`int`, *optional*, defaults to 64): Channels of an attention head; `None`: one head. The
             attention pool has as many heads as the last level.
-        num_attention_heads (`int` or `tuple[int]`, *optional*): Number of heads, for all levels or per level; wins
-            over `attention_head_dim`.
-        norm_num_groups (`int`, defaults to 32): Groups of every group norm but that of the pool `"spatial_v2"`.
+        num_attention_heads (`int` or `tuple[int]`, *optional*): Number of heads, for all levels or per level; takes
+            precedence over `attention_head_dim`.
+        norm_num_groups (`int`, defaults to 32): Groups of every group norm except that of the pool `"spatial_v2"`.
         norm_eps (`float`, defaults to 1e-5): Epsilon of every group norm.
         resnet_time_scale_shift (`str`, defaults to `"scale_shift"`): AdaGN, or `"default"` (added).
         pool (`str`, defaults to `"attention"`): From activations to logits. `"attention"`: one layer of attention, with
             their mean as the query; `"adaptive"`: mean and linear layer; `"spatial"`: means over every skip connection
-            and the middle, joined, then two linear layers with a ReLU between them, or (`"spatial_v2"`) group norm and
-            SiLU.
+            and the middle block, concatenated, then two linear layers with a ReLU between them, or (`"spatial_v2"`)
+            group norm and SiLU.
         time_embedding_dim (`int`, *optional*): Width of the time embedding; `None`: `4 * block_out_channels[0]`.
         time_proj_dim (`int`, *optional*): Width of the sinusoid; `None`: `block_out_channels[0]`.
         timestep_scale (`float`, defaults to 1.0): Multiplies t before the embedding: 0.25 for 4000 steps that are
             embedded as 0..1000.
-        noise_schedule (`dict`, *optional*): The noise schedule that it was trained on, which pipelines compare with
-            that of their scheduler: what `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`
-            gives. It changes nothing in the network. Empty: trained on clean images. `None`: not known.
+        noise_schedule (`dict`, *optional*): The noise schedule that it was trained with, as returned by
+            `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`; pipelines compare it with that of
+            their scheduler. It does not change the network. Empty: trained on clean images. `None`: not known.
 
     Raises:
         ValueError: For a combination of arguments that describes no network of this family.
@@ -173,6 +181,7 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
     ):
         super().__init__()
         self._check_config()
+        config, last = self.config, len(block_out_channels) - 1
         time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
         time_proj_dim = time_proj_dim or block_out_channels[0]
 
@@ -181,23 +190,35 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         self.time_proj = Timesteps(time_proj_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(time_proj_dim, time_embed_dim)
 
-        # 2. encoder and middle
-        factory = BlockFactory(self.config, time_embed_dim)
-        self.down_blocks, skip_channels = factory.down_blocks(down_block_types, layers_per_block, downsample_type)
-        self.mid_block = factory.mid_block("self", norm_num_groups)
+        # 2. down path and middle block
+        layers = Layers(config, time_embed_dim)
+        specs = [DOWN_BLOCK_TYPES[name] for name in block_types(config, "down_block_types")]
+        heads = resolve_heads(config, [spec.attention for spec in specs])
+        self.down_blocks = nn.ModuleList()
+        skip_channels = [block_out_channels[0]]
+        for level, (spec, channels) in enumerate(zip(specs, block_out_channels, strict=True)):
+            resnets, attentions, downsampler = [], [], None
+            for _ in range(per_level(layers_per_block, last + 1)[level]):
+                resnets.append(layers.res_block(skip_channels[-1], channels, spec))
+                attentions.append(layers.attention(spec.attention, level, heads[level]))
+                skip_channels.append(channels)
+            if level < last:
+                downsampler = layers.downsampler(channels, spec)
+                skip_channels.append(channels)
+            self.down_blocks.append(DownBlock(resnets, attentions, downsampler, layers.skips_time_act(spec)))
+        channels = block_out_channels[last]
+        last_heads = resolve_heads(config, [None] * last + ["self"])[last]
+        attention = layers.self_attention(channels, last_heads, norm_num_groups)
+        self.mid_block = MidBlock([layers.plain_res_block(channels, channels) for _ in range(2)], [attention])
 
         # 3. pool
-        channels = block_out_channels[-1]
         if pool in ("attention", "adaptive"):
             self.conv_norm_out = AdaGroupNormAct(norm_num_groups, channels, norm_eps, "silu")
         if pool == "attention":
-            height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-            last_level = len(block_out_channels) - 1
-            num_heads, _ = factory.heads(last_level)
-            size = (height // 2**last_level, width // 2**last_level)
-            self.head = AttentionPool2D(size, channels, num_heads, num_classes)
+            height, width = per_level(sample_size, 2)
+            self.head = AttentionPool2D((height // 2**last, width // 2**last), channels, last_heads.number, num_classes)
         elif pool == "adaptive":
-            # As in guided-diffusion, an untrained classifier of this kind finds all classes equally likely.
+            # As in guided-diffusion, such a classifier starts with all classes equally likely.
             self.head = zero_init(nn.Linear(channels, num_classes))
         else:
             width = SPATIAL_POOL_HIDDEN_DIM
@@ -208,13 +229,12 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
 
     def _check_config(self) -> None:
         config = self.config
-        check_levels(config, config.down_block_types)
-        if config.pool not in get_args(PoolKind):
-            raise ValueError(f"`pool` is {config.pool!r}; it must be one of {list(get_args(PoolKind))}.")
-        kinds = [DOWN_BLOCK_TYPES[block_type].attention for block_type in config.down_block_types]
+        check_levels(config)
+        check_choice("pool", config.pool, get_args(PoolKind))
+        kinds = [DOWN_BLOCK_TYPES[name].attention for name in block_types(config, "down_block_types")]
         if set(kinds) - {None, "self"}:
-            raise ValueError(f"`down_block_types` is {tuple(config.down_block_types)}; a classifier reads no text.")
-        check_heads(config, [*kinds[:-1], "self"])  # the last level's are those of the middle and the attention pool
+            raise ValueError(f"`down_block_types` is {config.down_block_types}; a classifier has no cross-attention.")
+        check_heads(config, [*kinds[:-1], "self"])  # the last level's are those of the middle block and attention pool
         channels, head_dim = config.block_out_channels[-1], config.attention_head_dim
         if config.pool == "attention" and config.num_attention_heads is None and channels % (head_dim or channels):
             raise ValueError(
@@ -222,7 +242,7 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
                 "the last level. Choose one, or set `num_attention_heads`."
             )
         size, factor = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
-        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        sides = per_level(size, 2)
         if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % factor == 0 for side in sides):
             raise ValueError(
                 f"`sample_size` is {size}; it must be one number or (height, width), positive and divisible by "
@@ -233,30 +253,30 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
     ) -> AdaGNClassifierOutput | tuple[torch.Tensor, torch.Tensor]:
         r"""
+        Classify noisy images.
+
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Noisy images x_t.
-            timestep (`int`, `float` or `torch.Tensor` of shape `()` or `(batch_size,)`): Numbers of the full training
-                chain; 0 is one step of noise.
+            timestep (`int`, `float` or `torch.Tensor` of shape `()` or `(batch_size,)`): Timesteps of the full
+                training schedule; 0 is one step of noise.
             return_dict (`bool`, defaults to `True`): Return an [`AdaGNClassifierOutput`] instead of a tuple.
 
         Returns:
-            [`AdaGNClassifierOutput`] or `tuple`: `.logits` of shape `(batch_size, num_classes)` and `.features`, what
-            the last linear layer made them of, of shape `(batch_size, channels)`.
+            [`AdaGNClassifierOutput`] or `tuple`: `.logits` of shape `(batch_size, num_classes)` and `.features`, the
+            input of the last linear layer, of shape `(batch_size, channels)`.
 
         Raises:
-            ValueError: For a wrong number of channels, a size that the network or its attention pool cannot take, and
-                a number of timesteps that is neither one nor one for each example.
+            ValueError: For a wrong number of channels or timesteps, or a size that the network or its attention pool
+                cannot take.
+            TypeError: For samples that are not floating point.
         """
         config = self.config
-        check_sample(sample, timestep, config.in_channels, len(config.block_out_channels))
+        check_sample(config, sample, timestep)
         if config.pool == "attention":
             factor = 2 ** (len(config.block_out_channels) - 1)
-            expected = tuple(factor * size for size in self.head.size)
-            if tuple(sample.shape[-2:]) != expected:
-                raise ValueError(
-                    f"`sample` is {sample.shape[-2]} x {sample.shape[-1]}, but the attention pool of this classifier "
-                    f"was built for {expected[0]} x {expected[1]}. Resize the images, or use a classifier of that size."
-                )
+            check_shape(
+                "sample", sample, ("batch_size", config.in_channels, *(factor * size for size in self.head.size))
+            )
 
         # 1. time -> (B, time_embed_dim)
         timesteps = expand_timesteps(timestep, sample)
@@ -265,10 +285,10 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         emb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
         emb = ADAGN_ACTIVATIONS[config.act_fn](emb)  # every residual block starts with it
 
-        # 2. encoder and middle
+        # 2. down path and middle block
         hidden_states = self.conv_in(sample)  # (B, block_out_channels[0], H, W)
         is_spatial = config.pool in ("spatial", "spatial_v2")
-        # The means alone: without gradients, nothing else needs the skip connections of a classifier.
+        # Only the means are kept: without gradients, nothing else needs the skip connections of a classifier.
         means = [hidden_states.mean(dim=(2, 3))] if is_spatial else []  # (B, C) each
         for block in self.down_blocks:
             hidden_states, skips = block(hidden_states, emb)

@@ -1,10 +1,10 @@
 """
-AdaGNControlNetModel: a trainable branch that makes an ablated diffusion model follow a picture (edges, colours, ...).
+AdaGNControlNetModel: conditions a trained ablated diffusion model on an image (edges, colours, ...).
 
-ControlNet (Zhang, Rao & Agrawala 2023, https://huggingface.co/papers/2302.05543), section 3: a copy of the encoder and
-the middle of a U-Net, which sees the picture as well, and whose activations are added to those of the U-Net through
-convolutions that start at zero. The blocks are the U-Net's own; parameter names are those of diffusers'
-`ControlNetModel`.
+ControlNet (Zhang, Rao & Agrawala 2023, https://huggingface.co/papers/2302.05543), section 3: a copy of the down path
+and middle block of a U-Net, with the conditioning image as an additional input. Its activations are added to those of
+the U-Net through convolutions that start at zero. The blocks are the U-Net's own; parameter names are those of
+diffusers' `ControlNetModel`.
 """
 
 from __future__ import annotations
@@ -26,30 +26,37 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..ops.adagn import AdaGNActivation
-from .unet_2d_adagn import (
-    AdaGNUNet2DModel,
+from .config_checks import (
+    DOWN_BLOCK_TYPES,
+    AdditionEmbedType,
     ClassEmbedType,
-    EncoderMixin,
+    CrossAttentionNorm,
+    EncoderHidDimType,
     ResampleKind,
     TimeEmbeddingType,
     TimeInjection,
-    expand_timesteps,
+    block_types,
+    check_choice,
+    check_encoder,
+    check_neutral_arguments,
+    has_cross_attention,
     per_level,
-    reads_text,
-    zero_init,
+    with_defaults_of,
 )
+from .input_checks import check_shape
+from .unet_2d_adagn import AdaGNUNet2DModel, DownBlock, EncoderMixin, Layers, resolve_heads, zero_init
 
 
 ChannelOrder = Literal["rgb", "bgr"]
 
-# Of the first convolutions over the conditioning image, as in diffusers, which halve it three times. A branch that
-# halves it less often takes the first of them: at full resolution 256 channels cost more than the rest of the branch.
+# Channels of the first convolutions over the conditioning image, as in diffusers, which halve it three times. A
+# ControlNet that halves it less often takes the first of them: at full resolution 256 channels cost more than the rest.
 CONDITIONING_CHANNELS = (16, 32, 96, 256)
-# Parts that a narrower branch copies all the same: they do not depend on the width of the blocks.
+# Parts that do not depend on the width of the blocks, so that a narrower ControlNet copies them as well.
 CONDITION_PARTS = ("time_proj", "time_embedding", "class_embedding", "encoder_hid_proj", "add_embedding")
-# In guess mode the residuals of the first skip connection count a tenth of the middle's, as in diffusers.
+# In guess mode the residual of the first skip connection has a tenth of the middle block's weight, as in diffusers.
 GUESS_MODE_FIRST_SCALE = 0.1
-# Keys that must be equal in the configs of a branch and of a U-Net for the branch to understand what both are given.
+# Keys that must be equal in the configs of ControlNet and U-Net, for both to take the same inputs.
 SHARED_CONDITIONS = (
     "in_channels",
     "center_input_sample",
@@ -65,7 +72,7 @@ SHARED_CONDITIONS = (
 
 
 def residual_channels(block_out_channels: Sequence[int], layers_per_block: int | Sequence[int]) -> list[int]:
-    """Channels of the skip connections of a U-Net, that of the input convolution first, and of its middle."""
+    """Channels of the skip connections of a U-Net, that of the input convolution first, and of its middle block."""
     levels = len(block_out_channels)
     channels = [block_out_channels[0]]
     for level, number in enumerate(per_level(layers_per_block, levels)):
@@ -75,14 +82,9 @@ def residual_channels(block_out_channels: Sequence[int], layers_per_block: int |
 
 
 def strides_of(factor: int, stages: int) -> list[int]:
-    """
-    The strides of `stages` convolutions that shrink an image `factor` times: its prime factors, then ones.
-
-    Raises:
-        ValueError: If it is no whole number from 1 on, or has more prime factors than there are stages.
-    """
+    """Strides of `stages` convolutions that downsample an image by `factor`: its prime factors, then ones."""
     if not isinstance(factor, int) or factor < 1:
-        raise ValueError(f"`conditioning_downsampling_factor` is {factor}; it must be a whole number from 1 on.")
+        raise ValueError(f"`conditioning_downsampling_factor` is {factor}; it must be a positive integer.")
     strides, rest = [], factor
     while rest > 1:
         divisor = next(d for d in range(2, rest + 1) if rest % d == 0)
@@ -98,14 +100,14 @@ def strides_of(factor: int, stages: int) -> list[int]:
 
 class ConditioningEmbedding(nn.Module):
     """
-    From the conditioning image to features of the size of the sample: a small convolutional network with SiLUs, whose
-    last layer starts at zero (ControlNet, section 3.2).
+    A small convolutional network from the conditioning image to features of the size of the sample. Its last layer
+    starts at zero (ControlNet, section 3.2).
 
     Args:
-        channels (`int`): Of the features.
-        conditioning_channels (`int`): Of the image.
+        channels (`int`): Channels of the features.
+        conditioning_channels (`int`): Channels of the image.
         block_out_channels (`tuple[int]`): Channels of the stages.
-        factor (`int`): The image is so many times as high and wide as the sample.
+        factor (`int`): Height and width of the image, relative to the sample.
     """
 
     def __init__(self, channels: int, conditioning_channels: int, block_out_channels: tuple[int, ...], factor: int):
@@ -115,7 +117,7 @@ class ConditioningEmbedding(nn.Module):
         for stage, stride in enumerate(strides_of(factor, len(block_out_channels) - 1)):
             in_channels, out_channels = block_out_channels[stage], block_out_channels[stage + 1]
             self.blocks.append(nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1))
-            # A kernel that is smaller than its stride would not see all of the image.
+            # A kernel that is smaller than its stride would skip pixels of the image.
             kernel_size = max(3, stride)
             self.blocks.append(
                 nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=(kernel_size - 1) // 2)
@@ -132,8 +134,8 @@ class ConditioningEmbedding(nn.Module):
 
 class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
     r"""
-    A ControlNet for [`AdaGNUNet2DModel`], [`~diffusers.UNet2DModel`] and [`~diffusers.UNet2DConditionModel`]: of
-    pixels or latents, by class, by text, with a learned variance, with further input channels.
+    A ControlNet for [`AdaGNUNet2DModel`], [`~diffusers.UNet2DModel`] and [`~diffusers.UNet2DConditionModel`]: for
+    pixels or latents, with or without classes, text, a learned variance, and additional input channels.
 
     Make one with `from_unet`. It loads files of diffusers' [`~diffusers.ControlNetModel`] with `from_pretrained`, and
     gives the same numbers. At creation all its residuals are exactly 0.
@@ -147,25 +149,27 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
             upcast_attention, only_cross_attention, mid_block_only_cross_attention, cross_attention_norm,
             encoder_hid_dim, encoder_hid_dim_type, addition_embed_type, addition_embed_type_num_heads,
             projection_class_embeddings_input_dim, resnet_skip_time_act, resnet_out_scale_factor,
-            time_embedding_act_fn, time_cond_proj_dim, addition_time_embed_dim, num_attention_heads, null_class_id,
-            time_proj_dim, timestep_scale: Of its own encoder, as in [`AdaGNUNet2DModel`].
+            time_embedding_act_fn, time_cond_proj_dim, num_attention_heads, null_class_id, time_proj_dim,
+            timestep_scale: The encoder of the ControlNet, as in [`AdaGNUNet2DModel`].
         conditioning_channels (`int`, defaults to 3): Channels of the conditioning image.
-        controlnet_conditioning_channel_order (`str`, defaults to `"rgb"`): `"bgr"` turns the order of its channels
-            round first.
+        controlnet_conditioning_channel_order (`str`, defaults to `"rgb"`): `"bgr"` reverses the order of its channels
+            first.
         conditioning_embedding_out_channels (`tuple[int]`, defaults to `(16, 32, 96, 256)`): Channels of the layers that
             embed it.
-        conditioning_downsampling_factor (`int`, *optional*): How many times higher and wider than the sample it is: 1
-            for pixels, what the autoencoder shrinks for latents. `None`, as in diffusers: each layer after the first
-            halves it. It may have one prime factor for each of these layers.
-        global_pool_conditions (`bool`, defaults to `False`): Residuals are averaged over all places.
-        unet_block_out_channels (`tuple[int]`, *optional*): `block_out_channels` of the U-Net, where the branch is
+        conditioning_downsampling_factor (`int`, *optional*): Its height and width, relative to the sample: 1 for
+            pixels, the downsampling factor of the autoencoder for latents. `None`, as in diffusers: each layer after
+            the first halves it. It may have one prime factor for each of these layers.
+        global_pool_conditions (`bool`, defaults to `False`): Average the residuals over all positions.
+        unet_block_out_channels (`tuple[int]`, *optional*): `block_out_channels` of the U-Net, where the ControlNet is
             narrower than it; `None`: they are the same.
-        noise_schedule (`dict`, *optional*): The noise schedule that it was trained on, which pipelines compare with
-            that of their scheduler: what `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`
-            gives. It changes nothing in the network. `None`: not known.
+        noise_schedule (`dict`, *optional*): The noise schedule that it was trained with, as returned by
+            `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`; pipelines compare it with that of
+            their scheduler. It does not change the network. `None`: not known.
+        neutral_arguments (`Any`): Arguments of `ControlNetModel` for parts that this family lacks. They may only have
+            the values in `config_checks.NEUTRAL_ARGUMENTS`.
 
     Raises:
-        ValueError: For a combination of arguments that describes no branch of this family.
+        ValueError: For a combination of arguments that describes no network of this family.
     """
 
     _supports_gradient_checkpointing = True
@@ -205,17 +209,16 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         upcast_attention: bool = False,
         only_cross_attention: bool | tuple[bool, ...] = False,
         mid_block_only_cross_attention: bool | None = None,
-        cross_attention_norm: Literal["layer_norm", "group_norm"] | None = None,
+        cross_attention_norm: CrossAttentionNorm | None = None,
         encoder_hid_dim: int | None = None,
-        encoder_hid_dim_type: Literal["text_proj"] | None = None,
-        addition_embed_type: Literal["text", "text_embeds"] | None = None,
+        encoder_hid_dim_type: EncoderHidDimType | None = None,
+        addition_embed_type: AdditionEmbedType | None = None,
         addition_embed_type_num_heads: int = 64,
         projection_class_embeddings_input_dim: int | None = None,
         resnet_skip_time_act: bool = False,
         resnet_out_scale_factor: float = 1.0,
         time_embedding_act_fn: AdaGNActivation | None = None,
         time_cond_proj_dim: int | None = None,
-        addition_time_embed_dim: int | None = None,
         num_attention_heads: int | tuple[int, ...] | None = None,
         null_class_id: int | None = None,
         time_proj_dim: int | None = None,
@@ -227,36 +230,55 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         global_pool_conditions: bool = False,
         unet_block_out_channels: tuple[int, ...] | None = None,
         noise_schedule: dict[str, Any] | None = None,
+        **neutral_arguments: Any,
     ):
         super().__init__()
-        down_block_types = tuple(name.removeprefix("UNetRes") for name in down_block_types)
-        self.reads_text = reads_text((*down_block_types, mid_block_type))
-        self._check_encoder(down_block_types)
-        if controlnet_conditioning_channel_order not in get_args(ChannelOrder):
-            raise ValueError(
-                f"`controlnet_conditioning_channel_order` is {controlnet_conditioning_channel_order!r}; it must be one "
-                f"of {list(get_args(ChannelOrder))}."
-            )
+        config, levels = self.config, len(block_out_channels)
+        check_neutral_arguments(type(self), neutral_arguments)
+        check_encoder(config)
+        check_choice(
+            "controlnet_conditioning_channel_order", controlnet_conditioning_channel_order, get_args(ChannelOrder)
+        )
         wide = unet_block_out_channels or block_out_channels
-        if len(wide) != len(block_out_channels):
+        if len(wide) != levels:
             raise ValueError(
                 f"`unet_block_out_channels` has {len(wide)} entries {tuple(wide)} but `block_out_channels` has "
-                f"{len(block_out_channels)} {tuple(block_out_channels)}. Give one per level."
+                f"{levels} {tuple(block_out_channels)}. Give one per level."
             )
         factor = conditioning_downsampling_factor
         if factor is None:
             factor = 2 ** (len(conditioning_embedding_out_channels) - 1)
         self.conditioning_factor = factor
 
-        # 1. encoder and middle, of the U-Net's blocks
-        _, skip_channels = self._build_encoder(down_block_types)
+        # 1. input, time, class and text, as in the U-Net
+        self._build_embeddings()
 
-        # 2. conditioning image
+        # 2. down path and middle block, as in the U-Net
+        layers = Layers(config, self.time_embed_dim)
+        num_resnets = per_level(layers_per_block, levels)
+        num_layers = per_level(transformer_layers_per_block, levels)
+        specs = [DOWN_BLOCK_TYPES[name] for name in block_types(config, "down_block_types")]
+        heads = resolve_heads(config, [spec.attention for spec in specs])
+        self.down_blocks = nn.ModuleList()
+        skip_channels = [block_out_channels[0]]
+        for level, (spec, channels) in enumerate(zip(specs, block_out_channels, strict=True)):
+            resnets, attentions, downsampler = [], [], None
+            for depth in per_level(num_layers[level], num_resnets[level]):
+                resnets.append(layers.res_block(skip_channels[-1], channels, spec))
+                attentions.append(layers.attention(spec.attention, level, heads[level], depth))
+                skip_channels.append(channels)
+            if level < levels - 1:
+                downsampler = layers.downsampler(channels, spec)
+                skip_channels.append(channels)
+            self.down_blocks.append(DownBlock(resnets, attentions, downsampler, layers.skips_time_act(spec)))
+        self.mid_block = layers.mid_block()
+
+        # 3. conditioning image
         self.controlnet_cond_embedding = ConditioningEmbedding(
             block_out_channels[0], conditioning_channels, conditioning_embedding_out_channels, factor
         )
 
-        # 3. zero convolutions, to the widths of the U-Net
+        # 4. zero convolutions, to the widths of the U-Net
         *unet_channels, unet_mid_channels = self.residual_channels
         self.controlnet_down_blocks = nn.ModuleList(
             zero_init(nn.Conv2d(own, of_unet, kernel_size=1))
@@ -266,30 +288,27 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
 
     @property
     def residual_channels(self) -> list[int]:
-        """Channels of the residuals: those of the skip connections and the middle of the U-Net."""
+        """Channels of the residuals: those of the skip connections and the middle block of the U-Net."""
         wide = self.config.unet_block_out_channels or self.config.block_out_channels
         return residual_channels(wide, self.config.layers_per_block)
 
     @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers. What the config of a [`~diffusers.ControlNetModel`] leaves out has that class's defaults."""
-        saved_as = config.get("_class_name") if isinstance(config, dict) else None
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        """As in `EncoderMixin`; the config of a `ControlNetModel` is completed with the defaults of that class."""
+        saved_as = config_dict.get("_class_name")
         if saved_as in ("AdaGNUNet2DModel", "UNet2DModel", "UNet2DConditionModel"):
             raise ValueError(
-                f"This is the config of a U-Net (`{saved_as}`). Load it with its class, and make a branch for it with "
-                "`AdaGNControlNetModel.from_unet`."
+                f"This is the config of a U-Net (`{saved_as}`). Load it with its class, and make a ControlNet for it "
+                "with `AdaGNControlNetModel.from_unet`."
             )
         if saved_as == "ControlNetModel":
-            own = inspect.signature(cls.__init__).parameters
-            parameters = inspect.signature(ControlNetModel.__init__).parameters
-            config = {name: p.default for name, p in parameters.items() if name in own and name != "self"} | config
-            config["_use_default_values"] = []  # what that class chose by default counts as given
-            if not reads_text([*config["down_block_types"], config["mid_block_type"]]):
+            config_dict = with_defaults_of(ControlNetModel, cls, config_dict)
+            if not has_cross_attention(config_dict):
                 raise ValueError(
-                    "This is the config of a `ControlNetModel` without any cross-attention, whose arguments mean other "
-                    "things than those of an `AdaGNControlNetModel`. Load it with `diffusers.ControlNetModel`."
+                    "This is the config of a `ControlNetModel` without any cross-attention, whose arguments do not "
+                    "mean the same as those of an `AdaGNControlNetModel`. Load it with `diffusers.ControlNetModel`."
                 )
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
     def from_unet(
@@ -304,38 +323,38 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         width: float = 1.0,
     ) -> AdaGNControlNetModel:
         r"""
-        A branch for a U-Net, with a copy of the weights of its encoder and middle. Weights of adapters (LoRA) that have
-        not been fused are not copied.
+        Make a ControlNet for a U-Net, with a copy of the weights of its down path and middle block. Weights of adapters
+        (LoRA) that have not been fused are not copied.
 
         Args:
-            unet ([`AdaGNUNet2DModel`], [`~diffusers.UNet2DModel`] or [`~diffusers.UNet2DConditionModel`]): Stays as it
-                is.
-            controlnet_conditioning_channel_order (`str`, defaults to `"rgb"`): Of the conditioning image; or `"bgr"`.
+            unet ([`AdaGNUNet2DModel`], [`~diffusers.UNet2DModel`] or [`~diffusers.UNet2DConditionModel`]): Remains
+                unchanged.
+            controlnet_conditioning_channel_order (`str`, defaults to `"rgb"`): `"bgr"` reverses the order of the
+                channels of the conditioning image first.
             conditioning_embedding_out_channels (`tuple[int]`, *optional*): Channels of the layers that embed it.
                 `None`: as many of 16, 32, 96, 256 as the factor below needs, two at least.
             load_weights_from_unet (`bool`, defaults to `True`): `False` keeps the random weights.
             conditioning_channels (`int`, defaults to 3): Channels of the conditioning image.
-            conditioning_downsampling_factor (`int`, defaults to 1): How many times higher and wider than the samples
-                it is; for latents what the autoencoder shrinks, such as 8.
-            width (`float`, defaults to 1.0): Less makes a narrower branch, whose blocks have about so many times the
-                U-Net's channels. It copies only what embeds time, class and text; its blocks start at random.
+            conditioning_downsampling_factor (`int`, defaults to 1): Its height and width, relative to the samples; for
+                latents the downsampling factor of the autoencoder, such as 8.
+            width (`float`, defaults to 1.0): Channels of the blocks, relative to the U-Net. A ControlNet narrower than
+                1 copies only the embeddings of time, class and text; its blocks start at random.
 
         Raises:
-            ValueError: For a `width` outside (0, 1], a U-Net that reads its text on the way up alone, and what the
-                constructor raises.
+            ValueError: For a `width` outside (0, 1] or a U-Net with cross-attention only in its up path.
         """
-        unet = getattr(unet, "_orig_mod", unet)  # of a compiled one
+        unet = getattr(unet, "_orig_mod", unet)  # below the wrapper of `torch.compile`
         if not 0 < width <= 1:
-            raise ValueError(f"`width` is {width}; it must lie in (0, 1]: 1 is the width of the U-Net.")
-        # Which gives all arguments, also those of other classes, the meaning that they have here.
+            raise ValueError(f"`width` is {width}; it must lie in (0, 1], where 1 is the width of the U-Net.")
+        # This class gives all arguments, also those of other classes, the meaning that they have here.
         with torch.device("meta"):
             blank = AdaGNUNet2DModel.from_config({**unet.config, "_class_name": type(unet).__name__})
         own = inspect.signature(cls.__init__).parameters
         arguments = {name: value for name, value in blank.config.items() if name in own}
-        if blank.reads_text != reads_text([*arguments["down_block_types"], arguments["mid_block_type"]]):
+        if blank.has_cross_attention != has_cross_attention(arguments):
             raise ValueError(
-                "`unet` has cross-attention on its way up alone, of which a branch has no part. Take one that reads "
-                "its text in `down_block_types` or `mid_block_type`."
+                "`unet` has cross-attention only in its up path, which a ControlNet does not have. Use a U-Net with "
+                "cross-attention in `down_block_types` or `mid_block_type`."
             )
         if width != 1:
             arguments |= _narrow(blank, width)
@@ -351,41 +370,29 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
             conditioning_downsampling_factor=conditioning_downsampling_factor,
         )
         if load_weights_from_unet:
-            controlnet._copy_weights(unet, CONDITION_PARTS if width != 1 else None)
-        # Not by `ModelMixin.to`, which warns of every dtype.
+            # PEFT names the layer that it adapts `base_layer`, and one of which it trains a copy `original_module`.
+            weights = {
+                name.replace(".base_layer.", ".").replace(".original_module.", "."): value
+                for name, value in unet.state_dict().items()
+                if ".lora_" not in name and ".modules_to_save." not in name
+            }
+            names = [name for name in controlnet.state_dict() if not name.startswith("controlnet_")]
+            if width != 1:
+                names = [name for name in names if name.partition(".")[0] in CONDITION_PARTS]
+            controlnet.load_state_dict({name: weights[name] for name in names}, strict=False)
+        # Not with `ModelMixin.to`, which warns about every dtype.
         return nn.Module.to(controlnet, device=unet.device, dtype=unet.dtype)
 
-    def _copy_weights(self, unet: ModelMixin, parts: tuple[str, ...] | None) -> None:
-        """Copies what a U-Net has under the same names, or of that these `parts` alone."""
-        # PEFT keeps the layer that it adapts as `base_layer`, one that it trains a copy of as `original_module`.
-        weights = {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): value
-            for name, value in unet.state_dict().items()
-            if ".lora_" not in name and ".modules_to_save." not in name
-        }
-        state = {
-            name: weights[name]
-            for name in self.state_dict()
-            if not name.startswith("controlnet_") and (parts is None or name.partition(".")[0] in parts)
-        }
-        self.load_state_dict(state, strict=False)
-
     def check_base(self, unet: ModelMixin) -> None:
-        """
-        Raises:
-            ValueError: If this branch was made for another kind of U-Net: one with other skip connections, or which is
-                given other conditions.
-        """
+        """Check that this ControlNet was made for such a U-Net: with the same skip connections and conditions."""
         config, base = self.config, unet.config
         if "up_block_types" not in base:
-            raise ValueError(f"A {type(self).__name__} belongs to a U-Net, but this is a {type(unet).__name__}.")
-        base_types = [*base["down_block_types"], base.get("mid_block_type"), *base["up_block_types"]]
+            raise ValueError(f"A {type(self).__name__} belongs to a U-Net, but this is {type(unet).__name__}.")
         base_channels = residual_channels(base["block_out_channels"], base["layers_per_block"])
-        found = {"channels of skip connections and middle": (self.residual_channels, base_channels)}
-        found["width of the text"] = (
-            _text_width(config, self.reads_text),
-            _text_width(base, reads_text(base_types)),
-        )
+        found = {
+            "channels of skip connections and middle block": (self.residual_channels, base_channels),
+            "width of the text": (_text_width(config), _text_width(base)),
+        }
         defaults = inspect.signature(AdaGNUNet2DModel.__init__).parameters
         for name in SHARED_CONDITIONS:
             found[f"`{name}`"] = (config[name], base.get(name, defaults[name].default))
@@ -396,12 +403,12 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         if differing:
             raise ValueError(
                 f"This {type(self).__name__} was made for another U-Net than the one it is used with: "
-                f"{'; '.join(differing)}. Take the U-Net that it was made for, or make a branch for this one with "
+                f"{'; '.join(differing)}. Use the U-Net that it was made for, or make a ControlNet for this one with "
                 "`from_unet`."
             )
 
     def join(self, *others: AdaGNControlNetModel) -> AdaGNMultiControlNetModel:
-        """This branch and others of the same U-Net as one model, for code that does not import its class."""
+        """This ControlNet and others of the same U-Net as one model, for code that does not import its class."""
         return AdaGNMultiControlNetModel([self, *others])
 
     def forward(
@@ -422,16 +429,18 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         encoder_attention_mask: torch.Tensor | None = None,
     ) -> ControlNetOutput | tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         r"""
+        Compute the residuals that condition a U-Net on images.
+
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): What the U-Net is given.
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Input of the U-Net.
             timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask, added_cond_kwargs,
-                cross_attention_kwargs, encoder_attention_mask: What the U-Net is given; see
+                cross_attention_kwargs, encoder_attention_mask: Further inputs of the U-Net; see
                 [`AdaGNUNet2DModel.forward`].
             controlnet_cond (`torch.Tensor` of shape `(batch_size, conditioning_channels, factor * height, factor *
                 width)`): Conditioning images, in [0, 1].
             conditioning_scale (`float` or `torch.Tensor` of shape `()`, defaults to 1.0): Multiplies all residuals.
-            guess_mode (`bool`, defaults to `False`): The residuals count the less the higher their resolution: on a
-                logarithmic scale from a tenth for the first skip connection to once for the middle.
+            guess_mode (`bool`, defaults to `False`): Weight the residuals by resolution, on a logarithmic scale from
+                0.1 for the first skip connection to 1 for the middle block.
             return_dict (`bool`, defaults to `True`): Return a [`~diffusers.models.controlnets.ControlNetOutput`].
 
         Returns:
@@ -440,40 +449,40 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
             are `down_block_additional_residuals` and `mid_block_additional_residual` of the U-Net.
 
         Raises:
-            ValueError: For a conditioning image that is missing or of another shape, and what the U-Net raises.
+            ValueError: For a conditioning image that is missing or of another shape, and for inputs that the U-Net
+                would refuse.
+            TypeError: For images that are not floating point.
         """
-        self._check_conditions(
+        # 1. time, class and text
+        temb, context = self._embed(
             sample,
             timestep,
             class_labels=class_labels,
+            timestep_cond=timestep_cond,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
+            attention_mask=attention_mask,
             added_cond_kwargs=added_cond_kwargs,
-            timestep_cond=timestep_cond,
+            cross_attention_kwargs=cross_attention_kwargs,
         )
-        controlnet_cond = self._check_conditioning_image(sample, controlnet_cond)
+
+        # 2. input and conditioning image -> (B, block_out_channels[0], H, W)
+        batch_size, _, height, width = sample.shape
+        factor = self.conditioning_factor
+        expected = (batch_size, self.config.conditioning_channels, factor * height, factor * width)
+        check_shape("controlnet_cond", controlnet_cond, expected)
+        if not controlnet_cond.is_floating_point():
+            raise TypeError(
+                f"`controlnet_cond` is {controlnet_cond.dtype}; it must be floating point, in [0, 1]. Convert 8-bit "
+                "images with `images.float() / 255`."
+            )
         if self.config.controlnet_conditioning_channel_order == "bgr":
             controlnet_cond = controlnet_cond.flip(1)
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
-
-        # 1. time, class and text
-        temb = self._embed(
-            expand_timesteps(timestep, sample),
-            sample.dtype,
-            class_labels=class_labels,
-            encoder_hidden_states=encoder_hidden_states,
-            added_cond_kwargs=added_cond_kwargs,
-            timestep_cond=timestep_cond,
-        )
-        context = self._text_context(
-            sample.dtype, encoder_hidden_states, attention_mask, encoder_attention_mask, cross_attention_kwargs
-        )
-
-        # 2. input and conditioning image -> (B, block_out_channels[0], H, W)
         hidden_states = self.conv_in(sample) + self.controlnet_cond_embedding(controlnet_cond.to(sample.dtype))
 
-        # 3. down and middle
+        # 3. down path and middle block
         hidden_states, skips = self._encode(hidden_states, temb, context)
 
         # 4. zero convolutions and scales
@@ -492,31 +501,15 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
             return tuple(down), mid
         return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
 
-    def _check_conditioning_image(self, sample: torch.Tensor, controlnet_cond: torch.Tensor | None) -> torch.Tensor:
-        batch_size, _, height, width = sample.shape
-        factor = self.conditioning_factor
-        expected = (batch_size, self.config.conditioning_channels, factor * height, factor * width)
-        if controlnet_cond is None:
-            raise ValueError(f"`controlnet_cond` is missing: this branch needs conditioning images, {expected}.")
-        if tuple(controlnet_cond.shape) != expected:
-            raise ValueError(
-                f"`controlnet_cond` has shape {tuple(controlnet_cond.shape)}; for a `sample` of "
-                f"{tuple(sample.shape)} this branch takes {expected}."
-            )
-        if not controlnet_cond.is_floating_point():
-            raise TypeError(
-                f"`controlnet_cond` is {controlnet_cond.dtype}; floating point numbers in [0, 1] are needed. Convert "
-                "8-bit images by `images.float() / 255`."
-            )
-        return controlnet_cond
 
-
-def _text_width(config: Any, has_text: bool) -> Any:
-    return per_level(config.get("encoder_hid_dim") or config["cross_attention_dim"], 1)[0] if has_text else None
+def _text_width(config: Any) -> int | None:
+    if not has_cross_attention(config):
+        return None
+    return per_level(config.get("encoder_hid_dim") or config["cross_attention_dim"], 1)[0]
 
 
 def _narrow(unet: AdaGNUNet2DModel, width: float) -> dict[str, Any]:
-    """What the arguments of a branch with about `width` times the channels of a U-Net differ in from the U-Net's."""
+    """Arguments that differ from the U-Net's in a ControlNet with about `width` times its channels."""
     config = unet.config
     wide = config.block_out_channels
     # The levels keep their proportions, so that the numbers have large divisors.
@@ -525,12 +518,12 @@ def _narrow(unet: AdaGNUNet2DModel, width: float) -> dict[str, Any]:
     if common >= 8:
         common = round(common / 8) * 8
     channels = [number // common_of_unet * common for number in wide]
-    # About as many channels in a group as in the U-Net.
+    # About as many channels per group as in the U-Net.
     wanted = width * config.norm_num_groups
     groups = min((d for d in range(1, common + 1) if common % d == 0), key=lambda divisor: abs(divisor - wanted))
 
     def divisors(name: str) -> tuple[int | None, ...]:
-        """Of numbers or widths of heads: the same where it divides the fewer channels, else what does."""
+        """Numbers or widths of heads: those of the U-Net, or their largest divisors that divide the fewer channels."""
         entries = per_level(config[name], len(wide))
         return tuple(None if n is None else math.gcd(n, own) for n, own in zip(entries, channels, strict=True))
 
@@ -548,13 +541,10 @@ def _narrow(unet: AdaGNUNet2DModel, width: float) -> dict[str, Any]:
 
 class AdaGNMultiControlNetModel(ModelMixin):
     """
-    Several branches of one U-Net, whose residuals are added up.
+    Several ControlNets of one U-Net, whose residuals are added up.
 
     Args:
         controlnets (sequence of [`AdaGNControlNetModel`]): At least one.
-
-    Raises:
-        ValueError: If there is none.
     """
 
     def __init__(self, controlnets: Sequence[AdaGNControlNetModel]):
@@ -564,15 +554,12 @@ class AdaGNMultiControlNetModel(ModelMixin):
         self.nets = nn.ModuleList(controlnets)
 
     def check_base(self, unet: ModelMixin) -> None:
-        """
-        Raises:
-            ValueError: As `AdaGNControlNetModel.check_base`.
-        """
+        """Check each ControlNet as `AdaGNControlNetModel.check_base` does."""
         for number, net in enumerate(self.nets):
             try:
                 net.check_base(unet)
             except ValueError as error:
-                raise ValueError(f"Branch {number} of {len(self.nets)}, counted from 0: {error}") from error
+                raise ValueError(f"ControlNet {number} of {len(self.nets)}, counted from 0: {error}") from error
 
     def forward(
         self,
@@ -581,60 +568,39 @@ class AdaGNMultiControlNetModel(ModelMixin):
         encoder_hidden_states: torch.Tensor | None = None,
         controlnet_cond: Sequence[torch.Tensor] = (),
         conditioning_scale: Sequence[float | torch.Tensor] = (),
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        guess_mode: bool = False,
+        *args: Any,
         return_dict: bool = True,
-        *,
-        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> ControlNetOutput | tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         r"""
-        As [`AdaGNControlNetModel.forward`]. A branch whose scale is the number 0 does not run.
+        Sum the residuals of [`AdaGNControlNetModel.forward`]. A ControlNet whose scale is the number 0 does not run.
 
         Args:
-            sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask, added_cond_kwargs,
-                cross_attention_kwargs, guess_mode, return_dict, encoder_attention_mask: As of
-                [`AdaGNControlNetModel.forward`], for all branches.
-            controlnet_cond (sequence of `torch.Tensor`): Conditioning images, one tensor a branch.
-            conditioning_scale (sequence of `float` or `torch.Tensor`): One a branch.
+            sample, timestep, encoder_hidden_states, return_dict, args, kwargs: As in [`AdaGNControlNetModel.forward`],
+                for all ControlNets.
+            controlnet_cond (sequence of `torch.Tensor`): Conditioning images, one tensor per ControlNet.
+            conditioning_scale (sequence of `float` or `torch.Tensor`): One per ControlNet.
 
         Raises:
-            ValueError: Unless there is one conditioning image and one scale a branch, or if all scales are 0.
+            ValueError: If there is not one conditioning image and one scale per ControlNet, or if all scales are 0.
         """
         numbers = (len(self.nets), len(controlnet_cond), len(conditioning_scale))
         if len(set(numbers)) > 1:
             raise ValueError(
-                "There are {} branches, {} entries of `controlnet_cond` and {} of `conditioning_scale`. Pass one of "
-                "each a branch.".format(*numbers)
+                "There are {} ControlNets, {} entries of `controlnet_cond` and {} of `conditioning_scale`.".format(
+                    *numbers
+                )
             )
         total: list[torch.Tensor] = []
         for net, image, scale in zip(self.nets, controlnet_cond, conditioning_scale, strict=True):
             if not torch.is_tensor(scale) and scale == 0:
                 continue
-            down, mid = net(
-                sample,
-                timestep,
-                encoder_hidden_states,
-                image,
-                scale,
-                class_labels=class_labels,
-                timestep_cond=timestep_cond,
-                attention_mask=attention_mask,
-                added_cond_kwargs=added_cond_kwargs,
-                cross_attention_kwargs=cross_attention_kwargs,
-                guess_mode=guess_mode,
-                return_dict=False,
-                encoder_attention_mask=encoder_attention_mask,
-            )
+            down, mid = net(sample, timestep, encoder_hidden_states, image, scale, *args, return_dict=False, **kwargs)
             residuals = [*down, mid]
             total = [a + b for a, b in zip(total, residuals, strict=True)] if total else residuals
         if not total:
             raise ValueError(
-                f"`conditioning_scale` is {list(conditioning_scale)}: no branch has anything to add. Leave the "
-                "ControlNets out."
+                f"`conditioning_scale` is {list(conditioning_scale)}: no ControlNet has any effect. Leave them out."
             )
         *down, mid = total
         if not return_dict:
@@ -643,21 +609,21 @@ class AdaGNMultiControlNetModel(ModelMixin):
 
     @staticmethod
     def _folder(directory: str | os.PathLike, index: int) -> Path:
-        # Below that of the whole, since the Hub's client loads none beside it that model_index.json does not name. With
-        # a dot, behind which diffusers looks for a variant in the name of whatever lies in a component's folder.
+        # Inside the component's folder, since folders next to it that model_index.json does not name are not
+        # downloaded. With a dot, because diffusers looks for a variant after the dot in all names in such a folder.
         return Path(directory) / f"net.{index}"
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
-        Writes each branch to a folder of its own below `save_directory`: `net.0`, `net.1`, ... Arguments are as of one.
-        A pipeline hands none of them on, so that it saves several branches without its `variant`, and finds them so.
-        Branches that an earlier call has left there are removed.
+        Save each ControlNet to a folder of its own in `save_directory`: `net.0`, `net.1`, ... `kwargs` are those of
+        `AdaGNControlNetModel.save_pretrained`. A pipeline passes none on, so that it saves several ControlNets without
+        its `variant`, and finds them so. Folders that an earlier call has left there are removed.
 
         Raises:
-            ValueError: For `push_to_hub`: each branch would become a repository.
+            ValueError: For `push_to_hub`, which would make a repository of each ControlNet.
         """
         if kwargs.get("push_to_hub"):
-            raise ValueError("`push_to_hub` of several branches is done by their pipeline, or by each branch itself.")
+            raise ValueError("`push_to_hub` of several ControlNets is done by their pipeline, or by each of them.")
         for index, net in enumerate(self.nets):
             net.save_pretrained(str(self._folder(save_directory, index)), **kwargs)
         stale = len(self.nets)
@@ -669,12 +635,7 @@ class AdaGNMultiControlNetModel(ModelMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> AdaGNMultiControlNetModel:
-        """
-        Reads what `save_pretrained` wrote, from a folder. Arguments are those of `AdaGNControlNetModel`.
-
-        Raises:
-            ValueError: If there is no such folder `net.0`.
-        """
+        """Load what `save_pretrained` has saved in a folder. `kwargs` are those of `AdaGNControlNetModel`."""
         folders = []
         while (folder := cls._folder(pretrained_model_name_or_path, len(folders))).is_dir():
             folders.append(folder)

@@ -1,9 +1,9 @@
 """
-GLIDETextModel: the text transformer of GLIDE, trained together with the U-Net that reads it.
+GLIDETextModel: the text transformer of GLIDE, trained together with the U-Net that it conditions.
 
 GLIDE (Nichol et al. 2021, https://huggingface.co/papers/2112.10741), section 3.1: a transformer over the tokens of a
-caption. Its last layer's states go to every attention layer of the U-Net as added keys and values, and the state of the
-last token, projected, is added to the time embedding.
+caption. The states of its last layer go to every attention layer of the U-Net as added keys and values, and the state
+of the last token, projected, is added to the time embedding.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .input_checks import check_shape
 
-# Of CLIP's text transformer (https://huggingface.co/papers/2103.00020), from which GLIDE's was made; GPT-2's are alike.
+
+# Those of CLIP's text transformer (https://huggingface.co/papers/2103.00020), the basis of GLIDE's; GPT-2's are alike.
 TOKEN_STD, POSITION_STD = 0.02, 0.01
-# GPT-2's for any layer. CLIP's (width ** -0.5) would give the pooled text unit variance, several times that of a new
-# time embedding, to which it is added: at the start the caption would drown the timestep.
+# That of all layers of GPT-2. CLIP's (width ** -0.5) would give the pooled text unit variance, several times that of a
+# new time embedding, to which it is added: at the start the caption would dominate the timestep.
 PROJECTION_STD = 0.02
 
 
 class GLIDETextEmbeddings(nn.Module):
-    """What the first layer reads: a word's token plus its position, or the padding vector of that position."""
+    """Embedding of a word and its position, or the padding vector of that position."""
 
     def __init__(self, vocab_size: int, hidden_size: int, length: int, use_padding_embedding: bool):
         super().__init__()
@@ -32,22 +34,14 @@ class GLIDETextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.token_embedding.weight, std=TOKEN_STD)
         self.position_embedding = nn.Parameter(POSITION_STD * torch.randn(length, hidden_size))
-        # As large as what it stands in for.
+        # As large as the embedding of a word with its position.
         std = (TOKEN_STD**2 + POSITION_STD**2) ** 0.5
         self.padding_embedding = nn.Parameter(std * torch.randn(length, hidden_size)) if use_padding_embedding else None
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        if input_ids.ndim != 2 or input_ids.shape[1] != self.length:
-            raise ValueError(
-                f"`input_ids` has shape {tuple(input_ids.shape)}, but this encoder reads captions of exactly "
-                f"{self.length} tokens (`max_position_embeddings`), a batch of them. Cut and pad to that length, e.g. "
-                f'with `padding="max_length", truncation=True, max_length={self.length}`.'
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)} and `input_ids` {tuple(input_ids.shape)}. "
-                "Pass one number a token: 1 for a word, 0 for padding."
-            )
+        check_shape("input_ids", input_ids, ("batch_size", self.length))
+        if attention_mask is not None:
+            check_shape("attention_mask", attention_mask, tuple(input_ids.shape))
         hidden_states = self.token_embedding(input_ids) + self.position_embedding  # (B, L, C)
         if self.padding_embedding is not None and attention_mask is not None:
             hidden_states = torch.where(attention_mask.bool()[..., None], hidden_states, self.padding_embedding)
@@ -56,9 +50,9 @@ class GLIDETextEmbeddings(nn.Module):
 
 class GLIDETextLayer(nn.Module):
     """
-    Self-attention over all positions (neither causal nor masked), then two linear layers; each behind a layer norm and
-    added to its input. `nn.LayerNorm` takes mean and variance in float32 for half-precision states, and the attention
-    functions their softmax.
+    Self-attention over all positions (neither causal nor masked), then two linear layers; each after a layer norm and
+    added to its input. With half-precision states, `nn.LayerNorm` computes mean and variance in float32, and the
+    attention functions their softmax.
     """
 
     def __init__(self, hidden_size: int, num_attention_heads: int, num_layers: int):
@@ -74,8 +68,8 @@ class GLIDETextLayer(nn.Module):
         self.act = nn.GELU()  # exact, not the tanh or sigmoid approximations of GPT-2 and CLIP
         self.linear2 = nn.Linear(4 * hidden_size, hidden_size)
 
-        # CLIP's: outputs keep the scale of their inputs, and what the layers add to the residual stream, 2 a layer,
-        # adds up to that scale however many there are.
+        # As in CLIP: outputs keep the scale of their inputs, and the two additions of each layer to the residual stream
+        # sum up to that scale for any number of layers.
         std = hidden_size**-0.5
         residual_std = std * (2 * num_layers) ** -0.5
         for linear in (self.to_q, self.to_k, self.to_v):
@@ -95,32 +89,32 @@ class GLIDETextLayer(nn.Module):
         return hidden_states + self.linear2(self.act(self.linear1(self.norm2(hidden_states))))
 
 
-# With adapters: pipelines call `set_adapters`, `fuse_lora` and their kin on every model of diffusers that they hold.
+# `PeftAdapterMixin`: pipelines call `set_adapters`, `fuse_lora` and so on for each of their diffusers models.
 class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The text transformer of GLIDE (Nichol et al. 2021, https://huggingface.co/papers/2112.10741). The defaults are those
     of the published base model.
 
-    Every caption has the same length, and padding is read like words: each padded position has a vector of its own,
-    which is learned. So cross-attention to the states takes no mask.
+    All captions have the same length, and padding is attended to like words: each padded position has a learned vector.
+    So cross-attention to the states takes no mask.
 
     Args:
         vocab_size (`int`, defaults to 50257): Number of tokens.
         hidden_size (`int`, defaults to 512): Width of the states.
         num_hidden_layers (`int`, defaults to 16): Transformer layers.
-        num_attention_heads (`int`, defaults to 8): Heads of each; divides `hidden_size`.
-        max_position_embeddings (`int`, defaults to 128): The length of all captions, padding included.
+        num_attention_heads (`int`, defaults to 8): Heads of each layer; divides `hidden_size`.
+        max_position_embeddings (`int`, defaults to 128): Length of all captions, padding included.
         projection_dim (`int`, defaults to 768): Width of the pooled text: that of the U-Net's time embedding, usually
             `4 * block_out_channels[0]`.
-        use_padding_embedding (`bool`, defaults to `True`): Without it, padding is the tokenizer's padding token, read
-            like any other, and `attention_mask` says nothing.
-        use_final_layer_norm (`bool`, defaults to `True`): A layer norm behind the last layer.
+        use_padding_embedding (`bool`, defaults to `True`): Learn the vectors of padded positions. `False`: padding is
+            the tokenizer's padding token, embedded like any other, and `attention_mask` has no effect.
+        use_final_layer_norm (`bool`, defaults to `True`): A layer norm after the last layer.
 
     Raises:
-        ValueError: If a size is not positive, or `num_attention_heads` does not divide `hidden_size`.
+        ValueError: If `num_attention_heads` does not divide `hidden_size`.
     """
 
-    # Read by `diffusers_adm.conditioning.text`: captions are padded to full length, and the U-Net gets no mask.
+    # Tells `diffusers_adm.conditioning.text` to pad captions to full length and to give the U-Net no mask.
     attends_to_padding = True
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GLIDETextEmbeddings", "GLIDETextLayer"]
@@ -139,21 +133,9 @@ class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         use_final_layer_norm: bool = True,
     ):
         super().__init__()
-        sizes = {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "max_position_embeddings": max_position_embeddings,
-            "projection_dim": projection_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"`{name}` is {size}; it must be at least 1.")
         if hidden_size % num_attention_heads:
             raise ValueError(
-                f"`hidden_size` is {hidden_size} and `num_attention_heads` is {num_attention_heads}, which does not "
-                "divide it. Pass one that does."
+                f"`num_attention_heads` is {num_attention_heads}; it must divide `hidden_size`, {hidden_size}."
             )
         self.embeddings = GLIDETextEmbeddings(vocab_size, hidden_size, max_position_embeddings, use_padding_embedding)
         self.layers = nn.ModuleList(
@@ -169,11 +151,12 @@ class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
+        Encode captions.
+
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, max_position_embeddings)`): Numbers of tokens.
+            input_ids (`torch.LongTensor` of shape `(batch_size, max_position_embeddings)`): Token ids.
             attention_mask (`torch.Tensor` of shape `(batch_size, max_position_embeddings)`, *optional*): 1 or `True`
-                where a position holds a word, 0 or `False` where it is padding; all may be padding. `None`: all are
-                words.
+                for words, 0 or `False` for padding; all may be padding. `None`: all are words.
 
         Returns:
             `tuple` of two `torch.Tensor`: the states, `(batch_size, max_position_embeddings, hidden_size)`, those of
@@ -181,7 +164,7 @@ class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             projected.
 
         Raises:
-            ValueError: If the captions have another length, or the mask another shape than the tokens.
+            ValueError: If the captions have another length, or the mask has another shape than the tokens.
         """
         hidden_states = self.embeddings(input_ids, attention_mask)  # (B, L, C)
         for layer in self.layers:

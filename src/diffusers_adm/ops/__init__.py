@@ -1,4 +1,4 @@
-"""Numerical operations with a plain reference beside every fast path."""
+"""Numerical operations, with a plain reference next to every fast path."""
 
 from .adagn import AdaGroupNormAct, adagn, adagn_reference
 from .conv import Conv2d, conv2d

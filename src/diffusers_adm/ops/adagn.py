@@ -2,8 +2,8 @@
 Adaptive group normalisation (AdaGN) with its activation: `act(group_norm(x) * (1 + scale) + shift)`.
 
 Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis" (https://huggingface.co/papers/2105.05233),
-section 3.1. `adagn_reference` is the definition; `adagn` is the one function that everything else calls, and the one
-place that chooses a faster way to the same numbers.
+section 3.1. `adagn_reference` is the definition; all other code calls `adagn`, the only place that chooses a faster way
+to the same numbers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 AdaGNActivation = Literal["silu", "swish", "mish", "gelu", "relu"]
 ADAGN_ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 
-# Set to 1 before the import to send every call through the reference, e.g. to find out whether a fast path is to blame
-# for a difference. Read once: a look-up at every call would break graphs under `torch.compile`.
+# The variable, set to 1 before the import, sends every call through the reference, e.g. to find out whether a fast path
+# causes a difference. Read once: a look-up at every call would break graphs under `torch.compile`.
 USE_ADAGN_REFERENCE = os.environ.get("DIFFUSERS_ADM_REFERENCE_ADAGN") == "1"
 
 
@@ -36,7 +36,7 @@ def adagn_reference(
     activation: AdaGNActivation = "silu",
 ) -> torch.Tensor:
     r"""
-    `act(group_norm(x) * (1 + scale) + shift)`, written plainly: what every fast path must match, gradients included.
+    `act(group_norm(x) * (1 + scale) + shift)`, written plainly. Every fast path must match it, gradients included.
 
     Args:
         x (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Any floating dtype, any memory format.
@@ -70,12 +70,12 @@ def _adagn_folded(
     activation: AdaGNActivation,
 ) -> torch.Tensor:
     """
-    The same in one normalisation kernel: the batch moves into the channels, where the affine parameters of the kernel
-    can differ by example, so that they take up scale and shift: w' = w (1 + s), b' = b (1 + s) + t.
+    The same in one normalisation kernel: the batch moves into the channels, so that the affine parameters of the kernel
+    can differ by example and include scale s and shift t: w' = w (1 + s), b' = b (1 + s) + t.
     """
     batch_size, channels, height, width = x.shape
-    # With 16-bit activations the kernel computes in float32 inside and takes float32 parameters; thus `1 + scale` keeps
-    # its precision here, too.
+    # With 16-bit activations the kernel computes in float32 and takes float32 parameters, so `1 + scale` keeps its
+    # precision here as well.
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(dtype), bias.to(dtype)
     if scale is None:
@@ -107,17 +107,12 @@ def adagn(
     """
     `act(group_norm(x) * (1 + scale) + shift)` by the fastest way that is known to be right for this input.
 
-    Arguments and result are those of [`adagn_reference`], which is the definition. On CPU, contiguous inputs take one
-    normalisation kernel; everything else, and all where the environment variable `DIFFUSERS_ADM_REFERENCE_ADAGN` is
-    `1`, the reference. With 16-bit inputs the reference is computed again in the backward pass, to save memory. The
-    result keeps the memory format of `x` (contiguous or channels-last).
-
-    Raises:
-        ValueError: If just one of `scale` and `shift` is given.
+    Arguments and result are those of [`adagn_reference`], which is the definition. On CPU, contiguous inputs use one
+    normalisation kernel; all other inputs, and all inputs if the environment variable `DIFFUSERS_ADM_REFERENCE_ADAGN`
+    is `1`, use the reference. With 16-bit inputs the reference is computed again in the backward pass, to save memory.
     """
     if (scale is None) != (shift is None):
-        given = "scale" if shift is None else "shift"
-        raise ValueError(f"`adagn` got `{given}` alone. Pass both `scale` and `shift`, or neither.")
+        raise ValueError("`adagn` takes both `scale` and `shift`, or neither.")
     arguments = (x, num_groups, weight, bias, eps, scale, shift, activation)
     # Not for channels-last: there the batch cannot move into the channels without a transposition, which costs more
     # than it saves.
@@ -125,7 +120,7 @@ def adagn(
         return _adagn_folded(*arguments)
     if x.element_size() < 4 and x.requires_grad and not torch.compiler.is_compiling():
         # The reference would keep several float32 copies of a 16-bit `x` for the backward pass; computed again there,
-        # it keeps `x` alone. (A compiler fuses them by itself.)
+        # it keeps only `x`. (A compiler fuses them by itself.)
         return checkpoint(adagn_reference, *arguments, use_reentrant=False, preserve_rng_state=False)
     return adagn_reference(*arguments)
 
@@ -133,16 +128,7 @@ def adagn(
 class AdaGroupNormAct(nn.GroupNorm):
     r"""
     Group normalisation, optional scale and shift by example and channel, activation. It owns the affine parameters
-    (named as in `nn.GroupNorm`) and calls [`adagn`].
-
-    Args:
-        num_groups (`int`): Number of groups; divides `num_channels`.
-        num_channels (`int`): Channels of the input.
-        eps (`float`, defaults to `1e-5`): Added to the variance of a group.
-        activation (`str`, defaults to `"silu"`): One of `"silu"`, `"swish"`, `"mish"`, `"gelu"`, `"relu"`.
-
-    Raises:
-        ValueError: If `activation` is another word, or `num_groups` does not divide `num_channels`.
+    (named as in `nn.GroupNorm`) and calls [`adagn`], whose `num_groups`, `eps` and `activation` it takes.
     """
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, activation: AdaGNActivation = "silu"):

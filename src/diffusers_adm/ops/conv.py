@@ -1,8 +1,6 @@
 """
-Convolutions of networks that are not trained, while gradients flow through them to something that is: to a ControlNet
-branch, an adapter, an image.
-
-`torch.nn.functional.conv2d` is the definition; `conv2d` is the one function that everything else calls.
+Convolutions that need less memory in frozen networks through which gradients flow: to a ControlNet, an adapter or an
+image. `torch.nn.functional.conv2d` is the definition; all other code calls `conv2d`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch.nn.grad import conv2d_input
 
 
 class _FrozenConv2d(torch.autograd.Function):
-    """`F.conv2d` whose weight and bias get no gradient, so that its input need not be kept for the backward pass."""
+    """`F.conv2d` without gradients of weight and bias, which does not keep its input for the backward pass."""
 
     generate_vmap_rule = True
 
@@ -40,10 +38,10 @@ class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        # Under autocast the product was computed in 16 bits, of a float32 weight.
+        # Under autocast the product was computed in 16 bits from a float32 weight.
         weight = weight.to(gradient.dtype)
-        of_input = conv2d_input(ctx.shape, weight, gradient, ctx.stride, ctx.padding)
-        return of_input.to(ctx.dtype), None, None, None, None
+        input_gradient = conv2d_input(ctx.shape, weight, gradient, ctx.stride, ctx.padding)
+        return input_gradient.to(ctx.dtype), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -52,15 +50,11 @@ class _FrozenConv2d(torch.autograd.Function):
 
 
 def conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
 ) -> torch.Tensor:
     """
-    `F.conv2d`, values and gradients. Where neither weight nor bias needs a gradient, torch keeps the input for the
-    backward pass all the same; here it does not.
+    `F.conv2d`, values and gradients. torch keeps the input for the backward pass even if neither weight nor bias needs
+    a gradient; this function does not.
     """
     is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     if is_frozen and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -69,10 +63,10 @@ def conv2d(
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` by [`conv2d`]: it needs less memory while it is frozen."""
+    """`nn.Conv2d` that calls [`conv2d`]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # For images that tile, users set `padding_mode` of layers that were built without.
+        # Users set the `padding_mode` of existing layers to make tileable images.
         is_plain = self.padding_mode == "zeros" and self.dilation == (1, 1) and self.groups == 1
         if not is_plain or isinstance(self.padding, str):
             return super().forward(x)

@@ -1,4 +1,4 @@
-"""Results that are not finite: which of them, and what the networks that made them tell of the reason."""
+"""Results that are not finite: which they are, and the likely reason."""
 
 from collections.abc import Mapping
 
@@ -6,24 +6,24 @@ import torch
 
 
 def not_finite(values: torch.Tensor) -> list[int]:
-    """The numbers of the rows of `values` that hold NaN or infinity. Waits for the device."""
+    """Indices of the rows of `values` with NaN or infinity. Waits for the device."""
     return torch.nonzero(~values.flatten(1).isfinite().all(dim=1))[:, 0].tolist()
 
 
 def explain_not_finite(networks: Mapping[str, torch.nn.Module]) -> str:
     """
-    The likely reason why networks gave values that are not finite, and what to do, as sentences for a message.
+    Likely reason why networks returned values that are not finite, and what to do, as sentences for a message.
 
     Args:
-        networks (mapping of `torch.nn.Module`): By the names that the user knows them by.
+        networks (mapping of `torch.nn.Module`): The networks, by the names that the user knows.
     """
     for name, network in networks.items():
-        network = getattr(network, "_orig_mod", network)  # below what `torch.compile` wraps around it
+        network = getattr(network, "_orig_mod", network)  # below the wrapper of `torch.compile`
         for parameter, weight in network.named_parameters():
             if not weight.isfinite().all():
                 return (
                     f"Weights of `{name}` are not finite themselves, such as `{parameter}`: its training diverged, or "
-                    "its file is damaged. Take an earlier checkpoint, or load it again."
+                    "its file is damaged. Use an earlier checkpoint, or download it again."
                 )
     dtypes = {name: _dtype_in_use(network) for name, network in networks.items()}
     overflowing = [f"`{name}`" for name, dtype in dtypes.items() if dtype == torch.float16]
@@ -32,13 +32,13 @@ def explain_not_finite(networks: Mapping[str, torch.nn.Module]) -> str:
             f"{' and '.join(overflowing)} ran in float16, where numbers above 65504 overflow. Use bfloat16 or float32."
         )
     return (
-        "All weights are finite, so numbers overflowed on the way: after a training that diverged, with a very large "
-        "guidance scale, or with inputs that are not finite."
+        "All weights are finite, so activations overflowed: after a training that diverged, with a very large guidance "
+        "scale, or with inputs that are not finite."
     )
 
 
 def _dtype_in_use(network: torch.nn.Module) -> torch.dtype | None:
-    """Of most of its operations, mixed precision included."""
+    """The dtype of most of its operations, mixed precision included."""
     parameter = next(network.parameters(), None)
     if parameter is None:
         return None
