@@ -28,17 +28,17 @@ IMAGE = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
 TIMESTEP = torch.tensor([5, 700])
 
 
-def random_branch(unet, seed=7, **kwargs) -> AdaGNControlNetModel:
-    """With random zero convolutions and a random embedding of the image: the rest is the U-Net's."""
-    branch = AdaGNControlNetModel.from_unet(unet, **kwargs).eval()
-    fill_randomly(branch.controlnet_down_blocks, seed)
-    fill_randomly(branch.controlnet_mid_block, seed + 1)
-    fill_randomly(branch.controlnet_cond_embedding, seed + 2)
-    return branch.to(unet.dtype)
+def random_controlnet(unet, seed=7, **kwargs) -> AdaGNControlNetModel:
+    """A ControlNet with random zero convolutions and image embedding; the other weights are the U-Net's."""
+    controlnet = AdaGNControlNetModel.from_unet(unet, **kwargs).eval()
+    fill_randomly(controlnet.controlnet_down_blocks, seed)
+    fill_randomly(controlnet.controlnet_mid_block, seed + 1)
+    fill_randomly(controlnet.controlnet_cond_embedding, seed + 2)
+    return controlnet.to(unet.dtype)
 
 
-def with_branch(unet, branch, sample, timestep, image, scale=1.0, guess_mode=False, **conditions):
-    down, mid = branch(
+def with_controlnet(unet, controlnet, sample, timestep, image, scale=1.0, guess_mode=False, **conditions):
+    down, mid = controlnet(
         sample,
         timestep,
         controlnet_cond=image,
@@ -142,7 +142,7 @@ class TestAgainstDiffusers:
                     assert (parameter.grad - gradients[key]).abs().max() < tolerance * largest, key
 
     def test_made_from_a_unet_as_theirs(self):
-        """The same config and weights from the same U-Net, but for the layers that begin at random."""
+        """The same config and weights from the same U-Net, except for layers that start at random."""
         unet = random_condition_model({**STABLE_DIFFUSION, "layers_per_block": 2})
         theirs = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256))
         ours = AdaGNControlNetModel.from_unet(unet, conditioning_downsampling_factor=8)
@@ -159,7 +159,7 @@ class TestAgainstDiffusers:
             else:
                 assert torch.equal(found[name], value), name
 
-    def test_what_a_config_leaves_out_is_theirs(self):
+    def test_missing_arguments_have_their_defaults(self):
         config = {"_class_name": "ControlNetModel", "cross_attention_dim": 24, "block_out_channels": (32, 32, 32, 32)}
         with torch.device("meta"):
             ours, theirs = AdaGNControlNetModel.from_config(config), ControlNetModel.from_config(config)
@@ -177,7 +177,7 @@ class TestAgainstDiffusers:
             ),
         ],
     )
-    def test_refuses_what_it_has_no_part_for(self, config, message):
+    def test_refuses_parts_that_it_lacks(self, config, message):
         with pytest.raises(ValueError, match=message):
             AdaGNControlNetModel.from_config({"_class_name": "ControlNetModel", **config})
 
@@ -196,7 +196,7 @@ UNETS = {
 
 
 def inputs_of(unet, dtype=torch.float32):
-    """`(sample, timestep), conditions`: everything that the U-Net takes."""
+    """`(sample, timestep), conditions`: all inputs of the U-Net."""
     generator = torch.Generator().manual_seed(5)
     config, conditions = unet.config, {}
     sample = torch.randn(2, config.in_channels, 8, 8, generator=generator)
@@ -216,25 +216,29 @@ class TestFromUNet:
     @pytest.mark.parametrize("width", [1.0, 0.5])
     @pytest.mark.parametrize("name", UNETS)
     @torch.no_grad()
-    def test_a_new_branch_changes_nothing_at_all(self, name, width):
+    def test_a_new_controlnet_changes_nothing_at_all(self, name, width):
         unet = UNETS[name]()
         inputs, conditions = inputs_of(unet)
-        branch = AdaGNControlNetModel.from_unet(unet, width=width)
-        branch.check_base(unet)
+        controlnet = AdaGNControlNetModel.from_unet(unet, width=width)
+        controlnet.check_base(unet)
         assert (
-            rounding_errors(with_branch(unet, branch, *inputs, IMAGE, **conditions), unet(*inputs, **conditions).sample)
+            rounding_errors(
+                with_controlnet(unet, controlnet, *inputs, IMAGE, **conditions), unet(*inputs, **conditions).sample
+            )
             <= NETWORK
         )
 
     @pytest.mark.parametrize("name", UNETS)
     @torch.no_grad()
-    def test_what_every_condition_does_reaches_the_residuals(self, name):
+    def test_every_condition_affects_the_residuals(self, name):
         unet = UNETS[name]()
         (sample, timestep), conditions = inputs_of(unet)
-        branch = random_branch(unet)
+        controlnet = random_controlnet(unet)
 
         def residuals(image=IMAGE, sample=sample, timestep=timestep, **changed):
-            down, mid = branch(sample, timestep, controlnet_cond=image, return_dict=False, **{**conditions, **changed})
+            down, mid = controlnet(
+                sample, timestep, controlnet_cond=image, return_dict=False, **{**conditions, **changed}
+            )
             return torch.cat([x.flatten() for x in (*down, mid)])
 
         plain = residuals()
@@ -262,59 +266,64 @@ class TestFromUNet:
         )
         sample = torch.randn(2, channels, height, width)
         inputs = (sample, torch.tensor([1, 90]))
-        branch = AdaGNControlNetModel.from_unet(unet, conditioning_channels=1)
+        controlnet = AdaGNControlNetModel.from_unet(unet, conditioning_channels=1)
         image = torch.rand(2, 1, height, width)
         expected = unet(*inputs, class_labels=labels).sample
-        assert rounding_errors(with_branch(unet, branch, *inputs, image, class_labels=labels), expected) <= NETWORK
-        assert torch.equal(branch.conv_in.weight, unet.conv_in.weight)
+        assert (
+            rounding_errors(with_controlnet(unet, controlnet, *inputs, image, class_labels=labels), expected) <= NETWORK
+        )
+        assert torch.equal(controlnet.conv_in.weight, unet.conv_in.weight)
         narrow = AdaGNControlNetModel.from_unet(unet, conditioning_channels=1, width=0.5)
-        assert rounding_errors(with_branch(unet, narrow, *inputs, image, class_labels=labels), expected) <= NETWORK
+        assert rounding_errors(with_controlnet(unet, narrow, *inputs, image, class_labels=labels), expected) <= NETWORK
 
     @pytest.mark.parametrize("width", [1.0, 0.5])
     @pytest.mark.parametrize("name", TEXT_CONFIGS)
     @torch.no_grad()
     def test_every_layout_of_text(self, name, width):
-        """From diffusers' own class, whose arguments mean other things for some of these."""
+        """From diffusers' own class, in which arguments of some of these have other meanings."""
         theirs = random_condition_model(TEXT_CONFIGS[name])
         sample, timestep, states, labels = inputs_for(TEXT_CONFIGS[name])
-        branch = AdaGNControlNetModel.from_unet(theirs, width=width)
-        branch.check_base(theirs)
+        controlnet = AdaGNControlNetModel.from_unet(theirs, width=width)
+        controlnet.check_base(theirs)
         conditions = {"encoder_hidden_states": states, "class_labels": labels}
         expected = theirs(sample, timestep, **conditions).sample
         image = torch.rand(3, 3, 16, 16)
-        assert rounding_errors(with_branch(theirs, branch, sample, timestep, image, **conditions), expected) <= NETWORK
+        assert (
+            rounding_errors(with_controlnet(theirs, controlnet, sample, timestep, image, **conditions), expected)
+            <= NETWORK
+        )
 
     def test_the_copy_is_one(self):
         unet = random_unet(**CONDITIONAL)
         before = {name: value.clone() for name, value in unet.state_dict().items()}
-        branch = AdaGNControlNetModel.from_unet(unet)
-        for name, value in branch.state_dict().items():
+        controlnet = AdaGNControlNetModel.from_unet(unet)
+        for name, value in controlnet.state_dict().items():
             if not name.startswith("controlnet_"):
                 assert torch.equal(value, before[name]), name
         with torch.no_grad():
-            for parameter in branch.parameters():
+            for parameter in controlnet.parameters():
                 parameter.add_(1)
         assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
     def test_without_weights(self):
         unet = random_unet()
-        branch = AdaGNControlNetModel.from_unet(unet, load_weights_from_unet=False)
-        assert not torch.equal(branch.conv_in.weight, unet.conv_in.weight)
+        controlnet = AdaGNControlNetModel.from_unet(unet, load_weights_from_unet=False)
+        assert not torch.equal(controlnet.conv_in.weight, unet.conv_in.weight)
 
     def test_dtype_follows_the_unet(self):
-        branch = AdaGNControlNetModel.from_unet(random_unet().to(torch.bfloat16))
-        assert {parameter.dtype for parameter in branch.parameters()} == {torch.bfloat16}
+        controlnet = AdaGNControlNetModel.from_unet(random_unet().to(torch.bfloat16))
+        assert {parameter.dtype for parameter in controlnet.parameters()} == {torch.bfloat16}
 
     @pytest.mark.parametrize("width", [1.0, 0.5])
     def test_narrow_ones_are_smaller_and_keep_what_embeds_the_conditions(self, width):
         unet = random_text_unet("added_kv", block_out_channels=(32, 64), norm_num_groups=16, **CONDITIONAL)
-        branch = AdaGNControlNetModel.from_unet(unet, width=width)
-        assert branch.config.block_out_channels == (int(32 * width), int(64 * width))
-        assert branch.residual_channels == [32, 32, 32, 64, 64]
+        controlnet = AdaGNControlNetModel.from_unet(unet, width=width)
+        assert controlnet.config.block_out_channels == (int(32 * width), int(64 * width))
+        assert controlnet.residual_channels == [32, 32, 32, 64, 64]
         for part in ("time_embedding", "class_embedding"):
-            for name, value in getattr(branch, part).state_dict().items():
+            for name, value in getattr(controlnet, part).state_dict().items():
                 assert torch.equal(value, getattr(unet, part).state_dict()[name])
-        blocks = sum(p.numel() for p in branch.down_blocks.parameters())
+        blocks = sum(p.numel() for p in controlnet.down_blocks.parameters())
         of_unet = sum(p.numel() for p in unet.down_blocks.parameters())
         assert blocks == of_unet if width == 1 else blocks < 0.4 * of_unet
 
@@ -336,8 +345,8 @@ class TestFromUNet:
 
     def test_of_a_compiled_unet(self):
         unet = random_unet()
-        branch = AdaGNControlNetModel.from_unet(torch.compile(unet, backend="eager"))
-        assert torch.equal(branch.conv_in.weight, unet.conv_in.weight)
+        controlnet = AdaGNControlNetModel.from_unet(torch.compile(unet, backend="eager"))
+        assert torch.equal(controlnet.conv_in.weight, unet.conv_in.weight)
 
     @pytest.mark.parametrize("width", [0, -1, 1.1, float("nan")])
     def test_refuses_widths(self, width):
@@ -361,10 +370,10 @@ class TestAgainstHooks:
     @torch.no_grad()
     def test_residuals(self, scale, guess_mode):
         theirs = fill_randomly(UNet2DModel(**{**TOY_CONFIG, "num_class_embeds": 5})).double()
-        branch = random_branch(theirs)
+        controlnet = random_controlnet(theirs)
         labels, sample = torch.tensor([1, 3]), SAMPLE.double()
 
-        embedding = branch.controlnet_cond_embedding
+        embedding = controlnet.controlnet_cond_embedding
         features = torch.nn.functional.silu(embedding.conv_in(IMAGE.double()))
         for block in embedding.blocks:
             features = torch.nn.functional.silu(block(features))
@@ -379,13 +388,13 @@ class TestAgainstHooks:
         theirs.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output))
         theirs(sample, TIMESTEP, class_labels=labels)
 
-        zero_convs = [*branch.controlnet_down_blocks, branch.controlnet_mid_block]
+        zero_convs = [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]
         scales = torch.logspace(-1, 0, len(seen), dtype=torch.float64) if guess_mode else [1.0] * len(seen)
         expected = [
             torch.einsum("oi,bihw->bohw", conv.weight[:, :, 0, 0], x) + conv.bias[:, None, None]
             for conv, x in zip(zero_convs, seen, strict=True)
         ]
-        output = branch(
+        output = controlnet(
             sample,
             TIMESTEP,
             class_labels=labels,
@@ -407,12 +416,12 @@ class TestLora:
         return unet
 
     @torch.no_grad()
-    def test_beside_a_new_branch(self):
+    def test_with_a_new_controlnet(self):
         unet = self.adapted()
-        branch = AdaGNControlNetModel.from_unet(random_unet(**CONDITIONAL))
+        controlnet = AdaGNControlNetModel.from_unet(random_unet(**CONDITIONAL))
         inputs, conditions = inputs_of(unet)
         with_lora = unet(*inputs, **conditions).sample
-        assert rounding_errors(with_branch(unet, branch, *inputs, IMAGE, **conditions), with_lora) <= NETWORK
+        assert rounding_errors(with_controlnet(unet, controlnet, *inputs, IMAGE, **conditions), with_lora) <= NETWORK
         unet.disable_adapters()
         without = unet(*inputs, **conditions).sample
         assert rounding_errors(with_lora, without) > NETWORK
@@ -438,17 +447,17 @@ class TestConditioningImage:
     @pytest.mark.parametrize("factor", [1, 2, 3, 4, 5, 6, 8])
     @torch.no_grad()
     def test_any_factor(self, factor):
-        """Residuals have the sizes of the U-Net's skip connections, and every pixel of the image counts."""
+        """Residuals have the sizes of the U-Net's skip connections, and every pixel of the image matters."""
         unet = random_unet()
-        branch = random_branch(unet, conditioning_downsampling_factor=factor)
+        controlnet = random_controlnet(unet, conditioning_downsampling_factor=factor)
         image = torch.rand(2, 3, 8 * factor, 8 * factor)
-        embedding = branch.controlnet_cond_embedding
+        embedding = controlnet.controlnet_cond_embedding
         assert embedding(image).shape == (2, 8, 8, 8)
         with torch.enable_grad():
             image.requires_grad_()
             embedding(image).square().sum().backward()
         assert (image.grad.abs().sum(dim=1) > 0).all()
-        assert with_branch(unet, branch, SAMPLE, TIMESTEP, image.detach()).shape == (2, 6, 8, 8)
+        assert with_controlnet(unet, controlnet, SAMPLE, TIMESTEP, image.detach()).shape == (2, 6, 8, 8)
 
     @pytest.mark.parametrize(
         "factor, stages, expected",
@@ -458,7 +467,7 @@ class TestConditioningImage:
         assert strides_of(factor, stages) == expected
 
     @pytest.mark.parametrize("factor", [0, -2, 1.5])
-    def test_refuses_what_is_no_factor(self, factor):
+    def test_refuses_other_numbers(self, factor):
         with pytest.raises(ValueError, match=f"is {factor}; it must be a positive integer"):
             AdaGNControlNetModel.from_unet(random_unet(), conditioning_downsampling_factor=factor)
 
@@ -469,8 +478,8 @@ class TestConditioningImage:
             strides_of(factor, stages)
 
     def test_without_a_factor_each_layer_halves_it(self):
-        branch = AdaGNControlNetModel.from_unet(random_unet())
-        config = {**branch.config, "conditioning_downsampling_factor": None}
+        controlnet = AdaGNControlNetModel.from_unet(random_unet())
+        config = {**controlnet.config, "conditioning_downsampling_factor": None}
         assert AdaGNControlNetModel.from_config(config).conditioning_factor == 2
         config["conditioning_embedding_out_channels"] = (4, 8, 8, 8)
         assert AdaGNControlNetModel.from_config(config).conditioning_factor == 8
@@ -486,37 +495,37 @@ class TestConditioningImage:
 
 
 class TestTraining:
-    def test_the_frozen_base_gets_no_gradient_and_the_branch_all(self):
+    def test_the_frozen_base_gets_no_gradient_and_the_controlnet_all(self):
         unet = random_unet(**CONDITIONAL).requires_grad_(False)
-        branch = random_branch(unet).train()
+        controlnet = random_controlnet(unet).train()
         inputs, conditions = inputs_of(unet)
-        with_branch(unet, branch, *inputs, IMAGE, **conditions).square().mean().backward()
+        with_controlnet(unet, controlnet, *inputs, IMAGE, **conditions).square().mean().backward()
         assert all(parameter.grad is None for parameter in unet.parameters())
-        assert all(parameter.grad is not None and parameter.grad.any() for parameter in branch.parameters())
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in controlnet.parameters())
 
-    def test_a_new_branch_begins_with_its_zero_convolutions(self):
-        """Weights behind a layer of zeros have no gradient yet, and the layer itself has one (the paper's FAQ)."""
+    def test_a_new_controlnet_begins_with_its_zero_convolutions(self):
+        """Weights before a layer of zeros have no gradient yet, but the layer itself has one (the paper's FAQ)."""
         unet = random_unet().requires_grad_(False)
-        branch = AdaGNControlNetModel.from_unet(unet)
-        with_branch(unet, branch, SAMPLE, TIMESTEP, IMAGE).square().mean().backward()
-        for name, parameter in branch.named_parameters():
+        controlnet = AdaGNControlNetModel.from_unet(unet)
+        with_controlnet(unet, controlnet, SAMPLE, TIMESTEP, IMAGE).square().mean().backward()
+        for name, parameter in controlnet.named_parameters():
             is_zero_conv = name.startswith(("controlnet_down_blocks", "controlnet_mid_block"))
             assert bool(parameter.grad.any()) == is_zero_conv, name
 
     @pytest.mark.parametrize("width", [1.0, 0.5])
-    def test_learns_what_only_the_image_tells(self, width):
-        """Another branch, which it has not seen, tells what the image does."""
+    def test_learns_the_effect_of_the_image(self, width):
+        """The effect of the image is that of another ControlNet."""
         torch.manual_seed(0)
         unet = random_unet(out_channels=3).requires_grad_(False)
-        other = random_branch(random_unet(seed=9)).requires_grad_(False)
-        branch = AdaGNControlNetModel.from_unet(unet, width=width).train()
-        optimizer = torch.optim.AdamW(branch.parameters(), lr=1e-2)
+        other = random_controlnet(random_unet(seed=9)).requires_grad_(False)
+        controlnet = AdaGNControlNetModel.from_unet(unet, width=width).train()
+        optimizer = torch.optim.AdamW(controlnet.parameters(), lr=1e-2)
         losses = []
         for _ in range(40):
             image = torch.rand(8, 3, 1, 1).expand(-1, -1, 8, 8)
             sample, timestep = torch.randn(8, 3, 8, 8), torch.randint(1000, (8,))
-            target = with_branch(unet, other, sample, timestep, image)
-            loss = (with_branch(unet, branch, sample, timestep, image) - target).square().mean()
+            target = with_controlnet(unet, other, sample, timestep, image)
+            loss = (with_controlnet(unet, controlnet, sample, timestep, image) - target).square().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -525,18 +534,18 @@ class TestTraining:
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_gradient_checkpointing_recomputes_to_the_same_numbers(self, use_reentrant):
-        """Of the base as well, whose inputs and weights need no gradient, while the residuals do."""
+        """Also in the base, whose inputs and weights need no gradient, while the residuals do."""
         unet = random_unet(**CONDITIONAL).requires_grad_(False)
-        branch = random_branch(unet).train()
+        controlnet = random_controlnet(unet).train()
         inputs, conditions = inputs_of(unet)
 
         def gradients():
-            branch.zero_grad()
-            with_branch(unet, branch, *inputs, IMAGE, **conditions).square().mean().backward()
-            return {name: parameter.grad.clone() for name, parameter in branch.named_parameters()}
+            controlnet.zero_grad()
+            with_controlnet(unet, controlnet, *inputs, IMAGE, **conditions).square().mean().backward()
+            return {name: parameter.grad.clone() for name, parameter in controlnet.named_parameters()}
 
         plain = gradients()
-        for model in (unet, branch):
+        for model in (unet, controlnet):
             model.enable_gradient_checkpointing(
                 lambda module, *args, **kwargs: checkpoint(module, *args, use_reentrant=use_reentrant, **kwargs)
             )
@@ -546,7 +555,7 @@ class TestTraining:
 
 
 class TestBase:
-    """`check_base`: whether a branch and a U-Net belong together."""
+    """`check_base`: whether a ControlNet was made for a U-Net."""
 
     @pytest.mark.parametrize(
         "made_for, used_with, message",
@@ -564,28 +573,32 @@ class TestBase:
         ],
     )
     def test_names_both_values(self, made_for, used_with, message):
-        branch = AdaGNControlNetModel.from_unet(random_unet(**made_for))
+        controlnet = AdaGNControlNetModel.from_unet(random_unet(**made_for))
         with pytest.raises(ValueError, match=f"made for another U-Net than the one it is used with: .*{message}"):
-            branch.check_base(random_unet(**used_with))
+            controlnet.check_base(random_unet(**used_with))
 
     def test_text(self):
-        branch = AdaGNControlNetModel.from_unet(random_text_unet("added_kv", addition_embed_type="text_embeds"))
+        controlnet = AdaGNControlNetModel.from_unet(random_text_unet("added_kv", addition_embed_type="text_embeds"))
         with pytest.raises(ValueError, match="width of the text: 16 here, None there"):
-            branch.check_base(random_unet())
+            controlnet.check_base(random_unet())
         with pytest.raises(ValueError, match="width of the text: 16 here, 24 there"):
-            branch.check_base(random_text_unet("added_kv", addition_embed_type="text_embeds", cross_attention_dim=24))
+            controlnet.check_base(
+                random_text_unet("added_kv", addition_embed_type="text_embeds", cross_attention_dim=24)
+            )
         with pytest.raises(ValueError, match="width of the pooled text: 32 here, 64 there"):
-            branch.check_base(random_text_unet("added_kv", addition_embed_type="text_embeds", time_embedding_dim=64))
+            controlnet.check_base(
+                random_text_unet("added_kv", addition_embed_type="text_embeds", time_embedding_dim=64)
+            )
 
-    def test_what_is_no_unet(self):
-        branch = AdaGNControlNetModel.from_unet(random_unet())
+    def test_other_networks(self):
+        controlnet = AdaGNControlNetModel.from_unet(random_unet())
         with pytest.raises(ValueError, match="belongs to a U-Net, but this is AdaGNControlNetModel"):
-            branch.check_base(branch)
+            controlnet.check_base(controlnet)
 
-    def test_fits_other_weights_and_other_classes_of_unet(self):
-        branch = AdaGNControlNetModel.from_unet(random_unet())
-        branch.check_base(random_unet(seed=9, out_channels=3, up_block_types=("UpBlock2D", "AttnUpBlock2D")))
-        branch.check_base(UNet2DModel(**TOY_CONFIG))
+    def test_accepts_other_weights_and_other_classes_of_unet(self):
+        controlnet = AdaGNControlNetModel.from_unet(random_unet())
+        controlnet.check_base(random_unet(seed=9, out_channels=3, up_block_types=("UpBlock2D", "AttnUpBlock2D")))
+        controlnet.check_base(UNet2DModel(**TOY_CONFIG))
 
     @pytest.mark.parametrize("name", unet_configs.CONFIGS)
     def test_channels_are_those_of_the_skip_connections(self, name):
@@ -602,8 +615,8 @@ class TestSeveral:
     @torch.no_grad()
     def test_residuals_add_up(self):
         unet = random_unet(**CONDITIONAL)
-        branches = [random_branch(unet, seed) for seed in (1, 4)]
-        both = AdaGNMultiControlNetModel(branches)
+        controlnets = [random_controlnet(unet, seed) for seed in (1, 4)]
+        both = AdaGNMultiControlNetModel(controlnets)
         images = [IMAGE, 1 - IMAGE]
         inputs, conditions = inputs_of(unet)
         down, mid = both(
@@ -614,26 +627,26 @@ class TestSeveral:
             **conditions,
         )
         alone = [
-            branch(*inputs, controlnet_cond=image, conditioning_scale=scale, **conditions)
-            for branch, image, scale in zip(branches, images, (0.5, 2.0), strict=True)
+            controlnet(*inputs, controlnet_cond=image, conditioning_scale=scale, **conditions)
+            for controlnet, image, scale in zip(controlnets, images, (0.5, 2.0), strict=True)
         ]
         assert rounding_errors(mid, alone[0].mid_block_res_sample + alone[1].mid_block_res_sample) <= NETWORK
         for found, *parts in zip(down, *(each.down_block_res_samples for each in alone), strict=True):
             assert rounding_errors(found, parts[0] + parts[1]) <= NETWORK
 
     @torch.no_grad()
-    def test_a_branch_that_counts_nothing_does_not_run(self):
+    def test_a_controlnet_with_scale_0_does_not_run(self):
         unet = random_unet()
-        branches = [random_branch(unet, seed) for seed in (1, 4)]
-        branches[0].register_forward_pre_hook(lambda *args: pytest.fail("it ran"))
-        both = AdaGNMultiControlNetModel(branches)
+        controlnets = [random_controlnet(unet, seed) for seed in (1, 4)]
+        controlnets[0].register_forward_pre_hook(lambda *args: pytest.fail("it ran"))
+        both = AdaGNMultiControlNetModel(controlnets)
         found = both(SAMPLE, TIMESTEP, controlnet_cond=[IMAGE, IMAGE], conditioning_scale=[0, 1.0])
-        alone = branches[1](SAMPLE, TIMESTEP, controlnet_cond=IMAGE)
+        alone = controlnets[1](SAMPLE, TIMESTEP, controlnet_cond=IMAGE)
         assert rounding_errors(found.mid_block_res_sample, alone.mid_block_res_sample) <= NETWORK
 
     def test_save_and_load(self, tmp_path):
         unet = random_unet()
-        both = AdaGNMultiControlNetModel([random_branch(unet, 1), random_branch(unet, 4, width=0.5)])
+        both = AdaGNMultiControlNetModel([random_controlnet(unet, 1), random_controlnet(unet, 4, width=0.5)])
         both.save_pretrained(tmp_path)
         assert sorted(folder.name for folder in tmp_path.iterdir()) == ["net.0", "net.1"]
         again = AdaGNMultiControlNetModel.from_pretrained(tmp_path, dtype=torch.float64)
@@ -643,12 +656,14 @@ class TestSeveral:
     def test_saving_fewer_where_there_were_more(self, tmp_path):
         unet = random_unet()
         for number in (3, 2):
-            AdaGNMultiControlNetModel([random_branch(unet, seed) for seed in range(number)]).save_pretrained(tmp_path)
+            AdaGNMultiControlNetModel([random_controlnet(unet, seed) for seed in range(number)]).save_pretrained(
+                tmp_path
+            )
         assert len(AdaGNMultiControlNetModel.from_pretrained(tmp_path).nets) == 2
 
     def test_refusals(self, tmp_path):
         with pytest.raises(ValueError, match="`push_to_hub` of several ControlNets"):
-            AdaGNMultiControlNetModel([random_branch(random_unet())]).save_pretrained(tmp_path, push_to_hub=True)
+            AdaGNMultiControlNetModel([random_controlnet(random_unet())]).save_pretrained(tmp_path, push_to_hub=True)
         with pytest.raises(ValueError, match="`controlnets` is empty"):
             AdaGNMultiControlNetModel([])
         with pytest.raises(ValueError, match="has no folder `net.0`"):
@@ -675,9 +690,9 @@ class TestBadInput:
         ],
     )
     def test_image(self, image, message):
-        branch = AdaGNControlNetModel.from_unet(random_unet())
+        controlnet = AdaGNControlNetModel.from_unet(random_unet())
         with pytest.raises(ValueError, match=message):
-            branch(SAMPLE, TIMESTEP, controlnet_cond=image)
+            controlnet(SAMPLE, TIMESTEP, controlnet_cond=image)
 
     @pytest.mark.parametrize(
         "name, inputs, message",
@@ -690,10 +705,10 @@ class TestBadInput:
     )
     def test_the_rest_as_the_unet(self, name, inputs, message):
         unet = UNETS[name]()
-        branch = AdaGNControlNetModel.from_unet(unet)
+        controlnet = AdaGNControlNetModel.from_unet(unet)
         (sample, timestep), conditions = inputs_of(unet)
         with pytest.raises(ValueError, match=message):
-            branch(sample, timestep, controlnet_cond=IMAGE, **{**conditions, **inputs})
+            controlnet(sample, timestep, controlnet_cond=IMAGE, **{**conditions, **inputs})
 
     def test_the_folder_of_a_unet(self, tmp_path):
         random_unet().save_pretrained(tmp_path)
@@ -706,7 +721,7 @@ class TestBadInput:
             ({"controlnet_conditioning_channel_order": "rbg"}, "is 'rbg'; it must be one of"),
             ({"unet_block_out_channels": (8,)}, r"has 1 entries \(8,\) but `block_out_channels` has 2"),
             ({"down_block_types": ("DownBlock2D", "UpBlock2D")}, "`down_block_types` is 'UpBlock2D'"),
-            ({"norm_num_groups": 3}, "num_channels must be divisible by num_groups"),
+            ({"norm_num_groups": 3}, "num_channels .*must be divisible by num_groups"),
             ({"conditioning_downsampling_factor": 4}, "`conditioning_downsampling_factor` is 4"),
         ],
     )
@@ -722,12 +737,12 @@ class TestNumbers:
     @torch.no_grad()
     def test_16_bit_is_near_float32(self, dtype, bound):
         unet = random_text_unet("added_kv", **CONDITIONAL)
-        branch = random_branch(unet)
+        controlnet = random_controlnet(unet)
         inputs, conditions = inputs_of(unet)
-        exact = branch(*inputs, controlnet_cond=IMAGE, **conditions)
+        exact = controlnet(*inputs, controlnet_cond=IMAGE, **conditions)
         (sample, timestep), conditions = inputs_of(unet, dtype)
         conditions["encoder_hidden_states"] = conditions["encoder_hidden_states"].to(dtype)
-        found = branch.to(dtype)(sample, timestep, controlnet_cond=IMAGE, **conditions)
+        found = controlnet.to(dtype)(sample, timestep, controlnet_cond=IMAGE, **conditions)
         for a, b in zip(
             [*found.down_block_res_samples, found.mid_block_res_sample],
             [*exact.down_block_res_samples, exact.mid_block_res_sample],
@@ -738,20 +753,20 @@ class TestNumbers:
 
     @torch.no_grad()
     def test_examples_of_a_batch_do_not_touch_each_other(self):
-        branch = random_branch(random_unet()).double()
-        whole = branch(SAMPLE.double(), TIMESTEP, controlnet_cond=IMAGE.double())
+        controlnet = random_controlnet(random_unet()).double()
+        whole = controlnet(SAMPLE.double(), TIMESTEP, controlnet_cond=IMAGE.double())
         for index in range(2):
             one = slice(index, index + 1)
-            alone = branch(SAMPLE.double()[one], TIMESTEP[one], controlnet_cond=IMAGE.double()[one])
+            alone = controlnet(SAMPLE.double()[one], TIMESTEP[one], controlnet_cond=IMAGE.double()[one])
             assert_close(alone.mid_block_res_sample, whole.mid_block_res_sample[one])
 
     @torch.no_grad()
     def test_save_and_load(self, tmp_path):
-        branch = random_branch(random_unet(**CONDITIONAL), width=0.5)
-        branch.save_pretrained(tmp_path)
+        controlnet = random_controlnet(random_unet(**CONDITIONAL), width=0.5)
+        controlnet.save_pretrained(tmp_path)
         again, info = AdaGNControlNetModel.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info.values()), info
-        found, expected = (model(SAMPLE, TIMESTEP, controlnet_cond=IMAGE) for model in (again, branch))
+        found, expected = (model(SAMPLE, TIMESTEP, controlnet_cond=IMAGE) for model in (again, controlnet))
         assert rounding_errors(found.mid_block_res_sample, expected.mid_block_res_sample) <= NETWORK
         assert again.config.unet_block_out_channels == [8, 16]  # as JSON has it
 

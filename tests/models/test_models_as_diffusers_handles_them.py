@@ -1,6 +1,6 @@
 """
-What diffusers does with any of its models, done with ours: saving in parts, spreading over devices, offloading,
-compiling. Its own tests of these need a checkout of its repository (see docs/diffusers_contracts.md).
+Features of all diffusers models, tested with ours: saving in shards, splitting over devices, offloading, compiling.
+diffusers' own tests of these need a checkout of its repository (see docs/diffusers_contracts.md).
 """
 
 import inspect
@@ -82,7 +82,7 @@ class TestSaving:
 
 
 class TestOffloading:
-    """A weight that is read outside of the `forward` of its module would not be there."""
+    """A weight that is read outside of the `forward` of its module would be missing."""
 
     @pytest.mark.parametrize("share", [0.5, 0.9])
     def test_spread_over_memory_and_disk(self, model, share, tmp_path):

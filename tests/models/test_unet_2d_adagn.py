@@ -114,7 +114,7 @@ def test_only_the_last_convolutions_start_at_zero():
 
 
 def test_untrained_network_learns():
-    """Zeros at the end of a branch stop the gradient of what lies before it for one step alone."""
+    """Zeros at the end of a residual block stop the gradient of the layers before them for one step only."""
     unet = fresh_unet(**CONDITIONAL)
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
     for _ in range(3):
@@ -169,7 +169,7 @@ def test_gradient_checkpointing_recomputes_to_the_same_numbers(layout):
 
 
 @pytest.mark.parametrize("injection", ["scale_shift", "default"])
-def test_dropout_sits_before_the_second_convolution_alone(injection):
+def test_dropout_only_before_the_second_convolution(injection):
     unet = random_unet(dropout=0.5, resnet_time_scale_shift=injection).train()
     active = {name: m for name, m in unet.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
     blocks = {name: m for name, m in unet.named_modules() if isinstance(m, ResBlock)}
@@ -187,7 +187,7 @@ def test_dropout_sits_before_the_second_convolution_alone(injection):
         assert_close(after[kept], 2 * before[kept])
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_only_in_training():
     unet = random_unet(dropout=0.5)
     assert rounding_errors(predict(unet), predict(unet)) <= NETWORK
     assert rounding_errors(predict(unet), predict(random_unet())) <= NETWORK
@@ -225,13 +225,13 @@ def test_layout_stays_through_the_whole_net(layout, dtype, memory_format):
     unet = random_unet(**layout).to(dtype=dtype).to(memory_format=memory_format)
     sample = images().to(dtype).contiguous(memory_format=memory_format).requires_grad_()
     layout_of_grad = []
-    # As the network hands it over: `sample.grad` would be brought into the layout of `sample` by autograd.
-    handed_over = sample * 1.0
-    handed_over.register_hook(lambda grad: layout_of_grad.append(grad.is_contiguous(memory_format=memory_format)))
+    # As the network returns it: autograd would convert `sample.grad` to the layout of `sample`.
+    passed = sample * 1.0
+    passed.register_hook(lambda grad: layout_of_grad.append(grad.is_contiguous(memory_format=memory_format)))
     # diffusers' attention returns a transposed view, which is channels-last; the block around it puts that right.
     skip = (Attention,) if memory_format == torch.contiguous_format else ()
     wrong, seen = record_layouts(unet, memory_format, skip)
-    output = unet(handed_over, 5).sample
+    output = unet(passed, 5).sample
     assert wrong == []
     # Not vacuous: every convolution, every block and the network itself were seen.
     expected = (nn.Conv2d, ResBlock, Attention, Downsample, Upsample, AdaGNUNet2DModel)
@@ -376,7 +376,7 @@ def test_null_class_need_not_be_the_last():
 
 
 @pytest.mark.parametrize("heads", [2, (1, 4), [4, 2]], ids=str)
-def test_number_of_heads_wins_over_their_width(heads):
+def test_number_of_heads_takes_precedence_over_their_width(heads):
     every_level = LAYOUTS["attention-at-every-level"]
     unet = random_unet(num_attention_heads=heads, attention_head_dim=3, **every_level)
     numbers = (heads, heads) if isinstance(heads, int) else heads
@@ -401,19 +401,19 @@ def test_number_of_heads_equals_the_width_that_gives_it(channels, heads, width):
     [(8, {"num_attention_heads": (1, 2)}), (16, {"num_attention_heads": 1}), (8, {"attention_head_dim": 8})],
     ids=["heads-per-level", "heads", "width"],
 )
-def test_number_of_heads_on_the_way_up(width, config):
+def test_number_of_heads_in_the_up_path(width, config):
     """`UNet2DModel` has no such argument, but its attention reads the number of heads at every call."""
     layout = LAYOUTS["attention-at-every-level"] | {"block_out_channels": (width, 16)}
     unet = random_unet(num_attention_heads_up=4, **layout, **config)
     theirs = UNet2DModel(**{**TOY_CONFIG, **layout, "attention_head_dim": width}).eval()
     theirs.load_state_dict(unet.state_dict())
-    as_on_the_way_down = predict(theirs)
+    as_in_the_down_path = predict(theirs)
     for module in theirs.up_blocks.modules():
         if isinstance(module, Attention):
             module.heads = 4
     assert relative_error(predict(unet), predict(theirs)) <= 1e-5
-    assert relative_error(predict(unet), as_on_the_way_down) > 1e-3
-    assert relative_error(predict(random_unet(**layout, **config)), as_on_the_way_down) <= 1e-5
+    assert relative_error(predict(unet), as_in_the_down_path) > 1e-3
+    assert relative_error(predict(random_unet(**layout, **config)), as_in_the_down_path) <= 1e-5
 
 
 def test_width_of_the_sinusoid():
@@ -575,8 +575,8 @@ def test_examples_of_a_batch_do_not_touch_each_other():
         ({"upsample_type": "bilinear"}, "`upsample_type` is 'bilinear'; it must be one of"),
         ({"class_embed_type": "simple_projection"}, "`class_embed_type` is 'simple_projection'; it must be one of"),
         ({"act_fn": "tanh"}, "`act_fn` is 'tanh'; it must be one of"),
-        ({"norm_num_groups": 3}, "num_channels must be divisible by num_groups"),
-        ({"attn_norm_num_groups": 5}, "num_channels must be divisible by num_groups"),
+        ({"norm_num_groups": 3}, "num_channels .*must be divisible by num_groups"),
+        ({"attn_norm_num_groups": 5}, "num_channels .*must be divisible by num_groups"),
         ({"attention_head_dim": 32}, "`attention_head_dim` is 32; .* 16 channels of level 1.*`num_attention_heads`"),
         ({"attention_head_dim": 0}, "`attention_head_dim` is 0; it must lie between 1 and the 16"),
         ({"attention_head_dim": -8}, "`attention_head_dim` is -8"),

@@ -215,7 +215,7 @@ def test_folder_loads_and_gives_the_same_numbers(name, tmp_path):
 
 @pytest.mark.parametrize("name", GOOGLE)
 def test_folder_of_2022_loads(name, tmp_path):
-    """Attention named `query/key/value/proj_attn`, and a config without what has been added to diffusers since."""
+    """Attention named `query/key/value/proj_attn`, and a config without the arguments added to diffusers since."""
     theirs = save_by_diffusers(name, tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     renamed = {}
@@ -234,7 +234,7 @@ def test_folder_of_2022_loads(name, tmp_path):
 
 
 @pytest.mark.parametrize("class_labels", [None, [1, 7]], ids=["test_unet", "test_unet_class_cond"])
-def test_consistency_pipeline_draws_the_same(class_labels, tmp_path):
+def test_consistency_pipeline_generates_the_same(class_labels, tmp_path):
     """Its timesteps are fractions and can be negative: 250 log(sigma)."""
     name = "diffusers/consistency-models-test/test_unet" + ("_class_cond" if class_labels is not None else "")
     theirs = save_by_diffusers(name, tmp_path)

@@ -209,8 +209,8 @@ def test_a_folder_of_theirs_loads_and_one_of_ours_reloads(name, tmp_path):
     assert rounding_errors(outputs[2], outputs[1]) <= NETWORK
 
 
-def test_what_a_config_leaves_out_has_the_defaults_of_its_class(tmp_path):
-    """Old files hold few keys; `down_block_types` and so on are then `UNet2DConditionModel`'s, not `UNet2DModel`'s."""
+def test_missing_arguments_have_the_defaults_of_the_class_of_the_config(tmp_path):
+    """Old files have few keys; `down_block_types` and so on are then those of `UNet2DConditionModel`."""
     config = {"_class_name": "UNet2DConditionModel", "block_out_channels": [32, 32, 32, 32], "sample_size": 16}
     with torch.device("meta"):
         ours, theirs = AdaGNUNet2DModel.from_config(config), UNet2DConditionModel.from_config(config)

@@ -1,4 +1,4 @@
-"""AdaGN against its formula in float64: the reference, the fast path, what chooses between them, and who calls them."""
+"""AdaGN against its formula in float64: the reference, the fast path, the choice between them, and their callers."""
 
 import importlib.util
 import inspect
@@ -44,7 +44,7 @@ ARGUMENTS = ("x", "weight", "bias", "scale", "shift")
 
 
 def formula(x, num_groups, weight, bias, eps, scale, shift, activation):
-    """`act(group_norm(x) * (1 + scale) + shift)` from the definition of each part. Also returns what `act` takes."""
+    """`act(group_norm(x) * (1 + scale) + shift)` from the definition of each part. Also returns the input of `act`."""
     grouped = x.reshape(x.shape[0], num_groups, -1)
     mean = grouped.mean(-1, keepdim=True)
     variance = ((grouped - mean) ** 2).mean(-1, keepdim=True)
@@ -94,7 +94,7 @@ def outputs_and_grads(function, inputs, num_groups, activation="silu"):
 
 
 def in_float64(inputs):
-    """The very numbers of 16-bit inputs, as float64."""
+    """The exact numbers of 16-bit inputs, as float64."""
     return {name: v if v is None else v.detach().double().requires_grad_() for name, v in inputs.items()}
 
 
@@ -183,7 +183,7 @@ def test_16_bit_channels_last_keeps_its_input_alone_for_the_backward_pass(dtype,
 
 
 def test_16_bit_activations_with_float32_parameters():
-    """What layerwise casting and models loaded in bf16 with norms kept in float32 give."""
+    """As with layerwise casting, and in models loaded in bf16 with norms kept in float32."""
     inputs = make_inputs(dtype=torch.float64)
     inputs = {n: v.detach().to(torch.bfloat16 if n == "x" else torch.float32) for n, v in inputs.items()}
     truth = formula_output(num_groups=4, eps=EPS, activation="silu", **{n: v.double() for n, v in inputs.items()})
@@ -207,7 +207,7 @@ def one_plus_scale_in_its_own_dtype(x, num_groups, weight, bias, eps, scale, shi
 
 
 def test_known_wrong_one_plus_scale_in_bf16():
-    """Beside 1, bf16 loses a scale of 2**-9 and with it all of its effect: the mean error shows what one hides."""
+    """Added to 1, a scale of 2**-9 is lost in bf16: the mean error shows what a single error hides."""
     x = make_inputs((4, 32, 8, 16, 16), torch.bfloat16)["x"].detach()
     arguments = {
         "num_groups": 8,
@@ -263,7 +263,7 @@ def test_result_keeps_the_memory_format(layout, dtype, activation):
 @pytest.mark.parametrize("conditioned", [True, False], ids=["scale-shift", "plain"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_are_never_changed(layout, conditioned, activation):
-    """Without gradients the fast path activates in place: what it overwrites must be its own."""
+    """Without gradients the fast path activates in place, and must overwrite only its own tensors."""
     inputs = make_inputs(layout=layout, conditioned=conditioned)
     inputs = {name: value if value is None else value.detach() for name, value in inputs.items()}
     copies = {name: value if value is None else value.clone() for name, value in inputs.items()}
@@ -308,7 +308,7 @@ SWITCH = "DIFFUSERS_ADM_REFERENCE_ADAGN"
 
 
 def import_adagn_again(file):
-    """The module as a fresh process would have it: it reads the switch when it is imported."""
+    """The module as in a new process: it reads the switch at import."""
     spec = importlib.util.spec_from_file_location("adagn_read_again", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -395,7 +395,7 @@ def test_res_block_keeps_the_order_of_operations_of_diffusers(injection, resampl
 
 @pytest.mark.parametrize("injection", ["scale_shift", "default"])
 def test_unet_normalises_by_nothing_else(injection, monkeypatch):
-    """Every normalisation is an `AdaGroupNormAct`, which calls `adagn`; diffusers' `Attention` owns its own."""
+    """Every normalisation is an `AdaGroupNormAct`, which calls `adagn`, except those of diffusers' `Attention`."""
     unet = random_unet(resnet_time_scale_shift=injection, **CONDITIONAL)
     inside_attention = {id(m) for a in unet.modules() if isinstance(a, Attention) for m in a.modules()}
     norms = {

@@ -48,7 +48,7 @@ def test_same_values_and_gradients(name, memory_format, dtype):
 
 
 def test_gradients_of_gradients():
-    """For who differentiates a guided sample twice."""
+    """For second derivatives of a guided sample."""
     x, weight, bias, stride, padding = random_case("halving")
     results = []
     for function in (conv2d, F.conv2d):
@@ -109,7 +109,7 @@ def test_forward_mode_and_products_with_the_hessian():
     "changes", [{"padding_mode": "circular"}, {"dilation": (2, 2)}, {"groups": 2}, {"padding": "same"}], ids=str
 )
 def test_what_else_layers_of_torch_do(changes):
-    """Set after construction too: `padding_mode = "circular"` makes images tile."""
+    """Also if set after construction: `padding_mode = "circular"` makes images tileable."""
     torch.manual_seed(0)
     ours = Conv2d(4, 6, kernel_size=3, **{"padding": 1, **changes}).requires_grad_(False)
     theirs = torch.nn.Conv2d(4, 6, kernel_size=3, **{"padding": 1, **changes}).requires_grad_(False)
@@ -147,7 +147,7 @@ def test_keeps_the_input_only_for_what_is_trained(trained):
 
 
 def test_a_network_that_is_not_trained():
-    """Its gradient with respect to the image is the same, and it keeps less for it."""
+    """The gradient with respect to the image is the same, with less memory."""
     unet, found = random_unet(), {}
     for is_trained in (True, False):
         unet.requires_grad_(is_trained)

@@ -32,7 +32,7 @@ def make(pipeline_class, **parts):
 
 
 def of_classes(**config):
-    """A network that gives NaN for images of `NAN_CLASS`, and for those alone."""
+    """A network that returns NaN only for images of `NAN_CLASS`."""
     unet = random_unet(**CONDITIONAL, **config)
     unet.class_embedding.weight.data[NAN_CLASS] = math.nan
     return unet
