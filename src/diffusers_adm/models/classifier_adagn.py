@@ -8,7 +8,7 @@ the U-Net, then a pool. The blocks are the U-Net's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,16 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
-from .config_checks import (
-    DOWN_BLOCK_TYPES,
-    ResampleKind,
-    TimeInjection,
-    block_types,
-    check_choice,
-    check_heads,
-    check_levels,
-    per_level,
-)
+from .config_checks import PoolKind, ResampleKind, TimeInjection, block_specs, check_classifier, per_level
 from .input_checks import check_sample, check_shape
 from .unet_2d_adagn import (
     DownBlock,
@@ -42,8 +33,6 @@ from .unet_2d_adagn import (
     zero_init,
 )
 
-
-PoolKind = Literal["attention", "adaptive", "spatial", "spatial_v2"]
 
 # Width of the hidden layer of the spatial pools, and groups of its norm, as in guided-diffusion. The config's number of
 # groups does not apply to it.
@@ -180,8 +169,8 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         noise_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self._check_config()
         config, last = self.config, len(block_out_channels) - 1
+        check_classifier(config)
         time_embed_dim = time_embedding_dim or 4 * block_out_channels[0]
         time_proj_dim = time_proj_dim or block_out_channels[0]
 
@@ -192,7 +181,7 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
 
         # 2. down path and middle block
         layers = Layers(config, time_embed_dim)
-        specs = [DOWN_BLOCK_TYPES[name] for name in block_types(config, "down_block_types")]
+        specs = block_specs(config, "down_block_types")
         heads = resolve_heads(config, [spec.attention for spec in specs])
         self.down_blocks = nn.ModuleList()
         skip_channels = [block_out_channels[0]]
@@ -225,28 +214,6 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
             between = [nn.ReLU()] if pool == "spatial" else [nn.GroupNorm(SPATIAL_POOL_NUM_GROUPS, width), nn.SiLU()]
             self.head = SpatialPool(
                 nn.Linear(sum(skip_channels) + channels, width), *between, nn.Linear(width, num_classes)
-            )
-
-    def _check_config(self) -> None:
-        config = self.config
-        check_levels(config)
-        check_choice("pool", config.pool, get_args(PoolKind))
-        kinds = [DOWN_BLOCK_TYPES[name].attention for name in block_types(config, "down_block_types")]
-        if set(kinds) - {None, "self"}:
-            raise ValueError(f"`down_block_types` is {config.down_block_types}; a classifier has no cross-attention.")
-        check_heads(config, [*kinds[:-1], "self"])  # the last level's are those of the middle block and attention pool
-        channels, head_dim = config.block_out_channels[-1], config.attention_head_dim
-        if config.pool == "attention" and config.num_attention_heads is None and channels % (head_dim or channels):
-            raise ValueError(
-                f"`attention_head_dim` is {head_dim}; the attention pool needs a divisor of the {channels} channels of "
-                "the last level. Choose one, or set `num_attention_heads`."
-            )
-        size, factor = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
-        sides = per_level(size, 2)
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % factor == 0 for side in sides):
-            raise ValueError(
-                f"`sample_size` is {size}; it must be one number or (height, width), positive and divisible by "
-                f"{factor}, the total downsampling of this model."
             )
 
     def forward(

@@ -24,6 +24,7 @@ TimeEmbeddingType = Literal["positional", "fourier", "learned"]
 ClassEmbedType = Literal["timestep", "identity", "projection"]
 CrossAttentionNorm = Literal["layer_norm", "group_norm"]
 EncoderHidDimType = Literal["text_proj"]
+PoolKind = Literal["attention", "adaptive", "spatial", "spatial_v2"]  # of a classifier
 # Pooled text in the time embedding: pooled by the network (DeepFloyd IF), or passed to it and added (GLIDE).
 AdditionEmbedType = Literal["text", "text_embeds"]
 
@@ -35,19 +36,21 @@ class BlockSpec(NamedTuple):
     resample: ResampleKind | None
 
 
-DOWN_BLOCK_TYPES = {
-    "DownBlock2D": BlockSpec(attention=None, resample="conv"),
-    "AttnDownBlock2D": BlockSpec(attention="self", resample=None),
-    "ResnetDownsampleBlock2D": BlockSpec(attention=None, resample="resnet"),
-    "CrossAttnDownBlock2D": BlockSpec(attention="transformer", resample="conv"),
-    "SimpleCrossAttnDownBlock2D": BlockSpec(attention="added_kv", resample="resnet"),
-}
-UP_BLOCK_TYPES = {
-    "UpBlock2D": BlockSpec(attention=None, resample="conv"),
-    "AttnUpBlock2D": BlockSpec(attention="self", resample=None),
-    "ResnetUpsampleBlock2D": BlockSpec(attention=None, resample="resnet"),
-    "CrossAttnUpBlock2D": BlockSpec(attention="transformer", resample="conv"),
-    "SimpleCrossAttnUpBlock2D": BlockSpec(attention="added_kv", resample="resnet"),
+BLOCK_TYPES = {
+    "down_block_types": {
+        "DownBlock2D": BlockSpec(attention=None, resample="conv"),
+        "AttnDownBlock2D": BlockSpec(attention="self", resample=None),
+        "ResnetDownsampleBlock2D": BlockSpec(attention=None, resample="resnet"),
+        "CrossAttnDownBlock2D": BlockSpec(attention="transformer", resample="conv"),
+        "SimpleCrossAttnDownBlock2D": BlockSpec(attention="added_kv", resample="resnet"),
+    },
+    "up_block_types": {
+        "UpBlock2D": BlockSpec(attention=None, resample="conv"),
+        "AttnUpBlock2D": BlockSpec(attention="self", resample=None),
+        "ResnetUpsampleBlock2D": BlockSpec(attention=None, resample="resnet"),
+        "CrossAttnUpBlock2D": BlockSpec(attention="transformer", resample="conv"),
+        "SimpleCrossAttnUpBlock2D": BlockSpec(attention="added_kv", resample="resnet"),
+    },
 }
 MID_BLOCK_TYPES: dict[str, AttentionKind] = {
     "UNetMidBlock2D": "self",
@@ -86,11 +89,14 @@ def block_types(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(block_type.removeprefix("UNetRes") for block_type in config.get(name) or ())
 
 
+def block_specs(config: Mapping[str, Any], name: str) -> list[BlockSpec]:
+    """Meaning of `down_block_types` or `up_block_types`, in their order. Unknown types are left out."""
+    return [BLOCK_TYPES[name][given] for given in block_types(config, name) if given in BLOCK_TYPES[name]]
+
+
 def has_cross_attention(config: Mapping[str, Any]) -> bool:
-    """Whether any block attends to text. Then arguments mean what they mean in `UNet2DConditionModel`."""
-    names = [*block_types(config, "down_block_types"), *block_types(config, "up_block_types")]
-    specs = {**DOWN_BLOCK_TYPES, **UP_BLOCK_TYPES}
-    kinds = {specs[name].attention for name in names if name in specs}
+    """Whether any block attends to text. Then arguments have the meaning that they have in `UNet2DConditionModel`."""
+    kinds = {spec.attention for name in BLOCK_TYPES for spec in block_specs(config, name)}
     return bool({*kinds, MID_BLOCK_TYPES.get(config.get("mid_block_type"))} & {"transformer", "added_kv"})
 
 
@@ -133,7 +139,7 @@ def entries_per_level(config: Any, name: str) -> tuple:
     return per_level(value, levels)
 
 
-def check_block_types(config: Any, name: str, choices: Iterable[str]) -> None:
+def check_block_types(config: Any, name: str) -> None:
     """Check that there is one known block type per level."""
     given, channels = block_types(config, name), tuple(config.block_out_channels)
     if len(given) != len(channels):
@@ -142,12 +148,12 @@ def check_block_types(config: Any, name: str, choices: Iterable[str]) -> None:
             "one block type per level."
         )
     for block_type in given:
-        check_choice(name, block_type, choices)
+        check_choice(name, block_type, BLOCK_TYPES[name])
 
 
 def check_levels(config: Any) -> None:
     """Check what U-Net, ControlNet and classifier have in common: the levels of an encoder."""
-    check_block_types(config, "down_block_types", DOWN_BLOCK_TYPES)
+    check_block_types(config, "down_block_types")
     check_choice("resnet_time_scale_shift", config.resnet_time_scale_shift, get_args(TimeInjection))
     check_choice("downsample_type", config.downsample_type, get_args(ResampleKind))
     check_choice("act_fn", config.act_fn, get_args(AdaGNActivation))
@@ -184,7 +190,7 @@ def check_encoder(config: Any) -> None:
     for name, choices in ENCODER_CHOICES.items():
         check_choice(name, config[name], choices)
     has_text = has_cross_attention(config)
-    check_heads(config, [DOWN_BLOCK_TYPES[name].attention for name in block_types(config, "down_block_types")])
+    check_heads(config, [spec.attention for spec in block_specs(config, "down_block_types")])
     mid_kind = MID_BLOCK_TYPES.get(config.mid_block_type)
     if mid_kind == "self" and (has_text or not config.add_attention):
         mid_kind = None
@@ -243,16 +249,38 @@ def check_depths(config: Any, name: str, up: bool = False) -> None:
 
 def check_up_path(config: Any) -> None:
     """Check the arguments that only the U-Net has."""
-    check_block_types(config, "up_block_types", UP_BLOCK_TYPES)
+    check_block_types(config, "up_block_types")
     check_choice("upsample_type", config.upsample_type, get_args(ResampleKind))
     if isinstance(config.num_attention_heads_up, (list, tuple)):
         raise ValueError(f"`num_attention_heads_up` is {config.num_attention_heads_up}; it must be one number.")
-    kinds = [UP_BLOCK_TYPES[name].attention for name in block_types(config, "up_block_types")]
-    check_heads(config, kinds[::-1], up=True)
+    check_heads(config, [spec.attention for spec in reversed(block_specs(config, "up_block_types"))], up=True)
     if config.reverse_transformer_layers_per_block is not None:
         check_depths(config, "reverse_transformer_layers_per_block", up=True)
     elif any(isinstance(entry, (list, tuple)) for entry in entries_per_level(config, "transformer_layers_per_block")):
         raise ValueError(
             f"`transformer_layers_per_block` is {config.transformer_layers_per_block}, with one number per block. The "
             "up path has one more block per level: pass `reverse_transformer_layers_per_block` as well."
+        )
+
+
+def check_classifier(config: Any) -> None:
+    """Check the arguments of a classifier."""
+    check_levels(config)
+    check_choice("pool", config.pool, get_args(PoolKind))
+    kinds = [spec.attention for spec in block_specs(config, "down_block_types")]
+    if set(kinds) - {None, "self"}:
+        raise ValueError(f"`down_block_types` is {config.down_block_types}; a classifier has no cross-attention.")
+    check_heads(config, [*kinds[:-1], "self"])  # the last level's are those of the middle block and attention pool
+    channels, head_dim = config.block_out_channels[-1], config.attention_head_dim
+    if config.pool == "attention" and config.num_attention_heads is None and channels % (head_dim or channels):
+        raise ValueError(
+            f"`attention_head_dim` is {head_dim}; the attention pool needs a divisor of the {channels} channels of "
+            "the last level. Choose one, or set `num_attention_heads`."
+        )
+    size, factor = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
+    sides = per_level(size, 2)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % factor == 0 for side in sides):
+        raise ValueError(
+            f"`sample_size` is {size}; it must be one number or (height, width), positive and divisible by "
+            f"{factor}, the total downsampling of this model."
         )

@@ -27,7 +27,6 @@ from torch import nn
 
 from ..ops.adagn import AdaGNActivation
 from .config_checks import (
-    DOWN_BLOCK_TYPES,
     AdditionEmbedType,
     ClassEmbedType,
     CrossAttentionNorm,
@@ -35,7 +34,7 @@ from .config_checks import (
     ResampleKind,
     TimeEmbeddingType,
     TimeInjection,
-    block_types,
+    block_specs,
     check_choice,
     check_encoder,
     check_neutral_arguments,
@@ -257,7 +256,7 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         layers = Layers(config, self.time_embed_dim)
         num_resnets = per_level(layers_per_block, levels)
         num_layers = per_level(transformer_layers_per_block, levels)
-        specs = [DOWN_BLOCK_TYPES[name] for name in block_types(config, "down_block_types")]
+        specs = block_specs(config, "down_block_types")
         heads = resolve_heads(config, [spec.attention for spec in specs])
         self.down_blocks = nn.ModuleList()
         skip_channels = [block_out_channels[0]]

@@ -33,9 +33,7 @@ from torch import nn
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
 from ..ops.conv import Conv2d
 from .config_checks import (
-    DOWN_BLOCK_TYPES,
     MID_BLOCK_TYPES,
-    UP_BLOCK_TYPES,
     AdditionEmbedType,
     AttentionKind,
     BlockSpec,
@@ -45,7 +43,7 @@ from .config_checks import (
     ResampleKind,
     TimeEmbeddingType,
     TimeInjection,
-    block_types,
+    block_specs,
     check_encoder,
     check_neutral_arguments,
     check_up_path,
@@ -802,7 +800,7 @@ class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         num_layers = per_level(transformer_layers_per_block, levels)
 
         # 4. down path, from the highest resolution: residual blocks, each followed by the attention of its level
-        specs = [DOWN_BLOCK_TYPES[name] for name in block_types(config, "down_block_types")]
+        specs = block_specs(config, "down_block_types")
         heads = resolve_heads(config, [spec.attention for spec in specs])
         self.down_blocks = nn.ModuleList()
         skip_channels = [block_out_channels[0]]  # of the skip connections, that of the input convolution first
@@ -821,7 +819,7 @@ class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         self.mid_block = layers.mid_block()
 
         # 6. up path, from the lowest resolution: each residual block also takes the newest skip connection that is left
-        specs = [UP_BLOCK_TYPES[name] for name in reversed(block_types(config, "up_block_types"))]
+        specs = block_specs(config, "up_block_types")[::-1]
         heads = resolve_heads(config, [spec.attention for spec in specs], up=True)
         if reverse_transformer_layers_per_block:
             num_layers = per_level(reverse_transformer_layers_per_block, levels)[::-1]
