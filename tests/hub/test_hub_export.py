@@ -124,11 +124,12 @@ class TestWithoutThePackage:
             run_without_package("import verbatim", tmp_path)
 
 
-class TestFile:
-    @pytest.fixture(scope="class", params=CLASSES)
-    def path(self, request, tmp_path_factory):
-        return export_model_file(request.param, tmp_path_factory.mktemp("code"))
+@pytest.fixture(scope="module", params=CLASSES)
+def path(request, tmp_path_factory):
+    return export_model_file(request.param, tmp_path_factory.mktemp("code"))
 
+
+class TestFile:
     def test_is_what_diffusers_accepts_as_remote_code(self, path):
         # diffusers finds imports by regular expressions, in docstrings as well.
         assert get_relative_imports(path) == []

@@ -109,8 +109,8 @@ def find_clone(clone: str | Path | None = None) -> Path:
         if all((place / name).exists() for name in wanted):
             return place
     raise ValueError(
-        f"{' and '.join(map(str, places))}: no clone of the repository of diffusers-adm. The app of the Space is in its "
-        "spaces/, which an installed package lacks. Run this in a clone."
+        f"{' and '.join(map(str, places))}: no clone of the repository of diffusers-adm. The app of the Space is in "
+        "its folder `spaces`, which an installed package lacks. Run this in a clone."
     )
 
 
