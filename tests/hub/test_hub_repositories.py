@@ -131,13 +131,15 @@ result, calls, again, trusted = sys.argv[1:]
 if not trusted:
     import diffusers_adm
 kwargs = {"custom_pipeline": "pipeline", "trust_remote_code": True} if trusted else {}
-images, modules = {}, {}
+images, modules, pipes = {}, {}, {}
 for name, arguments in torch.load(calls).items():
-    pipe = DiffusionPipeline.from_pretrained(f"alice/{name}", **kwargs)
+    pipe = pipes[name] = DiffusionPipeline.from_pretrained(f"alice/{name}", **kwargs)
     images[name] = draw(pipe, arguments)
     modules[name] = type(pipe).__module__, type(pipe.unet).__module__, type(pipe.scheduler).__module__
     if trusted and name in ("plain", "control"):
         pipe.save_pretrained(f"{again}/{name}")
+# Their files have been run again since.
+assert torch.equal(draw(pipes["plain"], torch.load(calls)["plain"]), images["plain"])
 torch.save({"images": images, "modules": modules}, result)
 """
     )

@@ -13,6 +13,7 @@ not downloaded. So `export_model_file` joins a module and what it imports from t
 """
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -33,6 +34,16 @@ HEADER = """\
 # Written by diffusers-adm {version} for machines without that package. Do not edit it; its sources are, in this order:
 # {modules}
 # SPDX-License-Identifier: Apache-2.0
+"""
+# diffusers runs a file anew for each repository that ships it, all in one module. What the first run has defined stays:
+# objects of its classes are in use, and with new classes `isinstance` would no longer know them.
+REPEATED = """\
+_earlier = dict(globals()) if globals().get("_digest") == "{digest}" else {{}}
+_digest = "{digest}"
+"""
+RESTORED = """
+# Where this file has been run before, its first definitions stay.
+globals().update(_earlier)
 """
 PIPELINE_FOOTER = """
 def __dir__():
@@ -92,14 +103,17 @@ def _write(module: str, path: Path) -> None:
     main = joiner.read(module)
     header = HEADER.format(version=__version__, modules=", ".join(source.name for source in sources))
     futures = sorted(set().union(*(source.futures for source in sources)))
-    parts = [header + main.docstring, f"from __future__ import {', '.join(futures)}" if futures else ""]
+    start = [header + main.docstring, f"from __future__ import {', '.join(futures)}" if futures else ""]
+    parts = []
     for source in sources:
         parts.append(f"# --- {source.name} ---\n{source.docstring if source is not main else ''}")
         parts.append(joiner.text(source))
         if source.name == STAND_INS:
             parts.append(joiner.stand_ins(sources))
     parts += [f"add_publishing({cls})" for cls in classes]
-    parts.append(PIPELINE_FOOTER.format(name=pipelines[module]) if module in pipelines else "")
+    parts += [PIPELINE_FOOTER.format(name=pipelines[module]) if module in pipelines else "", RESTORED]
+    digest = hashlib.sha256("".join(start + parts).encode()).hexdigest()[:16]
+    parts = [*start, REPEATED.format(digest=digest), *parts]
     text = "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
     if re.search(r"^\s*(import\s+\.|from\s+\.\S+\s+import)", text, re.MULTILINE):
         raise ValueError(
