@@ -79,3 +79,23 @@ def test_imports_exist(page):
                         assert hasattr(module, alias.name), (
                             f"{page.name}, line {block.line}: {node.module}.{alias.name}"
                         )
+
+
+def named_code(page: Path) -> list[tuple[str, list[str]]]:
+    """The Python files that a page names, each with the names in it: "`losses.py`: `Objective`, `training_losses`"."""
+    named = re.findall(r"`([\w/]+\.py)`(?:: ((?:`\w+(?:\.\w+)*`(?:, )?)+))?", page.read_text(encoding="utf-8"))
+    return [(file, re.findall(r"`([\w.]+)`", names)) for file, names in named]
+
+
+def test_the_map_of_the_code_is_right():
+    missing = []
+    for file, names in named_code(REPOSITORY / "docs" / "architecture.md"):
+        paths = [path for path in (REPOSITORY / "src" / "diffusers_adm" / file, REPOSITORY / file) if path.is_file()]
+        code = paths[0].read_text(encoding="utf-8") if paths else None
+        for name in names:
+            *_, last = name.split(".")
+            if code is None or not re.search(rf"^\s*(class|def) {last}\b|^{last}\b.* = ", code, re.M):
+                missing.append(f"{file}: {name}")
+        if code is None:
+            missing.append(file)
+    assert missing == []
