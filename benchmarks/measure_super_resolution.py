@@ -35,7 +35,7 @@ from measuring import class_labels_for, describe_machine
 from PIL import Image
 
 from diffusers_adm import ADMSuperResolutionPipeline
-from diffusers_adm.conditioning.low_resolution import shrink
+from diffusers_adm.conditioning.low_resolution import downsample
 from diffusers_adm.training import ImageDataset, labelled_grid, load_image_dataset
 
 
@@ -160,7 +160,7 @@ def main() -> None:
         conditions["class_labels"] = class_labels_for(pipe, dataset, id2label)
     if pipe.reads_text:
         conditions["prompt"] = dataset["caption"][:]
-    real_pictures, small_pictures = to_pictures(large), to_pictures(shrink(large, size // low_res_size))
+    real_pictures, small_pictures = to_pictures(large), to_pictures(downsample(large, size // low_res_size))
     bicubic_pictures = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in small_pictures]
     real, small, bicubic = (to_tensor(pictures) for pictures in (real_pictures, small_pictures, bicubic_pictures))
 

@@ -28,8 +28,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from diffusers_adm.conditioning.guidance import exact_prediction, signal_and_std
 from diffusers_adm.conditioning.image_inputs import ImageInput, read_images, read_masks
-from diffusers_adm.conditioning.inpainting import known_channels, resampling_walk
-from diffusers_adm.conditioning.low_resolution import enlarge
+from diffusers_adm.conditioning.inpainting import masked_image_channels, resampling_walk
+from diffusers_adm.conditioning.low_resolution import upsample
 from diffusers_adm.pipelines.pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, Denoising, OutputType
 
 
@@ -379,9 +379,9 @@ class ADMInpaintPipeline(ADMPipeline):
             original = self._encode(pixels, denoising.dtype)
             shown = self._encode(pixels * known_pixels, denoising.dtype) if self.is_trained_to_inpaint else original
             known = ~F.max_pool2d(repainted.to(denoising.dtype), self.vae_scale_factor).bool()
-        extra_channels = known_channels(shown, known) if self.is_trained_to_inpaint else None
+        extra_channels = masked_image_channels(shown, known) if self.is_trained_to_inpaint else None
         if low_res is not None:
-            extra_channels = torch.cat([extra_channels, enlarge(2 * rows(low_res) - 1, *denoising.size)], dim=1)
+            extra_channels = torch.cat([extra_channels, upsample(2 * rows(low_res) - 1, *denoising.size)], dim=1)
         return KnownRegion(
             images=images,
             known_pixels=known_pixels,

@@ -19,9 +19,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_adm.conditioning.image_inputs import ImageInput, read_images
 from diffusers_adm.conditioning.low_resolution import (
     add_noise_to_low_res,
-    enlarge,
     match_low_res,
     noise_level_embedding,
+    upsample,
 )
 from diffusers_adm.pipelines.pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, OutputType
 from diffusers_adm.schedulers.noise_schedules import check_same_noise
@@ -220,7 +220,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             latents,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
-            extra_channels=enlarge(low_res, *denoising.size),
+            extra_channels=upsample(low_res, *denoising.size),
         )
         if back_projection:
             latents = match_low_res(latents.clamp(-1, 1), clean_low_res)

@@ -28,7 +28,7 @@ from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline
 from diffusers_adm.commands.errors import run_command
-from diffusers_adm.conditioning.inpainting import known_channels
+from diffusers_adm.conditioning.inpainting import masked_image_channels
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 from diffusers_adm.training import (
     IMAGE_CHANNELS,
@@ -445,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
                         batch, captions, empty_caption, text_encoder, text_args, unet_config
                     )
                 # The loss is that of the whole image, as in GLIDE: what is known must be copied, which is soon learned.
-                extra_channels = known_channels(pixels, batch["known"]) if inpaints else None
+                extra_channels = masked_image_channels(pixels, batch["known"]) if inpaints else None
                 timesteps, weights = timestep_sampler.sample(pixels.shape[0], device=pixels.device)
                 terms = training_losses(
                     unet,

@@ -27,7 +27,7 @@ from PIL import Image
 
 from diffusers_adm import ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.commands.errors import run_command
-from diffusers_adm.conditioning.low_resolution import add_noise_to_low_res, enlarge, noise_level_embedding, shrink
+from diffusers_adm.conditioning.low_resolution import add_noise_to_low_res, downsample, noise_level_embedding, upsample
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
@@ -163,7 +163,7 @@ def sample_grid(
     """Small image | sample | large image, each of `examples`."""
     large = torch.stack([tensors["images"] for tensors, _ in examples])
     to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
-    small = to_pil(shrink(large, large.shape[-1] // pipeline.config.low_res_size), output_type="pil")
+    small = to_pil(downsample(large, large.shape[-1] // pipeline.config.low_res_size), output_type="pil")
     wanted = [{"image": image, **told} for image, (_, told) in zip(small, examples, strict=True)]
     columns = {
         "small": [image.resize(large.shape[-2:], Image.Resampling.NEAREST) for image in small],
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
                 if model_args.channels_last:
                     pixels = pixels.contiguous(memory_format=torch.channels_last)
                 model_kwargs = {}
-                low_res = shrink(pixels, resolution // sr_args.low_res_size)
+                low_res = downsample(pixels, resolution // sr_args.low_res_size)
                 if embedding_dim is not None:
                     levels = torch.randint(sr_args.max_noise_level + 1, (len(pixels),), device=pixels.device)
                     low_res = add_noise_to_low_res(low_res, torch.randn_like(low_res), levels, alphas_cumprod)
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
                     timesteps,
                     objective=diffusion_args.objective,
                     snr_gamma=diffusion_args.snr_gamma,
-                    extra_channels=enlarge(low_res, resolution, resolution),
+                    extra_channels=upsample(low_res, resolution, resolution),
                     model_kwargs=model_kwargs,
                 )
                 record_losses(terms, timesteps, weights, diffusion_args.objective, timestep_sampler, metrics)

@@ -28,7 +28,7 @@ MOVED_MODULES = {
     "space": ("hub.space",),
     "super_resolution": ("conditioning.low_resolution",),
     "text_encoding": ("conditioning.text",),
-    "training.captions": ("data.captions",),
+    "training.captions": ("data.captions", "conditioning.text"),
     "training.control": ("data.control",),
     "training.data": ("data.images", "data.labels"),
     "training.fingerprints": ("data.fingerprints",),

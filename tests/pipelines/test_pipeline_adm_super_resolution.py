@@ -20,7 +20,7 @@ from toy_models import (
 )
 
 from diffusers_adm import ADMPipeline, ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.conditioning.low_resolution import shrink
+from diffusers_adm.conditioning.low_resolution import downsample
 
 
 T = 50
@@ -336,7 +336,7 @@ def test_shrink_is_pillows_reduce():
     picture = Image.fromarray(levels[0].permute(1, 2, 0).numpy())
     for factor in (1, 2, 4):
         expected = torch.from_numpy(np.array(picture.reduce(factor))).permute(2, 0, 1)
-        result = shrink(levels.float() / 127.5 - 1, factor)
+        result = downsample(levels.float() / 127.5 - 1, factor)
         assert torch.equal(((result[0] + 1) * 127.5).round().to(torch.uint8), expected)
         assert torch.equal(result[0], expected.float() / 127.5 - 1)
 

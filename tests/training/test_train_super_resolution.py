@@ -137,9 +137,9 @@ def test_a_network_that_is_told_no_level(short, seen, tmp_path):
 def test_noise_and_its_level(short, seen, tmp_path, monkeypatch):
     """All levels are equally likely; each has the noise of as many steps, new for each image."""
     noisy = []
-    enlarge = train_super_resolution.enlarge
+    upsample = train_super_resolution.upsample
     monkeypatch.setattr(
-        train_super_resolution, "enlarge", lambda low_res, *size: (noisy.append(low_res), enlarge(low_res, *size))[1]
+        train_super_resolution, "upsample", lambda low_res, *size: (noisy.append(low_res), upsample(low_res, *size))[1]
     )
     short |= {"data_files": write_images(tmp_path / "large.parquet", number=40, size=16), "resolution": 16}
     train(

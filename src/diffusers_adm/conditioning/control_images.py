@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from .image_inputs import read_images
-from .low_resolution import enlarge, shrink
+from .low_resolution import downsample, upsample
 
 
 # Edges. Of ITU-R BT.601, as in Pillow's mode "L".
@@ -101,8 +101,8 @@ def low_resolution(image: torch.Tensor) -> torch.Tensor:
     padding = (0, -width % LOW_RESOLUTION_FACTOR, 0, -height % LOW_RESOLUTION_FACTOR)
     padded = F.pad(image[None], padding, mode="replicate")
     # Whole numbers times multiples of 1 / 64 are exact, and so are the halves that are rounded up.
-    low_res = ((shrink(2 * padded - 1, LOW_RESOLUTION_FACTOR) + 1) * 127.5).round()
-    return _from_levels(enlarge(low_res, *padded.shape[2:])[0, :, :height, :width])
+    low_res = ((downsample(2 * padded - 1, LOW_RESOLUTION_FACTOR) + 1) * 127.5).round()
+    return _from_levels(upsample(low_res, *padded.shape[2:])[0, :, :height, :width])
 
 
 CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

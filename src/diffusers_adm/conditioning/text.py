@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .condition import Condition, UNetInputs
+
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +166,41 @@ def encode_tokens(
     return TextConditioning(hidden_states, None if pad_to_max else attention_mask, pooled)
 
 
+def encode_captions(
+    text_encoder: torch.nn.Module, batch: Mapping[str, torch.Tensor], *, pad_to_max: bool
+) -> TextConditioning:
+    """
+    Encodes the `input_ids` and `caption_mask` of a batch for training; gradients flow. The states are float32 whatever
+    the dtype of the weights, as those of the U-Net are while it is trained.
+    """
+    encoded = encode_tokens(text_encoder, batch["input_ids"], batch["caption_mask"], pad_to_max=pad_to_max)
+    pooled = None if encoded.pooled is None else encoded.pooled.float()
+    return TextConditioning(encoded.hidden_states.float(), encoded.attention_mask, pooled)
+
+
+def stored_conditioning(batch: Mapping[str, torch.Tensor]) -> TextConditioning:
+    """The result of `encode_captions`, from a batch that holds precomputed embeddings."""
+    return TextConditioning(batch["caption_states"], batch.get("caption_mask"), batch.get("caption_pooled"))
+
+
+def drop_captions(
+    batch: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], dropped: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """
+    Replaces some captions of a batch by the empty one, so that the model can be guided.
+
+    Args:
+        batch (mapping of `torch.Tensor` of shape `(batch_size, ...)`): Tokens or embeddings of captions.
+        empty (mapping of `torch.Tensor`): The same of the empty caption, without the batch dimension, on the device of
+            the batch.
+        dropped (`torch.BoolTensor` of shape `(batch_size,)`): Which ones to replace.
+    """
+    return {
+        name: torch.where(dropped.view(-1, *[1] * value.ndim), value.to(batch[name].dtype), batch[name])
+        for name, value in empty.items()
+    }
+
+
 def text_model_kwargs(conditioning: TextConditioning, unet_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     Keyword arguments of the U-Net's `forward`.
@@ -273,3 +310,48 @@ def join_texts(*texts: TextConditioning) -> TextConditioning:
     return TextConditioning(
         torch.cat(states), torch.cat(masks) if is_masked else None, torch.cat(pooled) if pooled else None
     )
+
+
+class TextCondition(Condition):
+    """
+    Captions or prompts for a U-Net with cross-attention.
+
+    Args:
+        unet_config (mapping): The config of the U-Net.
+        text_encoder (`torch.nn.Module`, *optional*): Not needed for precomputed embeddings. Trained if its weights
+            require gradients; may be wrapped for distributed training.
+        empty_caption (mapping of `torch.Tensor`, *optional*): For training: what examples hold for the empty caption.
+        dropout_prob (`float`, defaults to 0.0): Share of the captions that training replaces by the empty one.
+    """
+
+    argument = "prompt"
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        text_encoder: torch.nn.Module | None = None,
+        *,
+        empty_caption: Mapping[str, torch.Tensor] | None = None,
+        dropout_prob: float = 0.0,
+    ):
+        super().__init__()
+        self.unet_config, self.text_encoder = unet_config, text_encoder
+        self.empty_caption, self.dropout_prob = empty_caption, dropout_prob
+
+    @property
+    def pad_to_max(self) -> bool:
+        """See `pads_to_max`."""
+        return pads_to_max(getattr(self.text_encoder, "module", self.text_encoder), self.unet_config)
+
+    def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
+        """Reads `input_ids` and `caption_mask` `(batch_size, length)`, or precomputed `caption_states` and the like."""
+        some = batch[next(iter(self.empty_caption))]
+        if some.device != next(iter(self.empty_caption.values())).device:  # once, not in each step
+            self.empty_caption = {name: value.to(some.device) for name, value in self.empty_caption.items()}
+        dropped = torch.rand(some.shape[0], device=some.device) < self.dropout_prob
+        captions = drop_captions(batch, self.empty_caption, dropped)
+        if "caption_states" in captions:
+            text = stored_conditioning(captions)
+        else:  # without autocast, as for precomputed embeddings; `prepare` gave it to a trained encoder
+            text = encode_captions(self.text_encoder, captions, pad_to_max=self.pad_to_max)
+        return UNetInputs(text_model_kwargs(text, self.unet_config))

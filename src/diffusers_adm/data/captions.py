@@ -3,7 +3,7 @@ Captions for the training scripts: the encoder that reads them, their token numb
 
 `load_text_encoder` and `build_text_encoder` give the encoder, `load_tokenizer` its tokenizer. `CaptionTokens` and
 `CaptionEmbeddings` hold one caption an example, as numbers of tokens or encoded; either goes to `ImageDataset`, whose
-examples then carry tensors for `drop_captions` and for `encode_captions` or `stored_conditioning`.
+examples then carry the tensors that `TextCondition` reads.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ..conditioning.text import (
     NO_MAX_LENGTH,
-    TextConditioning,
     cut_off,
-    encode_tokens,
+    encode_captions,
     max_prompt_length,
     text_model_kwargs,
     tokenize,
@@ -364,40 +363,3 @@ class CaptionEmbeddings(Captions):
         if "pooled" in row:
             result["caption_pooled"] = torch.tensor(row["pooled"])
         return result
-
-
-# 3. A batch of them
-
-
-def drop_captions(
-    batch: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], dropped: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """
-    The captions of a batch, some of them replaced by the empty one, so that the model can be guided.
-
-    Args:
-        batch (mapping of `torch.Tensor` of shape `(batch_size, ...)`): From examples with `Captions`.
-        empty (mapping of `torch.Tensor`): `Captions.empty`, on the device of the batch.
-        dropped (`torch.BoolTensor` of shape `(batch_size,)`): Which ones to replace.
-    """
-    return {
-        name: torch.where(dropped.view(-1, *[1] * value.ndim), value.to(batch[name].dtype), batch[name])
-        for name, value in empty.items()
-    }
-
-
-def encode_captions(
-    text_encoder: torch.nn.Module, batch: Mapping[str, torch.Tensor], *, pad_to_max: bool
-) -> TextConditioning:
-    """
-    Runs the text encoder on a batch of `CaptionTokens`; gradients flow. The states are float32 whatever its weights
-    are, as those of the U-Net are while it is trained.
-    """
-    encoded = encode_tokens(text_encoder, batch["input_ids"], batch["caption_mask"], pad_to_max=pad_to_max)
-    pooled = None if encoded.pooled is None else encoded.pooled.float()
-    return TextConditioning(encoded.hidden_states.float(), encoded.attention_mask, pooled)
-
-
-def stored_conditioning(batch: Mapping[str, torch.Tensor]) -> TextConditioning:
-    """What `encode_captions` would give, from a batch of `CaptionEmbeddings`."""
-    return TextConditioning(batch["caption_states"], batch.get("caption_mask"), batch.get("caption_pooled"))

@@ -6,17 +6,16 @@ Importing it needs the core dependencies alone; what reads data, recipes or draw
 """
 
 from ..commands.arguments import arg, check_at_least, given_arguments, parse_args
+from ..conditioning.class_labels import drop_labels
+from ..conditioning.text import drop_captions, encode_captions, stored_conditioning
 from ..data.captions import (
     CaptionEmbeddings,
     Captions,
     CaptionTokens,
     build_text_encoder,
-    drop_captions,
-    encode_captions,
     freeze_unused_parameters,
     load_text_encoder,
     load_tokenizer,
-    stored_conditioning,
 )
 from ..data.control import ControlDataset
 from ..data.fingerprints import FrozenNetworks
@@ -63,7 +62,7 @@ from .classification import (
     plot_classifier_curves,
     timestep_bin_edges,
 )
-from .conditioning import caption_model_kwargs, drop_labels, load_text, prepare_captions
+from .conditioning import caption_model_kwargs, load_text, prepare_captions
 from .effects import check_effects
 from .ema import ema_weights, evaluation_weights, result_weights
 from .images import labelled_grid, labelled_strips

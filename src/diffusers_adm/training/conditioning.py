@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..conditioning.text import check_text_encoder, cross_attention_width, pads_to_max, text_model_kwargs
+from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
 from ..data.captions import (
     CaptionEmbeddings,
     CaptionTokens,
     build_text_encoder,
-    drop_captions,
-    encode_captions,
     freeze_unused_parameters,
     load_text_encoder,
     load_tokenizer,
-    stored_conditioning,
 )
 from .arguments import DataArguments, ModelArguments, TextArguments
 
@@ -25,21 +22,6 @@ from .arguments import DataArguments, ModelArguments, TextArguments
 if TYPE_CHECKING:
     # `datasets` comes with the `train` extra; the losses beside this module must be importable without it.
     import datasets
-
-
-def drop_labels(class_labels: torch.Tensor, null_class_id: int | None, dropout_prob: float) -> torch.Tensor:
-    """
-    The classes of a batch, some of them replaced by the null class, so that the model can be guided.
-
-    Args:
-        class_labels (`torch.LongTensor` of shape `(batch_size,)`): -1 for unlabelled, which becomes the null class.
-        null_class_id (`int`, *optional*): None: nothing is replaced.
-        dropout_prob (`float`): Share of the labels to replace.
-    """
-    if null_class_id is None:
-        return class_labels
-    dropped = torch.rand(class_labels.shape, device=class_labels.device) < dropout_prob
-    return class_labels.masked_fill(dropped | (class_labels < 0), null_class_id)
 
 
 def load_text(
@@ -139,13 +121,7 @@ def caption_model_kwargs(
         empty_caption (mapping of `torch.Tensor`): `captions.empty`, on the device of the batch.
         text_encoder (`torch.nn.Module`): As prepared for training; gradients flow if it is trained.
     """
-    some = batch[next(iter(empty_caption))]
-    dropped = torch.rand(some.shape[0], device=some.device) < text_args.caption_dropout_prob
-    kept = drop_captions(batch, empty_caption, dropped)
-    if text_args.precompute_text_embeddings:
-        conditioning = stored_conditioning(kept)
-    else:
-        # Without autocast, as where embeddings are stored; `prepare` gave it to a trained encoder.
-        with torch.set_grad_enabled(text_args.train_text_encoder):
-            conditioning = encode_captions(text_encoder, kept, pad_to_max=captions.pad_to_max)
-    return text_model_kwargs(conditioning, unet_config)
+    text = TextCondition(
+        unet_config, text_encoder, empty_caption=empty_caption, dropout_prob=text_args.caption_dropout_prob
+    )
+    return text.for_training(batch).kwargs
