@@ -148,7 +148,7 @@ def main() -> None:
     targets = [decode_rgb(image).resize((size, size), Image.Resampling.BICUBIC) for image in data["image"]]
     edges = [make_condition(target, "edges") for target in targets]
     given: dict[str, list] = {}
-    if args.caption_column and pipeline.reads_text:
+    if args.caption_column and pipeline.has_cross_attention:
         given["prompt"] = data["caption"][:]
     if id2label and pipeline.unet.config.num_class_embeds is not None:
         given["class_labels"] = class_labels_for(pipeline, data, id2label)

@@ -145,7 +145,7 @@ def main() -> None:
         cells[f"{kind}/real"] = {"step": mean, "step_error": error}
         rows = [[image, np.where(known[..., None], image, GREY)] for image, known in zip(arrays, masks, strict=True)]
         for name, pipeline, options in methods:
-            conditions = dict(given) if pipeline.reads_text else {}
+            conditions = dict(given) if pipeline.has_cross_attention else {}
             if id2label and pipeline.unet.config.num_class_embeds is not None:
                 conditions["class_labels"] = class_labels_for(pipeline, data, id2label)
             if id(pipeline) not in free:

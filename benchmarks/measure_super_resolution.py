@@ -151,14 +151,14 @@ def main() -> None:
         data_files=args.data_files,
         image_column=args.image_column,
         label_column=args.label_column if has_classes else None,
-        caption_column=args.caption_column if pipe.reads_text else None,
+        caption_column=args.caption_column if pipe.has_cross_attention else None,
     )
     dataset = dataset.select(range(min(args.max_images or len(dataset), len(dataset))))
     large = torch.stack([example["images"] for example in ImageDataset(dataset, size, center_crop=True)])
     conditions = {}
     if has_classes:
         conditions["class_labels"] = class_labels_for(pipe, dataset, id2label)
-    if pipe.reads_text:
+    if pipe.has_cross_attention:
         conditions["prompt"] = dataset["caption"][:]
     real_pictures, small_pictures = to_pictures(large), to_pictures(downsample(large, size // low_res_size))
     bicubic_pictures = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in small_pictures]

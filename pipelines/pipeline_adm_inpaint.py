@@ -1,105 +1,90 @@
 """
-ADMInpaintPipeline: repaints the masked part of images with an ablated diffusion model.
+ADMInpaintPipeline: inpaints the masked part of images with an ablated diffusion model.
 
 With networks that were trained to inpaint (GLIDE, Nichol et al. 2021, https://huggingface.co/papers/2112.10741, section
-4), or any others, by replacing what is known in each step and resampling (RePaint, Lugmayr et al. 2022,
+4), or any others, by replacing the kept part in each step and resampling (RePaint, Lugmayr et al. 2022,
 https://huggingface.co/papers/2201.09865). From noise, or from the noised image (SDEdit, Meng et al. 2021,
 https://huggingface.co/papers/2108.01073).
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import (
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMScheduler,
-    SchedulerMixin,
-)
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_adm.conditioning.guidance import exact_prediction, signal_and_std
-from diffusers_adm.conditioning.image_inputs import ImageInput, read_images, read_masks
-from diffusers_adm.conditioning.inpainting import masked_image_channels, resampling_walk
-from diffusers_adm.conditioning.low_resolution import upsample
-from diffusers_adm.pipelines.pipeline_adm import DEFAULT_NUM_INFERENCE_STEPS, ADMPipeline, Denoising, OutputType
-
-
-# Of models that were not trained to inpaint, where a call does not say it. The paper takes 10, at ten times the cost;
-# docs/inpainting.md has what the first ones bring.
-DEFAULT_JUMP_N_SAMPLE = 3
-# Their first steps need what only the first timesteps of a chain give them.
-SCHEDULERS_WITHOUT_STRENGTH = ("PNDMScheduler", "LMSDiscreteScheduler")
-
-
-@dataclass
-class KnownRegion:
-    """
-    What a call knows of its images, one row an image to draw.
-
-    Attributes:
-        images (`torch.Tensor` of shape `(num_images, image channels, image height, image width)`): In [0, 1], as given.
-        known_pixels (`torch.Tensor` of shape `(num_images, 1, image height, image width)`): Of `bool`: kept.
-        original (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): x_0, of the images.
-        known (`torch.Tensor` of shape `(num_images, 1, height, width)`): Of `bool`: known of x_0.
-        extra_channels (`torch.Tensor` of shape `(num_images, in_channels - sample_channels, height, width)`,
-            *optional*): What the network sees behind x_t.
-        alphas_cumprod (`torch.Tensor` of shape `(num_train_timesteps,)`): Of the scheduler, on the device.
-        noise (`torch.Tensor`, *optional*): Of the shape of `original`: what stays the noise of the known part for
-            schedulers that look back; `None`: it is drawn for each step.
-    """
-
-    images: torch.Tensor
-    known_pixels: torch.Tensor
-    original: torch.Tensor
-    known: torch.Tensor
-    extra_channels: torch.Tensor | None
-    alphas_cumprod: torch.Tensor
-    noise: torch.Tensor | None
+from diffusers_adm.conditioning.controlnet import ControlNetCondition, as_one_model, check_controlnet
+from diffusers_adm.conditioning.guidance import Guidance
+from diffusers_adm.conditioning.image_inputs import ImageInput
+from diffusers_adm.conditioning.inpainting import InpaintingCondition, Resampling, sample_channels_of
+from diffusers_adm.conditioning.text import TextConditioning
+from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
+from diffusers_adm.models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
+from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
+from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples, Sampling
+from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps, keeps_no_state
 
 
 class ADMInpaintPipeline(ADMPipeline):
     r"""
-    Repaints the masked part of images, by class, by prompt, by both or by neither, guided like [`ADMPipeline`]. The
-    rest of the images comes back exactly as it was.
+    Inpaints the masked part of images: unconditional, by class, by prompt, or by both, guided like [`ADMPipeline`]. The
+    other pixels are returned exactly as they were given.
 
-    How follows from the channels that the U-Net takes, for samples of c channels (3 for RGB):
-        c: any model of [`ADMPipeline`]. In each step the known part of x_t is replaced by the noised image, and with
-            resampling (RePaint) steps are repeated, so that the new part has time to agree with the known one;
-        2c + 1: trained to inpaint. It sees `[x_t, image * known, known]`;
-        3c + 1: trained to enlarge and to inpaint. It sees `[x_t, image * known, known, low_res]`.
-    Of the latter two the predicted x_0 is corrected in each step where it is known.
+    The method depends on the channels of the U-Net, for samples of c channels (3 for RGB):
+        c: any model of [`ADMPipeline`]. In each step the kept part of x_t is replaced by the noised image, and with
+            resampling (RePaint) steps are repeated, to harmonise the new part with the kept one;
+        2c + 1: trained to inpaint. Its input is `[x_t, image * keep_mask, keep_mask]`;
+        3c + 1: trained to upsample and to inpaint. Its input is `[x_t, image * keep_mask, keep_mask, low_res]`.
+    For the latter two the predicted x_0 of the kept part is corrected in each step.
 
     Args:
         unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label: As of [`ADMPipeline`].
+        controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`, *optional*): Made for `unet`;
+            as of [`ADMControlNetPipeline`].
 
     Raises:
-        ValueError: For components that do not fit each other, as by [`ADMPipeline`]; for a U-Net of other channels.
+        ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
+            [`ADMControlNetPipeline`]; for a U-Net of other channels.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = [*ADMPipeline._optional_components, "controlnet"]
+
+    def __init__(
+        self,
+        unet: AdaGNUNet2DModel | UNet2DModel | UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None,
+        text_encoder: torch.nn.Module | None,
+        tokenizer: object | None,
+        classifier: AdaGNClassifierModel | None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        controlnet: AdaGNControlNetModel
+        | AdaGNMultiControlNetModel
+        | list[AdaGNControlNetModel]
+        | tuple[AdaGNControlNetModel, ...]
+        | None = None,
+    ):
+        # First, because all components are checked against each other at the end of the other constructor.
+        self.register_modules(controlnet=None if controlnet is None else as_one_model(controlnet))
+        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label)
 
     @property
     def sample_channels(self) -> int:
         """Channels of a sample."""
-        return self._channel_layout()[0]
+        return sample_channels_of(self.unet.config) or self.unet.config.in_channels
 
     @property
     def is_trained_to_inpaint(self) -> bool:
-        """Whether the U-Net sees the mask."""
+        """Whether the U-Net takes the mask."""
         return self.unet.config.in_channels > self.sample_channels
 
     @property
     def takes_low_res(self) -> bool:
-        """Whether the U-Net sees a small image as well."""
+        """Whether the U-Net takes a low-resolution image as well."""
         return self.unet.config.in_channels == 3 * self.sample_channels + 1
 
     @torch.no_grad()
@@ -138,36 +123,40 @@ class ADMInpaintPipeline(ADMPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        control_image: ImageInput | Sequence[ImageInput] | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        guess_mode: bool = False,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Repaints images.
+        Inpaints images.
 
         Args:
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): One image for all that are
-                drawn, or one for each: arrays `(height, width, channels)` and tensors `(channels, height, width)` in
-                [0, 1] or of `uint8`, with a batch dimension in front or without. Of the size that is drawn; nothing is
-                resized.
-            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): White (1, 255) where
-                the image is repainted, black where it is kept; what is at least half white counts as white. Of the size
-                of `image`; one for all, or one for each. An all-white mask is plain sampling (nothing is replaced or
-                resampled), an all-black one gives the image back.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): One for all results, or
+                one for each: arrays `(height, width, channels)` and tensors `(channels, height, width)` in [0, 1] or of
+                `uint8`, with a batch dimension in front or without. Of the size of the results; nothing is resized.
+            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): White (1, 255) for
+                pixels to inpaint, black for those to keep; at least half white counts as white. Of the size of `image`;
+                one for all, or one for each. An all-white mask is plain sampling (nothing is replaced or resampled), an
+                all-black one returns the image.
             prompt (`str` or list of `str`, *optional*), class_labels (`int`, `str`, list of them or `torch.Tensor`,
-                *optional*): What to draw, as in [`ADMPipeline`].
+                *optional*): As in [`ADMPipeline`].
             strength (`float`, defaults to 1.0): In (0, 1]. 1.0 starts from noise. Less starts from the noised image,
                 the masked part included, and takes the last `int(strength * num_inference_steps)` steps: the less, the
-                more of it stays.
+                more of it remains.
             jump_length (`int`, defaults to 5), jump_n_sample (`int`, *optional*): RePaint's resampling: at every
                 `jump_length`-th step the sample is noised again by that many steps, until it went through them
                 `jump_n_sample` times; 1 is off. It takes about `jump_n_sample` times as long. `None`: 3 for a model
-                that was not trained to inpaint, with a scheduler that keeps nothing between its steps
-                (`LearnedVarianceDDPMScheduler`, `DDPMScheduler`, `DDIMScheduler` and their parallel kin; the others
-                cannot jump) and more steps than `jump_length`, else 1.
-            low_res_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*): What a
-                U-Net that enlarges shall enlarge: smaller images in the forms of `image`, one for all or one for each.
-            batch_size (`int`, defaults to 1): Number of different images. Need not be given where `image`,
-                `mask_image`, `low_res_image`, `prompt` or `class_labels` holds one entry for each; all that are given
-                must agree.
-            num_images_per_prompt (`int`, defaults to 1): How often each of these is drawn, one after the other.
+                that was not trained to inpaint, with a scheduler that keeps no state between its steps
+                (`LearnedVarianceDDPMScheduler`, `DDPMScheduler`, `DDIMScheduler` and their parallel versions; the
+                others cannot jump) and more steps than `jump_length`, else 1.
+            low_res_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*): The
+                image to upsample, for a U-Net that does: smaller images in the forms of `image`, one for all or one for
+                each.
+            batch_size (`int`, defaults to 1): Number of different images. Not needed if `image`, `mask_image`,
+                `low_res_image`, `prompt` or `class_labels` holds one entry for each; all that are given must agree.
+            num_images_per_prompt (`int`, defaults to 1): Number of samples for each of these, one after the other.
             num_inference_steps (`int`, defaults to 50), timestep_respacing (`str`, `int` or list of `int`, *optional*):
                 The steps of the whole chain, as in [`ADMPipeline`].
             guidance_scale (`float`, defaults to 1.0), guidance_rescale (`float`, defaults to 0.0), guidance_start
@@ -175,274 +164,108 @@ class ADMInpaintPipeline(ADMPipeline):
                 defaults to 0.0), negative_prompt (`str` or list of `str`, *optional*): Guidance, as in
                 [`ADMPipeline`]. Fractions are of the steps that `strength` leaves, by their place in the chain.
             eta (`float`, *optional*): Noise of DDIM steps, as in [`ADMPipeline`].
-            height, width (`int`, *optional*): Of the images, in pixels. `None`: those that the U-Net was made for
-                (`sample_size`, times what the `vae` enlarges), or those of `image` where it does not say.
+            height, width (`int`, *optional*): Size of the images in pixels. `None`: that of the U-Net (`sample_size`,
+                times the upsampling of the `vae`), or that of `image` if its config names none.
             generator (`torch.Generator` or list of them, *optional*): Source of all noise; one for all images, or one
                 for each.
             latents (`torch.Tensor` of shape `(number of images, channels, height, width)`, *optional*): Standard
-                normal noise to start from instead of drawing it.
+                normal noise to start from.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(number of prompts, length, width)`,
                 *optional*), prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(number of
                 prompts, length)`, *optional*), pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of
                 shape `(number of prompts, width)`, *optional*): Encoded prompts, as in [`ADMPipeline`].
             output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"`: `(batch_size, height, width, channels)` in
                 [0, 1]; `"pt"`: `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: the last sample with the
-                known part set to that of `image`, encoded where there is a `vae`. In the former three the known pixels
-                are those of `image`, bit by bit (as float32; `uint8` values divided by 255).
+                kept part set to that of `image`, encoded by the `vae` if there is one. In the former three the kept
+                pixels are those of `image`, bit by bit (as float32; `uint8` values divided by 255).
             return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each evaluation of the network as
                 `callback(pipe, number of the evaluation, timestep, callback_kwargs)`; otherwise as in [`ADMPipeline`].
-            callback_on_step_end_tensor_inputs (sequence of `str`, defaults to `("latents",)`): What `callback_kwargs`
-                holds, out of `pipe._callback_tensor_inputs`.
+            callback_on_step_end_tensor_inputs (sequence of `str`, defaults to `("latents",)`): Keys of
+                `callback_kwargs`, out of `pipe._callback_tensor_inputs`.
+            control_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*): Images
+                for the `controlnet`: as `image` of [`ADMControlNetPipeline`]. `None`: it does not run.
+            controlnet_conditioning_scale (`float` or list of `float`, defaults to 1.0), guess_mode (`bool`, defaults to
+                `False`), control_guidance_start (`float` or list of `float`, defaults to 0.0), control_guidance_end
+                (`float` or list of `float`, defaults to 1.0): As in [`ADMControlNetPipeline`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
 
         Raises:
-            ValueError: For arguments that do not fit each other, the model or the scheduler; before anything is drawn.
+            ValueError: For arguments that are incompatible with each other, the model or the scheduler; before any work
+                is done.
         """
-        # 1. check
-        images = read_images(image, "image", self._image_channels)
-        repainted = read_masks(mask_image, "mask_image")
-        low_res = None if low_res_image is None else read_images(low_res_image, "low_res_image", self._image_channels)
-        height, width = self._check_sizes(images, repainted, low_res, height, width)
-        self._check_resampling(strength, jump_length, jump_n_sample)
-        lengths = {"image": len(images), "mask_image": len(repainted)}
-        lengths |= {} if low_res is None else {"low_res_image": len(low_res)}
-        batch_size = self._check_numbers(lengths, batch_size, prompt, prompt_embeds, class_labels)
-
-        # 2. encode, choose timesteps
-        denoising = self._start(
-            prompt=prompt,
-            class_labels=class_labels,
-            batch_size=batch_size,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            timestep_respacing=timestep_respacing,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_start=guidance_start,
-            guidance_end=guidance_end,
-            classifier_guidance_scale=classifier_guidance_scale,
-            negative_prompt=negative_prompt,
-            eta=eta,
-            height=height,
-            width=width,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
+        negative_text = TextConditioning(
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
-        denoising = self._shorten(denoising, strength)
-        is_anything_known = not bool(repainted.all())
-        walk = self._choose_walk(denoising, jump_length, jump_n_sample, is_anything_known)
-        self._warn_of_masks_without_effect(repainted, strength, jump_n_sample)
-        denoising.state.num_timesteps = len(walk)
+        conditions = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
+        inpainting = InpaintingCondition(self.unet.config, self.vae).read(image, mask_image, low_res_image)
+        conditions.append(inpainting)
+        if control_image is not None:
+            control = ControlNetCondition(self.controlnet, argument="control_image")
+            control.read(
+                control_image, controlnet_conditioning_scale, guess_mode, control_guidance_start, control_guidance_end
+            )
+            conditions.append(control)
+        resampling = Resampling(jump_length, jump_n_sample)
+        resampling.check(self.scheduler)
+        sampling = self._start(
+            conditions,
+            Steps(num_inference_steps, timestep_respacing, eta, strength),
+            Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
+            Samples(batch_size, num_images_per_prompt, height, width, generator, latents),
+            Output(output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs),
+        )
+        self._warn_once(inpainting.masks_without_effect(strength, resampling))
+        latents = self._inpaint(sampling, inpainting, resampling, strength)
+        return self._finish(self._paste(latents, inpainting, output_type), return_dict)
 
-        # 3. noise
-        noise = self._draw_noise(denoising, latents)
-        region = self._prepare_region(denoising, images, repainted, low_res, num_images_per_prompt, noise)
+    def _inpaint(
+        self, sampling: Sampling, inpainting: InpaintingCondition, resampling: Resampling, strength: float
+    ) -> torch.Tensor:
+        """From noise, or the noised image, to samples."""
+        call, timesteps = sampling.call, sampling.timesteps
+        replaces = inpainting.keeps_anything and not inpainting.is_trained
+        jumps_by_default = not inpainting.is_trained and keeps_no_state(call.scheduler)
+        walk = resampling.walk(len(timesteps), jumps_by_default, inpainting.keeps_anything)
+        sampling.state.num_timesteps = len(walk)
+
+        def draw_noise() -> torch.Tensor:
+            return randn_tensor(call.noise.shape, generator=call.generator, device=call.device, dtype=call.dtype)
+
         if strength == 1.0:
-            latents = noise * denoising.scheduler.init_noise_sigma
+            latents = call.noise * call.scheduler.init_noise_sigma
         else:
-            latents = self._noised_original(denoising, region, noise, denoising.timesteps[0])
-
-        # 4. denoise
-        replaces = is_anything_known and not self.is_trained_to_inpaint
-        position = 0  # of the step that `latents` are noisy for
-        with self._running(denoising) as progress_bar:
+            latents = inpainting.noised(call.noise, timesteps[0])
+        position = 0  # the step whose noise level `latents` have
+        with self._running(sampling.state) as progress_bar:
             for evaluation, index in enumerate(walk):
-                if denoising.state.interrupt:
+                if sampling.state.interrupt:
                     continue
-                t = denoising.timesteps[index]
+                step = sampling.step(index)
+                t = step.timestep
                 if index < position:
-                    latents = self._jump(denoising, region, latents, position, index)
+                    latents = inpainting.jump(latents, draw_noise(), cleaner=timesteps[position], noisier=t)
                 if replaces:
-                    noise = self._draw_noise(denoising) if region.noise is None else region.noise
-                    noised_original = self._noised_original(denoising, region, noise, t)
-                    latents = torch.where(region.known, noised_original, latents)
-                model_output, steering = self._predict(denoising, latents, index, t, region.extra_channels)
-                if self.is_trained_to_inpaint:
-                    model_output = self._correct(denoising, region, model_output, latents, t)
-                    # The mean of known pixels is known, too: there is nothing to steer.
-                    steering = {name: gradient.masked_fill(region.known, 0) for name, gradient in steering.items()}
-                latents = denoising.scheduler.step(
-                    model_output, t, latents, **denoising.step_kwargs, **steering
-                ).prev_sample
+                    noise = draw_noise() if inpainting.noise is None else inpainting.noise
+                    latents = inpainting.replace(latents, noise, t)
+                model_output, steering = self._predict(sampling, latents, step)
+                if inpainting.is_trained:
+                    model_output, steering = inpainting.correct(model_output, steering, latents, t)
+                latents = call.scheduler.step(model_output, t, latents, **sampling.step_kwargs, **steering).prev_sample
                 position = index + 1
-                latents = self._call_back(
-                    callback_on_step_end, callback_on_step_end_tensor_inputs, evaluation, t, latents
-                )
+                latents = self._call_back(sampling.output, evaluation, t, latents)
                 progress_bar.update()
+        return latents
 
-        # 5. decode
-        return self._finish(self._paste(latents, region, output_type), return_dict)
-
-    def _warn_of_masks_without_effect(
-        self, repainted: torch.Tensor, strength: float, jump_n_sample: int | None
-    ) -> None:
-        """Warns, once each, of masks that leave an argument without effect, such as inverted or empty ones."""
-        if not repainted.flatten(1).any(dim=1).all():
-            self._warn_once(
-                "`mask_image` is black everywhere, or one of several is: these images come back as they were given. "
-                "White marks what is inpainted."
-            )
-        if bool(repainted.all()) and (strength == 1.0 or (jump_n_sample or 1) > 1):
-            name = "`image` has" if strength == 1.0 else "`jump_n_sample` has"
-            self._warn_once(
-                f"{name} no effect: `mask_image` is white everywhere, so nothing of the image is kept. Black marks "
-                "what is kept."
-            )
-
-    def _channel_layout(self) -> tuple[int, bool]:
-        """Channels of a sample, and whether the U-Net takes as many as go with them."""
-        config = self.unet.config
-        for channels in (config.out_channels, config.out_channels // 2):
-            # Never both: the number of output channels would have to be twice itself.
-            if config.out_channels in (channels, 2 * channels) and config.in_channels in (
-                channels,
-                2 * channels + 1,
-                3 * channels + 1,
-            ):
-                return channels, True
-        return config.in_channels, False
-
-    @property
-    def _image_channels(self) -> int:
-        return self.sample_channels if self.vae is None else self.vae.config.in_channels
-
-    @staticmethod
-    def _keeps_no_state(scheduler: SchedulerMixin) -> bool:
-        """Whether steps may be taken in any order. Ours is told by `has_learned_variance`."""
-        stateless = (DDPMScheduler, DDPMParallelScheduler, DDIMScheduler, DDIMParallelScheduler)
-        return isinstance(scheduler, stateless) or hasattr(scheduler, "has_learned_variance")
-
-    def _shorten(self, denoising: Denoising, strength: float) -> Denoising:
-        """Leaves the last steps, as many as `strength` says."""
-        order = denoising.scheduler.order  # evaluations of the network for most steps
-        num_steps = math.ceil(len(denoising.timesteps) / order)
-        num_left = min(int(num_steps * strength), num_steps)
-        if num_left < 1:
-            raise ValueError(
-                f"`strength` is {strength}, which leaves none of {num_steps} steps. Pass more than {1 / num_steps:g}, "
-                "or ask for more steps."
-            )
-        begin = (num_steps - num_left) * order
-        if begin and hasattr(denoising.scheduler, "set_begin_index"):
-            denoising.scheduler.set_begin_index(begin)
-        return dataclasses.replace(denoising, timesteps=denoising.timesteps[begin:])
-
-    def _choose_walk(
-        self, denoising: Denoising, jump_length: int, jump_n_sample: int | None, is_anything_known: bool
-    ) -> list[int]:
-        """Numbers of the steps, in the order in which they are taken."""
-        num_steps = len(denoising.timesteps)
-        can_jump = self._keeps_no_state(denoising.scheduler)
-        if jump_n_sample is None:
-            jump_n_sample = DEFAULT_JUMP_N_SAMPLE if can_jump and not self.is_trained_to_inpaint else 1
-        elif jump_n_sample > 1 and jump_length >= num_steps:
-            raise ValueError(
-                f"`jump_length` is {jump_length}, but there are only {num_steps} steps to jump back over. Pass a "
-                "smaller one, ask for more steps, or pass `jump_n_sample=1`."
-            )
-        return resampling_walk(num_steps, jump_length, jump_n_sample if is_anything_known else 1)
-
-    def _prepare_region(
-        self,
-        denoising: Denoising,
-        images: torch.Tensor,
-        repainted: torch.Tensor,
-        low_res: torch.Tensor | None,
-        num_images_per_prompt: int,
-        noise: torch.Tensor,
-    ) -> KnownRegion:
-        def rows(x: torch.Tensor) -> torch.Tensor:
-            """One for each image to draw, on the device."""
-            x = x.to(denoising.device, denoising.dtype if x.is_floating_point() else None)
-            if len(x) == 1:
-                return x.expand(denoising.num_images, *x.shape[1:])
-            return x.repeat_interleave(num_images_per_prompt, dim=0)
-
-        images, repainted = rows(images), rows(repainted)
-        pixels, known_pixels = 2 * images - 1, ~repainted
-        if self.vae is None:
-            original, shown, known = pixels, pixels, known_pixels
-        else:
-            # A latent is known if all of its pixels are; what the network is shown of them must not tell the others.
-            original = self._encode(pixels, denoising.dtype)
-            shown = self._encode(pixels * known_pixels, denoising.dtype) if self.is_trained_to_inpaint else original
-            known = ~F.max_pool2d(repainted.to(denoising.dtype), self.vae_scale_factor).bool()
-        extra_channels = masked_image_channels(shown, known) if self.is_trained_to_inpaint else None
-        if low_res is not None:
-            extra_channels = torch.cat([extra_channels, upsample(2 * rows(low_res) - 1, *denoising.size)], dim=1)
-        return KnownRegion(
-            images=images,
-            known_pixels=known_pixels,
-            original=original,
-            known=known,
-            extra_channels=extra_channels,
-            alphas_cumprod=denoising.scheduler.alphas_cumprod.to(
-                denoising.device,
-                torch.float32 if denoising.device.type == "mps" else torch.float64,  # which that device does not have
-            ),
-            # Solvers extrapolate from one step to the next: their known part must move on a smooth path.
-            noise=None if self._keeps_no_state(denoising.scheduler) else noise,
-        )
-
-    def _encode(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Latents of images in [-1, 1], as `_decode` takes them."""
-        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().to(dtype)
-        return (latents - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
-
-    @staticmethod
-    def _noised_original(
-        denoising: Denoising, region: KnownRegion, noise: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
-        """q(x_t | x_0) of the images, at the coming step and as the scheduler scales its samples."""
-        signal, std = signal_and_std(denoising.scheduler, t, region.alphas_cumprod)
-        noised = signal * region.original + std * noise
-        # What the network sees, but for the factor that some solvers put before it. They know it best: in the middle of
-        # a second-order step their `add_noise` takes another noise level.
-        return noised / denoising.scheduler.scale_model_input(torch.ones_like(noised[:1, :1, :1, :1]), t)
-
-    def _jump(
-        self, denoising: Denoising, region: KnownRegion, latents: torch.Tensor, position: int, index: int
-    ) -> torch.Tensor:
-        """Noises samples of step `position` again, to those of the earlier step `index` (RePaint, algorithm 1)."""
-        timesteps = torch.stack([denoising.timesteps[index], denoising.timesteps[position]])
-        noisier, cleaner = region.alphas_cumprod.index_select(0, timesteps)
-        ratio = noisier / cleaner  # all steps of a jump at once: q(x_t | x_s) is a Gaussian, too
-        return ratio.sqrt() * latents + (1 - ratio).sqrt() * self._draw_noise(denoising)
-
-    def _correct(
-        self,
-        denoising: Denoising,
-        region: KnownRegion,
-        model_output: torch.Tensor,
-        latents: torch.Tensor,
-        t: torch.Tensor,
-    ) -> torch.Tensor:
-        """The network's output, such that the x_0 that follows from it is the image where that is known."""
-        scheduler, channels = denoising.scheduler, self.sample_channels
-        at = signal_and_std(scheduler, t, region.alphas_cumprod)
-        sample = scheduler.scale_model_input(latents, t)
-        exact = exact_prediction(sample, region.original, *at, scheduler.config.prediction_type)
-        mean = torch.where(region.known, exact, model_output[:, :channels])
-        return torch.cat([mean, model_output[:, channels:]], dim=1)
-
-    def _paste(self, latents: torch.Tensor, region: KnownRegion, output_type: str) -> Any:
-        """Samples as images of `output_type`, and what was known laid over them."""
+    def _paste(self, latents: torch.Tensor, inpainting: InpaintingCondition, output_type: str) -> Any:
+        """Samples as images of `output_type`, with the kept pixels as they were given."""
         if output_type == "latent":
-            return torch.where(region.known, region.original, latents)
-        # In [0, 1] and not in [-1, 1], where the last bit of what was given would be lost.
-        images = torch.where(region.known_pixels, region.images, self._decode(latents, "pt"))
+            return torch.where(inpainting.keep_mask, inpainting.original, latents)
+        # In [0, 1] and not in [-1, 1], where the last bit of the given pixels would be lost.
+        images = torch.where(inpainting.keep_pixels, inpainting.images, self._decode(latents, "pt"))
         if output_type == "pt":
             return images
         self._warn_of_not_finite(images)
@@ -450,82 +273,25 @@ class ADMInpaintPipeline(ADMPipeline):
             return self.image_processor.pt_to_numpy(images)
         return self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(images.nan_to_num(nan=0.0)))
 
-    def _check_sizes(
-        self,
-        images: torch.Tensor,
-        repainted: torch.Tensor,
-        low_res: torch.Tensor | None,
-        height: int | None,
-        width: int | None,
-    ) -> tuple[int, int]:
-        """Height and width of the images to draw; raises a `ValueError` unless all that is given has them."""
-        given = tuple(images.shape[2:])
-        height, width = self._size_to_draw(height, width, images)
-        if given != (height, width):
-            raise ValueError(
-                f"`image` is {given[1]} x {given[0]} pixels (width x height), but {width} x {height} are drawn. Resize "
-                f"image and mask, or pass `height={given[0]}` and `width={given[1]}` if the model shall try that size."
-            )
-        if repainted.shape[2:] != images.shape[2:]:
-            raise ValueError(
-                f"`mask_image` is {repainted.shape[3]} x {repainted.shape[2]} pixels (width x height), but `image` is "
-                f"{given[1]} x {given[0]}. Pass a mask of the size of the image."
-            )
-        if self.takes_low_res and low_res is None:
-            raise ValueError("`low_res_image` is missing: this U-Net enlarges and inpaints. Pass the small image.")
-        if low_res is not None:
-            if not self.takes_low_res:
-                raise ValueError(
-                    "`low_res_image` was given, but this U-Net does not take one (it has `in_channels="
-                    f"{self.unet.config.in_channels}`). Leave it out."
-                )
-            if any(small > large for small, large in zip(low_res.shape[2:], given, strict=True)):
-                raise ValueError(
-                    f"`low_res_image` is {low_res.shape[3]} x {low_res.shape[2]} pixels (width x height), larger than "
-                    f"`image` with {given[1]} x {given[0]}. Pass the small image."
-                )
-        return height, width
-
-    def _check_resampling(self, strength: float, jump_length: int, jump_n_sample: int | None) -> None:
-        """Raises a `ValueError` for what no chain, or not the scheduler's, could do."""
-        scheduler = type(self.scheduler).__name__
-        if not 0 < strength <= 1:
-            raise ValueError(
-                f"`strength` is {strength}; it must lie in (0, 1]: 1 starts from noise, less from the noised image, "
-                "and 0 would change nothing."
-            )
-        if strength < 1 and scheduler in SCHEDULERS_WITHOUT_STRENGTH:
-            raise ValueError(
-                f"`strength` is {strength}, but a {scheduler} cannot start in the middle of its timesteps. Leave it at "
-                "1.0, or take another scheduler, such as `DDIMScheduler` or `DPMSolverMultistepScheduler`."
-            )
-        for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-            if value is not None and (not isinstance(value, Integral) or value < 1):
-                raise ValueError(f"`{name}` is {value!r}; pass an integer of at least 1.")
-        if jump_n_sample is not None and jump_n_sample > 1 and not self._keeps_no_state(self.scheduler):
-            raise ValueError(
-                f"`jump_n_sample` is {jump_n_sample}, but a {scheduler} looks back at its earlier steps, so it cannot "
-                "jump. Pass `jump_n_sample=1` (the known part is replaced in each step all the same), or take a "
-                "`LearnedVarianceDDPMScheduler`, `DDPMScheduler` or `DDIMScheduler`."
-            )
-
     def _check_components(self) -> None:
         config = self.unet.config
-        if not self._channel_layout()[1]:
+        if sample_channels_of(config) is None:
             raise ValueError(
                 f"`unet` has `in_channels={config.in_channels}` and `out_channels={config.out_channels}`. For samples "
                 "of c channels, as many as it gives or half as many with a learned variance, an inpainting U-Net takes "
-                "c (any model), 2 c + 1 (trained with masks) or 3 c + 1 (which enlarges as well): 3, 7 or 10 for RGB."
+                "c (any model), 2 c + 1 (trained with masks) or 3 c + 1 (which upsamples as well): 3, 7 or 10 for RGB."
             )
-        if self.vae is not None and self.image_channels != self._image_channels:
+        if self.vae is not None and self.image_channels != self.vae.config.in_channels:
             raise ValueError(
-                f"`vae` takes images of {self._image_channels} channels and gives {self.image_channels}, so what it "
-                "decodes cannot be joined with what is kept of an image. Take one with as many `out_channels` as "
+                f"`vae` takes images of {self.vae.config.in_channels} channels and gives {self.image_channels}, so its "
+                "output cannot be joined with the kept part of an image. Use one with as many `out_channels` as "
                 "`in_channels`."
             )
         if self.takes_low_res and self.vae is not None:
             raise ValueError(
-                f"`unet` enlarges and inpaints (`in_channels={config.in_channels}`), which is done in pixels. Pass "
+                f"`unet` upsamples and inpaints (`in_channels={config.in_channels}`), which is done in pixels. Pass "
                 "`vae=None`."
             )
         super()._check_components()
+        if self.controlnet is not None:
+            check_controlnet(self.controlnet, self.unet, self.scheduler, self.vae_scale_factor)

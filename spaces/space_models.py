@@ -399,7 +399,7 @@ class Models:
         if recipe.category != ANY_CATEGORY:
             label = next(label for label, name in self.base.id2label.items() if name == recipe.category)
             conditions["class_labels"] = torch.full((batch_size,), label, device=self.base.unet.device)
-        if self.base.text_encoder is not None:
+        if self.base.has_cross_attention:
             states, _, pooled, _, mask, _ = self.base.encode_prompt([recipe.prompt] * batch_size)
             conditions |= {"encoder_hidden_states": states, "encoder_attention_mask": mask}
             if pooled is not None:

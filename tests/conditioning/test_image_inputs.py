@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_adm.conditioning.image_inputs import read_conditions, read_images, read_masks
+from diffusers_adm.conditioning.image_inputs import read_control_images, read_images, read_masks
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)  # height 5, width 4
@@ -175,7 +175,7 @@ class TestConditions:
         ids=["bool", "float", "uint8", "tensor", "float-tensor", "1", "L", "RGB-L", "LA-opaque"],
     )
     def test_every_form_of_edges(self, form, channels):
-        found = read_conditions(form(self.EDGES), "image", channels)
+        found = read_control_images(form(self.EDGES), "image", channels)
         expected = torch.from_numpy(self.EDGES).float().expand(1, channels, 4, 5)
         assert torch.equal(found, expected)
 
@@ -193,21 +193,21 @@ class TestConditions:
     def test_8_bit_ones_are_next_to_black(self, condition):
         """The type tells the range; but it is said, since most who pass them mean white."""
         with pytest.warns(UserWarning, match="`image` holds no 8-bit value above 1"):
-            found = read_conditions([condition], "image", 3)
+            found = read_control_images([condition], "image", 3)
         expected = torch.from_numpy(self.EDGES).float().expand(1, 3, 4, 5) / 255
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # one rounding of a division
 
     def test_black_is_one(self):
-        assert not read_conditions(Image.new("RGB", (5, 4)), "image", 3).any()
+        assert not read_control_images(Image.new("RGB", (5, 4)), "image", 3).any()
 
     def test_opaque_pictures_need_no_background(self):
         picture = Image.fromarray(np.random.default_rng(1).integers(256, size=(4, 5, 3), dtype=np.uint8))
-        for read in (read_images, read_conditions):
+        for read in (read_images, read_control_images):
             assert torch.equal(read(picture.convert("RGBA"), "image", 3), read_images(picture, "image", 3))
 
     def test_drawings_on_a_transparent_layer_belong_on_black(self):
         with pytest.raises(ValueError, match="image.size, 'black'"):
-            read_conditions(Image.new("RGBA", (5, 4)), "image", 3)
+            read_control_images(Image.new("RGBA", (5, 4)), "image", 3)
 
     def test_arrays_that_cannot_be_written_to(self, recwarn):
         array = np.asarray(Image.new("RGB", (5, 4)))

@@ -67,7 +67,7 @@ class Recorder:
         pipe.unet.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module, args, kwargs):
-        labels = kwargs["class_labels"]
+        labels = kwargs.get("class_labels")
         self.calls.append((args[0].clone(), float(args[1]), None if labels is None else labels.tolist()))
 
     @property
@@ -542,9 +542,12 @@ class TestBadInput:
             ({"batch_size": 2.0}, "`batch_size` is 2.0"),
             ({"guidance_scale": "3"}, "`guidance_scale` is '3'; it must be a finite number"),
             ({"class_labels": 1}, "this model is unconditional"),
-            ({"guidance_scale": 2.0}, "has no null class (`null_class_id` in its config) and reads no text"),
-            ({"prompt": "a cat"}, "`prompt` was given, but this model reads no text"),
-            ({"negative_prompt_embeds": noise()}, "`negative_prompt_embeds` was given, but this model reads no text"),
+            ({"guidance_scale": 2.0}, "has no null class (`null_class_id` in its config) and no cross-attention"),
+            ({"prompt": "a cat"}, "`prompt` was given, but this model is not conditioned on text"),
+            (
+                {"negative_prompt_embeds": noise()},
+                "`negative_prompt_embeds` was given, but this model is not conditioned on text",
+            ),
             ({"classifier_guidance_scale": 1.0}, "but this pipeline has no classifier"),
             ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
             ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
@@ -562,7 +565,7 @@ class TestBadInput:
             ({"generator": [seeded()], "batch_size": 2}, "`generator` is a list of 1 for 2 images"),
             ({"latents": noise()}, "`latents` has shape (2, 3, 8, 8)"),
             ({"output_type": "jpeg"}, "`output_type` is 'jpeg'"),
-            ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "holds ['prompt_embeds']"),
+            ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "is ['prompt_embeds']; pass a list of names"),
         ],
         ids=lambda value: None if isinstance(value, str) else ",".join(value),
     )
@@ -574,8 +577,8 @@ class TestBadInput:
         [
             ({"class_labels": 5}, "`class_labels` reach from 5 to 5; this model has the classes 0 to 4"),
             ({"class_labels": [0, -1]}, "`class_labels` reach from -1 to 0"),
-            ({"class_labels": [0, 1, 2], "batch_size": 2}, "holds 3 labels, but `batch_size` is 2"),
-            ({"class_labels": [1], "batch_size": 2}, "holds 1 labels, but `batch_size` is 2"),
+            ({"class_labels": [0, 1, 2], "batch_size": 2}, "`class_labels` holds 3, `batch_size` is 2"),
+            ({"class_labels": [1], "batch_size": 2}, "`class_labels` holds 1, `batch_size` is 2"),
             ({"class_labels": []}, "`class_labels` has shape (0,)"),
             ({"class_labels": [[1, 2]]}, "`class_labels` has shape (1, 2)"),
             ({"class_labels": 1.0}, "class numbers are integers"),
@@ -602,7 +605,7 @@ class TestBadInput:
     @pytest.mark.parametrize("scheduler", [DDPMScheduler(variance_type="learned_range"), EulerDiscreteScheduler()])
     def test_arguments_that_the_scheduler_does_not_know(self, scheduler):
         pipe = make_pipeline(scheduler=scheduler)
-        self.refused(pipe, f"`eta` is 0.0, which a {type(scheduler).__name__} does not know", eta=0.0)
+        self.refused(pipe, f"`eta` is 0.0, which a {type(scheduler).__name__} does not support", eta=0.0)
         self.refused(pipe, "`timestep_respacing` is '10', which a", timestep_respacing="10")
 
     @pytest.mark.parametrize(
@@ -647,8 +650,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "change, message",
         [
-            ({"unet": None}, "`unet` is None, but no image can be drawn without"),
-            ({"scheduler": None}, "`scheduler` is None, but no image can be drawn without"),
+            ({"unet": None}, "`unet` is None, but it is needed to generate images"),
+            ({"scheduler": None}, "`scheduler` is None, but it is needed to generate images"),
             ({"unet": random_classifier()}, "`unet` is a AdaGNClassifierModel, whose config names no out_channels"),
             ({"unet": torch.nn.Linear(2, 2)}, "`unet` is a Linear, whose config names no in_channels, out_channels"),
             ({"scheduler": DDPMScheduler}, "`scheduler` is <class .*; pass a scheduler"),

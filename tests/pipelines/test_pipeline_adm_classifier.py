@@ -28,7 +28,6 @@ from toy_models import CONDITIONAL, random_classifier, random_text_encoder, rand
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning import guidance
 from diffusers_adm.conditioning.guidance import log_probability_gradient, shift_prediction, signal_and_std
-from diffusers_adm.pipelines import pipeline_adm
 
 
 MEANS, STD = (-0.8, 0.1, 0.6), 0.3
@@ -185,7 +184,7 @@ class TestKnownDistributions:
 
     def test_the_wrong_form_would_show(self, monkeypatch):
         """The score without the factor sqrt(1 - bar alpha)."""
-        monkeypatch.setattr(pipeline_adm, "shift_prediction", lambda prediction, score, *_: prediction - score)
+        monkeypatch.setattr(guidance, "shift_prediction", lambda prediction, score, *_: prediction - score)
         with pytest.raises(AssertionError, match="Tensor-likes are not close"):
             self.compare(DDIMScheduler(clip_sample=False), 0.01)
 

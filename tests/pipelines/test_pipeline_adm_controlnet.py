@@ -514,17 +514,17 @@ class TestStableDiffusion:
             ADMControlNetPipeline.from_pipe(theirs, classifier=None, controlnet=theirs.controlnet)
 
     def test_sizes_are_those_of_decoded_images(self, pipelines):
-        message = "`image[1]` is 8 x 8 pixels (width x height), but 16 x 16 are drawn"
+        message = "`image[1]` is 8 x 8 pixels (width x height), but 16 x 16 are generated"
         with pytest.raises(ValueError, match=re.escape(message)):
             pipelines[1]("a cat", [conditions(1, 16, 16), conditions(1)])
 
     def test_a_branch_for_another_autoencoder(self, pipelines):
         components = {name: c for name, c in pipelines[1].components.items() if name != "controlnet"}
         branch = random_branch(components["unet"], conditioning_downsampling_factor=8)
-        message = "takes images 8 times as large as the samples .* this pipeline draws are 2 times as large"
+        message = "takes images 8 times as large as the samples .* this pipeline are 2 times as large"
         with pytest.raises(ValueError, match=message):
             ADMControlNetPipeline(**components, controlnet=branch)
-        with pytest.raises(ValueError, match="images 2 times .* are 1 times as large, as it has no `vae`"):
+        with pytest.raises(ValueError, match="images 2 times .* are 1 times as large"):
             make_pipeline(controlnet=random_branch(random_unet(**CONDITIONAL), conditioning_downsampling_factor=2))
 
 
@@ -790,12 +790,15 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ({"image": None}, "`image` is missing: pass what the images shall follow"),
+            ({"image": None}, "`image` is missing: pass the image to follow"),
             ({"image": []}, "`image` is empty"),
             ({"image": "edges.png"}, "`image` is a str"),
-            ({"image": conditions(1, 8, 16)}, "`image` is 16 x 8 pixels (width x height), but 8 x 8 are drawn"),
+            ({"image": conditions(1, 8, 16)}, "`image` is 16 x 8 pixels (width x height), but 8 x 8 are generated"),
             ({"image": conditions(1, 16, 8)}, "or pass `height=16` and `width=8`"),
-            ({"image": conditions(), "height": 16}, "`image` is 8 x 8 pixels (width x height), but 8 x 16 are drawn"),
+            (
+                {"image": conditions(), "height": 16},
+                "`image` is 8 x 8 pixels (width x height), but 8 x 16 are generated",
+            ),
             ({"image": conditions()[:, :1]}, "`image` has shape (2, 1, 8, 8); pass (channels, height, width)"),
             ({"image": torch.rand(4, 8, 8)}, "with 3 channels"),
             ({"image": 2 * conditions() - 1}, "`image` has values from -1 to "),
@@ -803,14 +806,14 @@ class TestBadInput:
             ({"image": PIL.Image.new("RGBA", (8, 8))}, "`image` has mode RGBA and transparent pixels"),
             ({"image": [conditions(1), conditions(1, 6, 6)]}, "`image` holds images of several sizes"),
             ({"image": [[conditions(1)], [conditions(1)]]}, "a list of lists, as for several ControlNets, but this"),
-            ({"image": conditions(3), "class_labels": [1, 2]}, "`image`: 3, `class_labels`: 2"),
-            ({"image": conditions(3), "batch_size": 2}, "`image`: 3, `batch_size`: 2"),
+            ({"image": conditions(3), "class_labels": [1, 2]}, "`class_labels` holds 2, `image` holds 3"),
+            ({"image": conditions(3), "batch_size": 2}, "`image` holds 3, `batch_size` is 2"),
             ({"image": conditions(), "generator": generators(3)}, "list of 3 for 2 images"),
             (
                 {"controlnet_conditioning_scale": [1.0, 0.5]},
                 "`controlnet_conditioning_scale` holds 2 entries, but this",
             ),
-            ({"controlnet_conditioning_scale": []}, "holds 0 entries, but this pipeline has 1 ControlNet. Pass one"),
+            ({"controlnet_conditioning_scale": []}, "holds 0 entries, but this pipeline has 1 ControlNet. Pass a list"),
             ({"controlnet_conditioning_scale": float("nan")}, "`controlnet_conditioning_scale` is nan"),
             ({"controlnet_conditioning_scale": None}, "`controlnet_conditioning_scale` is None; pass a number"),
             ({"control_guidance_start": "0.5"}, "`control_guidance_start` is '0.5'; pass a number"),
@@ -825,7 +828,7 @@ class TestBadInput:
             ({"control_guidance_end": 1.5}, "`control_guidance_start` is 0.0 and `control_guidance_end` is 1.5"),
             ({"control_guidance_end": float("nan")}, "`control_guidance_end` is nan"),
             ({"guidance_scale": 2.0}, "no `class_labels` to guide towards"),
-            ({"prompt": "a cat"}, "`prompt` was given, but this model reads no text"),
+            ({"prompt": "a cat"}, "`prompt` was given, but this model is not conditioned on text"),
         ],
         ids=names_of,
     )
@@ -840,7 +843,7 @@ class TestBadInput:
             ({"image": [conditions(1)] * 3}, "`image` holds 3 entries, but this pipeline has 2 ControlNets"),
             ({"image": [conditions(1), conditions(1, 8, 6)]}, "`image[1]` is 6 x 8 pixels"),
             ({"image": [conditions(1), conditions(1)[:, :2]]}, "`image[1]` has shape (1, 2, 8, 8)"),
-            ({"image": [conditions(2), conditions(3)]}, "`image[0]`: 2, `image[1]`: 3"),
+            ({"image": [conditions(2), conditions(3)]}, "`image[0]` holds 2, `image[1]` holds 3"),
             ({"controlnet_conditioning_scale": [1.0]}, "holds 1 entries, but this pipeline has 2 ControlNets"),
             ({"controlnet_conditioning_scale": [1.0, float("nan")]}, "`controlnet_conditioning_scale` is nan"),
             (
@@ -923,7 +926,7 @@ class TestBadInput:
 
     def test_a_network_of_diffusers_that_takes_no_residuals(self):
         unet = random_diffusers_unet()
-        with pytest.raises(ValueError, match="`unet` is a UNet2DModel, which takes nothing from a ControlNet"):
+        with pytest.raises(ValueError, match="`unet` is a UNet2DModel, which takes no residuals of a ControlNet"):
             make_pipeline(unet, AdaGNControlNetModel.from_unet(unet))
 
 

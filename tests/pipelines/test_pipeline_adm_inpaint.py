@@ -27,8 +27,9 @@ from toy_models import (
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.guidance import exact_prediction
-from diffusers_adm.conditioning.inpainting import resampling_walk
-from diffusers_adm.pipelines.pipeline_adm_inpaint import DEFAULT_JUMP_N_SAMPLE, SCHEDULERS_WITHOUT_STRENGTH
+from diffusers_adm.conditioning.inpainting import DEFAULT_JUMP_N_SAMPLE, resampling_walk
+from diffusers_adm.pipelines import pipeline_adm
+from diffusers_adm.schedulers.diffusers_schedulers import SCHEDULERS_WITHOUT_STRENGTH
 
 
 OURS = "LearnedVarianceDDPMScheduler"
@@ -36,7 +37,7 @@ STATELESS = (OURS, "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "D
 EACH = as_parameters([(OURS, {}), *SAMPLERS])
 # Of a hundred timesteps: some solvers look at each of them, for seconds.
 SHORT_CHAIN = {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.2}
-KINDS = {"ordinary": 3, "trained": 7, "trained to enlarge": 10}
+KINDS = {"ordinary": 3, "trained": 7, "trained to upsample": 10}
 
 
 def make_pipeline(unet=None, scheduler=None, cls=ADMInpaintPipeline, **components) -> ADMInpaintPipeline:
@@ -101,7 +102,7 @@ class Recorder:
 
 
 def low_res_of(kind: str) -> dict:
-    return {"low_res_image": as_pil(random_pixels(size=4, seed=7)[0])} if kind == "trained to enlarge" else {}
+    return {"low_res_image": as_pil(random_pixels(size=4, seed=7)[0])} if kind == "trained to upsample" else {}
 
 
 # 1. The order of RePaint's steps
@@ -303,7 +304,9 @@ class TestRePaint:
             pipe(IMAGE, MASK, **arguments)
             assert pipe.num_timesteps == 6
         else:
-            with pytest.raises(ValueError, match=rf"`jump_n_sample` is 2, but a {name} looks back at .*Pass `jump_n_"):
+            with pytest.raises(
+                ValueError, match=rf"`jump_n_sample` is 2, but a {name} uses its earlier steps, .*Pass `jump_n_"
+            ):
                 pipe(IMAGE, MASK, **arguments)
 
     @pytest.mark.parametrize("name, options", EACH)
@@ -329,7 +332,7 @@ class TestRePaint:
 
 
 class TestTrained:
-    @pytest.mark.parametrize("kind", ["trained", "trained to enlarge"])
+    @pytest.mark.parametrize("kind", ["trained", "trained to upsample"])
     def test_network_input(self, kind):
         """GLIDE's: x_t, what is known of the image, where it is known, and the small image, bilinearly enlarged."""
         pipe = make_pipeline(random_unet(in_channels=KINDS[kind]))
@@ -337,7 +340,7 @@ class TestTrained:
         pipe(IMAGE, MASK, num_inference_steps=3, generator=seeded(2), **low_res_of(kind))
         mask = KNOWN.double()[None, None]
         expected = [ORIGINAL * mask, mask]
-        if kind == "trained to enlarge":
+        if kind == "trained to upsample":
             low_res = random_pixels(size=4, seed=7).double() / 127.5 - 1
             expected.append(F.interpolate(low_res, (8, 8), mode="bilinear", align_corners=False))
         expected = torch.cat(expected, dim=1)
@@ -383,7 +386,7 @@ class TestTrained:
 
     @pytest.mark.parametrize("name", [OURS, "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
     @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-    def test_x_0_is_the_image_where_that_is_known(self, name, prediction_type):
+    def test_x_0_is_the_image_where_that_is_known(self, name, prediction_type, monkeypatch):
         """Of each step, for each kind of prediction, as the scheduler itself understands it."""
         pipe = make_pipeline(
             random_unet(in_channels=7), LearnedVarianceDDPMScheduler(prediction_type=prediction_type, clip_sample=False)
@@ -410,8 +413,8 @@ class TestTrained:
             step.__signature__ = inspect.signature(plain)
             changed = type("Watched", (pipe.scheduler.__class__,), {"step": step})
         pipe.scheduler.__class__ = changed
-        pipe._scheduler_for_call = lambda *_: pipe.scheduler
-        pipe._takes_variance = lambda scheduler: name == OURS
+        monkeypatch.setattr(pipeline_adm, "copy_for_call", lambda scheduler, *_: scheduler)
+        monkeypatch.setattr(pipeline_adm, "takes_variance", lambda scheduler: name == OURS)
         if name == "DPMSolverMultistepScheduler":
             pipe.scheduler.register_to_config(variance_type=None)
         pipe(IMAGE, MASK, num_inference_steps=4, generator=seeded())
@@ -717,7 +720,7 @@ class TestLatents:
             torch.testing.assert_close(sample[4:8], shown * known)
 
     def test_enlarging_is_done_in_pixels(self, vae):
-        with pytest.raises(ValueError, match=r"`unet` enlarges and inpaints \(`in_channels=13`\), .*Pass `vae=None`"):
+        with pytest.raises(ValueError, match=r"`unet` upsamples and inpaints \(`in_channels=13`\), .*Pass `vae=None`"):
             make_pipeline(random_unet(in_channels=13, out_channels=8), vae=vae)
 
 
@@ -764,7 +767,7 @@ class TestRefused:
                 r"`jump_length` is 5, but there are only 5 steps to jump back over",
             ),
             ({"mask_image": PIL.Image.new("L", (8, 4))}, r"`mask_image` is 8 x 4 pixels .*, but `image` is 8 x 8"),
-            ({"image": PIL.Image.new("RGB", (9, 8))}, r"`image` is 9 x 8 pixels .*, but 8 x 8 are drawn. Resize"),
+            ({"image": PIL.Image.new("RGB", (9, 8))}, r"`image` is 9 x 8 pixels .*, but 8 x 8 are generated. Resize"),
             (
                 {"image": np.zeros((9, 9, 3)), "mask_image": np.zeros((9, 9)), "height": 9, "width": 9},
                 r"`height` and `width` are 9 and 9",
@@ -776,12 +779,12 @@ class TestRefused:
             ({"image": PIL.Image.new("RGBA", (8, 8))}, r"`image` has mode RGBA and transparent pixels"),
             ({"image": np.full((8, 8, 3), 1.5)}, r"`image` has values from 1\.5 to 1\.5; they must lie in \[0, 1\]"),
             ({"mask_image": np.full((8, 8), 255.0)}, r"`mask_image` has values from 255 to 255; they must lie in"),
-            ({"low_res_image": IMAGE}, r"`low_res_image` was given, but this U-Net does not take one .*in_channels=3"),
+            ({"low_res_image": IMAGE}, r"`low_res_image` was given, but this U-Net does not take one. Leave it out"),
             (
                 {"image": [IMAGE] * 2, "mask_image": [MASK] * 3},
-                r"do not ask for the same number of images: `image`: 2, `mask_image`: 3",
+                r"different numbers of images, .*`image` holds 2, `mask_image` holds 3",
             ),
-            ({"image": [IMAGE] * 2, "batch_size": 3}, r"`image`: 2, `batch_size`: 3"),
+            ({"image": [IMAGE] * 2, "batch_size": 3}, r"`image` holds 2, `batch_size` is 3"),
             ({"generator": [seeded()] * 2}, r"`generator` is a list of 2 for 1 images"),
             ({"guidance_scale": 2.0}, r"`guidance_scale` is 2\.0, but this model has no null class"),
             ({"output_type": "jpg"}, r"`output_type` is 'jpg'"),
@@ -796,12 +799,12 @@ class TestRefused:
 
     def test_numbers_of_classes(self):
         pipe = make_pipeline(random_unet(**CONDITIONAL))
-        with pytest.raises(ValueError, match="`image`: 2, `class_labels`: 3"):
+        with pytest.raises(ValueError, match="`class_labels` holds 3, `image` holds 2"):
             pipe([IMAGE] * 2, MASK, class_labels=[0, 1, 2])
 
     def test_small_images(self):
         pipe = make_pipeline(random_unet(in_channels=10))
-        with pytest.raises(ValueError, match="`low_res_image` is missing: this U-Net enlarges and inpaints"):
+        with pytest.raises(ValueError, match="`low_res_image` is missing: this U-Net upsamples and inpaints"):
             pipe(IMAGE, MASK)
         with pytest.raises(ValueError, match="`low_res_image` is 16 x 16 pixels .*, larger than `image` with 8 x 8"):
             pipe(IMAGE, MASK, low_res_image=PIL.Image.new("RGB", (16, 16)))

@@ -31,7 +31,7 @@ def make_pipeline(has_text: bool) -> ADMPipeline:
 
 
 def draw(pipe: ADMPipeline) -> torch.Tensor:
-    condition = {"prompt": "a cat"} if pipe.reads_text else {"class_labels": 1}
+    condition = {"prompt": "a cat"} if pipe.has_cross_attention else {"class_labels": 1}
     generator = torch.Generator().manual_seed(0)
     return pipe(num_inference_steps=3, generator=generator, output_type="pt", **condition).images
 

@@ -25,6 +25,7 @@ from tolerances import SAMPLING, rounding_errors
 from toy_models import random_unet
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.pipelines import pipeline_adm
 
 
 # Not the default chain. (One of 4000 timesteps: tests/schedulers/test_analytic_samplers.py.)
@@ -317,14 +318,14 @@ class TestRefused:
     )
 
     @pytest.mark.parametrize("name, options", EACH_CLASS)
-    def test_prediction_of_the_sample(self, name, options):
+    def test_prediction_of_the_sample(self, name, options, monkeypatch):
         """Those that do not know it would fail in the first step, after the network has run."""
         pipe = make_pipeline(LearnedVarianceDDPMScheduler(100, prediction_type="sample"))
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
         if name in self.SAMPLE_IS_UNKNOWN:
             with pytest.raises(ValueError, match=rf"{name}, which does not know `prediction_type='sample'`"):
                 pipe(num_inference_steps=4)
-            pipe._check_scheduler = lambda: None
+            monkeypatch.setattr(pipeline_adm, "check_scheduler", lambda scheduler: None)
             with pytest.raises((ValueError, NotImplementedError), match="prediction_type"):
                 pipe(num_inference_steps=4)
         else:

@@ -354,8 +354,8 @@ class TestBadInput:
         [
             (torch.rand(1, 3, 8, 8), r"8 x 8 pixels .* would become 8 x 8. Pass a smaller one"),
             (torch.rand(1, 3, 4, 16), r"16 x 4 pixels \(width x height\) and would become 8 x 8"),
-            (torch.rand(1, 3, 2, 2), "trained to enlarge 2 times, from 4 to 8.*`height=4` and `width=4`"),
-            (torch.rand(1, 3, 4, 6), "trained to enlarge 2 times.*`height=8` and `width=12`"),
+            (torch.rand(1, 3, 2, 2), "trained to upsample 2 times, from 4 to 8.*`height=4` and `width=4`"),
+            (torch.rand(1, 3, 4, 6), "trained to upsample 2 times.*`height=8` and `width=12`"),
             (torch.rand(1, 1, 4, 4), r"\(1, 1, 4, 4\)"),
             (torch.rand(4, 4), r"\(4, 4\)"),
             (2 * torch.rand(1, 3, 4, 4) - 1, r"they must lie in \[0, 1\]"),
@@ -378,10 +378,10 @@ class TestBadInput:
             ({"noise_level": 21}, "`noise_level` is 21; .* from 0 .* to 20, the highest level of the training"),
             ({"noise_level": -1}, "`noise_level` is -1"),
             ({"noise_level": 0.5}, "`noise_level` is 0.5; it must be an integer"),
-            ({"class_labels": [0, 1, 2]}, "`class_labels` holds 3 entries for 2 images"),
-            ({"prompt": ["a", "b", "c"]}, "`prompt` holds 3 entries for 2 images"),
+            ({"class_labels": [0, 1, 2]}, "`class_labels` holds 3, `image` holds 2"),
+            ({"prompt": ["a", "b", "c"]}, "`prompt` was given, but this model is not conditioned on text"),
             ({"height": 4, "width": 4}, "4 x 4 pixels .* would become 4 x 4"),
-            ({"height": 16}, "would become 8 x 16, but this model was trained to enlarge 2 times"),
+            ({"height": 16}, "would become 8 x 16, but this model was trained to upsample 2 times"),
             ({"generator": generators(3)}, "list of 3 for 2 images"),
             ({"guidance_scale": 2.0}, "no `class_labels`"),
         ],
@@ -393,7 +393,7 @@ class TestBadInput:
     def test_a_level_for_a_network_that_is_not_told(self, small):
         with pytest.raises(ValueError, match="`noise_level` is 3, but this U-Net has no `time_cond_proj_dim`"):
             make_upsampler(random_unet(**CHANNELS))(small, noise_level=3)
-        with pytest.raises(ValueError, match="to 50, the length of the noising chain"):
+        with pytest.raises(ValueError, match="to 50, the number of timesteps"):
             make_upsampler()(small, noise_level=51)
 
     def test_back_projection_by_a_broken_factor(self):
@@ -404,7 +404,7 @@ class TestBadInput:
 
     def test_an_output_size_is_needed(self, small):
         unet = random_unet(**CHANNELS, sample_size=None)
-        with pytest.raises(ValueError, match="`height` and `width` are missing"):
+        with pytest.raises(ValueError, match="Pass `height` and `width`"):
             make_upsampler(unet)(small)
         assert make_upsampler(unet)(small, height=8, width=8, **ARGUMENTS).images.shape == (2, 3, 8, 8)
 

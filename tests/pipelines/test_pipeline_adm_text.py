@@ -128,7 +128,7 @@ class TestSampling:
         pipe(class_labels=1, guidance_scale=3.0, **ARGUMENTS)
         pipe("a cat", guidance_scale=3.0, **ARGUMENTS)
         assert recorder.calls[0][1]["class_labels"].tolist() == [4, 1]
-        assert recorder.calls[-1][1]["class_labels"] is None  # the null class
+        assert "class_labels" not in recorder.calls[-1][1]  # the null class
 
     @pytest.mark.parametrize("kind", TEXT_CONFIGS)
     def test_networks_of_diffusers(self, kind):
@@ -223,7 +223,7 @@ class TestBatches:
         pipe = make_pipeline("bert")
         with caplog.at_level(logging.WARNING):
             images = pipe(f"{LONG} red cat", generator=seeded(), **ARGUMENTS).images
-        assert "it is not read: 'red cat'" in caplog.text
+        assert "it is cut off: 'red cat'" in caplog.text
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert rounding_errors(images, pipe(LONG, generator=seeded(), **ARGUMENTS).images) <= SAMPLING
@@ -323,7 +323,7 @@ class TestSaveAndLoad:
         make_pipeline().save_pretrained(tmp_path)
         loaded = DiffusionPipeline.from_pretrained(tmp_path, text_encoder=None)
         assert loaded.text_encoder is None
-        with pytest.raises(ValueError, match="has no text encoder to read it"):
+        with pytest.raises(ValueError, match="has no text encoder"):
             loaded("a cat")
 
     def test_half_precision(self, tmp_path):
@@ -360,16 +360,19 @@ class TestBadInput:
             ),
             ({"prompt": 3}, "`prompt` is 3"),
             ({"prompt": ["a", 3]}, "`prompt` is ['a', 3]"),
-            ({"prompt": []}, "`prompt` holds 0 prompts"),
+            ({"prompt": []}, "`prompt` holds 0"),
             (
                 {"prompt": ["a", "b"], "negative_prompt": ["a"] * 3},
-                "`negative_prompt` holds 3 prompts, but there are 2 to draw",
+                "`negative_prompt` holds 3 prompts, but there are 2 of `prompt`",
             ),
-            ({"prompt": ["a", "b"], "batch_size": 3}, "`prompt` holds 2 prompts, but `batch_size` is 3"),
-            ({"prompt_embeds": torch.zeros(1, 3, 8)}, "(1, 3, 8); 1 prompts of this model have (1, length, 16)"),
+            ({"prompt": ["a", "b"], "batch_size": 3}, "`prompt` holds 2, `batch_size` is 3"),
+            (
+                {"prompt_embeds": torch.zeros(1, 3, 8)},
+                "(1, 3, 8); for this model it must be (number of prompts, length, 16)",
+            ),
             (
                 {"negative_prompt_embeds": EMBEDS.repeat(2, 1, 1)},
-                "`negative_prompt_embeds` has shape (2, 3, 16); 1 prompts",
+                "`negative_prompt_embeds` holds 2 prompts, but there are 1",
             ),
             ({"prompt_embeds": EMBEDS, "prompt_attention_mask": MASK}, "`prompt_attention_mask` has shape (1, 2)"),
             ({"prompt": "a", "prompt_attention_mask": MASK}, "belong to `prompt_embeds`, which is missing"),
@@ -385,7 +388,7 @@ class TestBadInput:
     def test_number_of_labels_and_prompts(self):
         self.refused(
             make_pipeline(**CONDITIONAL),
-            "`prompt` holds 2 prompts, but `class_labels` holds 3 labels",
+            "`class_labels` holds 3, `prompt` holds 2",
             prompt=["a", "b"],
             class_labels=[1, 2, 3],
         )
@@ -397,7 +400,7 @@ class TestBadInput:
     def test_no_text_encoder(self):
         pipe = make_pipeline(None)
         self.refused(pipe, "`prompt` was given, but the pipeline has no text encoder", prompt="a cat")
-        self.refused(pipe, "`prompt_embeds` are missing: this model reads text")
+        self.refused(pipe, "`prompt_embeds` are missing: this model is conditioned on text")
         message = "there are no `negative_prompt_embeds` to guide away from"
         self.refused(pipe, message, prompt_embeds=self.EMBEDS, guidance_scale=2.0)
         with pytest.raises(ValueError, match="no text encoder and tokenizer"):
@@ -412,7 +415,7 @@ class TestBadInput:
             "bert", block_out_channels=(4, 16), addition_embed_type="text_embeds", time_embedding_dim=TEXT_WIDTH
         )
         self.refused(
-            pipe, "`pooled_prompt_embeds` are missing: this U-Net needs them beside", prompt_embeds=self.EMBEDS
+            pipe, "`pooled_prompt_embeds` are missing: this U-Net needs them in addition to", prompt_embeds=self.EMBEDS
         )
 
     @pytest.mark.parametrize(

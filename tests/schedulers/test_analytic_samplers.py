@@ -16,7 +16,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers_samplers import NAMES, SAMPLERS, STOCHASTIC, as_parameters
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.pipelines.pipeline_adm import SCHEDULERS_WITHOUT_SAMPLE_PREDICTION
+from diffusers_adm.pipelines import pipeline_adm
+from diffusers_adm.schedulers.diffusers_schedulers import SCHEDULERS_WITHOUT_SAMPLE_PREDICTION
 
 
 # A broad mode and a narrow one, with no gap between them: a few samples on the wrong side of one would hide all else.
@@ -153,10 +154,10 @@ def test_tcd():
     assert error(pipe, 250) > 0.03
 
 
-def test_lcm_is_refused_with_reason():
+def test_lcm_is_refused_with_reason(monkeypatch):
     """Known wrong: what its steps would give with a network that was not distilled, at any number of steps."""
     pipe = pipeline("cosine", "LCMScheduler", {"original_inference_steps": 500})
-    pipe._check_scheduler = lambda: None
+    monkeypatch.setattr(pipeline_adm, "check_scheduler", lambda scheduler: None)
     assert error(pipe, ENOUGH) > 0.1
     assert error(pipe, 250) > 0.1
 

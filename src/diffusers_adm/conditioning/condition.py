@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -76,7 +77,16 @@ class Step:
 
     def is_within(self, start: float, end: float) -> bool:
         """Whether the step lies between two fractions of the steps."""
-        return start <= self.index / self.num_steps and (self.index + 1) / self.num_steps <= end
+        return _is_within(self.index, self.num_steps, start, end)
+
+
+def _is_within(index: int, num_steps: int, start: float, end: float) -> bool:
+    return start <= index / num_steps and (index + 1) / num_steps <= end
+
+
+def is_ever_within(num_steps: int, start: float, end: float) -> bool:
+    """Whether any of `num_steps` steps lies between two fractions of the steps."""
+    return any(_is_within(index, num_steps, start, end) for index in range(num_steps))
 
 
 @dataclass
@@ -211,11 +221,13 @@ class Condition:
         is_given (`bool`): Whether the call has named something to guide towards, or away from.
         counts (`dict[str, int]`): Numbers of entries of the arguments that hold one for each image, by their names.
             What holds one for all images is left out.
+        image_size (`tuple[int, int]`, *optional*): Height and width of images that have the size of those to generate.
     """
 
     argument = ""
     is_droppable = False
     is_given = False
+    image_size: tuple[int, int] | None = None
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -224,9 +236,45 @@ class Condition:
         """The inputs of the U-Net for a batch of training data; some of them dropped at random."""
         raise NotImplementedError
 
-    def check(self, num_prompts: int, guidance_scale: float) -> None:
-        """Raises a `ValueError` for arguments that are incompatible with others of the call. Runs before any work."""
+    def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
+        """
+        Raises a `ValueError` for arguments that are incompatible with others of the call, before any work is done.
+
+        Args:
+            num_prompts (`int`): Number of different images.
+            guidance_scale (`float`): 1.0 is off.
+            size (`tuple[int, int]`): Height and width of the images to generate, in pixels.
+        """
+
+    def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
+        """
+        Warnings about arguments that change nothing in the call.
+
+        Args:
+            num_steps (`int`): Number of timesteps.
+            may_guide (`bool`): Whether classifier-free guidance is on, or a callback may turn it on.
+            uses_classifier (`bool`): Whether classifier guidance is on.
+        """
+        return []
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """The inputs of the U-Net for the call whose arguments were read."""
         raise NotImplementedError
+
+
+def number_of_prompts(conditions: Sequence[Condition], batch_size: int) -> int:
+    """The number of different images that a call asks for; raises a `ValueError` unless all its arguments agree."""
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}; pass an integer of at least 1.")
+    asked = {
+        f"`{name}` holds {number}": number for condition in conditions for name, number in condition.counts.items()
+    }
+    if batch_size != 1 or not asked:
+        asked[f"`batch_size` is {batch_size}"] = batch_size
+    number = next(iter(asked.values()))
+    if len(set(asked.values())) > 1 or number == 0:
+        raise ValueError(
+            f"The arguments ask for different numbers of images, or for none: {', '.join(asked)}. Pass one of each for "
+            "all images (a string, an `int`, one image), or as many as there are images, and leave `batch_size` out."
+        )
+    return number

@@ -1,18 +1,30 @@
 """
-What steers a sampler: classifier-free guidance of a prediction, and the gradient of a classifier.
+Guidance of a sampler: classifier-free, and by the gradient of a classifier.
 
 Classifier-free guidance: Ho & Salimans 2022 (https://huggingface.co/papers/2207.12598); its rescaling: Lin et al. 2023
 (https://huggingface.co/papers/2305.08891, section 3.4). Classifier guidance: Dhariwal & Nichol 2021
 (https://huggingface.co/papers/2105.05233, section 4).
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 
+from ..schedulers.diffusers_schedulers import takes_gradient
+from ..schedulers.noise_schedules import check_same_noise
+from .condition import Condition, Step, is_ever_within
 
-# Multiplies a classifier's log-probability before its gradient is taken, and divides the gradient. For single pixels of
-# 64 x 64 images that is around 1e-5, where float16 has only steps of 6e-8. A power of two changes no other dtype.
+
+# Multiplies a classifier's log-probability before its gradient is taken, and divides the gradient, which is around 1e-5
+# for single pixels of 64 x 64 images, where float16 has only steps of 6e-8. A power of two changes no other dtype.
 GRADIENT_SCALE = 2.0**7
 
 
@@ -24,8 +36,8 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: float
         cond, uncond (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Predictions with and without
             the class.
         scale (`float`): Strength.
-        rescale (`float`, defaults to 0.0): Share in the result of a copy that is scaled, by example, to the standard
-            deviation of `cond`, against overexposure (Lin et al. 2023, eqs. 15 and 16).
+        rescale (`float`, defaults to 0.0): Weight of a copy that is scaled, for each example, to the standard deviation
+            of `cond`, against overexposure (Lin et al. 2023, eqs. 15 and 16).
     """
     guided = uncond + scale * (cond - uncond)
     if rescale > 0:
@@ -49,7 +61,7 @@ def log_probability_gradient(
         class_labels (`torch.LongTensor` of shape `(batch_size,)`): y.
 
     Returns:
-        `torch.Tensor`: Of the shape and dtype of `sample`.
+        `torch.Tensor`: The gradient, in the shape and dtype of `sample`.
     """
     with torch.enable_grad():
         sample_in = sample.detach().to(classifier.dtype).requires_grad_()
@@ -64,10 +76,10 @@ def signal_and_std(
     scheduler: SchedulerMixin, timestep: torch.Tensor, alphas_cumprod: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    `(signal, std)` of what the network sees in the coming step of a scheduler of diffusers: signal * x_0 + std * noise.
+    `(signal, std)` of the network's input in the coming step of a scheduler of diffusers: signal * x_0 + std * noise.
 
-    Solvers may stand between two timesteps, or round them, so their noise levels count where they have them. No number
-    is read from the device.
+    Solvers may stand between two timesteps, or round them, so their own noise levels are used if they have any. No
+    number is read from the device.
 
     Args:
         scheduler ([`SchedulerMixin`]): After `set_timesteps` and `set_begin_index`.
@@ -81,8 +93,8 @@ def signal_and_std(
         sigma = scheduler.sigmas[scheduler.step_index or scheduler.begin_index or 0].double()
         signal = (1 + sigma**2).rsqrt()
         return signal, sigma * signal
-    # Samples are x_0 + sigma * noise, and divided by sqrt(1 + sigma^2) for the network. Which sigma comes next, in the
-    # middle of a second-order step or not, the scheduler knows best.
+    # Samples are x_0 + sigma * noise, and divided by sqrt(1 + sigma^2) for the network. Only the scheduler knows which
+    # sigma comes next in the middle of a second-order step.
     signal = scheduler.scale_model_input(torch.ones((), dtype=torch.float64), timestep)
     return signal, (1 - signal**2).sqrt()
 
@@ -91,7 +103,7 @@ def shift_prediction(
     prediction: torch.Tensor, score: torch.Tensor, signal: torch.Tensor, std: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
     r"""
-    The prediction of a network whose score, the gradient of log p(x_t), has `score` added to it (ADM, algorithm 2).
+    Adds `score` to the score, the gradient of log p(x_t), that a prediction stands for (ADM, algorithm 2).
 
     Args:
         prediction (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Mean channels.
@@ -115,7 +127,7 @@ def exact_prediction(
     prediction_type: str,
 ) -> torch.Tensor:
     r"""
-    The prediction of a network that knows x_0.
+    The prediction that an ideal network would make for a given x_0.
 
     Args:
         sample, original_sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t = signal * x_0 +
@@ -127,3 +139,203 @@ def exact_prediction(
         return original_sample
     epsilon = (sample - signal * original_sample) / std
     return epsilon if prediction_type == "epsilon" else signal * epsilon - std * original_sample
+
+
+@dataclass
+class Guidance:
+    """
+    The arguments of a call for both kinds of guidance; see [`ADMPipeline`].
+
+    Attributes:
+        scale (`float`): Of classifier-free guidance at the start of the call; 1.0 is off.
+        rescale (`float`): See `guide`.
+        start, end (`float`): Fractions of the steps between which guidance acts.
+        classifier_scale (`float`): Of classifier guidance; 0.0 is off.
+    """
+
+    scale: float
+    rescale: float
+    start: float
+    end: float
+    classifier_scale: float
+
+    def is_on(self, step: Step) -> bool:
+        """Whether guidance acts in a step."""
+        return step.is_within(self.start, self.end)
+
+    def check(self, conditions: Sequence[Condition]) -> None:
+        """Raises a `ValueError` for numbers out of range, and for guidance without a condition."""
+        for name, scale in (("guidance_scale", self.scale), ("classifier_guidance_scale", self.classifier_scale)):
+            # Tensors of one entry serve as well.
+            if not (isinstance(scale, Real) or torch.is_tensor(scale)) or not math.isfinite(scale):
+                raise ValueError(f"`{name}` is {scale!r}; it must be a finite number.")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"`guidance_rescale` is {self.rescale}; it must lie in [0, 1].")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(
+                f"`guidance_start` is {self.start} and `guidance_end` is {self.end}; they are fractions of the steps, "
+                "so 0 <= guidance_start <= guidance_end <= 1 must hold."
+            )
+        if self.scale == 1.0:
+            return
+        droppable = [condition for condition in conditions if condition.is_droppable]
+        if not droppable:
+            raise ValueError(
+                f"`guidance_scale` is {self.scale}, but this model has no null class (`null_class_id` in its config) "
+                "and no cross-attention, so there is nothing to guide away from. Leave it at 1.0, train a model with "
+                "class dropout, or use a classifier (`classifier_guidance_scale`)."
+            )
+        if not any(condition.is_given for condition in droppable):
+            missing = " and no ".join(f"`{condition.argument}`" for condition in droppable)
+            raise ValueError(
+                f"`guidance_scale` is {self.scale}, but there are no {missing} to guide towards. Pass them, or leave "
+                "`guidance_scale` at 1.0."
+            )
+
+    def check_classifier(
+        self,
+        classifier: ModelMixin | None,
+        class_labels: torch.Tensor | None,
+        unet_config: Mapping[str, Any],
+        scheduler: SchedulerMixin,
+        eta: float | None,
+        size: tuple[int, int],
+    ) -> None:
+        """Raises a `ValueError` if classifier guidance is on but impossible. `size`: of the samples."""
+        if self.classifier_scale == 0.0:
+            return
+        given = f"`classifier_guidance_scale` is {self.classifier_scale}"
+        if classifier is None:
+            raise ValueError(
+                f"{given}, but this pipeline has no classifier. Leave it at 0.0, or make the pipeline with one "
+                "(training/train_classifier.py trains it)."
+            )
+        if class_labels is None:
+            raise ValueError(
+                f"{given}, but there are no `class_labels` to guide towards. Pass them, or leave it at 0.0."
+            )
+        check_noise_of_classifier(classifier, scheduler)
+        if unet_config.get("class_embed_type") is not None:
+            raise ValueError(
+                f"{given}, but the `class_labels` of this U-Net are no class numbers (`class_embed_type="
+                f"{unet_config['class_embed_type']!r}`). Leave it at 0.0."
+            )
+        num_classes, highest = classifier.config.num_classes, int(class_labels.max())
+        if highest >= num_classes:
+            raise ValueError(
+                f"{given}, but `class_labels` hold {highest}, and the classifier has the classes 0 to "
+                f"{num_classes - 1}: it cannot guide towards the null class."
+            )
+        expected = _height_and_width(classifier.config.sample_size)
+        if size != expected:
+            raise ValueError(
+                f"{given}, but the classifier was made for samples of {expected[0]} x {expected[1]}, and `height` and "
+                f"`width` ask for {size[0]} x {size[1]}. Ask for its size, or leave it at 0.0."
+            )
+        is_ancestral = takes_gradient(scheduler) and eta is None
+        if scheduler.config.get("rescale_betas_zero_snr", False) and not is_ancestral:
+            raise ValueError(
+                f"{given}, but with `rescale_betas_zero_snr` x_T carries no signal, so a changed score gives no x_0 "
+                "there. Use ancestral steps of `LearnedVarianceDDPMScheduler` (`eta=None`)."
+            )
+
+    def without_effect(self, num_steps: int, may_guide: bool) -> list[str]:
+        """Warnings about arguments that change nothing in a call; arguments as of `Condition.without_effect`."""
+        uses_classifier, warnings = self.classifier_scale != 0.0, []
+        if not may_guide and self.rescale != 0.0:
+            warnings.append(
+                "`guidance_rescale` has no effect: `guidance_scale` is 1.0, which is off. Pass another "
+                "`guidance_scale`, or leave it out."
+            )
+        if not may_guide and not uses_classifier and (self.start, self.end) != (0.0, 1.0):
+            warnings.append(
+                "`guidance_start` and `guidance_end` have no effect: `guidance_scale` is 1.0 and "
+                "`classifier_guidance_scale` is 0.0, which is off. Pass one of them, or leave the interval out."
+            )
+        if (self.scale != 1.0 or uses_classifier) and not is_ever_within(num_steps, self.start, self.end):
+            warnings.append(
+                f"Guidance has no effect: none of the {num_steps} steps lies within `guidance_start` {self.start} and "
+                f"`guidance_end` {self.end}. Make the interval longer, or ask for more steps."
+            )
+        return warnings
+
+
+@dataclass
+class ClassifierGuidance:
+    """
+    Classifier guidance in one call.
+
+    Attributes:
+        classifier (`AdaGNClassifierModel`): Its output has `.logits`.
+        class_labels (`torch.LongTensor` of shape `(num_images,)`): The classes to guide towards, on the device.
+        scale (`float`): Multiplies the gradient.
+        alphas_cumprod (`torch.Tensor` of shape `(num_train_timesteps,)`, *optional*): Of the scheduler, on the device;
+            not needed for one that takes the gradient itself.
+    """
+
+    classifier: ModelMixin
+    class_labels: torch.Tensor
+    scale: float
+    alphas_cumprod: torch.Tensor | None
+
+    def steer(
+        self, scheduler: SchedulerMixin, model_output: torch.Tensor, scaled_sample: torch.Tensor, timestep: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        r"""
+        The model output to step with, and further keyword arguments of `scheduler.step`.
+
+        Args:
+            scheduler ([`SchedulerMixin`]): After `scale_model_input`.
+            model_output (`torch.Tensor` of shape `(num_images, channels or 2 * channels, height, width)`): Mean, and
+                variance if the scheduler takes it.
+            scaled_sample (`torch.Tensor` of shape `(num_images, channels, height, width)`): The network's x_t.
+            timestep (`torch.Tensor` of shape `()`): The step.
+        """
+        score = self.scale * log_probability_gradient(self.classifier, scaled_sample, timestep, self.class_labels)
+        if takes_gradient(scheduler):
+            return model_output, {"guidance_gradient": score}
+        channels = scaled_sample.shape[1]
+        at = signal_and_std(scheduler, timestep, self.alphas_cumprod)
+        mean = shift_prediction(model_output[:, :channels], score, *at, scheduler.config.prediction_type)
+        return torch.cat([mean, model_output[:, channels:]], dim=1), {}
+
+
+def check_classifier(classifier: ModelMixin, unet_config: Mapping[str, Any], channels: int) -> None:
+    """Raises a `ValueError` for a classifier of other samples (of `channels`) or classes than the U-Net's."""
+    config = classifier.config
+    if config.in_channels != channels:
+        raise ValueError(
+            f"`classifier` has `in_channels={config.in_channels}`, but `unet` has `in_channels="
+            f"{unet_config['in_channels']}`, for samples of {channels}. Train the classifier on the samples of this "
+            "U-Net."
+        )
+    size = unet_config.get("sample_size")
+    if size is not None and _height_and_width(config.sample_size) != _height_and_width(size):
+        raise ValueError(
+            f"`classifier` has `sample_size={config.sample_size}`, but `unet` has `sample_size={size}`. Train the "
+            "classifier on samples of that size."
+        )
+    rows, null_class_id = unet_config.get("num_class_embeds"), unet_config.get("null_class_id")
+    if rows is None:
+        return
+    num_classes = rows - (null_class_id is not None)
+    if config.num_classes != num_classes:
+        raise ValueError(
+            f"`classifier` has `num_classes={config.num_classes}`, but `unet` has {num_classes} classes "
+            f"(`num_class_embeds={rows}`, `null_class_id={null_class_id}`). Train the classifier on these classes."
+        )
+    if null_class_id not in (None, num_classes):
+        raise ValueError(
+            f"`unet` has `null_class_id={null_class_id}`, but with a `classifier` it must be the last one, "
+            f"{num_classes}, so that the other classes have the same numbers in both."
+        )
+
+
+def check_noise_of_classifier(classifier: ModelMixin, scheduler: SchedulerMixin) -> None:
+    """Raises a `ValueError` for a classifier of another noise schedule, or of clean images."""
+    check_same_noise("`classifier`", classifier.config.get("noise_schedule"), scheduler, classifier)
+
+
+def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

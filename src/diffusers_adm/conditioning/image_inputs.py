@@ -45,7 +45,7 @@ def read_images(images: ImageInput, name: str, channels: int, background: str = 
     return torch.cat(batches)
 
 
-def read_conditions(conditions: ImageInput, name: str, channels: int) -> torch.Tensor:
+def read_control_images(conditions: ImageInput, name: str, channels: int) -> torch.Tensor:
     r"""
     Conditioning images, such as edges, as `read_images` gives images; of `bool` as well, and of one channel for three.
 

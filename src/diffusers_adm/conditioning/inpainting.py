@@ -8,11 +8,25 @@ https://huggingface.co/papers/2201.09865).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin, SchedulerMixin
 
 from ..deprecations import renamed
-from .condition import Condition, UNetInputs
+from ..schedulers.diffusers_schedulers import keeps_no_state
+from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
+from .guidance import exact_prediction, signal_and_std
+from .image_inputs import ImageInput, read_images, read_masks
+from .low_resolution import upsample
+
+
+# For models that were not trained to inpaint. The paper uses 10, at ten times the cost; docs/inpainting.md measures the
+# effect of the first ones.
+DEFAULT_JUMP_N_SAMPLE = 3
 
 
 def masked_image_channels(images: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
@@ -54,14 +68,213 @@ def resampling_walk(num_steps: int, jump_length: int, jump_n_sample: int) -> lis
     return walk
 
 
+@dataclass
+class Resampling:
+    """
+    The arguments of a call for RePaint's resampling; see [`ADMInpaintPipeline`].
+
+    Attributes:
+        jump_length (`int`), jump_n_sample (`int`, *optional*): See `resampling_walk`.
+    """
+
+    jump_length: int
+    jump_n_sample: int | None
+
+    def check(self, scheduler: SchedulerMixin) -> None:
+        """Raises a `ValueError` for numbers out of range, and for a scheduler that cannot jump."""
+        for name, value in vars(self).items():
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                raise ValueError(f"`{name}` is {value!r}; pass an integer of at least 1.")
+        if (self.jump_n_sample or 1) > 1 and not keeps_no_state(scheduler):
+            raise ValueError(
+                f"`jump_n_sample` is {self.jump_n_sample}, but a {type(scheduler).__name__} uses its earlier steps, so "
+                "it cannot jump. Pass `jump_n_sample=1` (the kept part is replaced in each step all the same), or use "
+                "a `LearnedVarianceDDPMScheduler`, `DDPMScheduler` or `DDIMScheduler`."
+            )
+
+    def walk(self, num_steps: int, jumps_by_default: bool, keeps_anything: bool) -> list[int]:
+        """
+        The steps to take, as of `resampling_walk`.
+
+        Raises:
+            ValueError: If a jump was asked for that is longer than the chain.
+        """
+        repeats = self.jump_n_sample
+        if repeats is None:
+            repeats = DEFAULT_JUMP_N_SAMPLE if jumps_by_default else 1
+        elif repeats > 1 and self.jump_length >= num_steps:
+            raise ValueError(
+                f"`jump_length` is {self.jump_length}, but there are only {num_steps} steps to jump back over. Pass a "
+                "smaller one, ask for more steps, or pass `jump_n_sample=1`."
+            )
+        return resampling_walk(num_steps, self.jump_length, repeats if keeps_anything else 1)
+
+
+def sample_channels_of(unet_config: Mapping[str, Any]) -> int | None:
+    """
+    Channels c of a sample: a U-Net takes c, 2 c + 1 (trained with masks) or 3 c + 1 channels (which upsamples as well)
+    and gives c, or 2 c with a learned variance. `None` for a U-Net with other channels.
+    """
+    in_channels, out_channels = unet_config["in_channels"], unet_config["out_channels"]
+    for c in (out_channels, out_channels // 2):  # never both: the number would have to be twice itself
+        if out_channels in (c, 2 * c) and in_channels in (c, 2 * c + 1, 3 * c + 1):
+            return c
+    return None
+
+
 class InpaintingCondition(Condition):
-    """The kept part of an image and its mask, for a U-Net trained to inpaint."""
+    """
+    The kept part of images and its mask. A U-Net that was trained to inpaint takes them as channels, and its prediction
+    is corrected where the image is kept (`correct`); for any other the kept part of x_t is replaced (`replace`).
+
+    Args:
+        unet_config (mapping, *optional*): The config of the U-Net. Not needed for training.
+        vae (`AutoencoderKL`, *optional*): Encodes the images.
+
+    Attributes, after `prepare` one row an image and on the device:
+        images (`torch.Tensor` of shape `(num_images, channels, height, width)`): In [0, 1], as given.
+        keep_pixels (`torch.BoolTensor` of shape `(num_images, 1, height, width)`): Where the images are kept.
+        original (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): x_0 of the images.
+        keep_mask (`torch.BoolTensor` of shape `(num_images, 1, height, width)`): Where x_0 is kept.
+        noise (`torch.Tensor`, *optional*): The noise of the kept part in all steps, for schedulers that use their
+            earlier steps; `None`: it is drawn for each step.
+    """
 
     argument = "image"
+
+    def __init__(self, unet_config: Mapping[str, Any] | None = None, vae: ModelMixin | None = None):
+        super().__init__()
+        self.vae = vae
+        if unet_config is not None:
+            self.channels = sample_channels_of(unet_config)
+            self.is_trained = unet_config["in_channels"] > self.channels
+            self.takes_low_res = unet_config["in_channels"] == 3 * self.channels + 1
+        self.low_res: torch.Tensor | None = None
 
     def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
         """Reads `images` `(batch_size, channels, height, width)` in [-1, 1] and `keep_mask` with one channel."""
         return UNetInputs(extra_channels=masked_image_channels(batch["images"], batch["keep_mask"]))
+
+    def read(self, image: ImageInput, mask_image: ImageInput, low_res_image: ImageInput | None) -> InpaintingCondition:
+        """Takes the arguments of a call; raises a `ValueError` for those that `read_images` and `read_masks` refuse."""
+        channels = self.channels if self.vae is None else self.vae.config.in_channels
+        self.images = read_images(image, "image", channels)
+        self.keep_pixels = ~read_masks(mask_image, "mask_image")
+        numbers = {"image": len(self.images), "mask_image": len(self.keep_pixels)}
+        if low_res_image is not None:
+            self.low_res = 2 * read_images(low_res_image, "low_res_image", channels) - 1
+            numbers["low_res_image"] = len(self.low_res)
+        self.counts = {name: number for name, number in numbers.items() if number > 1}
+        self.image_size = tuple(self.images.shape[2:])
+        # Read before the masks move to the device.
+        self.keeps_anything = bool(self.keep_pixels.any())
+        self.keeps_all_of_one = bool(self.keep_pixels.flatten(1).all(dim=1).any())
+        return self
+
+    def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
+        """Raises a `ValueError` for an image or mask of another size, and a missing or large low-resolution image."""
+        height, width = self.image_size
+        if self.image_size != size:
+            raise ValueError(
+                f"`image` is {width} x {height} pixels (width x height), but {size[1]} x {size[0]} are generated. "
+                f"Resize image and mask, or pass `height={height}` and `width={width}` if the model should try that "
+                "size."
+            )
+        if self.keep_pixels.shape[2:] != size:
+            raise ValueError(
+                f"`mask_image` is {self.keep_pixels.shape[3]} x {self.keep_pixels.shape[2]} pixels (width x height), "
+                f"but `image` is {width} x {height}. Pass a mask of the size of the image."
+            )
+        if self.takes_low_res != (self.low_res is not None):
+            raise ValueError(
+                "`low_res_image` is missing: this U-Net upsamples and inpaints. Pass the low-resolution image."
+                if self.takes_low_res
+                else "`low_res_image` was given, but this U-Net does not take one. Leave it out."
+            )
+        if self.low_res is not None and any(a > b for a, b in zip(self.low_res.shape[2:], size, strict=True)):
+            raise ValueError(
+                f"`low_res_image` is {self.low_res.shape[3]} x {self.low_res.shape[2]} pixels (width x height), larger "
+                f"than `image` with {width} x {height}. Pass the low-resolution image."
+            )
+
+    def masks_without_effect(self, strength: float, resampling: Resampling) -> list[str]:
+        """Warnings about masks, such as inverted or empty ones, that leave an argument of the call without effect."""
+        warnings = []
+        if self.keeps_all_of_one:
+            warnings.append(
+                "`mask_image` is black everywhere, or one of several is: these images are returned as they were given. "
+                "White marks the pixels to inpaint."
+            )
+        if not self.keeps_anything and (strength == 1.0 or (resampling.jump_n_sample or 1) > 1):
+            name = "`image` has" if strength == 1.0 else "`jump_n_sample` has"
+            warnings.append(
+                f"{name} no effect: `mask_image` is white everywhere, so nothing of the image is kept. Black marks the "
+                "pixels to keep."
+            )
+        return warnings
+
+    def prepare(self, call: SamplingCall) -> PreparedCondition:
+        """The channels of a U-Net that was trained to inpaint, in both passes."""
+        self.images, self.keep_pixels = call.rows(self.images.to(call.dtype)), call.rows(self.keep_pixels)
+        pixels = 2 * self.images - 1
+        if self.vae is None:
+            self.original, shown, self.keep_mask = pixels, pixels, self.keep_pixels
+        else:
+            # A latent is kept if all of its pixels are; the masked pixels must not leak into the network's input.
+            self.original = self._encode(pixels)
+            shown = self._encode(pixels * self.keep_pixels) if self.is_trained else self.original
+            factor = self.images.shape[-1] // self.original.shape[-1]
+            self.keep_mask = ~F.max_pool2d((~self.keep_pixels).to(call.dtype), factor).bool()
+        self.scheduler = call.scheduler
+        self.alphas_cumprod = call.scheduler.alphas_cumprod.to(
+            call.device,
+            torch.float32 if call.device.type == "mps" else torch.float64,  # which that device does not have
+        )
+        # Solvers extrapolate from one step to the next: their kept part must move on a smooth path.
+        self.noise = None if keeps_no_state(call.scheduler) else call.noise
+        if not self.is_trained:
+            return PreparedCondition.same_in_both(UNetInputs())
+        channels = masked_image_channels(shown, self.keep_mask)
+        if self.low_res is not None:
+            channels = torch.cat([channels, upsample(call.rows(self.low_res.to(call.dtype)), *call.size)], dim=1)
+        return PreparedCondition.same_in_both(UNetInputs(extra_channels=channels))
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        config = self.vae.config
+        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().to(pixels.dtype)
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def noised(self, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """A sample of q(x_t | x_0) of the images, at the coming step and as the scheduler scales its samples."""
+        signal, std = signal_and_std(self.scheduler, t, self.alphas_cumprod)
+        noised = signal * self.original + std * noise
+        # Some solvers scale the network's input; only they know the factor: in the middle of a second-order step their
+        # `add_noise` takes another noise level.
+        return noised / self.scheduler.scale_model_input(torch.ones_like(noised[:1, :1, :1, :1]), t)
+
+    def replace(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Replaces the kept part of x_t by the noised image (RePaint)."""
+        return torch.where(self.keep_mask, self.noised(noise, t), latents)
+
+    def jump(
+        self, latents: torch.Tensor, noise: torch.Tensor, cleaner: torch.Tensor, noisier: torch.Tensor
+    ) -> torch.Tensor:
+        """Noises samples of the timestep `cleaner` again to the timestep `noisier` (RePaint, algorithm 1)."""
+        alpha_noisier, alpha_cleaner = self.alphas_cumprod.index_select(0, torch.stack([noisier, cleaner]))
+        ratio = alpha_noisier / alpha_cleaner  # all steps of a jump at once: q(x_t | x_s) is a Gaussian, too
+        return ratio.sqrt() * latents + (1 - ratio).sqrt() * noise
+
+    def correct(
+        self, model_output: torch.Tensor, steering: dict[str, torch.Tensor], latents: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Changes model output and gradients so that the predicted x_0 is the image where it is kept."""
+        at = signal_and_std(self.scheduler, t, self.alphas_cumprod)
+        sample = self.scheduler.scale_model_input(latents, t)
+        exact = exact_prediction(sample, self.original, *at, self.scheduler.config.prediction_type)
+        mean = torch.where(self.keep_mask, exact, model_output[:, : self.channels])
+        # The mean of kept pixels is known, so that no gradient may change it.
+        steering = {name: gradient.masked_fill(self.keep_mask, 0) for name, gradient in steering.items()}
+        return torch.cat([mean, model_output[:, self.channels :]], dim=1), steering
 
 
 __getattr__ = renamed(__name__, {"known_channels": "masked_image_channels"})

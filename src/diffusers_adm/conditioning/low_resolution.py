@@ -11,15 +11,18 @@ Upsampling is that of guided-diffusion (https://huggingface.co/papers/2105.05233
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..deprecations import renamed
-from .condition import Condition, UNetInputs
+from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
+from .image_inputs import ImageInput, read_images
 
 
 def downsample(images: torch.Tensor, factor: int) -> torch.Tensor:
@@ -87,6 +90,9 @@ class LowResolutionCondition(Condition):
         scheduler ([`SchedulerMixin`]): Its noise schedule is that of the levels.
         low_res_size (`int`, *optional*): Side of the low-resolution images of training.
         max_noise_level (`int`, *optional*): Highest level of training; `None`: not known.
+
+    Attributes:
+        low_res (`torch.Tensor`): The images of the call in [-1, 1], after `prepare` one row an image, without noise.
     """
 
     argument = "image"
@@ -100,6 +106,7 @@ class LowResolutionCondition(Condition):
         max_noise_level: int | None = None,
     ):
         super().__init__()
+        self.channels, self.sample_size = unet_config.get("in_channels", 0) // 2, unet_config.get("sample_size")
         self.embedding_dim = unet_config.get("time_cond_proj_dim")
         self.alphas_cumprod = scheduler.alphas_cumprod
         self.low_res_size, self.max_noise_level = low_res_size, max_noise_level
@@ -118,6 +125,68 @@ class LowResolutionCondition(Condition):
             low_res = add_noise_to_low_res(low_res, torch.randn_like(low_res), levels, self.alphas_cumprod)
             kwargs["timestep_cond"] = noise_level_embedding(levels, self.embedding_dim)
         return UNetInputs(kwargs, upsample(low_res, *images.shape[2:]))
+
+    def read(self, image: ImageInput, noise_level: int | None, back_projection: bool) -> LowResolutionCondition:
+        """
+        Takes the arguments of a call; raises a `ValueError` for unusable images or levels.
+
+        Args:
+            image: Low-resolution images, as of `read_images`.
+            noise_level (`int`, *optional*): `None`: 0.
+            back_projection (`bool`): Whether `match_low_res` follows, which needs a whole factor.
+        """
+        self.low_res = 2 * read_images(image, "image", self.channels) - 1  # (N, C, h, w) in [-1, 1]
+        self.noise_level = 0 if noise_level is None else noise_level
+        self.check_level(self.noise_level, "noise_level", self.max_noise_level)
+        self.back_projection = back_projection
+        if len(self.low_res) > 1:
+            self.counts = {"image": len(self.low_res)}
+        return self
+
+    def check_level(self, level: int, name: str, highest: int | None = None) -> None:
+        """Raises a `ValueError` for a level beyond `highest` or the noise schedule, or one that the U-Net ignores."""
+        num_timesteps = len(self.alphas_cumprod)
+        highest = num_timesteps if highest is None else highest
+        if not isinstance(level, Integral) or not 0 <= level <= highest:
+            raise ValueError(
+                f"`{name}` is {level!r}; it must be an integer from 0 (no noise) to {highest}, the "
+                + ("number of timesteps." if highest == num_timesteps else "highest level of the training.")
+            )
+        if level > 0 and self.embedding_dim is None:
+            raise ValueError(
+                f"`{name}` is {level}, but this U-Net has no `time_cond_proj_dim`, so it is not conditioned on the "
+                "level: it was trained on low-resolution images without noise. Leave it at 0."
+            )
+
+    def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
+        """Raises a `ValueError` for images that are no smaller than the large ones, or by another factor."""
+        (h, w), (height, width) = self.low_res.shape[-2:], size
+        given = f"`image` is {w} x {h} pixels (width x height) and would become {width} x {height}"
+        if h > height or w > width or (h, w) == (height, width):
+            raise ValueError(f"{given}. Pass a smaller one, or a larger `height` and `width`.")
+        if self.back_projection and (height % h or (height, width) != (height // h * h, height // h * w)):
+            raise ValueError(
+                f"{given}, but `back_projection` needs a whole factor, the same along both sides. Leave it off."
+            )
+        trained = self.low_res_size
+        if trained is not None and (h * self.sample_size, w * self.sample_size) != (height * trained, width * trained):
+            factor = self.sample_size / trained
+            raise ValueError(
+                f"{given}, but this model was trained to upsample {factor:g} times, from {trained} to "
+                f"{self.sample_size}. Resize the image, or pass `height={h * factor:g}` and `width={w * factor:g}`."
+            )
+
+    def prepare(self, call: SamplingCall) -> PreparedCondition:
+        """The noised image and its level, in both passes."""
+        self.low_res = low_res = call.rows(self.low_res.to(call.dtype))
+        levels = torch.full((call.num_images,), int(self.noise_level), device=call.device)
+        if self.noise_level > 0:
+            noise = randn_tensor(low_res.shape, call.generator, call.device, call.dtype)
+            low_res = add_noise_to_low_res(low_res, noise, levels, self.alphas_cumprod)
+        kwargs = {}
+        if self.embedding_dim is not None:
+            kwargs["timestep_cond"] = noise_level_embedding(levels, self.embedding_dim).to(call.unet_dtype)
+        return PreparedCondition.same_in_both(UNetInputs(kwargs, upsample(low_res, *call.size)))
 
 
 __getattr__ = renamed(__name__, {"shrink": "downsample", "enlarge": "upsample"})

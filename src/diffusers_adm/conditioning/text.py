@@ -1,11 +1,11 @@
 """
-From captions to what a U-Net with cross-attention takes: the one place where training and sampling agree on padding.
+Encoded captions and prompts for U-Nets with cross-attention, padded in the same way in training and sampling.
 
-Two kinds of text encoder are told apart. CLIP's (https://huggingface.co/papers/2103.00020, as Stable Diffusion uses it)
-and GLIDE's (https://huggingface.co/papers/2112.10741) were trained, or the U-Nets on top of them were, with every
-caption padded to one fixed length, whose padding is read like words: they get just that, and the U-Net no mask. All
-others (T5, BERT, ...) are padded to the longest caption of a batch, and encoder and U-Net get a mask that hides it.
-Either way the padding of one caption does not depend on the others.
+There are two kinds of text encoders. CLIP's (https://huggingface.co/papers/2103.00020, as Stable Diffusion uses it) and
+GLIDE's (https://huggingface.co/papers/2112.10741), or the U-Nets on top of them, were trained with every caption padded
+to one fixed length and attend to the padding: the U-Net gets no mask. For all others (T5, BERT, ...) captions are
+padded to the longest one of a batch, and encoder and U-Net get a mask that hides the padding. In both cases the
+encoding of a caption does not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .condition import Condition, UNetInputs
+from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
 
 
 logger = logging.getLogger(__name__)
 
-# A tokenizer keeps truncation and padding as a state of its own, which each call sets: two threads would fail in it, or
-# mix theirs up.
+# A tokenizer keeps truncation and padding as a state of its own, which each call sets: two threads would fail, or mix
+# their settings up.
 _TOKENIZER_LOCK = threading.Lock()
-# Where neither tokenizer nor encoder names a limit. T5, which needs none, was trained with this many tokens.
+# If neither tokenizer nor encoder names a limit. T5, which needs none, was trained with this many tokens.
 DEFAULT_MAX_LENGTH = 512
 # From here on a tokenizer's limit is none: transformers writes "no limit" as a number like 1e30.
 NO_MAX_LENGTH = 1_000_000
-# Of the U-Net, for configs that leave it out.
+# Defaults of `UNet2DConditionModel`, for configs that leave them out.
 DEFAULT_CROSS_ATTENTION_DIM = 1280
 DEFAULT_BLOCK_OUT_CHANNELS = (320, 640, 1280, 1280)
+
+
+Prompts = str | Sequence[str] | None
 
 
 class TextConditioning(NamedTuple):
@@ -42,7 +45,7 @@ class TextConditioning(NamedTuple):
     Attributes:
         hidden_states (`torch.Tensor` of shape `(batch_size, length, width)`): One state a token.
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): 1 for the tokens that
-            cross-attention sees, 0 for padding; `None`: it sees all.
+            cross-attention attends to, 0 for padding; `None`: it attends to all.
         pooled (`torch.Tensor` of shape `(batch_size, pooled_width)`, *optional*): One vector a caption, where the
             encoder gives one.
     """
@@ -58,9 +61,9 @@ def _is_clip(text_encoder: torch.nn.Module) -> bool:
 
 def pads_to_max(text_encoder: torch.nn.Module, unet_config: Mapping[str, Any]) -> bool:
     """
-    Whether captions are padded to `max_prompt_length` and seen with their padding, instead of masked: for CLIP, for
-    encoders with the attribute `attends_to_padding`, and where the U-Net pools or normalises over all states, which a
-    mask would not reach (`addition_embed_type="text"`, `cross_attention_norm="group_norm"`; DeepFloyd IF has both).
+    Whether captions are padded to `max_prompt_length` and the padding is not masked: for CLIP, for encoders with the
+    attribute `attends_to_padding`, and if the U-Net pools or normalises over all states, which a mask does not affect
+    (`addition_embed_type="text"`, `cross_attention_norm="group_norm"`; DeepFloyd IF has both).
     """
     reads_padding = _is_clip(text_encoder) or getattr(text_encoder, "attends_to_padding", False)
     mixes_states = unet_config.get("cross_attention_norm") == "group_norm"
@@ -69,8 +72,8 @@ def pads_to_max(text_encoder: torch.nn.Module, unet_config: Mapping[str, Any]) -
 
 def max_prompt_length(tokenizer: Any, text_encoder: torch.nn.Module) -> int:
     """
-    Number of tokens, special ones included, that both can take. For encoders with the attribute `attends_to_padding`
-    it is theirs alone, because they read captions of that one length.
+    Number of tokens, special ones included, that both can take. Encoders with the attribute `attends_to_padding` take
+    captions of one length only, which is then the result.
     """
     limits = [getattr(text_encoder.config, "max_position_embeddings", None)]
     if limits == [None] or not getattr(text_encoder, "attends_to_padding", False):
@@ -83,19 +86,19 @@ def tokenize(
     tokenizer: Any, prompts: Sequence[str], *, max_length: int, pad_to_max: bool, warn: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Token numbers of captions.
+    Tokenizes captions.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Of transformers, with a padding token.
-        prompts (sequence of `str`): Captions; empty ones are allowed.
+        tokenizer (`PreTrainedTokenizerBase`): A tokenizer of transformers, with a padding token.
+        prompts (sequence of `str`): Captions; they may be empty.
         max_length (`int`): Number of tokens, special ones included, after which a caption is cut.
         pad_to_max (`bool`): Pad to `max_length`; else to the longest of these captions.
         warn (`bool`, defaults to `True`): Log what each over-long caption loses.
 
     Returns:
-        `tuple` of two `torch.LongTensor` of shape `(len(prompts), length)`: Token numbers, and a mask that is 1 for
-        tokens and 0 for padding; only 0 where a caption has no tokens at all, as the empty one of a tokenizer without
-        special tokens. At least one token long.
+        `tuple` of two `torch.LongTensor` of shape `(len(prompts), length)`, `length` being at least 1: Token ids, and a
+        mask that is 1 for tokens and 0 for padding; all 0 for a caption without any tokens, such as the empty one of a
+        tokenizer without special tokens.
 
     Raises:
         ValueError: If the tokenizer has no padding token.
@@ -106,14 +109,12 @@ def tokenize(
             "share a batch. Give it one, e.g. `tokenizer.pad_token = tokenizer.eos_token`, and save it."
         )
     for prompt, lost in cut_off(tokenizer, prompts, max_length).items() if warn else ():
-        logger.warning(
-            f"The prompt {prompt!r} has more than {max_length} tokens; this part of it is not read: {lost!r}"
-        )
+        logger.warning(f"The prompt {prompt!r} has more than {max_length} tokens; this part of it is cut off: {lost!r}")
     with _TOKENIZER_LOCK:
         encoded = tokenizer(
             list(prompts),
             padding="max_length" if pad_to_max else "longest",
-            # Whatever the tokenizer says: on the left, padding would move the words to other positions.
+            # Overrides the tokenizer's setting: on the left, padding would move the words to other positions.
             padding_side="right",
             truncation=True,
             max_length=max_length,
@@ -128,9 +129,9 @@ def tokenize(
 
 
 def cut_off(tokenizer: Any, prompts: Sequence[str], max_length: int) -> dict[str, str]:
-    """What `max_length` tokens do not hold of each caption that is longer."""
+    """The end of each caption that has more than `max_length` tokens, by the caption."""
     room = max_length - tokenizer.num_special_tokens_to_add()
-    # Once more without special tokens: they would come back in the decoded rest. `verbose` would warn without a text.
+    # Tokenized without special tokens, which would appear in the decoded rest. `verbose` would warn without the text.
     with _TOKENIZER_LOCK:
         lengths = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
     return {
@@ -148,14 +149,14 @@ def encode_tokens(
         text_encoder (`torch.nn.Module`): An encoder of transformers, or one that returns `(hidden_states, pooled)`;
             also wrapped for distributed training.
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`): From [`tokenize`].
-        pad_to_max (`bool`): As given to [`tokenize`]; then cross-attention sees padding as well.
+        pad_to_max (`bool`): As given to [`tokenize`]; if set, cross-attention attends to the padding as well.
     """
     unwrapped = getattr(text_encoder, "module", text_encoder)
     if not getattr(unwrapped, "attends_to_padding", False):
-        # Attention to nothing is undefined, so of an empty caption the first padding is seen.
+        # Attention to nothing is undefined, so the first padding of an empty caption is not masked.
         is_empty = attention_mask.sum(dim=1, keepdim=True) == 0
         attention_mask = torch.cat([attention_mask[:, :1] | is_empty, attention_mask[:, 1:]], dim=1)
-    # CLIP's text encoder is causal and was trained without a mask; Stable Diffusion gives it one only if told so.
+    # CLIP's text encoder is causal and was trained without a mask; Stable Diffusion passes one only on request.
     passes_mask = not _is_clip(unwrapped) or getattr(unwrapped.config, "use_attention_mask", False)
     output = text_encoder(input_ids, attention_mask=attention_mask if passes_mask else None)
     if isinstance(output, tuple):
@@ -216,7 +217,7 @@ def text_model_kwargs(conditioning: TextConditioning, unet_config: Mapping[str, 
         if conditioning.pooled is None:
             raise ValueError(
                 '`unet` adds a pooled text to its time embedding (`addition_embed_type="text_embeds"`), but this text '
-                "encoder gives states alone. Take an encoder with `text_embeds` or `pooler_output`, such as "
+                "encoder only gives states. Use an encoder with `text_embeds` or `pooler_output`, such as "
                 "`CLIPTextModelWithProjection`."
             )
         kwargs["added_cond_kwargs"] = {"text_embeds": conditioning.pooled}
@@ -224,10 +225,8 @@ def text_model_kwargs(conditioning: TextConditioning, unet_config: Mapping[str, 
 
 
 def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, unet_config: Mapping[str, Any]) -> None:
-    r"""
-    Raises:
-        ValueError: If the states of the text encoder do not fit the U-Net's cross-attention, or its projection the time
-            embedding, or the tokenizer is missing, empty, or has more tokens than the encoder knows.
+    """
+    Raises a `ValueError` if the text encoder is incompatible with the U-Net, or the tokenizer with the text encoder.
     """
     if tokenizer is None:
         raise ValueError(
@@ -239,14 +238,14 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
     width, wanted = getattr(text_encoder.config, "hidden_size", None), cross_attention_width(unet_config)
     if wanted is None:
         raise ValueError(
-            f"`text_encoder` is a {name}, but `unet` has no cross-attention that could read its states. Pass "
+            f"`text_encoder` is a {name}, but `unet` has no cross-attention. Pass "
             "`text_encoder=None` and `tokenizer=None`, or a U-Net with a cross-attention block type."
         )
     if width is not None and width != wanted:
         raise ValueError(
             f"`text_encoder` ({name}) gives states of width {width}, but `unet` takes {wanted} (`encoder_hid_dim` or "
             "`cross_attention_dim` in its config). Build the U-Net with `encoder_hid_dim="
-            f'{width}, encoder_hid_dim_type="text_proj"`, which projects them, or take another encoder.'
+            f'{width}, encoder_hid_dim_type="text_proj"`, which projects them, or use another encoder.'
         )
     if unet_config.get("addition_embed_type") == "text_embeds" and hasattr(text_encoder, "text_projection"):
         pooled_width = getattr(text_encoder.config, "projection_dim", None)
@@ -256,15 +255,15 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
         )
         if pooled_width != time_embed_dim:
             raise ValueError(
-                f"`text_encoder` ({name}) pools to a width of {pooled_width} (`projection_dim`), but `unet` adds what "
-                f"is pooled to a time embedding of {time_embed_dim} (`time_embedding_dim`). They must be equal."
+                f"`text_encoder` ({name}) pools to a width of {pooled_width} (`projection_dim`), but `unet` adds the "
+                f"pooled text to a time embedding of {time_embed_dim} (`time_embedding_dim`). They must be equal."
             )
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     if size is not None and size <= len(getattr(tokenizer, "all_special_tokens", ())):
-        # What transformers makes up for a folder that has an encoder's config, but no tokenizer.
+        # Which transformers makes up for a folder that has an encoder's config, but no tokenizer.
         raise ValueError(
-            f"`tokenizer` ({type(tokenizer).__name__}) has {size} tokens, all of them special, so every text is the "
-            "same to it. Were its files missing? Pass the tokenizer that the encoder was trained with."
+            f"`tokenizer` ({type(tokenizer).__name__}) has {size} tokens, all of them special, so it cannot tell "
+            "texts apart. Were its files missing? Pass the tokenizer that the encoder was trained with."
         )
     rows = getattr(text_encoder.config, "vocab_size", None)
     if size is not None and rows is not None and size > rows:
@@ -276,7 +275,7 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
 
 
 def cross_attention_width(unet_config: Mapping[str, Any]) -> int | None:
-    """Width of the encoder states that a U-Net takes; `None` for one without cross-attention."""
+    """Width of a U-Net's encoder states; `None` without cross-attention."""
     kinds = [
         *unet_config.get("down_block_types", ()),
         *unet_config.get("up_block_types", ()),
@@ -291,12 +290,12 @@ def cross_attention_width(unet_config: Mapping[str, Any]) -> int | None:
 
 
 def map_text(text: TextConditioning, function: Callable[[torch.Tensor], torch.Tensor]) -> TextConditioning:
-    """`function` of each tensor that there is."""
+    """Applies `function` to each tensor that is not `None`."""
     return TextConditioning(*(None if tensor is None else function(tensor) for tensor in text))
 
 
 def join_texts(*texts: TextConditioning) -> TextConditioning:
-    """All in one batch, as long as the longest; a mask hides what is added to the others."""
+    """Concatenates texts to one batch, padded to the longest; a mask hides the added padding."""
     length = max(text.hidden_states.shape[1] for text in texts)
     is_masked = any(text.attention_mask is not None or text.hidden_states.shape[1] < length for text in texts)
     states, masks, pooled = [], [], [text.pooled for text in texts if text.pooled is not None]
@@ -320,6 +319,7 @@ class TextCondition(Condition):
         unet_config (mapping): The config of the U-Net.
         text_encoder (`torch.nn.Module`, *optional*): Not needed for precomputed embeddings. Trained if its weights
             require gradients; may be wrapped for distributed training.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): For prompts.
         empty_caption (mapping of `torch.Tensor`, *optional*): For training: what examples hold for the empty caption.
         dropout_prob (`float`, defaults to 0.0): Share of the captions that training replaces by the empty one.
     """
@@ -330,13 +330,20 @@ class TextCondition(Condition):
         self,
         unet_config: Mapping[str, Any],
         text_encoder: torch.nn.Module | None = None,
+        tokenizer: Any | None = None,
         *,
         empty_caption: Mapping[str, torch.Tensor] | None = None,
         dropout_prob: float = 0.0,
     ):
         super().__init__()
-        self.unet_config, self.text_encoder = unet_config, text_encoder
+        self.unet_config, self.text_encoder, self.tokenizer = unet_config, text_encoder, tokenizer
         self.empty_caption, self.dropout_prob = empty_caption, dropout_prob
+        self.width = cross_attention_width(unet_config)
+        self.is_droppable = self.width is not None
+        self.prompt: Prompts = None
+        self.negative_prompt: Prompts = None
+        self.given: TextConditioning | None = None
+        self.negative_given: TextConditioning | None = None
 
     @property
     def pad_to_max(self) -> bool:
@@ -355,3 +362,180 @@ class TextCondition(Condition):
         else:  # without autocast, as for precomputed embeddings; `prepare` gave it to a trained encoder
             text = encode_captions(self.text_encoder, captions, pad_to_max=self.pad_to_max)
         return UNetInputs(text_model_kwargs(text, self.unet_config))
+
+    def read(
+        self,
+        prompt: Prompts,
+        given: TextConditioning,
+        negative_prompt: Prompts,
+        negative_given: TextConditioning,
+    ) -> TextCondition:
+        r"""
+        Takes the arguments of a call; raises a `ValueError` for those that the U-Net could not use.
+
+        Args:
+            prompt, negative_prompt (`str` or list of `str`, *optional*): One for all images, or one for each.
+            given, negative_given (`TextConditioning`): Encoded prompts in their place; of `None` otherwise.
+        """
+        self._check_one(prompt, given, "")
+        self._check_one(negative_prompt, negative_given, "negative_")
+        self.prompt, self.negative_prompt = prompt, negative_prompt
+        self.given = given if given.hidden_states is not None else None
+        self.negative_given = negative_given if negative_given.hidden_states is not None else None
+        if self.is_droppable and self.text_encoder is None and self.given is None:
+            raise ValueError(
+                "`prompt_embeds` are missing: this model is conditioned on text, but the pipeline has no text encoder. "
+                "Pass them, or load it with a text encoder and tokenizer."
+            )
+        if self.given is not None:
+            self.counts["prompt_embeds"] = len(self.given.hidden_states)
+        elif isinstance(prompt, (list, tuple)):
+            self.counts["prompt"] = len(prompt)
+        self.is_given = self.has_negative or prompt is not None or self.given is not None
+        return self
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether the call has a negative prompt."""
+        return self.negative_prompt is not None or self.negative_given is not None
+
+    def _check_one(self, prompt: Prompts, given: TextConditioning, prefix: str) -> None:
+        name, embeds_name = f"`{prefix}prompt`", f"`{prefix}prompt_embeds`"
+        if prompt is None and all(tensor is None for tensor in given):
+            return
+        if not self.is_droppable:
+            raise ValueError(
+                f"{name if prompt is not None else embeds_name} was given, but this model is not conditioned on text: "
+                "its U-Net has no cross-attention. Leave it out."
+            )
+        if prompt is not None and given.hidden_states is not None:
+            raise ValueError(f"Both {name} and {embeds_name} were given. Pass one of them.")
+        if given.hidden_states is None and any(tensor is not None for tensor in given):
+            raise ValueError(
+                f"`{prefix}prompt_attention_mask` and `{prefix}pooled_prompt_embeds` belong to {embeds_name}, which is "
+                "missing. Pass it, or leave them out."
+            )
+        if prompt is None:
+            self._check_embeddings(given, prefix)
+            return
+        if not all(isinstance(text, str) for text in (prompt if isinstance(prompt, (list, tuple)) else [prompt])):
+            raise ValueError(f"{name} is {prompt!r}; pass a string, or a list of strings.")
+        if self.text_encoder is None:
+            raise ValueError(
+                f"{name} was given, but the pipeline has no text encoder. Pass {embeds_name}, or load the pipeline "
+                "with a text encoder and tokenizer."
+            )
+
+    def _check_embeddings(self, given: TextConditioning, prefix: str) -> None:
+        name, pooled_name = f"`{prefix}prompt_embeds`", f"`{prefix}pooled_prompt_embeds`"
+        states, mask, pooled = given
+        for part, tensor, ndim in ((name, states, 3), (pooled_name, pooled, 2)):
+            if tensor is None:
+                continue
+            if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
+                kind = f"a tensor of {tensor.dtype}" if torch.is_tensor(tensor) else f"a {type(tensor).__name__}"
+                raise ValueError(f"{part} is {kind}; pass a tensor of floating point numbers.")
+            if tensor.ndim != ndim or len(tensor) != len(states) or (ndim == 3 and tensor.shape[2] != self.width):
+                form = f"(number of prompts, length, {self.width})" if ndim == 3 else f"({len(states)}, width)"
+                raise ValueError(f"{part} has shape {tuple(tensor.shape)}; for this model it must be {form}.")
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"`{prefix}prompt_attention_mask` has shape {tuple(mask.shape)}, but {name} needs "
+                f"{tuple(states.shape[:2])}."
+            )
+        embed_type = self.unet_config.get("addition_embed_type")
+        if embed_type == "text_embeds" and pooled is None:
+            raise ValueError(
+                f"{pooled_name} are missing: this U-Net needs them in addition to {name} (`encode_prompt` gives both)."
+            )
+        if embed_type != "text_embeds" and pooled is not None:
+            raise ValueError(
+                f"{pooled_name} are for a U-Net with `addition_embed_type='text_embeds'`; this one has {embed_type!r}. "
+                "Leave them out."
+            )
+
+    def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
+        """Raises a `ValueError` for another number of negative prompts, or if one is missing."""
+        for name, values in (
+            ("negative_prompt", None if isinstance(self.negative_prompt, str) else self.negative_prompt),
+            ("negative_prompt_embeds", self.negative_given and self.negative_given.hidden_states),
+        ):
+            if values is not None and len(values) != num_prompts:
+                raise ValueError(
+                    f"`{name}` holds {len(values)} prompts, but there are {num_prompts} of `prompt`. Pass one for "
+                    "each, or a single string for all."
+                )
+        if guidance_scale != 1.0 and self.is_droppable and self.text_encoder is None and self.negative_given is None:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but there are no `negative_prompt_embeds` to guide away from, "
+                "and the pipeline has no text encoder. Pass those of the empty prompt, or load it with a text encoder "
+                "and tokenizer."
+            )
+
+    def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
+        """Warns of a negative prompt without guidance."""
+        if not self.has_negative or may_guide:
+            return []
+        return [
+            "`negative_prompt` has no effect: `guidance_scale` is 1.0, which is off. Pass another `guidance_scale`, or "
+            "leave it out."
+        ]
+
+    def prepare(self, call: SamplingCall) -> PreparedCondition:
+        """
+        The encoded prompts, and the negative ones in the unconditional pass, which is unknown if these were not given
+        and the text encoder would have to run for them alone without need.
+        """
+        if not self.is_droppable:
+            return PreparedCondition.same_in_both(UNetInputs())
+        text, negative = self.given, self.negative_given
+        wants_negative = call.guidance_scale != 1.0 or self.negative_prompt is not None
+        if text is None or (negative is None and wants_negative):
+            prompt = self.prompt
+            prompts = [prompt or ""] * call.num_prompts if prompt is None or isinstance(prompt, str) else prompt
+            encoded, negative_encoded = self.encode(prompts, self.negative_prompt, call.device)
+            text, negative = text or encoded, negative or negative_encoded
+        text = self._rows(text, call)
+        conditional = UNetInputs(text_model_kwargs(text, self.unet_config))
+        if negative is None:
+            return PreparedCondition(conditional, None)
+        lengths = [states.shape[1] for states in (text.hidden_states, negative.hidden_states)]
+        if self.unet_config.get("addition_embed_type") == "text" and lengths[0] != lengths[1]:
+            raise ValueError(
+                f"`prompt_embeds` and `negative_prompt_embeds` have {lengths[0]} and {lengths[1]} states. This U-Net "
+                "pools them, padding included, so they must be equally many. Encode both with `encode_prompt`."
+            )
+        both = join_texts(self._rows(negative, call), text)
+        return PreparedCondition(conditional, UNetInputs(text_model_kwargs(both, self.unet_config)))
+
+    @staticmethod
+    def _rows(text: TextConditioning, call: SamplingCall) -> TextConditioning:
+        return map_text(text, lambda x: call.rows(x.to(call.unet_dtype) if x.is_floating_point() else x))
+
+    def encode(
+        self, prompt: str | Sequence[str], negative_prompt: Prompts, device: torch.device
+    ) -> tuple[TextConditioning, TextConditioning]:
+        """
+        Encodes prompts and as many negative ones (`None`: empty ones) in one run of the text encoder.
+
+        Raises:
+            ValueError: Without a text encoder, or for another number of negative prompts than of prompts.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negative_prompt = "" if negative_prompt is None else negative_prompt
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("This pipeline has no text encoder and tokenizer. Load it with both.")
+        if len(negatives) != len(prompts):
+            raise ValueError(
+                f"`negative_prompt` holds {len(negatives)} prompts, but there are {len(prompts)} of `prompt`. Pass one "
+                "for each, or a single string for all."
+            )
+        unique = list(dict.fromkeys([*prompts, *negatives]))
+        max_length = max_prompt_length(self.tokenizer, self.text_encoder)
+        input_ids, attention_mask = tokenize(self.tokenizer, unique, max_length=max_length, pad_to_max=self.pad_to_max)
+        encoded = encode_tokens(
+            self.text_encoder, input_ids.to(device), attention_mask.to(device), pad_to_max=self.pad_to_max
+        )
+        rows, negative_rows = ([unique.index(text) for text in texts] for texts in (prompts, negatives))
+        return map_text(encoded, lambda x: x[rows]), map_text(encoded, lambda x: x[negative_rows])
