@@ -562,6 +562,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             ValueError: For arguments that are incompatible with each other, the model or the scheduler; before any work
                 is done.
         """
+        self._check_components()
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
@@ -584,8 +585,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         negative_prompt: str | Sequence[str] | None,
         negative_text: TextConditioning,
     ) -> list[Condition]:
-        """Checks the components, and reads the conditions that all pipelines take."""
-        self._check_components()
+        """Reads the conditions that all pipelines take."""
         num_classes = None if self.classifier is None else self.classifier.config.num_classes
         classes = ClassCondition(self.unet.config, id2label=self.id2label, num_classifier_classes=num_classes)
         prompts = TextCondition(self.unet.config, self.text_encoder, self.tokenizer)

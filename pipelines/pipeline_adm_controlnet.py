@@ -145,6 +145,7 @@ class ADMControlNetPipeline(ADMPipeline):
             ValueError: For arguments that are incompatible with each other, the model or the scheduler; before any work
                 is done.
         """
+        self._check_components()
         if image is None:
             raise ValueError(
                 "`image` is missing: pass the image to follow, as `pipe(prompt, image)` or by name, or use "

@@ -196,12 +196,13 @@ class ADMInpaintPipeline(ADMPipeline):
             ValueError: For arguments that are incompatible with each other, the model or the scheduler; before any work
                 is done.
         """
+        self._check_components()
+        inpainting = InpaintingCondition(self.unet.config, self.vae).read(image, mask_image, low_res_image)
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
         conditions = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
-        inpainting = InpaintingCondition(self.unet.config, self.vae).read(image, mask_image, low_res_image)
         conditions.append(inpainting)
         if control_image is not None:
             control = ControlNetCondition(self.controlnet, argument="control_image")

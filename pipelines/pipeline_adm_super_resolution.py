@@ -194,15 +194,15 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             ValueError: For arguments that are incompatible with each other, the model or the scheduler; before any work
                 is done.
         """
+        self._check_components()
+        noise_level = self.config.noise_level if noise_level is None else noise_level
+        low_resolution = self._low_resolution().read(image, noise_level, back_projection)
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
         conditions = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
-        low_resolution = self._low_resolution()
-        conditions.append(
-            low_resolution.read(image, self.config.noise_level if noise_level is None else noise_level, back_projection)
-        )
+        conditions.append(low_resolution)
         if control_image is not None:
             control = ControlNetCondition(self.controlnet, argument="control_image")
             control.read(

@@ -401,7 +401,7 @@ class TestBadInput:
             (
                 {"num_class_embeds": 5, "null_class_id": 0},
                 {"num_classes": 4},
-                "`null_class_id=0`, but beside a `classifier` it must be the last one, 4",
+                "`null_class_id=0`, but with a `classifier` it must be the last one, 4",
             ),
         ],
     )
@@ -412,8 +412,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "config, kwargs, message",
         [
-            (CONDITIONAL, {"class_labels": None}, "there are no `class_labels` to steer towards"),
-            (CONDITIONAL, {"class_labels": 4}, "hold 4, and the classifier knows the classes 0 to 3"),
+            (CONDITIONAL, {"class_labels": None}, "there are no `class_labels` to guide towards"),
+            (CONDITIONAL, {"class_labels": 4}, "hold 4, and the classifier has the classes 0 to 3"),
             ({}, {"class_labels": 5}, "reach from 5 to 5; this model has the classes 0 to 4"),
             (
                 {},

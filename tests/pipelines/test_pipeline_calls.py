@@ -505,7 +505,7 @@ class TestBeforeTheFirstStep:
         )
         self.refused(
             pipe,
-            r"`pooled_prompt_embeds` has shape \(2, 32\); 1 prompts have \(1, width\)",
+            r"`pooled_prompt_embeds` has shape \(2, 32\); for this model it must be \(1, width\)",
             prompt_embeds=states,
             pooled_prompt_embeds=pooled.expand(2, -1),
         )
