@@ -32,7 +32,6 @@ from diffusers_adm.conditioning.condition import (
     MergedConditions,
     SamplingCall,
     Step,
-    merge_prepared,
     number_of_prompts,
 )
 from diffusers_adm.conditioning.guidance import (
@@ -62,13 +61,6 @@ from diffusers_adm.schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY, ch
 OutputType = Literal["pil", "np", "pt", "latent"]
 # Pillow's modes for the numbers of channels that images of `output_type="pil"` may have.
 PIL_OUTPUT_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-# The keys that the configs of components must have.
-NEEDED_OF_COMPONENTS = {
-    "unet": ("AdaGNUNet2DModel", ("in_channels", "out_channels", "block_out_channels")),
-    "vae": ("AutoencoderKL", ("latent_channels", "block_out_channels", "scaling_factor")),
-    "classifier": ("AdaGNClassifierModel", ("in_channels", "sample_size", "num_classes")),
-}
 
 
 @dataclass
@@ -109,46 +101,28 @@ class Samples:
                 "This model's config has no `sample_size`, so the size of the images is unknown. Pass `height` and "
                 "`width`."
             )
-        if not isinstance(height, Integral) or not isinstance(width, Integral):
-            raise ValueError(f"`height` and `width` are {height!r} and {width!r}; pass integers.")
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(
                 f"`height` and `width` are {height} and {width}; both must be positive and divisible by {factor}, the "
                 "total downsampling of this model."
             )
 
-    def check_number(self) -> None:
-        """Raises a `ValueError` for a number of images that is no positive integer."""
+    def check_numbers(self, shape: tuple[int, ...]) -> None:
+        """Raises a `ValueError` unless generators and latents match samples of this shape."""
         if not isinstance(self.num_images_per_prompt, Integral) or self.num_images_per_prompt < 1:
             raise ValueError(
                 f"`num_images_per_prompt` is {self.num_images_per_prompt!r}; pass an integer of at least 1."
             )
-
-    def check_noise(self, shape: tuple[int, ...], device: torch.device) -> None:
-        """Raises a `ValueError` for latents or generators that do not match samples of this shape, on this device."""
         if isinstance(self.generator, list) and len(self.generator) != shape[0]:
             raise ValueError(
                 f"`generator` is a list of {len(self.generator)} for {shape[0]} images. Pass one generator for each "
                 "image, or a single one."
             )
-        for source in self.generator if isinstance(self.generator, list) else [self.generator]:
-            # Checked, because some schedulers would draw nothing before a step.
-            if source is not None and not isinstance(source, torch.Generator):
-                raise ValueError(
-                    f"`generator` is, or holds, {_kind_of(source)}; pass a `torch.Generator`, or a list of them."
-                )
-            if source is not None and source.device.type not in ("cpu", device.type):
-                raise ValueError(
-                    f"`generator` is on {source.device.type}, but the pipeline on {device.type}. Make it on that "
-                    "device, or on the CPU."
-                )
         latents = self.latents
-        if latents is not None and not (torch.is_tensor(latents) and latents.is_floating_point()):
-            raise ValueError(f"`latents` is {_kind_of(latents)}; pass a tensor of floating point numbers.")
-        if latents is not None and tuple(latents.shape) != shape:
+        if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
             raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)}, but the number of images, `height` and `width` ask for "
-                f"{shape}."
+                f"`latents` has shape {tuple(latents.shape)} and type {latents.dtype}, but the number of images, "
+                f"`height` and `width` ask for floating point numbers of shape {shape}."
             )
 
 
@@ -174,10 +148,6 @@ class Output:
             raise ValueError(
                 f"`output_type` is 'pil', but the images have {image_channels} channels, and Pillow's have {modes}. "
                 "Pass `output_type='np'` or `output_type='pt'`."
-            )
-        if self.callback is not None and not callable(self.callback):
-            raise ValueError(
-                f"`callback_on_step_end` is {_kind_of(self.callback)}; pass a function, or a callback of diffusers."
             )
         names = self.callback_inputs
         if isinstance(names, str) or names is None or not set(names) <= set(allowed_inputs):
@@ -600,18 +570,17 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         steps.check(self.scheduler)
         guidance.check(conditions)
         output.check(self.image_channels, self._callback_tensor_inputs)
-        samples.check_number()
         num_prompts = number_of_prompts(conditions, samples.batch_size)
         num_images = num_prompts * samples.num_images_per_prompt
         height, width = self._size(samples, conditions)
         samples.check_size(height, width, pixels * 2 ** (len(unet.block_out_channels) - 1))
         size = (height // pixels, width // pixels)
         shape = (num_images, self.sample_channels, *size)
-        samples.check_noise(shape, device)
+        samples.check_numbers(shape)
         for condition in conditions:
             condition.check(num_prompts, guidance.scale, (height, width))
         classes = next(condition for condition in conditions if isinstance(condition, ClassCondition))
-        guidance.check_classifier(self.classifier, classes.labels, unet, self.scheduler, steps.eta, size)
+        guidance.check_classifier(self.classifier, classes.labels, self.scheduler, steps.eta)
 
         # 2. timesteps, noise, conditions
         state = self._latest_call = CallState(guidance.scale)
@@ -626,18 +595,9 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         else:
             noise = samples.latents.to(device=device, dtype=dtype)
         call = SamplingCall(
-            num_prompts=num_prompts,
-            num_images_per_prompt=samples.num_images_per_prompt,
-            size=size,
-            scheduler=scheduler,
-            generator=samples.generator,
-            noise=noise,
-            guidance_scale=guidance.scale,
-            device=device,
-            dtype=dtype,
-            unet_dtype=self.unet.dtype,
+            num_prompts, size, scheduler, samples.generator, noise, self.unet.dtype, guidance_scale=guidance.scale
         )
-        merged = merge_prepared([condition.prepare(call) for condition in conditions])
+        merged = MergedConditions(conditions, call)
         classifier_guidance = None
         if guidance.classifier_scale != 0.0:
             table = None if takes_gradient(scheduler) else scheduler.alphas_cumprod.to(device)
@@ -710,7 +670,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             model_input = torch.cat([model_input, extra_channels], dim=1)
         model_input = model_input.to(self.unet.dtype)
         kwargs = conditions.kwargs_at(model_input, step, runs_both)
-        model_output = self.unet(model_input, step.timestep, **kwargs).sample.to(sampling.call.dtype)
+        model_output = self.unet(model_input, step.timestep, **kwargs).sample.to(sampling.call.noise.dtype)
         if runs_both:
             uncond, cond = model_output.chunk(2)
             mean = guide(cond[:, :channels], uncond[:, :channels], guidance_scale, guidance.rescale)
@@ -725,13 +685,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Calls the user's callback; returns the sample, which it may have replaced."""
         if output.callback is None:
             return latents
-        returned = output.callback(self, index, t, {"latents": latents} if "latents" in output.callback_inputs else {})
-        if not isinstance(returned, dict):
-            raise TypeError(
-                f"`callback_on_step_end` returned a {type(returned).__name__}. It must return a `dict`, such as the "
-                "`callback_kwargs` that it was given."
-            )
-        return returned.pop("latents", latents)
+        tensors = {"latents": latents} if "latents" in output.callback_inputs else {}
+        return output.callback(self, index, t, tensors).pop("latents", latents)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Samples as images of `output_type`."""
@@ -762,21 +717,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     def _check_components(self) -> None:
         """Raises a `ValueError` for components that are incompatible with each other."""
-        for name in ("unet", "scheduler"):
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"`{name}` is None, but it is needed to generate images. Pass one, or load the saved one."
-                )
         check_scheduler(self.scheduler)
-        for name, (cls, keys) in NEEDED_OF_COMPONENTS.items():
-            component = getattr(self, name)
-            config = getattr(component, "config", {})
-            missing = [] if component is None else [key for key in keys if key not in config]
-            if missing:
-                raise ValueError(
-                    f"`{name}` is a {type(component).__name__}, whose config names no {', '.join(missing)}. Pass an "
-                    f"`{cls}`, or a model like it."
-                )
         unet, channels = self.unet.config, self.sample_channels
         if unet.out_channels not in (channels, 2 * channels):
             raise ValueError(
@@ -796,9 +737,4 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if self.text_encoder is not None:
             check_text_encoder(self.text_encoder, self.tokenizer, unet)
         if self.classifier is not None:
-            check_classifier(self.classifier, unet, channels)
-
-
-def _kind_of(value: Any) -> str:
-    """The type of an argument, for messages."""
-    return f"a tensor of {value.dtype}" if torch.is_tensor(value) else f"a {type(value).__name__}"
+            check_classifier(self.classifier, unet)

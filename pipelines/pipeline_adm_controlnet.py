@@ -18,7 +18,7 @@ from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples
-from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps, takes_variance
+from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps
 
 
 class ADMControlNetPipeline(ADMPipeline):
@@ -170,15 +170,5 @@ class ADMControlNetPipeline(ADMPipeline):
         return self._finish(self._decode(latents, output_type), return_dict)
 
     def _check_components(self) -> None:
-        config = self.unet.config
-        channels, out_channels = config.in_channels, config.out_channels
-        # As many channels out as in could be samples of six channels; with a learned variance it is an upsampler.
-        is_upsampler = channels == out_channels == 6 and takes_variance(self.scheduler)
-        if out_channels not in (channels, 2 * channels) or is_upsampler:
-            raise ValueError(
-                f"`unet` has `in_channels={channels}` and `out_channels={out_channels}`: it takes more than a sample. "
-                "Use `ADMSuperResolutionPipeline` for an upsampler and `ADMInpaintPipeline` for an inpainter; both "
-                "take a `controlnet`."
-            )
         super()._check_components()
-        check_controlnet(self.controlnet, self.unet, self.scheduler, self.vae_scale_factor)
+        check_controlnet(self.controlnet, self.unet, self.scheduler)

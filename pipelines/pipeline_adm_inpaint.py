@@ -14,7 +14,6 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_adm.conditioning.controlnet import ControlNetCondition, as_one_model, check_controlnet
 from diffusers_adm.conditioning.guidance import Guidance
@@ -227,14 +226,11 @@ class ADMInpaintPipeline(ADMPipeline):
         self, sampling: Sampling, inpainting: InpaintingCondition, resampling: Resampling, strength: float
     ) -> torch.Tensor:
         """From noise, or the noised image, to samples."""
-        call, timesteps = sampling.call, sampling.timesteps
+        call, timesteps, shape = sampling.call, sampling.timesteps, sampling.call.noise.shape
         replaces = inpainting.keeps_anything and not inpainting.is_trained
         jumps_by_default = not inpainting.is_trained and keeps_no_state(call.scheduler)
         walk = resampling.walk(len(timesteps), jumps_by_default, inpainting.keeps_anything)
         sampling.state.num_timesteps = len(walk)
-
-        def draw_noise() -> torch.Tensor:
-            return randn_tensor(call.noise.shape, generator=call.generator, device=call.device, dtype=call.dtype)
 
         if strength == 1.0:
             latents = call.noise * call.scheduler.init_noise_sigma
@@ -248,9 +244,11 @@ class ADMInpaintPipeline(ADMPipeline):
                 step = sampling.step(index)
                 t = step.timestep
                 if index < position:
-                    latents = inpainting.jump(latents, draw_noise(), cleaner=timesteps[position], noisier=t)
+                    latents = inpainting.jump(
+                        latents, call.draw_noise(call.noise.shape), cleaner=timesteps[position], noisier=t
+                    )
                 if replaces:
-                    noise = draw_noise() if inpainting.noise is None else inpainting.noise
+                    noise = call.draw_noise(shape) if inpainting.noise is None else inpainting.noise
                     latents = inpainting.replace(latents, noise, t)
                 model_output, steering = self._predict(sampling, latents, step)
                 if inpainting.is_trained:
@@ -275,13 +273,6 @@ class ADMInpaintPipeline(ADMPipeline):
         return self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(images.nan_to_num(nan=0.0)))
 
     def _check_components(self) -> None:
-        config = self.unet.config
-        if sample_channels_of(config) is None:
-            raise ValueError(
-                f"`unet` has `in_channels={config.in_channels}` and `out_channels={config.out_channels}`. For samples "
-                "of c channels, as many as it gives or half as many with a learned variance, an inpainting U-Net takes "
-                "c (any model), 2 c + 1 (trained with masks) or 3 c + 1 (which upsamples as well): 3, 7 or 10 for RGB."
-            )
         if self.vae is not None and self.image_channels != self.vae.config.in_channels:
             raise ValueError(
                 f"`vae` takes images of {self.vae.config.in_channels} channels and gives {self.image_channels}, so its "
@@ -290,9 +281,9 @@ class ADMInpaintPipeline(ADMPipeline):
             )
         if self.takes_low_res and self.vae is not None:
             raise ValueError(
-                f"`unet` upsamples and inpaints (`in_channels={config.in_channels}`), which is done in pixels. Pass "
-                "`vae=None`."
+                f"`unet` upsamples and inpaints (`in_channels={self.unet.config.in_channels}`), which is done in "
+                "pixels. Pass `vae=None`."
             )
         super()._check_components()
         if self.controlnet is not None:
-            check_controlnet(self.controlnet, self.unet, self.scheduler, self.vae_scale_factor)
+            check_controlnet(self.controlnet, self.unet, self.scheduler)

@@ -84,15 +84,6 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         self.register_to_config(noise_schedule=noise_schedule)
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label)
         self.register_to_config(low_res_size=low_res_size, noise_level=noise_level, max_noise_level=max_noise_level)
-        size = self.unet.config.sample_size
-        if low_res_size is not None and not (isinstance(size, int) and 0 < low_res_size < size):
-            raise ValueError(
-                f"`low_res_size` is {low_res_size} and the `sample_size` of `unet` is {size}: the low-resolution "
-                "images must be smaller than the large ones, which are square."
-            )
-        for name, level in (("max_noise_level", max_noise_level), ("noise_level", noise_level)):
-            if level is not None:
-                self._low_resolution().check_level(level, name, None if name == "max_noise_level" else max_noise_level)
 
     def _low_resolution(self) -> LowResolutionCondition:
         config = self.config
@@ -222,16 +213,9 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         return self._finish(self._decode(latents, output_type), return_dict)
 
     def _check_components(self) -> None:
-        config = self.unet.config
-        if config.in_channels % 2 or config.out_channels not in (config.in_channels // 2, config.in_channels):
-            raise ValueError(
-                f"`unet` has `in_channels={config.in_channels}` and `out_channels={config.out_channels}`. The U-Net of "
-                "an upsampler takes the sample and the upsampled image, 6 channels for RGB, and gives 3, or 6 with a "
-                "learned variance. Load other models with `ADMPipeline`."
-            )
         if self.vae is not None:
             raise ValueError("`vae` was given, but images are upsampled in pixels. Pass `vae=None`.")
         super()._check_components()
         check_same_noise("This upsampler", self.config.noise_schedule, self.scheduler, self.unet)
         if self.controlnet is not None:
-            check_controlnet(self.controlnet, self.unet, self.scheduler, self.vae_scale_factor)
+            check_controlnet(self.controlnet, self.unet, self.scheduler)

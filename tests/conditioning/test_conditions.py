@@ -7,7 +7,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.class_labels import ClassCondition
-from diffusers_adm.conditioning.condition import MergedConditions, PreparedCondition, UNetInputs, merge, merge_prepared
+from diffusers_adm.conditioning.condition import Condition, MergedConditions, PreparedCondition, UNetInputs, merge
 from diffusers_adm.conditioning.controlnet import ControlNetCondition
 from diffusers_adm.conditioning.inpainting import InpaintingCondition
 from diffusers_adm.conditioning.low_resolution import LowResolutionCondition
@@ -116,16 +116,25 @@ class TestMerging:
         label, both = torch.tensor([1]), torch.tensor([0, 1])
         droppable = PreparedCondition(UNetInputs({"class_labels": label}), UNetInputs({"class_labels": both}))
         kept = PreparedCondition.same_in_both(UNetInputs({"timestep_cond": label}, torch.zeros(1, 1, 2, 2)))
-        merged = merge_prepared([droppable, kept])
+        merged = MergedConditions([Stub(droppable), Stub(kept)], None)
         assert merged.inputs(False).kwargs == {"class_labels": label, "timestep_cond": label}
         assert merged.inputs(True).kwargs["timestep_cond"].tolist() == [1, 1]
         assert merged.inputs(True).extra_channels.shape == (2, 1, 2, 2)
-        assert merge_prepared([kept]).both is None
-        assert merge_prepared([droppable, PreparedCondition(UNetInputs(), None)]).both is None
+        assert MergedConditions([Stub(kept)], None).both is None
+        assert MergedConditions([Stub(droppable), Stub(PreparedCondition(UNetInputs(), None))], None).both is None
 
-    def test_hooks_add_arguments_in_each_step(self):
-        def hook(model_input, step, conditions, runs_both):
-            return {"residual": (model_input, step, runs_both)}
+    def test_arguments_of_each_step_are_added(self):
+        merged = MergedConditions([Stub(PreparedCondition.same_in_both(UNetInputs({"a": None})))], None)
+        assert merged.kwargs_at("x", "step", False) == {"a": None, "residual": ("x", "step", merged, False)}
 
-        merged = MergedConditions(UNetInputs({"a": 1}), None, [hook])
-        assert merged.kwargs_at("x", "step", False) == {"a": 1, "residual": ("x", "step", False)}
+
+class Stub(Condition):
+    def __init__(self, prepared: PreparedCondition):
+        super().__init__()
+        self.prepared = prepared
+
+    def prepare(self, call):
+        return self.prepared
+
+    def at_step(self, *args):
+        return {"residual": args}

@@ -189,15 +189,6 @@ class TestPooled:
 class TestCheck:
     config = TEXT_CONFIGS["added_kv"]
 
-    def test_pooled_width(self):
-        config = CLIPTextConfig(vocab_size=20, hidden_size=TEXT_WIDTH, num_hidden_layers=1, projection_dim=24)
-        config.intermediate_size, config.num_attention_heads = 8, 2
-        encoder, pooled = CLIPTextModelWithProjection(config), {"addition_embed_type": "text_embeds"}
-        unet_config = {**self.config, **pooled, "block_out_channels": (8, 16)}
-        with pytest.raises(ValueError, match=r"pools to a width of 24 .* to a time embedding of 32"):
-            check_text_encoder(encoder, toy_tokenizer("clip"), unet_config)
-        check_text_encoder(encoder, toy_tokenizer("clip"), {**unet_config, "time_embedding_dim": 24})
-
     def test_what_fits(self):
         check_text_encoder(random_text_encoder("clip"), toy_tokenizer("clip"), self.config)
         projected = {**self.config, "cross_attention_dim": 5, "encoder_hid_dim": TEXT_WIDTH}

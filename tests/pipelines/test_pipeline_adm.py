@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback
 from docstrings import check_documented_arguments
 from tolerances import SAMPLING, levels_apart, rounding_errors
-from toy_models import CONDITIONAL, random_classifier, random_diffusers_unet, random_unet
+from toy_models import CONDITIONAL, random_diffusers_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.guidance import guide, log_probability_gradient, shift_prediction, signal_and_std
@@ -540,7 +540,6 @@ class TestBadInput:
         [
             ({"batch_size": 0}, "`batch_size` is 0"),
             ({"batch_size": 2.0}, "`batch_size` is 2.0"),
-            ({"guidance_scale": "3"}, "`guidance_scale` is '3'; it must be a finite number"),
             ({"class_labels": 1}, "this model is unconditional"),
             ({"guidance_scale": 2.0}, "has no null class (`null_class_id` in its config) and no cross-attention"),
             ({"prompt": "a cat"}, "`prompt` was given, but this model is not conditioned on text"),
@@ -591,7 +590,8 @@ class TestBadInput:
         self.refused(conditional_pipe, message, **kwargs)
 
     def test_missing_labels_without_a_null_class(self):
-        self.refused(make_pipeline(num_class_embeds=5), "`class_labels` are missing")
+        with pytest.raises(ValueError, match="`class_labels` are missing"):  # by the network
+            make_pipeline(num_class_embeds=5)()
 
     def test_guidance_without_a_null_class(self):
         self.refused(make_pipeline(num_class_embeds=5), "has no null class", class_labels=1, guidance_scale=2.0)
@@ -601,12 +601,6 @@ class TestBadInput:
 
     def test_unknown_size(self):
         self.refused(make_pipeline(sample_size=None), "no `sample_size`", height=8)
-
-    @pytest.mark.parametrize("scheduler", [DDPMScheduler(variance_type="learned_range"), EulerDiscreteScheduler()])
-    def test_arguments_that_the_scheduler_does_not_know(self, scheduler):
-        pipe = make_pipeline(scheduler=scheduler)
-        self.refused(pipe, f"`eta` is 0.0, which a {type(scheduler).__name__} does not support", eta=0.0)
-        self.refused(pipe, "`timestep_respacing` is '10', which a", timestep_respacing="10")
 
     @pytest.mark.parametrize(
         "scheduler", [LearnedVarianceDDPMScheduler(), DDPMScheduler(variance_type="learned_range")]
@@ -634,41 +628,6 @@ class TestBadInput:
     def test_other_numbers_of_channels(self):
         with pytest.raises(ValueError, match="`in_channels=3` and `out_channels=4`"):
             make_pipeline(out_channels=4)
-
-    @pytest.mark.parametrize(
-        "name, message",
-        [
-            ("vae", "`vae` is a AdaGNUNet2DModel, whose config names no latent_channels, scaling_factor"),
-            ("classifier", "`classifier` is a AdaGNUNet2DModel, whose config names no num_classes"),
-        ],
-    )
-    def test_components_of_another_kind(self, name, message):
-        components = {**dict.fromkeys(ADMPipeline._optional_components), name: random_unet()}
-        with pytest.raises(ValueError, match=message):
-            ADMPipeline(unet=random_unet(), scheduler=LearnedVarianceDDPMScheduler(), **components)
-
-    @pytest.mark.parametrize(
-        "change, message",
-        [
-            ({"unet": None}, "`unet` is None, but it is needed to generate images"),
-            ({"scheduler": None}, "`scheduler` is None, but it is needed to generate images"),
-            ({"unet": random_classifier()}, "`unet` is a AdaGNClassifierModel, whose config names no out_channels"),
-            ({"unet": torch.nn.Linear(2, 2)}, "`unet` is a Linear, whose config names no in_channels, out_channels"),
-            ({"scheduler": DDPMScheduler}, "`scheduler` is <class .*; pass a scheduler"),
-        ],
-        ids=["no unet", "no scheduler", "classifier", "layer", "class of a scheduler"],
-    )
-    def test_needed_components(self, change, message):
-        components = dict.fromkeys(ADMPipeline._optional_components) | {
-            "unet": random_unet(),
-            "scheduler": LearnedVarianceDDPMScheduler(),
-        }
-        with pytest.raises(ValueError, match=message):
-            ADMPipeline(**components | change)
-
-    def test_the_class_of_a_scheduler_is_refused_at_the_call(self, pipe):
-        pipe.scheduler = DDPMScheduler
-        self.refused(pipe, "; pass a scheduler, such as")
 
 
 class TestSignature:

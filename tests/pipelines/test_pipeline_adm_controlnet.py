@@ -793,19 +793,13 @@ class TestBadInput:
             ({"image": None}, "`image` is missing: pass the image to follow"),
             ({"image": []}, "`image` is empty"),
             ({"image": "edges.png"}, "`image` is a str"),
-            ({"image": conditions(1, 8, 16)}, "`image` is 16 x 8 pixels (width x height), but 8 x 8 are generated"),
-            ({"image": conditions(1, 16, 8)}, "or pass `height=16` and `width=8`"),
-            (
-                {"image": conditions(), "height": 16},
-                "`image` is 8 x 8 pixels (width x height), but 8 x 16 are generated",
-            ),
             ({"image": conditions()[:, :1]}, "`image` has shape (2, 1, 8, 8); pass (channels, height, width)"),
             ({"image": torch.rand(4, 8, 8)}, "with 3 channels"),
             ({"image": 2 * conditions() - 1}, "`image` has values from -1 to "),
             ({"image": 255 * conditions()}, "they must lie in [0, 1]"),
             ({"image": PIL.Image.new("RGBA", (8, 8))}, "`image` has mode RGBA and transparent pixels"),
             ({"image": [conditions(1), conditions(1, 6, 6)]}, "`image` holds images of several sizes"),
-            ({"image": [[conditions(1)], [conditions(1)]]}, "a list of lists, as for several ControlNets, but this"),
+            ({"image": [[conditions(1)], [conditions(1)]]}, "`image` is a list; pass a Pillow image"),
             ({"image": conditions(3), "class_labels": [1, 2]}, "`class_labels` holds 2, `image` holds 3"),
             ({"image": conditions(3), "batch_size": 2}, "`image` holds 3, `batch_size` is 2"),
             ({"image": conditions(), "generator": generators(3)}, "list of 3 for 2 images"),
@@ -814,10 +808,6 @@ class TestBadInput:
                 "`controlnet_conditioning_scale` holds 2 entries, but this",
             ),
             ({"controlnet_conditioning_scale": []}, "holds 0 entries, but this pipeline has 1 ControlNet. Pass a list"),
-            ({"controlnet_conditioning_scale": float("nan")}, "`controlnet_conditioning_scale` is nan"),
-            ({"controlnet_conditioning_scale": None}, "`controlnet_conditioning_scale` is None; pass a number"),
-            ({"control_guidance_start": "0.5"}, "`control_guidance_start` is '0.5'; pass a number"),
-            ({"controlnet_conditioning_scale": float("inf")}, "`controlnet_conditioning_scale` is inf; it must be a f"),
             ({"control_guidance_start": [0.0, 0.5]}, "`control_guidance_start` holds 2 entries, but this pipeline has"),
             ({"control_guidance_end": (0.5, 0.5)}, "`control_guidance_end` holds 2 entries, but this pipeline has 1 C"),
             (
@@ -841,11 +831,9 @@ class TestBadInput:
             ({"image": conditions()}, "`image` is no list, but this pipeline has 2 ControlNets. Pass a list with one"),
             ({"image": [conditions(1)]}, "`image` holds 1 entries, but this pipeline has 2 ControlNets"),
             ({"image": [conditions(1)] * 3}, "`image` holds 3 entries, but this pipeline has 2 ControlNets"),
-            ({"image": [conditions(1), conditions(1, 8, 6)]}, "`image[1]` is 6 x 8 pixels"),
             ({"image": [conditions(1), conditions(1)[:, :2]]}, "`image[1]` has shape (1, 2, 8, 8)"),
             ({"image": [conditions(2), conditions(3)]}, "`image[0]` holds 2, `image[1]` holds 3"),
             ({"controlnet_conditioning_scale": [1.0]}, "holds 1 entries, but this pipeline has 2 ControlNets"),
-            ({"controlnet_conditioning_scale": [1.0, float("nan")]}, "`controlnet_conditioning_scale` is nan"),
             (
                 {"control_guidance_start": [0.0] * 3},
                 "`control_guidance_start` holds 3 entries, but this pipeline has 2",
@@ -910,14 +898,13 @@ class TestBadInput:
         ids=str,
     )
     def test_networks_that_take_more_than_a_sample(self, channels, of_their_own):
-        """Their branches work without a pipeline."""
+        """They have pipelines of their own."""
         unet = random_unet(in_channels=channels[0], out_channels=channels[1])
         branch = random_branch(unet)
-        message = f"`in_channels={channels[0]}` and `out_channels={channels[1]}`: it takes more than a sample"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"`out_channels={channels[1]}`"):
             make_pipeline(unet, branch)
         if of_their_own is not None:
-            make_pipeline(unet, cls=of_their_own)
+            make_pipeline(unet, cls=of_their_own, controlnet=branch)
         sample, image = torch.randn(1, channels[0], 8, 8), conditions(1)
         with torch.no_grad():
             down, middle = branch(sample, 5, controlnet_cond=image, return_dict=False)

@@ -72,11 +72,6 @@ class ClassCondition(Condition):
     def read(self, class_labels: ClassLabels) -> ClassCondition:
         """Takes the labels of a call, by number or by name; raises a `ValueError` for those that do not exist."""
         if class_labels is None:
-            if self.has_embedding and self.null_class_id is None:
-                raise ValueError(
-                    "`class_labels` are missing: this model is class-conditional and its config names no "
-                    "`null_class_id`. Pass one label, or one for each image."
-                )
             return self
         if not self.has_embedding and self.num_classes is None:
             raise ValueError(
@@ -88,7 +83,12 @@ class ClassCondition(Condition):
         elif isinstance(class_labels, (list, tuple)):
             class_labels = [self._number_of(label) if isinstance(label, str) else label for label in class_labels]
         labels = torch.as_tensor(class_labels)
-        self._check_shape(labels)
+        is_embedding = self.embed_type in ("identity", "projection")
+        if labels.ndim not in ((2,) if is_embedding else (0, 1)) or labels.shape[:1] == (0,):
+            raise ValueError(
+                f"`class_labels` has shape {tuple(labels.shape)}; pass one "
+                f"{'embedding' if is_embedding else 'label'} for each image."
+            )
         if self.embed_type is None:
             self._check_numbers(labels)
             labels = labels.long()
@@ -106,25 +106,6 @@ class ClassCondition(Condition):
             )
         return numbers[name]
 
-    def _check_shape(self, labels: torch.Tensor) -> None:
-        is_embedding = self.embed_type in ("identity", "projection")
-        if labels.ndim not in ((2,) if is_embedding else (0, 1)) or labels.shape[:1] == (0,):
-            raise ValueError(
-                f"`class_labels` has shape {tuple(labels.shape)}; pass one "
-                f"{'embedding' if is_embedding else 'label'} for each image."
-            )
-        if is_embedding:
-            config = self.unet_config
-            if self.embed_type == "projection":
-                width = config["projection_class_embeddings_input_dim"]
-            else:
-                width = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
-            if labels.shape[1] != width:
-                raise ValueError(
-                    f"`class_labels` has shape {tuple(labels.shape)}; embeddings of this model have {width} entries "
-                    "each."
-                )
-
     def _check_numbers(self, labels: torch.Tensor) -> None:
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"`class_labels` are of type {labels.dtype}; class numbers are integers.")
@@ -134,15 +115,6 @@ class ClassCondition(Condition):
             raise ValueError(
                 f"`class_labels` reach from {low} to {high}; this model has the classes 0 to {self.num_classes - 1}."
             )
-
-    def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
-        """Warns of labels of an unconditional U-Net that no classifier uses."""
-        if self.labels is None or self.has_embedding or uses_classifier:
-            return []
-        return [
-            "`class_labels` have no effect: the U-Net is unconditional, and `classifier_guidance_scale` is 0. Pass a "
-            "`classifier_guidance_scale` to guide towards them, or leave them out."
-        ]
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """The labels, and the null class in the unconditional pass."""
@@ -156,3 +128,12 @@ class ClassCondition(Condition):
             return PreparedCondition.same_in_both(conditional)
         null_labels = torch.full_like(labels, self.null_class_id)
         return PreparedCondition(conditional, UNetInputs({"class_labels": torch.cat([null_labels, labels])}))
+
+    def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
+        """Warns of labels of an unconditional U-Net that no classifier uses."""
+        if self.labels is None or self.has_embedding or uses_classifier:
+            return []
+        return [
+            "`class_labels` have no effect: the U-Net is unconditional, and `classifier_guidance_scale` is 0. Pass a "
+            "`classifier_guidance_scale` to guide towards them, or leave them out."
+        ]

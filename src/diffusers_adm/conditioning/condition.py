@@ -4,7 +4,7 @@ What all conditions have in common. Each kind of condition (class, text, low-res
 arguments of a pipeline's call belong to it.
 
     training:  inputs = merge(condition.for_training(batch) for condition in conditions)
-    sampling:  conditions = merge_prepared([condition.prepare(call) for condition in conditions])
+    sampling:  conditions = MergedConditions(conditions, call)
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..schedulers.diffusers_schedulers import Generators
 
 
 @dataclass
@@ -77,69 +80,59 @@ class Step:
 
     def is_within(self, start: float, end: float) -> bool:
         """Whether the step lies between two fractions of the steps."""
-        return _is_within(self.index, self.num_steps, start, end)
+        return start <= self.index / self.num_steps and (self.index + 1) / self.num_steps <= end
 
 
-def _is_within(index: int, num_steps: int, start: float, end: float) -> bool:
-    return start <= index / num_steps and (index + 1) / num_steps <= end
+def warn_of_interval(subject: str, prefix: str, start: float, end: float, num_steps: int) -> list[str]:
+    """A warning if no step lies between two fractions of the steps, the arguments `prefix_start` and `prefix_end`."""
+    if any(Step(i, num_steps, None).is_within(start, end) for i in range(num_steps)):
+        return []
+    return [
+        f"{subject} has no effect: none of the {num_steps} steps lies within `{prefix}_start` {start} and "
+        f"`{prefix}_end` {end}. Make the interval longer, or ask for more steps."
+    ]
 
 
-def is_ever_within(num_steps: int, start: float, end: float) -> bool:
-    """Whether any of `num_steps` steps lies between two fractions of the steps."""
-    return any(_is_within(index, num_steps, start, end) for index in range(num_steps))
+def check_interval(prefix: str, start: float, end: float) -> None:
+    """Raises a `ValueError` unless 0 <= start <= end <= 1."""
+    if not 0 <= start <= end <= 1:
+        raise ValueError(
+            f"`{prefix}_start` is {start} and `{prefix}_end` is {end}; they are fractions of the steps, so 0 <= "
+            f"{prefix}_start <= {prefix}_end <= 1 must hold."
+        )
 
 
 @dataclass
 class SamplingCall:
     """
-    What conditions need to know of the call that they are prepared for.
+    The call of a pipeline that conditions are prepared for.
 
     Attributes:
-        num_prompts (`int`), num_images_per_prompt (`int`): Number of different images, and samples of each.
-        size (`tuple[int, int]`): Height and width of the samples (of latents, where there is an autoencoder).
+        num_prompts (`int`): Number of different images.
+        size (`tuple[int, int]`): Height and width of the samples (of latents, with an autoencoder).
         scheduler ([`SchedulerMixin`]): That of this call, after `set_timesteps`.
         generator (`torch.Generator` or list of them, *optional*): Source of all noise.
-        noise (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): What sampling starts from.
+        noise (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): The start of sampling; its
+            device and dtype are those of the samples.
+        unet_dtype (`torch.dtype`): That of the U-Net.
         guidance_scale (`float`): At the start of the call; 1.0 is off.
-        device, dtype, unet_dtype: Device of the networks, dtype of the samples, and that of the U-Net.
     """
 
     num_prompts: int
-    num_images_per_prompt: int
     size: tuple[int, int]
     scheduler: SchedulerMixin
-    generator: torch.Generator | list[torch.Generator] | None
+    generator: Generators
     noise: torch.Tensor
-    guidance_scale: float
-    device: torch.device
-    dtype: torch.dtype
     unet_dtype: torch.dtype
-
-    @property
-    def num_images(self) -> int:
-        """Number of samples."""
-        return self.num_prompts * self.num_images_per_prompt
+    guidance_scale: float
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Entries for all prompts, or one for each, as one row an image on the device."""
-        return x.to(self.device).repeat_interleave(self.num_images // len(x), dim=0)
+        return x.to(self.noise.device).repeat_interleave(len(self.noise) // len(x), dim=0)
 
-
-class StepHook(Protocol):
-    """What a condition computes in each step, such as the residuals of a ControlNet."""
-
-    def __call__(
-        self, model_input: torch.Tensor, step: Step, conditions: MergedConditions, runs_both: bool
-    ) -> dict[str, Any]:
-        r"""
-        Further keyword arguments of the U-Net.
-
-        Args:
-            model_input (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The input of the U-Net.
-            step (`Step`): The step.
-            conditions (`MergedConditions`): All conditions of the call.
-            runs_both (`bool`): Whether `model_input` holds the unconditional batch and, behind it, the conditional one.
-        """
+    def draw_noise(self, shape: Sequence[int]) -> torch.Tensor:
+        """Standard normal noise from the generators of the call."""
+        return randn_tensor(shape, self.generator, self.noise.device, self.noise.dtype)
 
 
 @dataclass
@@ -152,75 +145,34 @@ class PreparedCondition:
         both (`UNetInputs`, *optional*): For both passes in one batch, the unconditional one first. `None`: the call has
             no unconditional input for this condition, so that it cannot be guided.
         can_guide (`bool`): Whether the two passes differ.
-        at_step (`StepHook`, *optional*): Called in each step.
     """
 
     conditional: UNetInputs
     both: UNetInputs | None
     can_guide: bool = True
-    at_step: StepHook | None = None
 
     @classmethod
-    def same_in_both(cls, inputs: UNetInputs, at_step: StepHook | None = None) -> PreparedCondition:
+    def same_in_both(cls, inputs: UNetInputs) -> PreparedCondition:
         """A condition that the unconditional pass gets as well."""
 
-        def twice(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: twice(entry) for name, entry in value.items()}
-            return torch.cat([value] * 2) if torch.is_tensor(value) else value
+        def twice(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else torch.cat([value] * 2)
 
-        both = UNetInputs(twice(inputs.kwargs), twice(inputs.extra_channels))
-        return cls(inputs, both, can_guide=False, at_step=at_step)
-
-
-@dataclass
-class MergedConditions:
-    """
-    All conditions of one call, as its sampling loop uses them.
-
-    Attributes:
-        conditional (`UNetInputs`), both (`UNetInputs`, *optional*): As of [`PreparedCondition`]; `both` is `None` where
-            there is nothing to guide away from.
-        hooks (list of `StepHook`): Called in each step.
-    """
-
-    conditional: UNetInputs
-    both: UNetInputs | None
-    hooks: list[StepHook]
-
-    def inputs(self, runs_both: bool) -> UNetInputs:
-        """What the U-Net is given in every step."""
-        return self.both if runs_both else self.conditional
-
-    def kwargs_at(self, model_input: torch.Tensor, step: Step, runs_both: bool) -> dict[str, Any]:
-        """Keyword arguments of the U-Net in one step; arguments as of `StepHook`."""
-        kwargs = self.inputs(runs_both).kwargs
-        for hook in self.hooks:
-            kwargs = _join(kwargs, hook(model_input, step, self, runs_both))
-        return kwargs
-
-
-def merge_prepared(prepared: Sequence[PreparedCondition]) -> MergedConditions:
-    """Conditions of one call in one; they can be guided if all know an unconditional pass and one differs in it."""
-    can_guide = any(part.can_guide for part in prepared) and all(part.both is not None for part in prepared)
-    return MergedConditions(
-        conditional=merge(part.conditional for part in prepared),
-        both=merge(part.both for part in prepared) if can_guide else None,
-        hooks=[part.at_step for part in prepared if part.at_step is not None],
-    )
+        kwargs = {name: twice(value) for name, value in inputs.kwargs.items()}
+        return cls(inputs, UNetInputs(kwargs, twice(inputs.extra_channels)), can_guide=False)
 
 
 class Condition:
     """
     The owner of one kind of condition. It is made from the networks and settings that it needs, for a training run, or
-    for one call of a pipeline, which then hands it the arguments that belong to it (`read`).
+    for one call of a pipeline, which then passes the arguments that belong to it to `read`.
 
     Attributes:
         argument (`str`): The main one of its arguments, for messages.
         is_droppable (`bool`): Whether the U-Net has an unconditional input in its place, so that it can be guided.
         is_given (`bool`): Whether the call has named something to guide towards, or away from.
-        counts (`dict[str, int]`): Numbers of entries of the arguments that hold one for each image, by their names.
-            What holds one for all images is left out.
+        counts (`dict[str, int]`): Numbers of entries of the arguments that hold one for each image, by their names;
+            without those that hold one for all images.
         image_size (`tuple[int, int]`, *optional*): Height and width of images that have the size of those to generate.
     """
 
@@ -246,6 +198,10 @@ class Condition:
             size (`tuple[int, int]`): Height and width of the images to generate, in pixels.
         """
 
+    def prepare(self, call: SamplingCall) -> PreparedCondition:
+        """The inputs of the U-Net for the call whose arguments were read."""
+        raise NotImplementedError
+
     def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
         """
         Warnings about arguments that change nothing in the call.
@@ -257,18 +213,58 @@ class Condition:
         """
         return []
 
-    def prepare(self, call: SamplingCall) -> PreparedCondition:
-        """The inputs of the U-Net for the call whose arguments were read."""
-        raise NotImplementedError
+    def at_step(
+        self, model_input: torch.Tensor, step: Step, merged: MergedConditions, runs_both: bool
+    ) -> dict[str, Any]:
+        """
+        Keyword arguments of the U-Net that depend on the step, such as the residuals of a ControlNet.
+
+        Args:
+            model_input (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The input of the U-Net.
+            step (`Step`), merged (`MergedConditions`): The step, and all conditions of the call.
+            runs_both (`bool`): Whether the batch holds the unconditional pass and, behind it, the conditional one.
+        """
+        return {}
+
+
+class MergedConditions:
+    """
+    All conditions of one call, as its sampling loop uses them.
+
+    Args:
+        conditions (sequence of `Condition`): After `read` and `check`; they are prepared here, in this order.
+        call (`SamplingCall`): The call.
+
+    Attributes:
+        conditional (`UNetInputs`), both (`UNetInputs`, *optional*): As of [`PreparedCondition`]; `both` is `None`
+            unless all conditions have an unconditional input, and one of them another than the conditional one.
+    """
+
+    def __init__(self, conditions: Sequence[Condition], call: SamplingCall):
+        self.conditions = conditions
+        prepared = [condition.prepare(call) for condition in conditions]
+        can_guide = any(part.can_guide for part in prepared) and all(part.both is not None for part in prepared)
+        self.conditional = merge(part.conditional for part in prepared)
+        self.both = merge(part.both for part in prepared) if can_guide else None
+
+    def inputs(self, runs_both: bool) -> UNetInputs:
+        """What the U-Net is given in every step."""
+        return self.both if runs_both else self.conditional
+
+    def kwargs_at(self, model_input: torch.Tensor, step: Step, runs_both: bool) -> dict[str, Any]:
+        """Keyword arguments of the U-Net in one step; arguments as of `Condition.at_step`."""
+        kwargs = self.inputs(runs_both).kwargs
+        for condition in self.conditions:
+            kwargs = kwargs | condition.at_step(model_input, step, self, runs_both)
+        return kwargs
 
 
 def number_of_prompts(conditions: Sequence[Condition], batch_size: int) -> int:
     """The number of different images that a call asks for; raises a `ValueError` unless all its arguments agree."""
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size!r}; pass an integer of at least 1.")
-    asked = {
-        f"`{name}` holds {number}": number for condition in conditions for name, number in condition.counts.items()
-    }
+    counts = {name: number for condition in conditions for name, number in condition.counts.items()}
+    asked = {f"`{name}` holds {number}": number for name, number in counts.items()}
     if batch_size != 1 or not asked:
         asked[f"`batch_size` is {batch_size}"] = batch_size
     number = next(iter(asked.values()))

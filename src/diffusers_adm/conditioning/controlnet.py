@@ -8,9 +8,7 @@ authors' code and in diffusers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -18,7 +16,16 @@ from diffusers import ModelMixin, SchedulerMixin, UNet2DModel
 
 from ..models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from ..schedulers.noise_schedules import check_same_noise
-from .condition import Condition, MergedConditions, PreparedCondition, SamplingCall, Step, UNetInputs, is_ever_within
+from .condition import (
+    Condition,
+    MergedConditions,
+    PreparedCondition,
+    SamplingCall,
+    Step,
+    UNetInputs,
+    check_interval,
+    warn_of_interval,
+)
 from .image_inputs import ImageInput, read_control_images
 
 
@@ -48,10 +55,8 @@ def as_one_model(controlnet: ControlNet | ControlNets) -> ControlNet:
     return AdaGNMultiControlNetModel(controlnet) if isinstance(controlnet, (list, tuple)) else controlnet
 
 
-def check_controlnet(
-    controlnet: ControlNet, unet: ModelMixin, scheduler: SchedulerMixin, vae_scale_factor: int
-) -> None:
-    """Raises a `ValueError` unless U-Net, scheduler, autoencoder and ControlNets are compatible."""
+def check_controlnet(controlnet: ControlNet, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
+    """Raises a `ValueError` unless U-Net, scheduler and ControlNets are compatible."""
     if isinstance(unet, UNet2DModel):
         raise ValueError(
             f"`unet` is a {type(unet).__name__}, which takes no residuals of a ControlNet. Load it with "
@@ -68,13 +73,6 @@ def check_controlnet(
         net.check_base(unet)
         name = f"ControlNet {i} (counted from 0)" if len(nets) > 1 else "`controlnet`"
         check_same_noise(name, net.config.get("noise_schedule"), scheduler, net)
-        if net.conditioning_factor != vae_scale_factor:
-            raise ValueError(
-                f"`controlnet` takes images {net.conditioning_factor} times as large as the samples "
-                f"(`conditioning_downsampling_factor`), but those of this pipeline are {vae_scale_factor} times as "
-                "large. Both must be equal: make the ControlNet with `conditioning_downsampling_factor="
-                f"{vae_scale_factor}`."
-            )
 
 
 class ControlNetCondition(Condition):
@@ -122,22 +120,19 @@ class ControlNetCondition(Condition):
                 f"`{self.argument}` was given, but this pipeline has no `controlnet`. Leave it out, or load the "
                 "pipeline with `controlnet=`."
             )
-        self.images = self._read_images(image)
+        entries = self._one_for_each(image, self.argument) if self.is_multiple else [image]
+        self.images = [
+            read_control_images(entry, self._name(i), net.config.conditioning_channels)
+            for i, (entry, net) in enumerate(zip(entries, self.nets, strict=True))
+        ]
         self.image_size = tuple(self.images[0].shape[2:])
         numbers = {self._name(i): len(images) for i, images in enumerate(self.images)}
         self.counts = {name: number for name, number in numbers.items() if number > 1}
         self.scales = self._numbers(scale, "controlnet_conditioning_scale")
         self.starts = self._numbers(start, "control_guidance_start")
         self.ends = self._numbers(end, "control_guidance_end")
-        for factor in self.scales:
-            if not math.isfinite(factor):
-                raise ValueError(f"`controlnet_conditioning_scale` is {factor}; it must be a finite number.")
         for first, last in zip(self.starts, self.ends, strict=True):
-            if not 0 <= first <= last <= 1:
-                raise ValueError(
-                    f"`control_guidance_start` is {first} and `control_guidance_end` is {last}; they are fractions of "
-                    "the steps, so 0 <= control_guidance_start <= control_guidance_end <= 1 must hold."
-                )
+            check_interval("control_guidance", first, last)
         # Pooled residuals were trained to be left out of the unconditional pass, as in diffusers.
         self.guess_mode = guess_mode or self.nets[0].config.global_pool_conditions
         return self
@@ -145,81 +140,47 @@ class ControlNetCondition(Condition):
     def _name(self, number: int) -> str:
         return f"{self.argument}[{number}]" if self.is_multiple else self.argument
 
-    def _read_images(self, image: ImageInput | Sequence[ImageInput]) -> list[torch.Tensor]:
-        entries: Sequence = [image]
-        if self.is_multiple:
-            entries = self._one_for_each(image, self.argument, "an image, a batch or a list of images")
-        elif isinstance(image, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in image):
-            raise ValueError(
-                f"`{self.argument}` is a list of lists, as for several ControlNets, but this pipeline has 1 "
-                "ControlNet. Pass one image, a batch or a list of images."
-            )
-        return [
-            read_control_images(entry, self._name(i), net.config.conditioning_channels)
-            for i, (entry, net) in enumerate(zip(entries, self.nets, strict=True))
-        ]
-
-    def _one_for_each(self, values: Any, name: str, one: str) -> Sequence[Any]:
+    def _one_for_each(self, values: Any, name: str) -> Sequence[Any]:
         number = len(self.nets)
         if not isinstance(values, (list, tuple)) or len(values) != number:
             got = f"holds {len(values)} entries" if isinstance(values, (list, tuple)) else "is no list"
             raise ValueError(
                 f"`{name}` {got}, but this pipeline has {number} ControlNet{'s' * (number > 1)}. Pass a list with one "
-                f"entry for each of them: {one}."
+                "entry for each of them."
             )
         return values
 
     def _numbers(self, values: float | Sequence[float], name: str) -> list[float]:
-        entries = values if isinstance(values, (list, tuple)) else [values] * len(self.nets)
-        if not all(isinstance(value, Real) for value in entries):
-            raise ValueError(f"`{name}` is {values!r}; pass a number, or a list with one for each ControlNet.")
-        return [float(value) for value in self._one_for_each(entries, name, "a number")]
+        is_list = isinstance(values, (list, tuple))
+        return [float(value) for value in self._one_for_each(values if is_list else [values] * len(self.nets), name)]
 
-    def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
-        """Raises a `ValueError` unless all images have the size of those to generate."""
-        for i, images in enumerate(self.images):
-            height, width = images.shape[2:]
-            if (height, width) != size:
-                raise ValueError(
-                    f"`{self._name(i)}` is {width} x {height} pixels (width x height), but {size[1]} x {size[0]} are "
-                    f"generated. Resize it, or pass `height={height}` and `width={width}` if the model should try "
-                    "that size."
-                )
+    def prepare(self, call: SamplingCall) -> PreparedCondition:
+        """No inputs but the residuals of each step."""
+        self.images = [call.rows(images.to(call.unet_dtype)) for images in self.images]
+        return PreparedCondition.same_in_both(UNetInputs())
 
     def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
         """Warns of ControlNets that act in no step. (A scale of 0 is taken for intended.)"""
-        return [
-            f"`{self._name(i)}` has no effect: none of the {num_steps} steps lies within `control_guidance_start` "
-            f"{start} and `control_guidance_end` {end}. Make the interval longer, or ask for more steps."
-            for i, (scale, start, end) in enumerate(zip(self.scales, self.starts, self.ends, strict=True))
-            if scale != 0.0 and not is_ever_within(num_steps, start, end)
-        ]
+        warnings = []
+        for i, (scale, start, end) in enumerate(zip(self.scales, self.starts, self.ends, strict=True)):
+            if scale != 0.0:
+                warnings += warn_of_interval(f"`{self._name(i)}`", "control_guidance", start, end, num_steps)
+        return warnings
 
-    def prepare(self, call: SamplingCall) -> PreparedCondition:
-        """Nothing but the residuals of each step; raises a `ValueError` for ControlNets of another dtype."""
-        for net in self.nets:  # not checked before, as `to` may follow the construction of the pipeline
-            if net.dtype != call.unet_dtype:
-                raise ValueError(
-                    f"`controlnet` is of {net.dtype}, but `unet` of {call.unet_dtype}. Load both with the same "
-                    f"`dtype=`, or call `pipe.to({call.unet_dtype})`."
-                )
-        self.images = [call.rows(images.to(call.unet_dtype)) for images in self.images]
-        return PreparedCondition.same_in_both(UNetInputs(), at_step=self.residuals)
-
-    def residuals(
-        self, model_input: torch.Tensor, step: Step, conditions: MergedConditions, runs_both: bool
+    def at_step(
+        self, model_input: torch.Tensor, step: Step, merged: MergedConditions, runs_both: bool
     ) -> dict[str, Any]:
-        """The residuals of one step, as arguments of the U-Net; see `StepHook`."""
+        """The residuals of the ControlNets that act in a step."""
         scales = [
             scale if step.is_within(start, end) else 0.0
             for scale, start, end in zip(self.scales, self.starts, self.ends, strict=True)
         ]
         if not any(scales):
             return {}
-        images, kwargs = self.images, conditions.inputs(runs_both).kwargs
+        images, kwargs = self.images, merged.inputs(runs_both).kwargs
         guesses = self.guess_mode and runs_both
         if guesses:
-            model_input, kwargs = model_input.chunk(2)[1], conditions.conditional.kwargs
+            model_input, kwargs = model_input.chunk(2)[1], merged.conditional.kwargs
         elif runs_both:
             images = [torch.cat([image] * 2) for image in images]
         down, mid = self.controlnet(

@@ -8,10 +8,8 @@ Classifier-free guidance: Ho & Salimans 2022 (https://huggingface.co/papers/2207
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from ..schedulers.diffusers_schedulers import takes_gradient
 from ..schedulers.noise_schedules import check_same_noise
-from .condition import Condition, Step, is_ever_within
+from .condition import Condition, Step, check_interval, warn_of_interval
 
 
 # Multiplies a classifier's log-probability before its gradient is taken, and divides the gradient, which is around 1e-5
@@ -165,17 +163,9 @@ class Guidance:
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raises a `ValueError` for numbers out of range, and for guidance without a condition."""
-        for name, scale in (("guidance_scale", self.scale), ("classifier_guidance_scale", self.classifier_scale)):
-            # Tensors of one entry serve as well.
-            if not (isinstance(scale, Real) or torch.is_tensor(scale)) or not math.isfinite(scale):
-                raise ValueError(f"`{name}` is {scale!r}; it must be a finite number.")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"`guidance_rescale` is {self.rescale}; it must lie in [0, 1].")
-        if not 0 <= self.start <= self.end <= 1:
-            raise ValueError(
-                f"`guidance_start` is {self.start} and `guidance_end` is {self.end}; they are fractions of the steps, "
-                "so 0 <= guidance_start <= guidance_end <= 1 must hold."
-            )
+        check_interval("guidance", self.start, self.end)
         if self.scale == 1.0:
             return
         droppable = [condition for condition in conditions if condition.is_droppable]
@@ -196,12 +186,10 @@ class Guidance:
         self,
         classifier: ModelMixin | None,
         class_labels: torch.Tensor | None,
-        unet_config: Mapping[str, Any],
         scheduler: SchedulerMixin,
         eta: float | None,
-        size: tuple[int, int],
     ) -> None:
-        """Raises a `ValueError` if classifier guidance is on but impossible. `size`: of the samples."""
+        """Raises a `ValueError` if classifier guidance is on but impossible."""
         if self.classifier_scale == 0.0:
             return
         given = f"`classifier_guidance_scale` is {self.classifier_scale}"
@@ -215,22 +203,11 @@ class Guidance:
                 f"{given}, but there are no `class_labels` to guide towards. Pass them, or leave it at 0.0."
             )
         check_noise_of_classifier(classifier, scheduler)
-        if unet_config.get("class_embed_type") is not None:
-            raise ValueError(
-                f"{given}, but the `class_labels` of this U-Net are no class numbers (`class_embed_type="
-                f"{unet_config['class_embed_type']!r}`). Leave it at 0.0."
-            )
         num_classes, highest = classifier.config.num_classes, int(class_labels.max())
         if highest >= num_classes:
             raise ValueError(
                 f"{given}, but `class_labels` hold {highest}, and the classifier has the classes 0 to "
                 f"{num_classes - 1}: it cannot guide towards the null class."
-            )
-        expected = _height_and_width(classifier.config.sample_size)
-        if size != expected:
-            raise ValueError(
-                f"{given}, but the classifier was made for samples of {expected[0]} x {expected[1]}, and `height` and "
-                f"`width` ask for {size[0]} x {size[1]}. Ask for its size, or leave it at 0.0."
             )
         is_ancestral = takes_gradient(scheduler) and eta is None
         if scheduler.config.get("rescale_betas_zero_snr", False) and not is_ancestral:
@@ -252,11 +229,8 @@ class Guidance:
                 "`guidance_start` and `guidance_end` have no effect: `guidance_scale` is 1.0 and "
                 "`classifier_guidance_scale` is 0.0, which is off. Pass one of them, or leave the interval out."
             )
-        if (self.scale != 1.0 or uses_classifier) and not is_ever_within(num_steps, self.start, self.end):
-            warnings.append(
-                f"Guidance has no effect: none of the {num_steps} steps lies within `guidance_start` {self.start} and "
-                f"`guidance_end` {self.end}. Make the interval longer, or ask for more steps."
-            )
+        if self.scale != 1.0 or uses_classifier:
+            warnings += warn_of_interval("Guidance", "guidance", self.start, self.end, num_steps)
         return warnings
 
 
@@ -300,28 +274,15 @@ class ClassifierGuidance:
         return torch.cat([mean, model_output[:, channels:]], dim=1), {}
 
 
-def check_classifier(classifier: ModelMixin, unet_config: Mapping[str, Any], channels: int) -> None:
-    """Raises a `ValueError` for a classifier of other samples (of `channels`) or classes than the U-Net's."""
-    config = classifier.config
-    if config.in_channels != channels:
-        raise ValueError(
-            f"`classifier` has `in_channels={config.in_channels}`, but `unet` has `in_channels="
-            f"{unet_config['in_channels']}`, for samples of {channels}. Train the classifier on the samples of this "
-            "U-Net."
-        )
-    size = unet_config.get("sample_size")
-    if size is not None and _height_and_width(config.sample_size) != _height_and_width(size):
-        raise ValueError(
-            f"`classifier` has `sample_size={config.sample_size}`, but `unet` has `sample_size={size}`. Train the "
-            "classifier on samples of that size."
-        )
+def check_classifier(classifier: ModelMixin, unet_config: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for a classifier of other classes than the U-Net's."""
     rows, null_class_id = unet_config.get("num_class_embeds"), unet_config.get("null_class_id")
     if rows is None:
         return
     num_classes = rows - (null_class_id is not None)
-    if config.num_classes != num_classes:
+    if classifier.config.num_classes != num_classes:
         raise ValueError(
-            f"`classifier` has `num_classes={config.num_classes}`, but `unet` has {num_classes} classes "
+            f"`classifier` has `num_classes={classifier.config.num_classes}`, but `unet` has {num_classes} classes "
             f"(`num_class_embeds={rows}`, `null_class_id={null_class_id}`). Train the classifier on these classes."
         )
     if null_class_id not in (None, num_classes):
@@ -334,8 +295,3 @@ def check_classifier(classifier: ModelMixin, unet_config: Mapping[str, Any], cha
 def check_noise_of_classifier(classifier: ModelMixin, scheduler: SchedulerMixin) -> None:
     """Raises a `ValueError` for a classifier of another noise schedule, or of clean images."""
     check_same_noise("`classifier`", classifier.config.get("noise_schedule"), scheduler, classifier)
-
-
-def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width

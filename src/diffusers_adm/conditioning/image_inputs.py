@@ -1,4 +1,4 @@
-"""Images and masks as users hand them to pipelines (Pillow, NumPy, torch, one or many), as tensors, and checked."""
+"""Reads and checks the images and masks of a pipeline call (Pillow, NumPy, torch, one or many)."""
 
 import warnings
 
@@ -10,24 +10,24 @@ from PIL import Image
 OneImage = Image.Image | np.ndarray | torch.Tensor
 ImageInput = OneImage | list[OneImage] | tuple[OneImage, ...]
 
-# Pillow's modes for a number of channels, and those that become them without losing anything.
+# Pillow's modes for a number of channels, and those that are converted to them without loss.
 PIL_MODES = {1: "L", 3: "RGB"}
 LOSSLESS_PIL_MODES = {1: ("1", "L"), 3: ("1", "L", "P", "RGB")}
-# From here on a mask means "repaint", as in diffusers' `VaeImageProcessor(do_binarize=True)`.
+# At least this much means "inpaint", as in diffusers' `VaeImageProcessor(do_binarize=True)`.
 MASK_THRESHOLD = 0.5
 
 
 def read_images(images: ImageInput, name: str, channels: int, background: str = "white") -> torch.Tensor:
     r"""
-    Images as a tensor `(batch_size, channels, height, width)` in [0, 1], float32, where they came from.
+    Reads images as a tensor `(batch_size, channels, height, width)` in [0, 1], float32, on their own device.
 
     Args:
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): Arrays are `(height, width,
             channels)` and tensors `(channels, height, width)`, with a batch dimension in front or without, in [0, 1];
             or `uint8`. With one channel its dimension may be missing.
-        name (`str`): Of the argument, for messages.
-        channels (`int`): Of the model.
-        background (`str`, defaults to `"white"`): What messages suggest to lay transparent pictures on.
+        name (`str`): Name of the argument, for messages.
+        channels (`int`): Number of channels of the model's images.
+        background (`str`, defaults to `"white"`): Colour that messages recommend to put behind transparent images.
 
     Raises:
         ValueError: For another type, shape or mode, transparency, values out of range, or images of several sizes.
@@ -47,9 +47,9 @@ def read_images(images: ImageInput, name: str, channels: int, background: str = 
 
 def read_control_images(conditions: ImageInput, name: str, channels: int) -> torch.Tensor:
     r"""
-    Conditioning images, such as edges, as `read_images` gives images; of `bool` as well, and of one channel for three.
+    Reads control images, such as edges, as `read_images` does; also of `bool`, and with one channel in place of three.
 
-    8-bit values up to 1 are read as what they are, next to black, with a warning: most such arrays mean white by 1.
+    8-bit values up to 1 are taken literally, as almost black, with a warning: in most such arrays 1 means white.
 
     Raises:
         ValueError: As `read_images`.
@@ -63,7 +63,7 @@ def read_control_images(conditions: ImageInput, name: str, channels: int) -> tor
                 item = np.stack([item] * 3, axis=-1) if isinstance(item, np.ndarray) else item.expand(3, -1, -1)
         if _is_next_to_black(item):
             warnings.warn(
-                f"`{name}` holds no 8-bit value above 1, which is next to black: white is 255. If 1 means white, pass "
+                f"`{name}` holds no 8-bit value above 1, which is almost black: white is 255. If 1 means white, pass "
                 "0 and 255, or `bool`, or floating point numbers in [0, 1].",
                 stacklevel=2,
             )
@@ -73,13 +73,13 @@ def read_control_images(conditions: ImageInput, name: str, channels: int) -> tor
 
 def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
     r"""
-    Masks as a tensor `(batch_size, 1, height, width)` of `bool`: `True` where the mask is white, at least 0.5.
+    Reads masks as a tensor `(batch_size, 1, height, width)` of `bool`: `True` where the mask is white, at least 0.5.
 
     Args:
         masks (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): As the images of
-            `read_images`, with one channel, or with three equal ones; of `bool` as well. Colours of Pillow's images
-            count by their brightness.
-        name (`str`): Of the argument, for messages.
+            `read_images`, with one channel, or with three equal ones; also of `bool`. Colours of Pillow images are
+            converted to brightness.
+        name (`str`): Name of the argument, for messages.
 
     Raises:
         ValueError: As `read_images`; for 8-bit numbers whose highest is 1.
@@ -93,7 +93,7 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
             item = _one_channel(_from_bool(item), name)
         if _is_next_to_black(item):  # such a mask would select nothing
             raise ValueError(
-                f"`{name}` holds 8-bit numbers up to 1, of which white would be 255. Pass 0 and 255, or `bool`, or "
+                f"`{name}` holds 8-bit numbers up to 1, but white is 255. Pass 0 and 255, or `bool`, or "
                 "floating point numbers in [0, 1]."
             )
         grey.append(item)
@@ -101,14 +101,14 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
 
 
 def _from_bool(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """0 and 255 for `bool`."""
+    """Converts `bool` to 0 and 255."""
     if image.dtype not in (np.bool_, torch.bool):
         return image
     return image * np.uint8(255) if isinstance(image, np.ndarray) else image.to(torch.uint8) * 255
 
 
 def _is_next_to_black(image: OneImage) -> bool:
-    """Whether 1 is the highest 8-bit number: not a black image, but one that nobody can tell from it."""
+    """Whether 1 is the highest 8-bit number: not a black image, but one that looks the same."""
     if isinstance(image, Image.Image):
         return image.mode in ("L", "RGB") and int(np.asarray(image).max()) == 1
     is_bytes = getattr(image, "dtype", None) in (np.uint8, torch.uint8)
@@ -116,7 +116,7 @@ def _is_next_to_black(image: OneImage) -> bool:
 
 
 def _one_channel(mask: np.ndarray | torch.Tensor, name: str) -> np.ndarray | torch.Tensor:
-    """A grey mask that has three channels, as drawing programs save it, with one; others as they are."""
+    """Reduces a grey mask with three channels, as drawing programs save it, to one; others stay as they are."""
     is_array = isinstance(mask, np.ndarray)
     if mask.ndim != 3 or mask.shape[-1 if is_array else 0] != 3:
         return mask
@@ -129,7 +129,7 @@ def _one_channel(mask: np.ndarray | torch.Tensor, name: str) -> np.ndarray | tor
 
 
 def _read_one(image: OneImage, name: str, channels: int, background: str) -> torch.Tensor:
-    """One image, or a batch of them as one array or tensor, as a batch."""
+    """Reads one image, or a batch of them as one array or tensor, as a batch."""
     is_text = isinstance(image, str)
     if isinstance(image, Image.Image):
         mode = PIL_MODES.get(channels)
@@ -139,11 +139,11 @@ def _read_one(image: OneImage, name: str, channels: int, background: str) -> tor
                 "width, channels) or a tensor (channels, height, width) in [0, 1]."
             )
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() == (255, 255):
-            image = image.convert("RGB" if channels == 3 else "L")  # as drawing programs save what is opaque
+            image = image.convert("RGB" if channels == 3 else "L")  # drawing programs save opaque images like this
         if image.has_transparency_data:
             raise ValueError(
-                f"`{name}` has mode {image.mode} and transparent pixels, whose colour is not known. Lay it on "
-                f"a background first, such as `Image.alpha_composite(Image.new('RGBA', image.size, {background!r}), "
+                f"`{name}` has mode {image.mode} and transparent pixels, whose colour is not known. Put a background "
+                f"behind it first, such as `Image.alpha_composite(Image.new('RGBA', image.size, {background!r}), "
                 f"image.convert('RGBA')).convert('{mode}')`."
             )
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):

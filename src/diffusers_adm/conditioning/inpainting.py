@@ -215,7 +215,8 @@ class InpaintingCondition(Condition):
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """The channels of a U-Net that was trained to inpaint, in both passes."""
-        self.images, self.keep_pixels = call.rows(self.images.to(call.dtype)), call.rows(self.keep_pixels)
+        dtype, device = call.noise.dtype, call.noise.device
+        self.images, self.keep_pixels = call.rows(self.images.to(dtype)), call.rows(self.keep_pixels)
         pixels = 2 * self.images - 1
         if self.vae is None:
             self.original, shown, self.keep_mask = pixels, pixels, self.keep_pixels
@@ -224,11 +225,11 @@ class InpaintingCondition(Condition):
             self.original = self._encode(pixels)
             shown = self._encode(pixels * self.keep_pixels) if self.is_trained else self.original
             factor = self.images.shape[-1] // self.original.shape[-1]
-            self.keep_mask = ~F.max_pool2d((~self.keep_pixels).to(call.dtype), factor).bool()
+            self.keep_mask = ~F.max_pool2d((~self.keep_pixels).to(dtype), factor).bool()
         self.scheduler = call.scheduler
+        # In float64, which "mps" does not have.
         self.alphas_cumprod = call.scheduler.alphas_cumprod.to(
-            call.device,
-            torch.float32 if call.device.type == "mps" else torch.float64,  # which that device does not have
+            device, torch.float32 if device.type == "mps" else torch.float64
         )
         # Solvers extrapolate from one step to the next: their kept part must move on a smooth path.
         self.noise = None if keeps_no_state(call.scheduler) else call.noise
@@ -236,7 +237,7 @@ class InpaintingCondition(Condition):
             return PreparedCondition.same_in_both(UNetInputs())
         channels = masked_image_channels(shown, self.keep_mask)
         if self.low_res is not None:
-            channels = torch.cat([channels, upsample(call.rows(self.low_res.to(call.dtype)), *call.size)], dim=1)
+            channels = torch.cat([channels, upsample(call.rows(self.low_res.to(dtype)), *call.size)], dim=1)
         return PreparedCondition.same_in_both(UNetInputs(extra_channels=channels))
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..deprecations import renamed
 from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
@@ -137,25 +136,24 @@ class LowResolutionCondition(Condition):
         """
         self.low_res = 2 * read_images(image, "image", self.channels) - 1  # (N, C, h, w) in [-1, 1]
         self.noise_level = 0 if noise_level is None else noise_level
-        self.check_level(self.noise_level, "noise_level", self.max_noise_level)
+        self._check_level(self.noise_level)
         self.back_projection = back_projection
         if len(self.low_res) > 1:
             self.counts = {"image": len(self.low_res)}
         return self
 
-    def check_level(self, level: int, name: str, highest: int | None = None) -> None:
-        """Raises a `ValueError` for a level beyond `highest` or the noise schedule, or one that the U-Net ignores."""
+    def _check_level(self, level: int) -> None:
         num_timesteps = len(self.alphas_cumprod)
-        highest = num_timesteps if highest is None else highest
+        highest = num_timesteps if self.max_noise_level is None else min(self.max_noise_level, num_timesteps)
         if not isinstance(level, Integral) or not 0 <= level <= highest:
             raise ValueError(
-                f"`{name}` is {level!r}; it must be an integer from 0 (no noise) to {highest}, the "
+                f"`noise_level` is {level!r}; it must be an integer from 0 (no noise) to {highest}, the "
                 + ("number of timesteps." if highest == num_timesteps else "highest level of the training.")
             )
         if level > 0 and self.embedding_dim is None:
             raise ValueError(
-                f"`{name}` is {level}, but this U-Net has no `time_cond_proj_dim`, so it is not conditioned on the "
-                "level: it was trained on low-resolution images without noise. Leave it at 0."
+                f"`noise_level` is {level}, but this U-Net has no `time_cond_proj_dim`, so it is not conditioned on "
+                "the level: it was trained on low-resolution images without noise. Leave it at 0."
             )
 
     def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
@@ -178,11 +176,10 @@ class LowResolutionCondition(Condition):
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """The noised image and its level, in both passes."""
-        self.low_res = low_res = call.rows(self.low_res.to(call.dtype))
-        levels = torch.full((call.num_images,), int(self.noise_level), device=call.device)
+        self.low_res = low_res = call.rows(self.low_res.to(call.noise.dtype))
+        levels = torch.full((len(low_res),), int(self.noise_level), device=low_res.device)
         if self.noise_level > 0:
-            noise = randn_tensor(low_res.shape, call.generator, call.device, call.dtype)
-            low_res = add_noise_to_low_res(low_res, noise, levels, self.alphas_cumprod)
+            low_res = add_noise_to_low_res(low_res, call.draw_noise(low_res.shape), levels, self.alphas_cumprod)
         kwargs = {}
         if self.embedding_dim is not None:
             kwargs["timestep_cond"] = noise_level_embedding(levels, self.embedding_dim).to(call.unet_dtype)

@@ -30,9 +30,8 @@ _TOKENIZER_LOCK = threading.Lock()
 DEFAULT_MAX_LENGTH = 512
 # From here on a tokenizer's limit is none: transformers writes "no limit" as a number like 1e30.
 NO_MAX_LENGTH = 1_000_000
-# Defaults of `UNet2DConditionModel`, for configs that leave them out.
+# Default of `UNet2DConditionModel`, for configs that leave it out.
 DEFAULT_CROSS_ATTENTION_DIM = 1280
-DEFAULT_BLOCK_OUT_CHANNELS = (320, 640, 1280, 1280)
 
 
 Prompts = str | Sequence[str] | None
@@ -247,17 +246,6 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
             "`cross_attention_dim` in its config). Build the U-Net with `encoder_hid_dim="
             f'{width}, encoder_hid_dim_type="text_proj"`, which projects them, or use another encoder.'
         )
-    if unet_config.get("addition_embed_type") == "text_embeds" and hasattr(text_encoder, "text_projection"):
-        pooled_width = getattr(text_encoder.config, "projection_dim", None)
-        time_embed_dim = (
-            unet_config.get("time_embedding_dim")
-            or 4 * unet_config.get("block_out_channels", DEFAULT_BLOCK_OUT_CHANNELS)[0]
-        )
-        if pooled_width != time_embed_dim:
-            raise ValueError(
-                f"`text_encoder` ({name}) pools to a width of {pooled_width} (`projection_dim`), but `unet` adds the "
-                f"pooled text to a time embedding of {time_embed_dim} (`time_embedding_dim`). They must be equal."
-            )
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     if size is not None and size <= len(getattr(tokenizer, "all_special_tokens", ())):
         # Which transformers makes up for a folder that has an encoder's config, but no tokenizer.
@@ -382,11 +370,6 @@ class TextCondition(Condition):
         self.prompt, self.negative_prompt = prompt, negative_prompt
         self.given = given if given.hidden_states is not None else None
         self.negative_given = negative_given if negative_given.hidden_states is not None else None
-        if self.is_droppable and self.text_encoder is None and self.given is None:
-            raise ValueError(
-                "`prompt_embeds` are missing: this model is conditioned on text, but the pipeline has no text encoder. "
-                "Pass them, or load it with a text encoder and tokenizer."
-            )
         if self.given is not None:
             self.counts["prompt_embeds"] = len(self.given.hidden_states)
         elif isinstance(prompt, (list, tuple)):
@@ -415,71 +398,11 @@ class TextCondition(Condition):
                 f"`{prefix}prompt_attention_mask` and `{prefix}pooled_prompt_embeds` belong to {embeds_name}, which is "
                 "missing. Pass it, or leave them out."
             )
-        if prompt is None:
-            self._check_embeddings(given, prefix)
-            return
-        if not all(isinstance(text, str) for text in (prompt if isinstance(prompt, (list, tuple)) else [prompt])):
-            raise ValueError(f"{name} is {prompt!r}; pass a string, or a list of strings.")
-        if self.text_encoder is None:
+        if given.pooled is not None and self.unet_config.get("addition_embed_type") != "text_embeds":
             raise ValueError(
-                f"{name} was given, but the pipeline has no text encoder. Pass {embeds_name}, or load the pipeline "
-                "with a text encoder and tokenizer."
+                f"`{prefix}pooled_prompt_embeds` was given, but this U-Net takes none (its `addition_embed_type` "
+                "is not 'text_embeds'). Leave it out."
             )
-
-    def _check_embeddings(self, given: TextConditioning, prefix: str) -> None:
-        name, pooled_name = f"`{prefix}prompt_embeds`", f"`{prefix}pooled_prompt_embeds`"
-        states, mask, pooled = given
-        for part, tensor, ndim in ((name, states, 3), (pooled_name, pooled, 2)):
-            if tensor is None:
-                continue
-            if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
-                kind = f"a tensor of {tensor.dtype}" if torch.is_tensor(tensor) else f"a {type(tensor).__name__}"
-                raise ValueError(f"{part} is {kind}; pass a tensor of floating point numbers.")
-            if tensor.ndim != ndim or len(tensor) != len(states) or (ndim == 3 and tensor.shape[2] != self.width):
-                form = f"(number of prompts, length, {self.width})" if ndim == 3 else f"({len(states)}, width)"
-                raise ValueError(f"{part} has shape {tuple(tensor.shape)}; for this model it must be {form}.")
-        if mask is not None and mask.shape != states.shape[:2]:
-            raise ValueError(
-                f"`{prefix}prompt_attention_mask` has shape {tuple(mask.shape)}, but {name} needs "
-                f"{tuple(states.shape[:2])}."
-            )
-        embed_type = self.unet_config.get("addition_embed_type")
-        if embed_type == "text_embeds" and pooled is None:
-            raise ValueError(
-                f"{pooled_name} are missing: this U-Net needs them in addition to {name} (`encode_prompt` gives both)."
-            )
-        if embed_type != "text_embeds" and pooled is not None:
-            raise ValueError(
-                f"{pooled_name} are for a U-Net with `addition_embed_type='text_embeds'`; this one has {embed_type!r}. "
-                "Leave them out."
-            )
-
-    def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
-        """Raises a `ValueError` for another number of negative prompts, or if one is missing."""
-        for name, values in (
-            ("negative_prompt", None if isinstance(self.negative_prompt, str) else self.negative_prompt),
-            ("negative_prompt_embeds", self.negative_given and self.negative_given.hidden_states),
-        ):
-            if values is not None and len(values) != num_prompts:
-                raise ValueError(
-                    f"`{name}` holds {len(values)} prompts, but there are {num_prompts} of `prompt`. Pass one for "
-                    "each, or a single string for all."
-                )
-        if guidance_scale != 1.0 and self.is_droppable and self.text_encoder is None and self.negative_given is None:
-            raise ValueError(
-                f"`guidance_scale` is {guidance_scale}, but there are no `negative_prompt_embeds` to guide away from, "
-                "and the pipeline has no text encoder. Pass those of the empty prompt, or load it with a text encoder "
-                "and tokenizer."
-            )
-
-    def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
-        """Warns of a negative prompt without guidance."""
-        if not self.has_negative or may_guide:
-            return []
-        return [
-            "`negative_prompt` has no effect: `guidance_scale` is 1.0, which is off. Pass another `guidance_scale`, or "
-            "leave it out."
-        ]
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """
@@ -493,7 +416,7 @@ class TextCondition(Condition):
         if text is None or (negative is None and wants_negative):
             prompt = self.prompt
             prompts = [prompt or ""] * call.num_prompts if prompt is None or isinstance(prompt, str) else prompt
-            encoded, negative_encoded = self.encode(prompts, self.negative_prompt, call.device)
+            encoded, negative_encoded = self.encode(prompts, self.negative_prompt, call.noise.device)
             text, negative = text or encoded, negative or negative_encoded
         text = self._rows(text, call)
         conditional = UNetInputs(text_model_kwargs(text, self.unet_config))
@@ -507,6 +430,15 @@ class TextCondition(Condition):
             )
         both = join_texts(self._rows(negative, call), text)
         return PreparedCondition(conditional, UNetInputs(text_model_kwargs(both, self.unet_config)))
+
+    def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
+        """Warns of a negative prompt without guidance."""
+        if not self.has_negative or may_guide:
+            return []
+        return [
+            "`negative_prompt` has no effect: `guidance_scale` is 1.0, which is off. Pass another `guidance_scale`, or "
+            "leave it out."
+        ]
 
     @staticmethod
     def _rows(text: TextConditioning, call: SamplingCall) -> TextConditioning:
