@@ -131,7 +131,6 @@ class Output:
     """The arguments of a call for its results and callbacks; see [`ADMPipeline`]."""
 
     output_type: OutputType
-    return_dict: bool
     callback: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
     callback_inputs: Sequence[str]
 
@@ -542,7 +541,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             Steps(num_inference_steps, timestep_respacing, eta),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
             Samples(batch_size, num_images_per_prompt, height, width, generator, latents),
-            Output(output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs),
+            Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
         latents = self._denoise(sampling, sampling.call.noise * sampling.call.scheduler.init_noise_sigma)
         return self._finish(self._decode(latents, output_type), return_dict)
@@ -578,7 +577,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         shape = (num_images, self.sample_channels, *size)
         samples.check_numbers(shape)
         for condition in conditions:
-            condition.check(num_prompts, guidance.scale, (height, width))
+            condition.check_size((height, width))
         classes = next(condition for condition in conditions if isinstance(condition, ClassCondition))
         guidance.check_classifier(self.classifier, classes.labels, self.scheduler, steps.eta)
 

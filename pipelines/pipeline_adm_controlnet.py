@@ -10,12 +10,17 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from diffusers_adm.conditioning.controlnet import ControlNetCondition, as_one_model, check_controlnet
+from diffusers_adm.conditioning.controlnet import (
+    ControlNet,
+    ControlNetCondition,
+    ControlNets,
+    as_one_model,
+    check_controlnet,
+)
 from diffusers_adm.conditioning.guidance import Guidance
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
-from diffusers_adm.models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps
@@ -52,10 +57,7 @@ class ADMControlNetPipeline(ADMPipeline):
         text_encoder: torch.nn.Module | None,
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,
-        controlnet: AdaGNControlNetModel
-        | AdaGNMultiControlNetModel
-        | list[AdaGNControlNetModel]
-        | tuple[AdaGNControlNetModel, ...],
+        controlnet: ControlNet | ControlNets,
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         # First, because all components are checked against each other at the end of the other constructor.
@@ -146,11 +148,6 @@ class ADMControlNetPipeline(ADMPipeline):
                 is done.
         """
         self._check_components()
-        if image is None:
-            raise ValueError(
-                "`image` is missing: pass the image to follow, as `pipe(prompt, image)` or by name, or use "
-                "`ADMPipeline`."
-            )
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
@@ -164,7 +161,7 @@ class ADMControlNetPipeline(ADMPipeline):
             Steps(num_inference_steps, timestep_respacing, eta),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
             Samples(batch_size, num_images_per_prompt, height, width, generator, latents),
-            Output(output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs),
+            Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
         latents = self._denoise(sampling, sampling.call.noise * sampling.call.scheduler.init_noise_sigma)
         return self._finish(self._decode(latents, output_type), return_dict)

@@ -15,13 +15,18 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from diffusers_adm.conditioning.controlnet import ControlNetCondition, as_one_model, check_controlnet
+from diffusers_adm.conditioning.controlnet import (
+    ControlNet,
+    ControlNetCondition,
+    ControlNets,
+    as_one_model,
+    check_controlnet,
+)
 from diffusers_adm.conditioning.guidance import Guidance
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.inpainting import InpaintingCondition, Resampling, sample_channels_of
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
-from diffusers_adm.models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples, Sampling
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps, keeps_no_state
@@ -61,11 +66,7 @@ class ADMInpaintPipeline(ADMPipeline):
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,
         id2label: dict[int, str] | dict[str, str] | None = None,
-        controlnet: AdaGNControlNetModel
-        | AdaGNMultiControlNetModel
-        | list[AdaGNControlNetModel]
-        | tuple[AdaGNControlNetModel, ...]
-        | None = None,
+        controlnet: ControlNet | ControlNets | None = None,
     ):
         # First, because all components are checked against each other at the end of the other constructor.
         self.register_modules(controlnet=None if controlnet is None else as_one_model(controlnet))
@@ -216,7 +217,7 @@ class ADMInpaintPipeline(ADMPipeline):
             Steps(num_inference_steps, timestep_respacing, eta, strength),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
             Samples(batch_size, num_images_per_prompt, height, width, generator, latents),
-            Output(output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs),
+            Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
         self._warn_once(inpainting.masks_without_effect(strength, resampling))
         latents = self._inpaint(sampling, inpainting, resampling, strength)

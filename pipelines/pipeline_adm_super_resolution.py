@@ -15,13 +15,18 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from diffusers_adm.conditioning.controlnet import ControlNetCondition, as_one_model, check_controlnet
+from diffusers_adm.conditioning.controlnet import (
+    ControlNet,
+    ControlNetCondition,
+    ControlNets,
+    as_one_model,
+    check_controlnet,
+)
 from diffusers_adm.conditioning.guidance import Guidance
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.low_resolution import LowResolutionCondition, match_low_res
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
-from diffusers_adm.models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps
@@ -73,26 +78,13 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         noise_level: int | None = None,
         max_noise_level: int | None = None,
         noise_schedule: dict[str, Any] | None = None,
-        controlnet: AdaGNControlNetModel
-        | AdaGNMultiControlNetModel
-        | list[AdaGNControlNetModel]
-        | tuple[AdaGNControlNetModel, ...]
-        | None = None,
+        controlnet: ControlNet | ControlNets | None = None,
     ):
         # First, because components and noise schedule are checked in the other constructor.
         self.register_modules(controlnet=None if controlnet is None else as_one_model(controlnet))
         self.register_to_config(noise_schedule=noise_schedule)
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label)
         self.register_to_config(low_res_size=low_res_size, noise_level=noise_level, max_noise_level=max_noise_level)
-
-    def _low_resolution(self) -> LowResolutionCondition:
-        config = self.config
-        return LowResolutionCondition(
-            self.unet.config,
-            self.scheduler,
-            low_res_size=config.low_res_size,
-            max_noise_level=config.max_noise_level,
-        )
 
     @property
     def sample_channels(self) -> int:
@@ -186,8 +178,13 @@ class ADMSuperResolutionPipeline(ADMPipeline):
                 is done.
         """
         self._check_components()
-        noise_level = self.config.noise_level if noise_level is None else noise_level
-        low_resolution = self._low_resolution().read(image, noise_level, back_projection)
+        config = self.config
+        low_resolution = LowResolutionCondition(
+            self.unet.config,
+            self.scheduler,
+            low_res_size=config.low_res_size,
+            max_noise_level=config.max_noise_level,
+        ).read(image, config.noise_level if noise_level is None else noise_level, back_projection)
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
@@ -205,7 +202,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             Steps(num_inference_steps, timestep_respacing, eta),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
             Samples(1, num_images_per_prompt, height, width, generator, latents),
-            Output(output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs),
+            Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
         latents = self._denoise(sampling, sampling.call.noise * sampling.call.scheduler.init_noise_sigma)
         if back_projection:

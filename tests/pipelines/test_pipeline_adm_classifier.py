@@ -258,7 +258,7 @@ class TestAgainstFormulas:
         pipe = toy_pipeline()
         labels = []
         pipe.unet.register_forward_pre_hook(
-            lambda _, args, kwargs: labels.append(kwargs["class_labels"]), with_kwargs=True
+            lambda _, args, kwargs: labels.append(kwargs.get("class_labels")), with_kwargs=True
         )
         arguments = {"classifier_guidance_scale": 0.3, "num_inference_steps": 3, "eta": 0.0, "output_type": "latent"}
         both = pipe(class_labels=[1, 4], generator=[seeded(0), seeded(1)], **arguments).images

@@ -1,6 +1,5 @@
 """ADMControlNetPipeline against loops written by hand, the base alone, diffusers' own pipeline, and wrong input."""
 
-import copy
 import inspect
 import re
 
@@ -514,18 +513,9 @@ class TestStableDiffusion:
             ADMControlNetPipeline.from_pipe(theirs, classifier=None, controlnet=theirs.controlnet)
 
     def test_sizes_are_those_of_decoded_images(self, pipelines):
-        message = "`image[1]` is 8 x 8 pixels (width x height), but 16 x 16 are generated"
+        message = "`controlnet_cond` has shape (1, 3, 8, 8)"
         with pytest.raises(ValueError, match=re.escape(message)):
             pipelines[1]("a cat", [conditions(1, 16, 16), conditions(1)])
-
-    def test_a_branch_for_another_autoencoder(self, pipelines):
-        components = {name: c for name, c in pipelines[1].components.items() if name != "controlnet"}
-        branch = random_branch(components["unet"], conditioning_downsampling_factor=8)
-        message = "takes images 8 times as large as the samples .* this pipeline are 2 times as large"
-        with pytest.raises(ValueError, match=message):
-            ADMControlNetPipeline(**components, controlnet=branch)
-        with pytest.raises(ValueError, match="images 2 times .* are 1 times as large"):
-            make_pipeline(controlnet=random_branch(random_unet(**CONDITIONAL), conditioning_downsampling_factor=2))
 
 
 class TestImages:
@@ -615,18 +605,6 @@ class TestDtype:
         assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
         assert actual.images.dtype == torch.float32
         assert (actual.images - expected.images).abs().mean() < 0.05  # a few roundings of 2**-8, amplified
-
-    @pytest.mark.parametrize("number", [1, 2])
-    def test_a_branch_of_another_one(self, number):
-        pipe = make_pipeline()
-        net = pipe.controlnet
-        pipe = make_pipeline(pipe.unet, net if number == 1 else [net, copy.deepcopy(net)])
-        (net if number == 1 else pipe.controlnet.nets[1]).to(torch.bfloat16)
-        message = "`controlnet` is of torch.bfloat16, but `unet` of torch.float32. Load both with the same `dtype=`"
-        with pytest.raises(ValueError, match=message):
-            pipe(image=conditions(1) if number == 1 else [conditions(1)] * 2)
-        pipe.to(torch.float32)
-        assert pipe(image=conditions(1) if number == 1 else [conditions(1)] * 2, num_inference_steps=1).images
 
 
 class TestSaveAndLoad:
@@ -790,7 +768,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ({"image": None}, "`image` is missing: pass the image to follow"),
+            ({"image": None}, "`image` is a NoneType; pass a Pillow image"),
             ({"image": []}, "`image` is empty"),
             ({"image": "edges.png"}, "`image` is a str"),
             ({"image": conditions()[:, :1]}, "`image` has shape (2, 1, 8, 8); pass (channels, height, width)"),

@@ -155,11 +155,12 @@ class PreparedCondition:
     def same_in_both(cls, inputs: UNetInputs) -> PreparedCondition:
         """A condition that the unconditional pass gets as well."""
 
-        def twice(value: torch.Tensor | None) -> torch.Tensor | None:
+        def twice(value: Any) -> Any:
+            if isinstance(value, dict):  # such as `added_cond_kwargs`
+                return {name: twice(entry) for name, entry in value.items()}
             return None if value is None else torch.cat([value] * 2)
 
-        kwargs = {name: twice(value) for name, value in inputs.kwargs.items()}
-        return cls(inputs, UNetInputs(kwargs, twice(inputs.extra_channels)), can_guide=False)
+        return cls(inputs, UNetInputs(twice(inputs.kwargs), twice(inputs.extra_channels)), can_guide=False)
 
 
 class Condition:
@@ -188,15 +189,8 @@ class Condition:
         """The inputs of the U-Net for a batch of training data; some of them dropped at random."""
         raise NotImplementedError
 
-    def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
-        """
-        Raises a `ValueError` for arguments that are incompatible with others of the call, before any work is done.
-
-        Args:
-            num_prompts (`int`): Number of different images.
-            guidance_scale (`float`): 1.0 is off.
-            size (`tuple[int, int]`): Height and width of the images to generate, in pixels.
-        """
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises a `ValueError` if images of the call are incompatible with the height and width of the results."""
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """The inputs of the U-Net for the call whose arguments were read."""

@@ -129,7 +129,7 @@ def exact_prediction(
 
     Args:
         sample, original_sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t = signal * x_0 +
-            std * noise, as the network sees it, and x_0.
+            std * noise, the input of the network, and x_0.
         signal, std (`torch.Tensor` of shape `()`): sqrt(bar alpha_t) and sqrt(1 - bar alpha_t).
         prediction_type (`str`): `"epsilon"`, `"sample"` (x_0) or `"v_prediction"`.
     """

@@ -171,7 +171,7 @@ class InpaintingCondition(Condition):
         self.keeps_all_of_one = bool(self.keep_pixels.flatten(1).all(dim=1).any())
         return self
 
-    def check(self, num_prompts: int, guidance_scale: float, size: tuple[int, int]) -> None:
+    def check_size(self, size: tuple[int, int]) -> None:
         """Raises a `ValueError` for an image or mask of another size, and a missing or large low-resolution image."""
         height, width = self.image_size
         if self.image_size != size:
@@ -219,11 +219,11 @@ class InpaintingCondition(Condition):
         self.images, self.keep_pixels = call.rows(self.images.to(dtype)), call.rows(self.keep_pixels)
         pixels = 2 * self.images - 1
         if self.vae is None:
-            self.original, shown, self.keep_mask = pixels, pixels, self.keep_pixels
+            self.original, visible, self.keep_mask = pixels, pixels, self.keep_pixels
         else:
             # A latent is kept if all of its pixels are; the masked pixels must not leak into the network's input.
             self.original = self._encode(pixels)
-            shown = self._encode(pixels * self.keep_pixels) if self.is_trained else self.original
+            visible = self._encode(pixels * self.keep_pixels) if self.is_trained else self.original
             factor = self.images.shape[-1] // self.original.shape[-1]
             self.keep_mask = ~F.max_pool2d((~self.keep_pixels).to(dtype), factor).bool()
         self.scheduler = call.scheduler
@@ -235,7 +235,7 @@ class InpaintingCondition(Condition):
         self.noise = None if keeps_no_state(call.scheduler) else call.noise
         if not self.is_trained:
             return PreparedCondition.same_in_both(UNetInputs())
-        channels = masked_image_channels(shown, self.keep_mask)
+        channels = masked_image_channels(visible, self.keep_mask)
         if self.low_res is not None:
             channels = torch.cat([channels, upsample(call.rows(self.low_res.to(dtype)), *call.size)], dim=1)
         return PreparedCondition.same_in_both(UNetInputs(extra_channels=channels))

@@ -1,4 +1,4 @@
-"""What a U-Net is told beside the noisy image: classes and captions, dropped at random, so that it can be guided."""
+"""Loading of text encoders and captions for the training scripts; see `diffusers_adm.conditioning` for conditions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .arguments import DataArguments, ModelArguments, TextArguments
 
 
 if TYPE_CHECKING:
-    # `datasets` comes with the `train` extra; the losses beside this module must be importable without it.
+    # `datasets` comes with the `train` extra; the losses of this package must be importable without it.
     import datasets
 
 
@@ -32,22 +32,22 @@ def load_text(
     seed: int,
 ) -> tuple[torch.nn.Module | None, Any | None]:
     """
-    Text encoder and tokenizer, or two None without captions.
+    Loads text encoder and tokenizer; two `None` without captions.
 
     Raises:
-        ValueError: If one of them cannot be read, or they do not fit each other or the U-Net.
+        ValueError: If one of them cannot be read, or is incompatible with the other or the U-Net.
     """
     width, column = cross_attention_width(unet_config), text_args.caption_column
     if column is None:
         if width is not None:
             raise ValueError(
-                "The U-Net has cross-attention, so it needs captions, but no `caption_column` was named. Name it, or "
-                "take a U-Net without `CrossAttn` in its block types."
+                "The U-Net has cross-attention, so it needs captions, but there is no `caption_column`. Pass it, or "
+                "use a U-Net without `CrossAttn` in its block types."
             )
         return None, None
     if width is None:
         raise ValueError(
-            f"`caption_column` is {column!r}, but the U-Net has no cross-attention that could read captions. Take "
+            f"`caption_column` is {column!r}, but the U-Net has no cross-attention. Use "
             "block types such as `SimpleCrossAttnDownBlock2D` or `CrossAttnDownBlock2D`, or leave `caption_column` out."
         )
     argument, source = "text_encoder_name_or_path", text_args.text_encoder_name_or_path
@@ -57,7 +57,7 @@ def load_text(
         hub["revision"] = model_args.revision
         if source is None:
             raise ValueError(
-                f"`caption_column` is {column!r}, but no text encoder was named. Pass `text_encoder_name_or_path`, or "
+                f"`caption_column` is {column!r}, but there is no text encoder. Pass `text_encoder_name_or_path`, or "
                 "`text_encoder_config_name_or_path` and `tokenizer_name_or_path` to train one from scratch."
             )
     if text_args.tokenizer_name_or_path is not None:
@@ -85,12 +85,12 @@ def prepare_captions(
     cache_dir: str | None = None,
 ) -> CaptionTokens | CaptionEmbeddings:
     """
-    The captions of the data, as numbers of tokens or, if so asked, encoded; and the text encoder as training needs it:
-    on `device` (on the CPU if it is no longer needed there), frozen unless it is trained.
+    Tokenizes the captions of the data, and encodes them if `precompute_text_embeddings` is set; moves the text encoder
+    to `device` (to the CPU if it is no longer needed there) and freezes it unless it is trained.
 
     Args:
         images (`datasets.Dataset`): With the column `caption`.
-        cache_dir (`str`, *optional*): For what is encoded; see `CaptionEmbeddings`.
+        cache_dir (`str`, *optional*): For the embeddings; see `CaptionEmbeddings`.
     """
     tokens = CaptionTokens(images["caption"][:], tokenizer, text_encoder, pads_to_max(text_encoder, unet_config))
     text_encoder.to(device)
@@ -101,7 +101,7 @@ def prepare_captions(
     if not text_args.precompute_text_embeddings:
         return tokens
     embeddings = CaptionEmbeddings(tokens, text_encoder, cache_dir)
-    text_encoder.to("cpu")  # from here on it draws grids only
+    text_encoder.to("cpu")  # from here on only validation images need it
     return embeddings
 
 
@@ -114,7 +114,7 @@ def caption_model_kwargs(
     unet_config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """
-    Keyword arguments of the U-Net for the captions of a batch, some of them replaced by the empty one.
+    Keyword arguments of the U-Net for the captions of a batch; see `TextCondition.for_training`.
 
     Args:
         batch (mapping of `torch.Tensor` of shape `(batch_size, ...)`): From examples with these `captions`.
