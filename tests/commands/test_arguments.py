@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from diffusers_adm.commands.arguments import given_arguments, parse_args
+from diffusers_adm.commands.arguments import arg, given_arguments, parse_args
 
 
 @dataclass
@@ -25,7 +25,7 @@ class TrainingArguments:
     use_ema: bool = True
     data_files: list[str] | None = None
     channels: list[int] = field(default_factory=lambda: [1, 2])
-    seed: int = -1
+    seed: int = arg(-1, "Random seed.", anything="else")  # further metadata is for others
 
 
 @pytest.fixture
@@ -113,16 +113,16 @@ def test_recipes_do_not_leak_into_the_next_call(parse):
         ("seed: 1\nrandom-flip: yes", r"line 2: unknown key 'random-flip'. Did you mean `random_flip`"),
         ("config: other.yaml", r"unknown key 'config'"),
         ("seed: 1\nseed: 2", r"line 2: 'seed' is given twice"),
-        ("learning_rate: fast", r"recipe.yaml': 'learning_rate' is 'fast', but it must be of type float"),
-        ("train_batch_size: 1.5", r"'train_batch_size' is '1.5', but it must be of type int"),
-        ("random_flip: maybe", r"'random_flip' is 'maybe', but it must be of type true or false"),
-        ("mixed_precision: fp8", r"'mixed_precision' is 'fp8', but it must be one of 'no', 'fp16', 'bf16'"),
-        ("channels: [1, x]", r"'channels' is \['1', 'x'\], but it must be of type int"),
-        ("channels: [[1]]", r"'channels' is .* but it takes a list of plain values"),
-        ("seed: [1]", r"'seed' is \['1'\], but it takes a single value"),
-        ("seed: {a: 1}", r"'seed' is .* but it takes a single value"),
-        ("output_dir:", r"'output_dir' is '', but it needs a value"),
-        ("seed: null", r"'seed' is 'null', but it needs a value"),
+        ("learning_rate: fast", r"recipe.yaml', line 1: 'learning_rate': invalid float value: 'fast'"),
+        ("seed: 1\ntrain_batch_size: 1.5", r"line 2: 'train_batch_size': invalid int value: '1.5'"),
+        ("random_flip: maybe", r"'random_flip': invalid bool value: 'maybe'"),
+        ("mixed_precision: fp8", r"'mixed_precision': invalid choice: 'fp8' \(choose from 'no', 'fp16', 'bf16'\)"),
+        ("channels: [1, x]", r"'channels': invalid int value: 'x'"),
+        ("channels: [[1]]", r"'channels': expected a list of plain values, got \[\['1'\]\]"),
+        ("seed: [1]", r"'seed': expected a single value, got \['1'\]"),
+        ("seed: {a: 1}", r"'seed': expected a single value, got {'a': '1'}"),
+        ("output_dir:", r"'output_dir': a value is needed"),
+        ("seed: null", r"'seed': a value is needed"),
         ("- seed", r"must hold `name: value` lines.*; got a sequence"),
         ("seed: [1", r"is not valid YAML"),
     ],
@@ -142,6 +142,7 @@ def test_recipe_that_does_not_exist():
     "argv,message",
     [
         (["--output_dir", "a", "--learning_rates", "1"], "Did you mean `--learning_rate`"),
+        (["--output_dir", "a", "--learning-rates=1"], "Did you mean `--learning_rate`?"),
         (["--output_dir", "a", "--learn", "1"], "unrecognized arguments: --learn 1"),
         (["--learning_rate", "1"], "--output_dir"),
         (["--output_dir", "a", "--snr_gamma", "big"], "invalid float value: 'big'"),
@@ -160,7 +161,14 @@ def test_help_shows_the_recipe_the_defaults_and_the_choices(capsys):
         parse_args([ModelArguments, TrainingArguments], ["--help"], description="Trains a thing.")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for words in ("Trains a thing.", "--config RECIPE.yaml", "(default: no)", "{no,fp16,bf16}", "--no_use_ema"):
+    for words in (
+        "Trains a thing.",
+        "--config RECIPE.yaml",
+        "(default: no)",
+        "{no,fp16,bf16}",
+        "--no_use_ema",
+        "Random seed. (default: -1)",
+    ):
         assert words in text
 
 

@@ -1,7 +1,7 @@
 """
 Command-line arguments: dataclasses, filled from a YAML recipe and the command line.
 
-`--config recipe.yaml` is read first; anything given on the command line wins over it.
+`--config recipe.yaml` is read first; the command line overrides it.
 """
 
 from __future__ import annotations
@@ -12,31 +12,29 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
-
-from transformers import HfArgumentParser
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .errors import add_debug_argument, fail
 
 
 # The words for None in a recipe. The empty one is a key with nothing after its colon.
 NULL_WORDS = ("", "~", "null", "none")
-# Checked since the client's own error would show the token.
+BOOLEAN_WORDS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(
+    ("no", "false", "f", "n", "0"), False
+)
+# Checked here because the client's own error would print the token.
 HUB_TOKEN = re.compile(r"[\w.|-]+", re.ASCII)
 
 
 def arg(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a dataclass of arguments, with its help text and whatever else is to be known of it."""
+    """A field of a dataclass of arguments, with its help text and further metadata."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 def check_at_least(arguments: object, minimum: int, *names: str) -> None:
-    """
-    Raises:
-        ValueError: If one of the named attributes is below `minimum`; None passes.
-    """
+    """Checks that the named attributes are None or at least `minimum`; raises a `ValueError` otherwise."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < minimum:
@@ -49,29 +47,32 @@ def parse_args(
     """
     Fills dataclasses from `--config recipe.yaml` and the command line.
 
-    Every field is an argument of the same name (see transformers' `HfArgumentParser`); a recipe is a flat mapping from
-    field names to values, and may give required ones. A value in a recipe means what the same words would mean on the
-    command line: `1e-4` is a number and `no` a word, which plain YAML reads the other way round. `none` stands for None
-    where a field is optional. Paths are taken as they are given, relative to the working directory.
+    Every field is an argument of the same name. Its type is `str`, `int`, `float`, `bool`, a `Literal` of strings, a
+    list of one of these, or one of these `| None`. A boolean `flag` is given as `--flag` or `--flag false`, and as
+    `--no_flag` if it is True by default. `none` stands for None where a field is optional.
+
+    A recipe is a flat mapping from field names to values, required ones included. A value in a recipe means what the
+    same words mean on the command line: `1e-4` is a number and `no` a word, which plain YAML reads the other way round.
+    Paths are relative to the working directory.
 
     Args:
         dataclass_types (a dataclass, or a sequence of them): Field names must be unique over all of them.
-        argv (sequence of `str`, *optional*): The arguments; None means those of this process.
+        argv (sequence of `str`, *optional*): The arguments. Defaults to those of this process.
         description (`str`, *optional*): Shown by `--help`.
 
     Returns:
         `tuple`: One instance of each dataclass, in the order given.
 
     Raises:
-        ValueError: If the recipe cannot be read, names an unknown field, or holds a value that does not fit its field.
-        SystemExit: As `argparse` does, with a message, for errors on the command line, and for `--help`.
+        ValueError: If the recipe cannot be read, names an unknown field, or holds a value of the wrong type.
+        SystemExit: With a message, for errors on the command line; for `--help`.
     """
     types = [dataclass_types] if isinstance(dataclass_types, type) else dataclass_types
     return build_arguments(types, given_arguments(types, argv, description))
 
 
 def build_arguments(dataclass_types: Sequence[type], values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """One instance of each dataclass, of the values that its fields have; fields without one take their default."""
+    """Builds one instance of each dataclass from values by field name; fields without a value take their default."""
     return tuple(
         dataclass_type(**{f.name: values[f.name] for f in dataclasses.fields(dataclass_type) if f.name in values})
         for dataclass_type in dataclass_types
@@ -82,91 +83,123 @@ def given_arguments(
     dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
 ) -> dict[str, Any]:
     """
-    The arguments that a recipe or the command line give, by name; without those left at their default.
+    Returns the arguments that a recipe or the command line gives, by name, without those left at their default.
 
-    Arguments and errors are those of [`parse_args`]. The checks of the dataclasses are not made.
+    Arguments and errors are those of [`parse_args`]. The checks of the dataclasses do not run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Abbreviations would turn into other arguments, or errors, the day a similar field is added.
-    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="A YAML recipe, read before the other arguments.")
-    add_debug_argument(parser)
-    # argparse has no public way to change an argument once it is made, and these are made by transformers.
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "debug")}
-    # A field that is true by default has a second action, `--no_<name>`, which takes no value: keep the first.
-    actions |= {action.dest: action for action in parser._actions if action.dest in actions and action.nargs != 0}
-
-    optional_fields = set()
+    arguments = {}
     for dataclass_type in dataclass_types:
         hints = get_type_hints(dataclass_type)
-        optional_fields |= {f.name for f in dataclasses.fields(dataclass_type) if type(None) in get_args(hints[f.name])}
-    for name in optional_fields & set(actions):
-        action = actions[name]
-        action.type = _accept_none(action.type)
-        if action.choices is not None:
-            action.choices = (*action.choices, None)
+        arguments |= {field.name: _Argument(field, hints[field.name]) for field in dataclasses.fields(dataclass_type)}
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     recipe = finder.parse_known_args(argv)[0].config
-    defaults: dict[str, Any] = {}
-    if recipe is not None:
-        defaults = {
-            key: _convert(actions[key], key, value, key in optional_fields, recipe)
-            for key, value in _read_recipe(recipe, actions).items()
-        }
-        parser.set_defaults(**defaults)
-        for key in defaults:
-            actions[key].required = False
+    given = {} if recipe is None else _read_recipe(recipe, arguments)
 
-    _, unknown = parser.parse_known_args(argv)
+    # Abbreviations would turn into other arguments, or errors, the day a similar field is added.
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for argument in arguments.values():
+        argument.add_to(parser, given)
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="A YAML recipe, read before the other arguments.")
+    add_debug_argument(parser)
+    found, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        flags = [word for word in unknown if word.startswith("--")]
-        hints = [_close_matches(flag.split("=")[0], options) for flag in flags]
+        flags = [word.split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+        hints = [_close_matches(flag[2:], [*arguments, "config", "debug"], prefix="--") for flag in flags]
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{''.join(hints)} See --help for all.")
-    # Once more, without defaults: what is found now was given.
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    given = defaults | vars(parser.parse_known_args(argv)[0])
-    # Of an optional list, `none` is converted like an entry of it.
-    unset = {name: None for name in optional_fields if given.get(name) == [None]}
-    return {name: value for name, value in (given | unset).items() if name in actions}
+    given |= {name: value for name, value in vars(found).items() if name in arguments}
+    # In an optional list, `none` was converted like any other entry.
+    return {name: None if value == [None] else value for name, value in given.items()}
 
 
-class _Parser(HfArgumentParser):
-    """Ends with one sentence, without a list of all arguments before it."""
+class _Argument:
+    """A field of a dataclass as an argument: converts its words and adds it to a parser."""
+
+    def __init__(self, field: dataclasses.Field, hint: Any):
+        self.name, self.help = field.name, field.metadata.get("help", "")
+        self.default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        self.is_optional = type(None) in get_args(hint)
+        if self.is_optional:
+            (hint,) = (option for option in get_args(hint) if option is not type(None))
+        self.is_list = get_origin(hint) is list
+        self.kind = get_args(hint)[0] if self.is_list else hint
+        self.choices = get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    def convert(self, text: str) -> Any:
+        """Converts one word. Raises an `argparse.ArgumentTypeError`, whose message argparse shows."""
+        if self.is_optional and text.lower() == "none":
+            return None
+        if self.choices:
+            if text not in self.choices:
+                choices = ", ".join(map(repr, self.choices))
+                raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {choices})")
+            return text
+        try:
+            return BOOLEAN_WORDS[text.lower()] if self.kind is bool else self.kind(text)
+        except (KeyError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"invalid {self.kind.__name__} value: {text!r}") from error
+
+    def convert_yaml(self, value: Any) -> Any:
+        """Converts a value of a recipe, whose scalars are strings. Raises an `argparse.ArgumentTypeError`."""
+        if isinstance(value, str) and value.lower() in NULL_WORDS and (self.is_optional or value.lower() != "none"):
+            if self.is_optional:
+                return None
+            raise argparse.ArgumentTypeError("a value is needed (quote the word for text, or drop the key)")
+        items = value if isinstance(value, list) and self.is_list else [value]
+        if not all(isinstance(item, str) for item in items):
+            expected = "a list of plain values" if self.is_list else "a single value"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {value!r}")
+        converted = [self.convert(item) for item in items]
+        return converted if self.is_list else converted[0]
+
+    def add_to(self, parser: argparse.ArgumentParser, recipe: Mapping[str, Any]) -> None:
+        """Adds the argument to `parser`. It is not required, and `--help` shows its value, if `recipe` holds it."""
+        default, dashed = recipe.get(self.name, self.default), self.name.replace("_", "-")
+        shown = "" if default in (dataclasses.MISSING, None) else f" (default: {default})".replace("%", "%%")
+        words = ("true", "false") if self.kind is bool else self.choices
+        options: dict[str, Any] = {"nargs": "+"} if self.is_list else {}
+        if self.kind is bool:
+            options = {"nargs": "?", "const": True}
+        parser.add_argument(
+            *dict.fromkeys((f"--{self.name}", f"--{dashed}")),
+            type=self.convert,
+            required=default is dataclasses.MISSING,
+            metavar=f"{{{','.join(words)}}}" if words else self.name.upper(),
+            help=self.help + shown,
+            **options,
+        )
+        if self.kind is bool and self.default is True:
+            names = dict.fromkeys((f"--no_{self.name}", f"--no-{dashed}"))
+            parser.add_argument(
+                *names, action="store_false", dest=self.name, help=f"The same as `--{self.name} false`."
+            )
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, without a list of all arguments."""
 
     def error(self, message: str) -> NoReturn:
         fail(message if "--help" in message else f"{message}. See --help for all arguments.")
 
 
-def _accept_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    def convert_or_none(text: str) -> Any:
-        return None if text.lower() == "none" else convert(text)
-
-    # argparse puts this name into its error messages.
-    convert_or_none.__name__ = getattr(convert, "__name__", "value")
-    return convert_or_none
-
-
-def _close_matches(name: str, known: Sequence[str]) -> str:
+def _close_matches(name: str, known: Collection[str], prefix: str = "") -> str:
     matches = difflib.get_close_matches(name, known)
-    return f" Did you mean {' or '.join(f'`{match}`' for match in matches)}?" if matches else ""
+    return f" Did you mean {' or '.join(f'`{prefix}{match}`' for match in matches)}?" if matches else ""
 
 
-def _read_recipe(recipe: str, known: Collection[str]) -> dict[str, Any]:
-    """The recipe as a mapping from known keys to strings, or lists of strings."""
-    # PyYAML comes with the `train` extra; the losses beside this module must be importable without it.
+def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> dict[str, Any]:
+    """Reads the values of a recipe, by argument."""
+    # PyYAML comes with the `train` extra; the losses must be importable without it.
     import yaml
 
     if not Path(recipe).is_file():
         raise ValueError(f"`--config` is {recipe!r}, which is not a file. Pass the path of a YAML recipe.")
     with open(recipe, encoding="utf-8") as file:
         try:
-            # The base loader leaves every scalar a string, so that the field's type decides what it means, not YAML
-            # 1.1.
+            # The base loader keeps every scalar a string, so that the type of the field decides what it means, not
+            # YAML 1.1.
             node = yaml.compose(file, Loader=yaml.BaseLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"`--config` {recipe!r} is not valid YAML: {error}") from error
@@ -177,38 +210,16 @@ def _read_recipe(recipe: str, known: Collection[str]) -> dict[str, Any]:
     construct = functools.partial(yaml.BaseLoader("").construct_object, deep=True)
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key, line = construct(key_node), key_node.start_mark.line + 1
-        if key not in known:
+        key, place = construct(key_node), f"`--config` {recipe!r}, line {key_node.start_mark.line + 1}"
+        if key not in arguments:
             raise ValueError(
-                f"`--config` {recipe!r}, line {line}: unknown key {key!r}.{_close_matches(str(key), list(known))} "
-                "Keys are the names of the command line's arguments, with underscores and without dashes in front."
+                f"{place}: unknown key {key!r}.{_close_matches(str(key), arguments)} Keys are the names of the "
+                "command line's arguments, with underscores and without dashes in front."
             )
         if key in values:
-            raise ValueError(f"`--config` {recipe!r}, line {line}: {key!r} is given twice. Keep one.")
-        values[key] = construct(value_node)
-    return values
-
-
-def _convert(action: argparse.Action, key: str, value: Any, optional: bool, recipe: str) -> Any:
-    def fail(expected: str) -> ValueError:
-        return ValueError(f"`--config` {recipe!r}: {key!r} is {value!r}, but {expected}.")
-
-    if isinstance(value, str) and value.lower() in NULL_WORDS and (optional or value.lower() != "none"):
-        if not optional:
-            raise fail("it needs a value (quote the word if it is meant as text, or drop the key to use the default)")
-        return None
-    is_list = action.nargs == "+"
-    items = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str) for item in items) or (isinstance(value, list) and not is_list):
-        raise fail("it takes " + ("a list of plain values" if is_list else "a single value"))
-    converted = []
-    for item in items:
+            raise ValueError(f"{place}: {key!r} is given twice. Keep one.")
         try:
-            converted.append(action.type(item))
-        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            name = getattr(action.type, "__name__", "value")
-            kind = {"string_to_bool": "true or false"}.get(name, name)
-            raise fail(f"it must be of type {kind}") from error
-        if action.choices is not None and converted[-1] not in action.choices:
-            raise fail(f"it must be one of {', '.join(repr(choice) for choice in action.choices)}")
-    return converted if is_list else converted[0]
+            values[key] = arguments[key].convert_yaml(construct(value_node))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{place}: {key!r}: {error}.") from error
+    return values

@@ -1,4 +1,4 @@
-"""Arguments that were given and have no effect: refused where that is a mistake, named in the log otherwise."""
+"""Arguments that have no effect: errors where they are surely mistakes, otherwise sentences for the log."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """
-    When arguments act.
+    States when arguments have an effect.
 
     Args:
         names (tuple of `str`): The arguments.
-        act (callable): From the values of all arguments by name to whether these act. Arguments that the command does
-            not have are None.
-        because (`str`): Why they do not, if they do not; it may name other arguments as `{name}`.
-        refused (`bool`, defaults to `False`): Giving them is an error. Otherwise the log names them: a recipe may hold
-            what an argument on the command line has switched off.
+        act (callable): Maps the values of all arguments, by name, to whether these have an effect. Arguments that the
+            command lacks are None.
+        because (`str`): Why they have none, if so; it may contain the values of other arguments as `{name}`.
+        refused (`bool`, defaults to `False`): Giving them without effect is an error. Otherwise it is logged, since the
+            command line may switch off what a recipe configures.
     """
 
     names: tuple[str, ...]
@@ -29,31 +29,30 @@ class Rule:
 
 def check_effects(*all_args: Any, rules: Sequence[Rule], taken_over: Collection[str] = ()) -> list[str]:
     """
-    Looks for arguments that were given and have no effect. Given means: neither the default nor off (None, 0, False).
+    Finds arguments that were given and have no effect. An argument counts as given if its value is neither the default
+    nor off (None, 0, False).
 
     Args:
         all_args (dataclass instances): From [`parse_args`].
-        rules (sequence of `Rule`): Those of the command.
-        taken_over (collection of `str`, *optional*): Arguments that were not given, but have the values of the run that
-            is resumed.
+        rules (sequence of `Rule`): The rules of the command.
+        taken_over (collection of `str`, *optional*): Arguments that were not given but take the values of the resumed
+            run.
 
     Returns:
-        list of `str`: One sentence for each that is harmless, to be logged.
+        list of `str`: One sentence per harmless argument, for the log.
 
     Raises:
-        ValueError: For one that is surely a mistake.
+        ValueError: For an argument of a rule with `refused`.
     """
-    values: dict[str, Any] = {name: None for rule in rules for name in rule.names}
-    fields = [(arguments, field) for arguments in all_args for field in dataclasses.fields(arguments)]
-    values |= {field.name: getattr(arguments, field.name) for arguments, field in fields}
-    is_given = {field.name for _, field in fields if values[field.name] and values[field.name] != field.default}
-    is_given -= set(taken_over)
+    fields = {field.name: (args, field.default) for args in all_args for field in dataclasses.fields(args)}
+    values = _Values({name: getattr(args, name) for name, (args, _) in fields.items()})
     sentences = []
     for rule in rules:
         for name in rule.names:
-            if name not in is_given or rule.act(_Values(values)):
+            value = values[name]
+            if not value or value == fields[name][1] or name in taken_over or rule.act(values):
                 continue
-            sentence = f"`{name}` is {values[name]!r}, which has no effect: {rule.because.format(**values)}."
+            sentence = f"`{name}` is {value!r}, which has no effect: {rule.because.format_map(values)}."
             if rule.refused:
                 raise ValueError(f"{sentence} Leave it out.")
             sentences.append(sentence)
@@ -61,7 +60,7 @@ def check_effects(*all_args: Any, rules: Sequence[Rule], taken_over: Collection[
 
 
 class _Values(dict):
-    """None for an argument that the command does not have."""
+    """Values by name, None for an argument that the command lacks."""
 
     def __missing__(self, name: str) -> None:
         return None

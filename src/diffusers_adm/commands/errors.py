@@ -1,6 +1,6 @@
 """
-How commands end: a mistake of the user with one sentence and exit code 2, Ctrl-C with one word, anything else with its
-traceback.
+How commands end: a mistake of the user with one sentence and exit code 2, Ctrl-C with one word, any other error with
+its traceback.
 
 Every script of `training/` and every `python -m diffusers_adm...` starts its `main` with [`run_command`].
 """
@@ -20,18 +20,18 @@ from typing import NoReturn
 
 
 DEBUG_FLAG = "--debug"
-# What this package raises, in words, where the user can mend something.
+# The exceptions that this package raises, with a sentence, where the user can change something.
 MISTAKES = (ValueError, TypeError, OSError, ImportError)
-EXIT_CODE = 2  # that of argparse
-INTERRUPTED_EXIT_CODE = 130  # as shells have it: 128 and the number of the signal
-# Seconds that all processes but the main one wait before they report an error. Most often the main one meets the same
-# error, or has caused it by ending; its launcher then stops the others, and the error is shown once.
+EXIT_CODE = 2  # as argparse's
+INTERRUPTED_EXIT_CODE = 130  # the convention of shells: 128 + the number of the signal
+# Seconds that all processes except the main one wait before they report an error. The main process usually has the same
+# error, or caused theirs by ending; its launcher then stops the others, so that the error is shown once.
 WAIT_FOR_MAIN_PROCESS = 10
 
 
 class CommandError(RuntimeError):
     """
-    An error of a library or a server whose message alone tells the user what to do.
+    An error of a library or a server whose message is enough to tell the user what to do.
 
     Args:
         message (`str`): Shown without a traceback.
@@ -44,16 +44,17 @@ class CommandError(RuntimeError):
 
 
 def add_debug_argument(parser: argparse.ArgumentParser) -> None:
-    """Makes `parser` accept, and its help list, the flag that [`run_command`] looks for."""
+    """Adds the flag that [`run_command`] looks for."""
     parser.add_argument(DEBUG_FLAG, action="store_true", help="Show the traceback of every error.")
 
 
 def run_command(main: Callable[[], None]) -> None:
     """
-    Calls `main()`. A mistake of the user ends the process with `error: <message>` on stderr and exit code 2: a
-    `ValueError`, `TypeError`, `OSError` or `ImportError` that a `raise` statement of this package or of the script has
-    raised, or a [`CommandError`]. Ctrl-C ends it with `interrupted`. Every other exception, and with `--debug` every
-    exception, keeps its traceback.
+    Calls `main()` and reports its errors.
+
+    A mistake of the user ends the process with `error: <message>` on stderr and exit code 2: a [`CommandError`], or a
+    `ValueError`, `TypeError`, `OSError` or `ImportError` from a `raise` statement of this package or of the script.
+    Ctrl-C ends it with `interrupted`. Every other exception, and with `--debug` every exception, keeps its traceback.
     """
     try:
         main()
@@ -70,32 +71,32 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def fail(message: str, exit_code: int = EXIT_CODE) -> NoReturn:
-    """Ends the process with `error: <message>` on stderr; of several processes, only one shows what all have met."""
+    """Ends the process with `error: <message>` on stderr. If all processes have the same error, only one shows it."""
     _wait_for_main_process()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # what the launcher of several processes shows in its own report
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # the launcher of several processes reads its report there
         report = {"message": message, "timestamp": int(time.time())}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report), encoding="utf-8")
     raise SystemExit(exit_code)
 
 
 def _wait_for_main_process() -> None:
-    if int(os.environ.get("RANK", 0)) > 0:  # as launchers number processes
+    if int(os.environ.get("RANK", 0)) > 0:  # set by launchers
         time.sleep(WAIT_FOR_MAIN_PROCESS)
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether a `raise` statement of this package, or of the script that runs, says what the user got wrong."""
+    """Whether the error comes from a `raise` statement of this package or of the running script."""
     if not isinstance(error, MISTAKES) or error.__traceback__ is None:
         return False
     innermost: TracebackType = error.__traceback__
     while innermost.tb_next is not None:
         innermost = innermost.tb_next
     code = innermost.tb_frame.f_code
-    # Not a `ValueError` of `int("x")` or of an unpacking in the same place, which is a bug.
+    # A `ValueError` of `int("x")` or of an unpacking in the same function is a bug.
     if code.co_code[innermost.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
         return False
     name = innermost.tb_frame.f_globals.get("__name__", "")
     script = getattr(sys.modules["__main__"], "__file__", None)
-    is_beside_script = script is not None and Path(code.co_filename).resolve().parent == Path(script).resolve().parent
-    return name == "__main__" or name.split(".")[0] == __package__.split(".")[0] or is_beside_script
+    is_next_to_script = script is not None and Path(code.co_filename).resolve().parent == Path(script).resolve().parent
+    return name == "__main__" or name.split(".")[0] == __package__.split(".")[0] or is_next_to_script

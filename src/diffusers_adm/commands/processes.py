@@ -1,4 +1,4 @@
-"""The processes that Accelerate has launched, and what each of them logs."""
+"""Accelerate's processes and their logging."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from accelerate.utils import InitProcessGroupKwargs
 
 def join_processes(mixed_precision: str | None, **kwargs: Any) -> Accelerator:
     """
-    Joins the processes that Accelerate has launched, or the only one, and sets up logging: warnings of the main
-    process, errors of the others. Further arguments are those of `Accelerator`.
+    Joins the processes that Accelerate launched, if any, and sets up logging: warnings in the main process, errors in
+    the others. Further arguments are those of `Accelerator`.
     """
     accelerator = Accelerator(
-        # Unless told so, Accelerate takes each of several processes without a GPU for the only one.
+        # Without this, each of several processes without a GPU would take itself for the only one.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
-        # One process checks images, draws a grid or packs a file while the others wait; NCCL would give up after 10
+        # One process checks images, generates samples or packs a file while the others wait. NCCL's default is 10
         # minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
         **kwargs,
