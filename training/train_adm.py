@@ -208,7 +208,7 @@ def inpainting_grid(
     rows, cols = len(examples), math.ceil(total / len(examples))
     masked, wanted = [], []
     for tensors, told in examples:
-        image, known = tensors["images"] / 2 + 0.5, tensors["known"]
+        image, known = tensors["images"] / 2 + 0.5, tensors["keep_mask"]
         masked.append(torch.where(known == 1, image, UNKNOWN_GREY))
         wanted += [{"image": image, "mask_image": 1 - known, **told}] * cols
     drawn = draw(pipeline, wanted, training_args)
@@ -445,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
                         batch, captions, empty_caption, text_encoder, text_args, unet_config
                     )
                 # The loss is that of the whole image, as in GLIDE: what is known must be copied, which is soon learned.
-                extra_channels = masked_image_channels(pixels, batch["known"]) if inpaints else None
+                extra_channels = masked_image_channels(pixels, batch["keep_mask"]) if inpaints else None
                 timesteps, weights = timestep_sampler.sample(pixels.shape[0], device=pixels.device)
                 terms = training_losses(
                     unet,

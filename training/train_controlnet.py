@@ -31,11 +31,11 @@ from diffusers_adm.schedulers.noise_schedules import check_same_noise
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
     AfterStep,
-    ControlDataset,
     DataArguments,
     DiffusionArguments,
     DiffusionTrainingArguments,
     FrozenNetworks,
+    ImageDataset,
     LossMetrics,
     TextArguments,
     TrainingLog,
@@ -325,11 +325,11 @@ def main(argv: list[str] | None = None) -> None:
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     run.check_data(len(images))
     run.check_network(controlnet.config, resolution, {"tokenizer": tokenizer})  # `FrozenNetworks` compares the others
-    shown_dataset = ControlDataset(
+    shown_dataset = ImageDataset(
         images, resolution, center_crop=True, seed=training_args.seed, condition=control_args.condition
     )
     examples = choose_examples(shown_dataset, training_args.num_validation_images, null_class_id)
-    train_dataset = ControlDataset(
+    train_dataset = ImageDataset(
         images,
         resolution,
         data_args.center_crop,

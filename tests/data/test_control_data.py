@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffusers_adm.conditioning.control_images import CONDITIONS, make_condition
-from diffusers_adm.training import ControlDataset, EpochShuffleSampler, ImageDataset, check_images, load_image_dataset
+from diffusers_adm.training import EpochShuffleSampler, ImageDataset, check_images, load_image_dataset
 
 
 def noise(seed, size=(16, 16)):
@@ -55,7 +55,7 @@ class TestAlignment:
     @pytest.mark.parametrize("size", [(16, 16), (24, 16), (16, 40), (60, 45)])
     def test_a_condition_that_is_the_image_stays_it(self, size):
         image = noise(0, size)
-        dataset = ControlDataset(from_images([image], [image]), 16, random_flip=True)
+        dataset = ImageDataset(from_images([image], [image]), 16, random_flip=True)
         plain, seen = ImageDataset(from_images([image]), 16, random_flip=True), set()
         for epoch in range(20):
             dataset.set_epoch(epoch)
@@ -74,7 +74,7 @@ class TestAlignment:
         [((48, 32), (24, 16)), ((100, 67), (50, 33)), ((40, 67), (121, 200)), ((20, 20), (64, 64))],
     )
     def test_a_condition_of_another_size_shows_the_same_part(self, size, condition_size):
-        dataset = ControlDataset(from_images([ramps(size)], [ramps(condition_size)]), 16, random_flip=True)
+        dataset = ImageDataset(from_images([ramps(size)], [ramps(condition_size)]), 16, random_flip=True)
         for epoch in range(20):
             dataset.set_epoch(epoch)
             example = dataset[0]
@@ -85,7 +85,7 @@ class TestAlignment:
     def test_the_size_that_is_cropped_is_the_one_of_the_image(self):
         """By itself, the condition would be resized to 31 pixels instead of 32, and other crops would fit into it."""
         image, condition = ramps((128, 64)), ramps((25, 13))
-        dataset = ControlDataset(from_images([image], [condition]), 16)
+        dataset = ImageDataset(from_images([image], [condition]), 16)
         lefts = []
         for epoch in range(200):
             dataset.set_epoch(epoch)
@@ -99,7 +99,7 @@ class TestAlignment:
 class TestMadeConditions:
     @pytest.mark.parametrize("kind", list(CONDITIONS))
     def test_are_made_from_the_cropped_and_flipped_image(self, kind):
-        dataset = ControlDataset(from_images([noise(0, (20, 17))]), 16, random_flip=True, condition=kind)
+        dataset = ImageDataset(from_images([noise(0, (20, 17))]), 16, random_flip=True, condition=kind)
         for epoch in range(4):
             dataset.set_epoch(epoch)
             example = dataset[0]
@@ -111,8 +111,8 @@ class TestMadeConditions:
         conditions = [make_condition(image, kind) for image in images]
         path = write_parquet(tmp_path / "data.parquet", picture=images, hint=conditions)
         read, _ = load_image_dataset(data_files=path, image_column="picture", conditioning_image_column="hint")
-        stored = ControlDataset(read, 16)
-        made = ControlDataset(load_image_dataset(data_files=path, image_column="picture")[0], 16, condition=kind)
+        stored = ImageDataset(read, 16)
+        made = ImageDataset(load_image_dataset(data_files=path, image_column="picture")[0], 16, condition=kind)
         for ours, theirs in zip(made, stored, strict=True):
             assert torch.equal(ours["images"], theirs["images"])
             assert torch.equal(ours["conditions"], theirs["conditions"])
@@ -124,7 +124,7 @@ class TestMadeConditions:
         data = from_images(images, None if condition else [image.rotate(180) for image in images])
 
         def batches(num_workers):
-            dataset = ControlDataset(data, 16, random_flip=True, seed=5, condition=condition)
+            dataset = ImageDataset(data, 16, random_flip=True, seed=5, condition=condition)
             sampler = EpochShuffleSampler(dataset)
             loader = torch.utils.data.DataLoader(dataset, batch_size=3, sampler=sampler, num_workers=num_workers)
             for epoch in range(2):
@@ -197,19 +197,23 @@ class TestLoading:
         with pytest.raises(ValueError, match="`caption_column` and `conditioning_image_column` are both 'kind'"):
             load("kind", caption_column="kind")
 
-    def test_either_a_kind_or_a_column(self):
+    def test_a_kind_or_a_column(self):
         plain, paired = from_images([noise(0)]), from_images([noise(0)], [noise(1)])
-        with pytest.raises(ValueError, match="`condition` is None and the dataset has the columns image. Pass either"):
-            ControlDataset(plain, 16)
-        with pytest.raises(ValueError, match="`condition` is 'edges' .* image, conditioning_image. Pass either"):
-            ControlDataset(paired, 16, condition="edges")
+        assert set(ImageDataset(plain, 16)[0]) == {"images"}
+        with pytest.raises(ValueError, match="`condition` is 'edges', but the dataset has a `conditioning_image`"):
+            ImageDataset(paired, 16, condition="edges")
         with pytest.raises(ValueError, match="`kind` is 'depth'"):
-            ControlDataset(plain, 16, condition="depth")
+            ImageDataset(plain, 16, condition="depth")
+
+    def test_the_earlier_name(self):
+        with pytest.warns(FutureWarning, match="`diffusers_adm.training.ControlDataset` is now"):
+            from diffusers_adm.training import ControlDataset
+        assert ControlDataset is ImageDataset
 
     def test_a_missing_package_shows_before_training(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "skimage.feature", None)
         with pytest.raises(ImportError, match="scikit-image"):
-            ControlDataset(from_images([noise(0)]), 16, condition="edges")
+            ImageDataset(from_images([noise(0)]), 16, condition="edges")
 
 
 class TestUnusableConditions:
@@ -257,7 +261,7 @@ class TestUnusableConditions:
         kept, skipped = check_images(dataset, 8)
         assert len(kept) == 1 + fits
         assert skipped == ({} if fits else {"condition of another aspect ratio": ["row 1"]})
-        examples = ControlDataset(dataset, 8, center_crop=True)
+        examples = ImageDataset(dataset, 8, center_crop=True)
         took_another = torch.equal(examples[1]["images"], examples[0]["images"])
         assert took_another == (not fits)
 
@@ -267,7 +271,7 @@ class TestUnusableConditions:
             noise(10 + i).save(tmp_path / f"{i}_hint.png")
         rows = [{"image": str(tmp_path / f"{i}.png"), "hint": str(tmp_path / f"{i}_hint.png")} for i in range(3)]
         path = write_parquet(tmp_path / "data.parquet", **{k: [row[k] for row in rows] for k in ("image", "hint")})
-        dataset = ControlDataset(load_image_dataset(data_files=path, conditioning_image_column="hint")[0], 16)
+        dataset = ImageDataset(load_image_dataset(data_files=path, conditioning_image_column="hint")[0], 16)
         expected = dataset[2]
         os.remove(tmp_path / "1_hint.png")
         for _ in range(2):
@@ -300,7 +304,7 @@ class TestUnusableConditions:
     def test_transparency_is_black(self):
         hint = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
         hint.paste((255, 255, 255, 255), (4, 4, 8, 8))
-        conditions = ControlDataset(from_images([noise(0)], [hint]), 16)[0]["conditions"]
+        conditions = ImageDataset(from_images([noise(0)], [hint]), 16)[0]["conditions"]
         expected = torch.zeros(3, 16, 16)
         expected[:, 4:8, 4:8] = 1
         assert torch.equal(conditions, expected)

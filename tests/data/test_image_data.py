@@ -21,16 +21,11 @@ from processes import run_distributed
 from runs import EMOJI, flags
 
 from diffusers_adm.data import tokenizer
-from diffusers_adm.data.images import (
-    MISSING,
-    EpochShuffleSampler,
-    ImageDataset,
-    UnusableImageError,
-    check_batch_fits,
-    check_images,
-    decode_rgb,
-    load_image_dataset,
-)
+from diffusers_adm.data.checks import check_batch_fits, check_images
+from diffusers_adm.data.columns import load_image_dataset
+from diffusers_adm.data.decoding import MISSING, UnusableImageError, decode_rgb
+from diffusers_adm.data.images import ImageDataset
+from diffusers_adm.data.samplers import EpochShuffleSampler
 from diffusers_adm.training import DataArguments, TrainingArguments, build_dataloader
 
 
@@ -349,10 +344,11 @@ class TestParquet:
             load_image_dataset(data_files=path, image_column="label")
         with pytest.raises(ValueError, match="both 'image'"):
             load_image_dataset(data_files=path, label_column="image")
-        with pytest.raises(ValueError, match="no such file"):
+        with pytest.raises(ValueError, match="`data_files` cannot be read as parquet: .*other.parquet"):
             load_image_dataset(data_files=str(tmp_path / "other.parquet"))
-        with pytest.raises(ValueError, match="Only parquet files"):
-            load_image_dataset(data_files="data.csv")
+        (tmp_path / "data.csv").write_text("image,label\na.png,b\n")
+        with pytest.raises(ValueError, match="cannot be read as parquet: .*magic bytes"):
+            load_image_dataset(data_files=str(tmp_path / "data.csv"))
         (tmp_path / "broken.parquet").write_bytes(b"PAR1 nonsense")
         with pytest.raises(ValueError, match="cannot be read as parquet"):
             load_image_dataset(data_files=str(tmp_path / "broken.parquet"))
@@ -368,6 +364,20 @@ class TestParquet:
             load_image_dataset(train_data_dir="a", dataset_config_name="default")
         with pytest.raises(ValueError, match="`max_train_samples` is 0"):
             load_image_dataset(train_data_dir="a", max_train_samples=0)
+
+    def test_further_columns_are_tensors_of_the_examples(self, tmp_path):
+        columns = {"picture": [encoded(noise(i)) for i in range(3)], "clip": [[i, 0.5, -1.0] for i in range(3)]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data.parquet")
+        options = {"data_files": str(tmp_path / "data.parquet"), "image_column": "picture"}
+        dataset, _ = load_image_dataset(**options, tensor_columns={"image_embeds": "clip"})
+        dataset, _ = check_images(dataset, 8)
+        for index, example in enumerate(ImageDataset(dataset, 16)):
+            assert set(example) == {"images", "image_embeds"}
+            assert torch.equal(example["image_embeds"], torch.tensor([index, 0.5, -1.0]))  # float32
+        with pytest.raises(ValueError, match=r"`tensor_columns\['image_embeds'\]` is 'embeds', but .* has the columns"):
+            load_image_dataset(**options, tensor_columns={"image_embeds": "embeds"})
+        with pytest.raises(ValueError, match=r"`tensor_columns\['pixels'\]` and `image_column` are both 'picture'"):
+            load_image_dataset(**options, tensor_columns={"pixels": "picture"})
 
 
 class TestCheck:
@@ -411,7 +421,7 @@ class TestCheck:
         os.remove(os.path.join(folder, "dog", "good.png"))
         dataset, id2label = load_image_dataset(train_data_dir=folder, label_column="label")
         check_images(dataset, 8, id2label=id2label)
-        assert "No image is left of these classes, so nothing is learned of them: dog." in caplog.text
+        assert "No image is left of these classes, so they are not trained: dog." in caplog.text
 
     def test_unlabelled_are_kept_and_counted(self, folder, caplog):
         dataset, _ = load_image_dataset(train_data_dir=folder, label_column="label")
@@ -632,10 +642,6 @@ class TestImageDataset:
         with pytest.raises(IndexError):
             ImageDataset(images, 16)[1]
         assert len(list(ImageDataset(images, 16))) == 1
-        with pytest.raises(ValueError, match="`resolution` must be at least 1, got 0"):
-            ImageDataset(images, 0)
-        with pytest.raises(ValueError, match="has the columns picture, but no `image`"):
-            ImageDataset(images.rename_column("image", "picture"), 16)
 
 
 class TestDataLoader:
@@ -676,9 +682,9 @@ class TestMetadata:
         dataset, _ = load_image_dataset(train_data_dir=str(tmp_path), caption_column="text")
         assert dataset["caption"][:] == ["of a.png", "of more/c.png"]
         assert "2 of 4 images" in caplog.text
-        assert "are not listed in metadata.jsonl and are left out: b.png, more/d.png." in caplog.text
+        assert "are not listed in metadata.jsonl and are skipped: b.png, more/d.png." in caplog.text
         assert "Add them to it" in caplog.text
-        assert "not images are passed over: 1 x .txt" in caplog.text
+        assert "not images are skipped: 1 x .txt" in caplog.text
 
     def test_nothing_is_said_where_all_are_listed(self, tmp_path, caplog):
         save_pictures(tmp_path, "a.png", "more/b.png")
@@ -737,7 +743,7 @@ class TestCaptionFiles:
         assert id2label == {0: "cats"}
         assert "1 of 3 images" in caplog.text
         assert "have no .txt file next to them: c.png" in caplog.text
-        assert "not images are passed over: 1 x .txt" in caplog.text
+        assert "not images are skipped: 1 x .txt" in caplog.text
 
     def test_that_nobody_asked_for_are_told(self, tmp_path, caplog):
         save_pictures(tmp_path, "a.png", "b.png")
@@ -747,7 +753,7 @@ class TestCaptionFiles:
         assert "1 of 2 images" in caplog.text
         assert "have a .txt file next to them, which is not read." in caplog.text
         assert "`caption_column` `text`" in caplog.text
-        assert "passed over" not in caplog.text
+        assert "are not images" not in caplog.text
 
     def test_changed_ones_are_read_again(self, tmp_path):
         save_pictures(tmp_path, "a.png")
@@ -773,4 +779,4 @@ class TestCaptionFiles:
 def test_more_samples_than_there_are(caplog):
     caplog.set_level("INFO")
     dataset, _ = load_image_dataset(data_files=EMOJI, max_train_samples=5000)
-    assert f"At most 5000 images were asked for, and there are {len(dataset)}: all are taken." in caplog.text
+    assert f"`max_train_samples` is 5000, but there are {len(dataset)} images: all are taken." in caplog.text

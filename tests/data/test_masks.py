@@ -9,40 +9,40 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_adm.training import MASK_SHARES, ImageDataset, InpaintingDataset, random_known
+from diffusers_adm.training import MASK_SHARES, ImageDataset, InpaintingDataset, random_keep_mask
 
 
 def masks(number, kind=None, resolution=16, seed=0):
     generator = random.Random(seed)
-    return torch.stack([random_known(resolution, generator, kind) for _ in range(number)])
+    return torch.stack([random_keep_mask(resolution, generator, kind) for _ in range(number)])
 
 
-def is_half(known):
+def is_half(keep_mask):
     """All unknown pixels are on one side of a line, and fill it."""
-    rows, columns = known[0].bool().all(1), known[0].bool().all(0)
-    by_rows = torch.equal(known[0].bool(), rows[:, None].expand(known.shape[1:]))
-    by_columns = torch.equal(known[0].bool(), columns[None].expand(known.shape[1:]))
+    rows, columns = keep_mask[0].bool().all(1), keep_mask[0].bool().all(0)
+    by_rows = torch.equal(keep_mask[0].bool(), rows[:, None].expand(keep_mask.shape[1:]))
+    by_columns = torch.equal(keep_mask[0].bool(), columns[None].expand(keep_mask.shape[1:]))
     changes = (rows if by_rows else columns).int().diff().abs().sum()
     return (by_rows or by_columns) and changes == 1
 
 
-class TestRandomKnown:
+class TestRandomKeepMask:
     @pytest.mark.parametrize("kind", [*MASK_SHARES, None])
     @pytest.mark.parametrize("resolution", [1, 2, 7, 32])
     def test_values_and_shape(self, kind, resolution):
-        known = masks(40, kind, resolution)
-        assert known.shape == (40, 1, resolution, resolution)
-        assert known.dtype == torch.float32
-        assert known.unique().tolist() in ([0.0], [0.0, 1.0])
-        assert (known == 0).flatten(1).any(dim=1).all()  # there is always something to paint
+        keep_mask = masks(40, kind, resolution)
+        assert keep_mask.shape == (40, 1, resolution, resolution)
+        assert keep_mask.dtype == torch.float32
+        assert keep_mask.unique().tolist() in ([0.0], [0.0, 1.0])
+        assert (keep_mask == 0).flatten(1).any(dim=1).all()  # there is always something to paint
 
     def test_kinds(self):
         assert (masks(3, "full") == 0).all()
         halves = masks(200, "half", 20)
-        assert all(is_half(known) for known in halves)
+        assert all(is_half(keep_mask) for keep_mask in halves)
         # The four sides, and shares of unknown pixels around a half.
         corners = Counter(
-            tuple(int(known[0, y, x]) for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1))) for known in halves
+            tuple(int(keep_mask[0, y, x]) for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1))) for keep_mask in halves
         )
         assert set(corners) == {(0, 1, 0, 1), (1, 0, 1, 0), (0, 0, 1, 1), (1, 1, 0, 0)}
         shares = 1 - halves.mean(dim=(1, 2, 3))
@@ -53,12 +53,12 @@ class TestRandomKnown:
             assert shares.min() < 0.1
             assert shares.max() > 0.5
             assert shares.max() < 1
-            assert not any(is_half(known) for known in masks(20, kind, 32))
+            assert not any(is_half(keep_mask) for keep_mask in masks(20, kind, 32))
 
     def test_a_single_box_is_a_rectangle(self, monkeypatch):
         monkeypatch.setattr("diffusers_adm.data.masks.MAX_BOXES", 1)
-        for known in masks(50, "boxes", 20):
-            ys, xs = torch.where(known[0] == 0)
+        for keep_mask in masks(50, "boxes", 20):
+            ys, xs = torch.where(keep_mask[0] == 0)
             height, width = int(ys.max() - ys.min()) + 1, int(xs.max() - xs.min()) + 1
             assert len(ys) == height * width
             assert 4 <= height <= 14
@@ -66,8 +66,8 @@ class TestRandomKnown:
 
     def test_a_stroke_hangs_together(self, monkeypatch):
         monkeypatch.setattr("diffusers_adm.data.masks.MAX_STROKES", 1)
-        for known in masks(30, "strokes", 24):
-            unknown = {tuple(place) for place in torch.nonzero(known[0] == 0).tolist()}
+        for keep_mask in masks(30, "strokes", 24):
+            unknown = {tuple(place) for place in torch.nonzero(keep_mask[0] == 0).tolist()}
             reached, frontier = set(), [next(iter(unknown))]
             while frontier:
                 y, x = frontier.pop()
@@ -79,15 +79,15 @@ class TestRandomKnown:
     def test_shares_of_the_kinds(self, monkeypatch):
         """Full ones and halves can be told from the others."""
         assert sum(MASK_SHARES.values()) == pytest.approx(1)
-        known = masks(2000, resolution=24)
-        full = (known == 0).flatten(1).all(dim=1).double().mean()
-        half = np.mean([is_half(each) for each in known])
+        keep_mask = masks(2000, resolution=24)
+        full = (keep_mask == 0).flatten(1).all(dim=1).double().mean()
+        half = np.mean([is_half(each) for each in keep_mask])
         for share, expected in ((full, MASK_SHARES["full"]), (half, MASK_SHARES["half"])):
-            assert abs(share - expected) < 4 * (expected * (1 - expected) / len(known)) ** 0.5
+            assert abs(share - expected) < 4 * (expected * (1 - expected) / len(keep_mask)) ** 0.5
 
     def test_unknown_kind(self):
         with pytest.raises(ValueError, match="`kind` is 'circle'; it must be one of"):
-            random_known(8, random.Random(0), "circle")
+            random_keep_mask(8, random.Random(0), "circle")
 
 
 class TestDataset:
@@ -103,7 +103,7 @@ class TestDataset:
         plain, masked = ImageDataset(images, 16, seed=3), InpaintingDataset(images, 16, seed=3)
         for index in range(len(images)):
             example = dict(masked[index])
-            assert example.pop("known").shape == (1, 16, 16)
+            assert example.pop("keep_mask").shape == (1, 16, 16)
             assert example.keys() == plain[index].keys()
             assert all(torch.equal(example[name], value) for name, value in plain[index].items())
 
@@ -111,7 +111,7 @@ class TestDataset:
         def all_masks(seed=0, epoch=0):
             dataset = InpaintingDataset(images, 16, seed=seed)
             dataset.set_epoch(epoch)
-            return torch.stack([dataset[index]["known"] for index in reversed(range(len(images)))])
+            return torch.stack([dataset[index]["keep_mask"] for index in reversed(range(len(images)))])
 
         random.seed(1)
         first = all_masks()
@@ -119,10 +119,10 @@ class TestDataset:
         assert torch.equal(first, all_masks())
         assert not torch.equal(first, all_masks(seed=1))
         assert not torch.equal(first, all_masks(epoch=1))
-        assert len({tuple(known.flatten().tolist()) for known in first}) > 6
+        assert len({tuple(keep_mask.flatten().tolist()) for keep_mask in first}) > 6
 
     def test_workers_give_the_same(self, images):
         dataset = InpaintingDataset(images, 16)
         loader = torch.utils.data.DataLoader(dataset, batch_size=6, num_workers=2)
-        batches = torch.cat([batch["known"] for batch in loader])
-        assert torch.equal(batches, torch.stack([dataset[index]["known"] for index in range(len(images))]))
+        batches = torch.cat([batch["keep_mask"] for batch in loader])
+        assert torch.equal(batches, torch.stack([dataset[index]["keep_mask"] for index in range(len(images))]))

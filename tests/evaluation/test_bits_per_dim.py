@@ -730,7 +730,7 @@ class TestCommand:
         model = save_model(tmp_path / "model", random_unet(**CONDITIONAL), id2label=NAMES)
         folder = write_images(tmp_path / "images", {"n0": 1, "n1": 1, "n2": 1, "n3": 1})
         run(tmp_path, model=model, dataset=folder, label_column="label")
-        assert "class names are not the model's ('n0', 'a', ...)" in caplog.text
+        assert "The data has the classes 'n0'" in caplog.text
 
     def test_without_labels_the_null_class_is_evaluated(self, tmp_path, caplog):
         model = save_model(tmp_path / "model", random_unet(**CONDITIONAL))

@@ -341,7 +341,9 @@ class TestUNet:
         short["train_data_dir"] = write_class_folders(tmp_path / "others", {"n01": 8, "n02": 8})
         train(**short)
         assert ADMPipeline.from_pretrained(short["output_dir"]).id2label == {0: "cat", 1: "dog", 2: "n01", 3: "n02"}
-        assert any("None of the data's classes" in r.message and r.levelno == logging.WARNING for r in caplog.records)
+        assert any(
+            "knows none of the data's classes" in r.message and r.levelno == logging.WARNING for r in caplog.records
+        )
 
     def test_names_survive_training_without_labels(self, short):
         train(**short | {"label_column": "none"})

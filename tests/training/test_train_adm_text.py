@@ -280,11 +280,11 @@ class TestFromScratch:
         [
             ('{"hidden_size": 16}', "does not say its `model_type`"),
             ('{"model_type": "bert", "hiden_size": 16}', "holds 'hiden_size'.*Did you mean `hidden_size`"),
-            ('{"model_type": "vit"}', "of type 'vit' is no text encoder"),
-            ("{", "is not valid JSON"),
+            ('{"model_type": "vit"}', "of type 'vit' is not a text encoder"),
+            ("{", "cannot be read: Expecting property name"),
             (
                 '{"_class_name": "GLIDETextModel", "num_layers": 2}',
-                "'num_layers', which `GLIDETextModel` has not. Did you mean `num_hidden_layers`",
+                "'num_layers', which `GLIDETextModel` does not take. Did you mean `num_hidden_layers`",
             ),
             ('{"_class_name": "GLIDETextModel", "max_position_embeddings": 0}', "is 0; it must be at least 1"),
         ],
@@ -351,7 +351,7 @@ class TestGLIDE:
         other = build_text_encoder(self.write_config(tmp_path, vocab_size=40, max_position_embeddings=5), words, 0)
         assert (other.config.vocab_size, other.config.max_position_embeddings) == (40, 5)
         words = toy_tokenizer("glide", max_length=int(1e30))
-        with pytest.raises(ValueError, match="leaves out `max_position_embeddings`, and the tokenizer sets no limit"):
+        with pytest.raises(ValueError, match="lacks `max_position_embeddings`, and the tokenizer sets no limit"):
             build_text_encoder(self.write_config(tmp_path), words, 0)
 
     def test_the_recipe_fits_the_tokenizers_of_the_other(self):
@@ -436,8 +436,8 @@ class TestCaptions:
         train(**short, text_encoder_name_or_path=write_text_encoder(tmp_path / "text", "clip"))
         assert "4 of 25 captions are missing and count as empty." in caplog.text
         assert "1 of 7 distinct captions have more than 12 tokens and are cut." in caplog.text
-        assert "of which this is not read: 'on the green mat'" in caplog.text
-        assert caplog.text.count("is not read") == 1
+        assert "which loses 'on the green mat'" in caplog.text
+        assert "it is not read" not in caplog.text  # by `tokenize`, once more
 
     @pytest.mark.parametrize("kind", ["clip", "t5", "glide"])
     def test_precomputed_embeddings_give_the_same_losses(self, short, tmp_path, monkeypatch, kind):
@@ -573,7 +573,7 @@ class TestTokenizer:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"vocab_size": 10}, "`vocab_size` is 10, but .* tokens already"),
+            ({"vocab_size": 10}, "`vocab_size` is 10, but .* already need .* tokens"),
             ({"vocab_size": 3}, "`vocab_size` is 3; it must be at least 5"),
             ({"caption_column": "caption"}, "`caption_column` is 'caption', but .* has the columns image, text, label"),
             ({"caption_column": "label"}, "`caption_column` 'label' .* which is not text"),
@@ -636,7 +636,7 @@ class TestBadInput:
         ("changes", "message"),
         [
             ({"caption_column": "caption"}, "`caption_column` is 'caption', but .* has the columns image, text, label"),
-            ({"caption_column": "image"}, "`caption_column` 'image' .* which is not text"),
+            ({"caption_column": "image"}, "`caption_column` and `image_column` are both 'image'"),
             (
                 {"label_column": "label", "class_dropout_prob": 0, "validation_prompts": ["a bird"]},
                 "'a bird', which is no caption of the data, .* no null class",

@@ -1,4 +1,4 @@
-"""Hashes of the parts of a pipeline: whether two are the same, wherever they were saved and under whatever name."""
+"""Hashes of the parts of a pipeline, which tell whether two are the same wherever they were saved."""
 
 import hashlib
 import json
@@ -8,25 +8,25 @@ from typing import Any
 import torch
 
 
-# Keys of a saved config that say how it was saved, not what it describes.
+# Keys of a saved config that say how it was saved.
 SAVED_KEYS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
-# And one that says what a network was trained on, which pipelines check: it does not change what the network computes.
+# Keys that describe the training of a network, which pipelines check; they do not change what the network computes.
 TRAINED_ON_KEYS = ("noise_schedule",)
 DIGEST_SIZE = 16  # bytes
 
 
 def hash_plain(value: Any) -> str:
-    """A hash, 32 hexadecimal digits, of a value that JSON can hold; of objects in it, that of the text `str` gives."""
+    """Hashes a JSON value to 32 hexadecimal digits; other objects in it are hashed as `str` prints them."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_SIZE).hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """
-    A hash of names, shapes, dtypes and values, wherever the tensors are.
+    Hashes names, shapes, dtypes and values of tensors on any device.
 
     Args:
-        tensors (mapping of `torch.Tensor`): A `state_dict`, for instance. The order counts.
+        tensors (mapping of `torch.Tensor`): For instance, a `state_dict`. Its order matters.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -40,11 +40,10 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def hash_config(model: Any) -> str:
     """
-    A hash of a model's class and of its config but for what says where it lies, how it was saved and on which noise
-    schedule it was trained.
+    Hashes a model's class and its config, except for where and how it was saved and its noise schedule in training.
 
     Args:
-        model: Of diffusers or of transformers.
+        model: A model of diffusers or transformers.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -52,22 +51,22 @@ def hash_config(model: Any) -> str:
     config = model.config if isinstance(model.config, Mapping) else model.config.to_dict()
     left_out = (*SAVED_KEYS, *TRAINED_ON_KEYS)
     settings = {key: value for key, value in config.items() if key not in left_out and not key.startswith("_")}
-    model = getattr(model, "_orig_mod", model)  # below what `torch.compile` wraps around it
+    model = getattr(model, "_orig_mod", model)  # inside the wrapper of `torch.compile`
     return hash_plain([type(model).__name__, settings])
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
     """
-    A hash of what decides which tokens a prompt becomes, the greatest length included. A tokenizer that has been used
-    has the hash of a new one.
+    Hashes everything that decides which tokens a prompt becomes, the maximum length included. Using a tokenizer does
+    not change its hash.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast one or a slow one.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Fast or slow.
 
     Returns:
         `str`: 32 hexadecimal digits.
     """
-    rules = None  # those of slow ones are their code
+    rules = None  # the rules of slow tokenizers are their code
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         for key in ("truncation", "padding"):  # left over from the latest call

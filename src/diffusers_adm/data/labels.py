@@ -1,71 +1,88 @@
-"""Class labels: their names, beside a model and in its data, and a sampler that balances classes."""
+"""Class labels: their numbers, their names next to a model's weights, and the same classes in other data by name."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .images import ImageDataset
-from .seeding import derive_seed
+
+if TYPE_CHECKING:
+    import datasets
 
 
 logger = logging.getLogger(__name__)
 
+UNLABELLED = -1
 ID2LABEL_NAME = "id2label.json"
+MAX_NAMES = 10  # in a message
 
 
-class BalancedClassSampler(torch.utils.data.Sampler[int]):
+# 1. Numbers
+
+
+def number_labels(values: Sequence[Any], names: Sequence[str] | None, column: str) -> tuple[list[int], dict[int, str]]:
     """
-    Draws the classes equally often (their numbers differ by 1 at most), however many images they have: an epoch is as
-    long as the dataset, holds each image of a small class several times and a random choice of a large one.
-
-    Like `EpochShuffleSampler`, it depends on the seed and the epoch of an `ImageDataset` alone.
+    Maps labels to `0 .. K-1`, and missing ones (None, NaN, -1, empty text) to -1.
 
     Args:
-        dataset (`ImageDataset`): Whose epoch and seed are used.
-        labels (sequence of `int`): The class of each example; classes without examples are not drawn.
+        values (sequence): Integers (as floats, too: pandas stores integers with gaps so), booleans or text.
+        names (sequence of `str`, *optional*): Names of the classes, which then keep their numbers. Otherwise numbers
+            follow the sorted values.
+        column (`str`): Named in errors.
+
+    Returns:
+        `tuple` of the numbers and `id2label` (number -> name).
     """
+    absent = [value is None or value == "" or value == -1 or value != value for value in values]  # NaN != NaN
+    kinds = {type(value) for value, none in zip(values, absent, strict=True) if not none}
+    if not kinds:
+        raise ValueError(f"`label_column` {column!r} holds no label at all. Drop it to train without labels.")
+    if len(kinds) > 1 or not kinds <= {int, bool, str, float}:
+        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"`label_column` {column!r} holds {found} values. Class names, integers or text are needed.")
+    present = {value for value, none in zip(values, absent, strict=True) if not none}
+    odd = [value for value in present if isinstance(value, float) and not value.is_integer()]
+    if odd:
+        raise ValueError(f"`label_column` {column!r} holds {min(odd)}, which is no class. Use integers or text.")
+    originals = range(len(names)) if names is not None else sorted(present)
+    unknown = sorted(present - set(originals))
+    if unknown:
+        raise ValueError(f"`label_column` {column!r} holds {unknown[0]}, but its class names end at {len(names) - 1}.")
+    texts = names or [str(int(value) if isinstance(value, float) else value) for value in originals]
+    to_number = {value: number for number, value in enumerate(originals)}
+    numbers = [UNLABELLED if none else to_number[value] for value, none in zip(values, absent, strict=True)]
+    return numbers, dict(enumerate(texts))
 
-    def __init__(self, dataset: ImageDataset, labels: Sequence[int]):
-        if len(labels) != len(dataset):
-            raise ValueError(f"Got {len(labels)} labels for {len(dataset)} examples. Pass one for each.")
-        self.dataset = dataset
-        ids = torch.as_tensor(labels)
-        self.members = [torch.nonzero(ids == label)[:, 0] for label in ids.unique()]
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+def renumber_labels(dataset: datasets.Dataset, numbers: Mapping[int, int]) -> datasets.Dataset:
+    """
+    Changes the class numbers in the column `label` of a dataset.
 
-    def __iter__(self) -> Iterator[int]:
-        seed = derive_seed(self.dataset.seed, "balanced shuffle", self.dataset.epoch)
-        generator = torch.Generator().manual_seed(seed)
-        share, rest = divmod(len(self.dataset), len(self.members))
-        with_one_more = set(torch.randperm(len(self.members), generator=generator)[:rest].tolist())
-        drawn = []
-        for number, members in enumerate(self.members):
-            wanted = share + (number in with_one_more)
-            rounds = math.ceil(wanted / len(members))
-            # Every image once before any of them comes again.
-            order = [torch.randperm(len(members), generator=generator) for _ in range(rounds)]
-            drawn += [members[torch.cat(order)[:wanted]]] if wanted else []
-        indices = torch.cat(drawn)
-        yield from indices[torch.randperm(len(indices), generator=generator)].tolist()
+    Args:
+        dataset (`datasets.Dataset`): From `load_image_dataset`.
+        numbers (mapping): Old number -> new one; other numbers, such as -1 of unlabelled examples, stay.
+    """
+    if all(old == new for old, new in numbers.items()):
+        return dataset
+    labels = [numbers.get(label, label) for label in dataset["label"][:]]
+    return dataset.remove_columns("label").add_column("label", np.array(labels, dtype=np.int64))
+
+
+# 2. Names
 
 
 def save_id2label(folder: str | os.PathLike, id2label: Mapping[int, str]) -> None:
     """
-    Writes `id2label.json` (class number -> name) beside the weights in `folder`.
-
-    It is a file of its own, since the config of a network holds the arguments of its constructor and nothing else.
+    Writes `id2label.json` (class number -> name) next to the weights in `folder`. It is a separate file because the
+    config of a network holds the arguments of its constructor and nothing else.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps({str(number): name for number, name in id2label.items()}, indent=2, ensure_ascii=False)
@@ -74,12 +91,12 @@ def save_id2label(folder: str | os.PathLike, id2label: Mapping[int, str]) -> Non
 
 def load_id2label(repository: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> dict[int, str] | None:
     """
-    The names of the classes of a classifier saved by `save_id2label`.
+    Loads the class names of a classifier saved by `save_id2label`.
 
     Args:
         repository (`str` or `os.PathLike`): A folder, or a repository on the Hub.
-        subfolder (`str`, *optional*): Where in it the classifier is.
-        kwargs: For a repository on the Hub: `revision`, `cache_dir` and others of `hf_hub_download`.
+        subfolder (`str`, *optional*): The classifier's folder in it.
+        kwargs: Arguments of `hf_hub_download` for a repository on the Hub: `revision`, `cache_dir` and others.
 
     Returns:
         `dict[int, str]`: Class number -> name; None if there is no such file.
@@ -96,68 +113,19 @@ def load_id2label(repository: str | os.PathLike, subfolder: str | None = None, *
     return {int(number): name for number, name in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def match_classes(
-    id2label: Mapping[int, str],
-    known: Mapping[int, str] | Mapping[str, str] | None,
-    num_classes: int | None = None,
-    *,
-    by_number: bool = False,
-) -> dict[int, int]:
-    """
-    For each class of some data, the number that the training data or a network gives the class of the same name. A set
-    that lacks a class may give those after it other numbers, and each image would be taken for one of its neighbour's
-    class.
-
-    Args:
-        id2label (mapping): Number -> name in the data.
-        known (mapping, *optional*): The same of the training data or the network; its numbers may be text, as in JSON.
-        num_classes (`int`, *optional*): Of the network, for `by_number`.
-        by_number (`bool`, defaults to `False`): Where no name is known, but there are as many classes, all numbers are
-            taken for the same classes, with a warning. `False`: such a name is refused.
-
-    Returns:
-        `dict[int, int]`: A known number for each number of `id2label`.
-
-    Raises:
-        ValueError: If a name is not known, or belongs to several classes; with `by_number`, a set without any known
-            name is refused only if it does not have `num_classes` classes.
-    """
-    known = {int(number): name for number, name in (known or {}).items()}
-    found = match_names(id2label, known)
-    unknown = [name for number, name in id2label.items() if number not in found]
-    if not unknown:
-        return found
-    if not by_number:
-        raise ValueError(
-            f"The validation data has the class {unknown[0]!r}, which the training data has not (its classes: "
-            f"{', '.join(map(repr, known.values()))}). Use the same `label_column` values in both."
-        )
-    if found or (num_classes is not None and len(id2label) != num_classes):
-        raise ValueError(
-            f"The data has {len(id2label)} classes and the network {num_classes}, and they cannot be matched by name: "
-            "the "
-            + (f"model does not know {unknown[0]!r}." if known else "model names no classes.")
-            + " Give the data the names, or all of the classes, that the model was trained with."
-        )
-    if known:
-        first, learned = next(iter(id2label.values())), next(iter(known.values()))
-        logger.warning(
-            f"The data's class names are not the model's ({first!r}, {learned!r}, ...). Their numbers are taken for "
-            "the same classes."
-        )
-    else:
-        logger.warning(
-            "The model names no classes. It has as many as the data, so equal numbers are taken for equal classes."
-        )
-    return {number: number for number in id2label}
+def list_names(names: Iterable[object], most: int = MAX_NAMES, quote: Callable[[object], str] = repr) -> str:
+    """Lists the first names and the number of the others, for messages."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(quote, names[:most])) + more
 
 
-MAX_NAMES = 10  # in a message
+# 3. The same classes elsewhere
 
 
 def match_names(id2label: Mapping[int, str], known: Mapping[int, str]) -> dict[int, int]:
     """
-    The numbers that `known` gives the classes of some data, for those whose names it holds.
+    Maps the class numbers of some data to the numbers of the same names in `known`, where it has them.
 
     Args:
         id2label (mapping): Number -> name in the data.
@@ -167,7 +135,7 @@ def match_names(id2label: Mapping[int, str], known: Mapping[int, str]) -> dict[i
         ValueError: If a name belongs to several numbers of `known`.
     """
     if all(known.get(number) == name for number, name in id2label.items()):
-        return {number: number for number in id2label}  # also where two classes have one name
+        return {number: number for number in id2label}  # also where two classes have the same name
     numbers: dict[str, int] = {}
     for number, name in known.items():
         if name in numbers and name in id2label.values():
@@ -179,8 +147,42 @@ def match_names(id2label: Mapping[int, str], known: Mapping[int, str]) -> dict[i
     return {number: numbers[name] for number, name in id2label.items() if name in numbers}
 
 
-def list_names(names: Iterable[str]) -> str:
-    """The first names, quoted, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(map(repr, names[:MAX_NAMES])) + more
+def match_classes(
+    id2label: Mapping[int, str],
+    known: Mapping[int, str] | Mapping[str, str] | None,
+    num_classes: int | None = None,
+    *,
+    by_number: bool = False,
+) -> dict[int, int]:
+    """
+    Maps the class numbers of some data to the numbers of the same names in the training data or in a network. Without
+    it, the images of a set that lacks a class would be taken for their neighbours' classes.
+
+    Args:
+        id2label (mapping): Number -> name in the data.
+        known (mapping, *optional*): Number -> name in the training data or the network; numbers may be text, as in
+            JSON.
+        num_classes (`int`, *optional*): Number of classes of the network.
+        by_number (`bool`, defaults to `False`): If no name matches but there are `num_classes` classes, take equal
+            numbers for equal classes, with a warning.
+
+    Returns:
+        `dict[int, int]`: A known number for each number of `id2label`.
+
+    Raises:
+        ValueError: If a class cannot be matched, or its name belongs to several classes.
+    """
+    known = {int(number): name for number, name in (known or {}).items()}
+    found = match_names(id2label, known)
+    unknown = [name for number, name in id2label.items() if number not in found]
+    if not unknown:
+        return found
+    names = f"names {list_names(known.values())}" if known else "names no classes"
+    if by_number and not found and num_classes in (None, len(id2label)):
+        logger.warning(f"The data has the classes {list_names(unknown)}. The model {names}. Equal numbers are matched.")
+        return {number: number for number in id2label}
+    size = "" if num_classes is None else f" and the network {num_classes}"
+    raise ValueError(
+        f"The data has {len(id2label)} classes{size}, but {list_names(unknown)} cannot be matched by name: the model "
+        f"{names}. Use data with the class names that the model was trained with."
+    )

@@ -1,6 +1,6 @@
 """
-Random masks, to train networks that inpaint: what GLIDE (https://huggingface.co/papers/2112.10741, section 4) calls
-random erased regions. They are drawn where the images are read, on the CPU, by seed, epoch and example alone.
+Random masks to train networks that inpaint, the random erased regions of GLIDE (Nichol et al. 2021,
+https://huggingface.co/papers/2112.10741, section 4). They depend only on the seed, the epoch and the example.
 """
 
 import math
@@ -10,34 +10,37 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..deprecations import renamed
 from .images import ImageDataset
 from .seeding import derive_seed
 
 
-# Shares of the kinds of masks. With the full one, on which nothing is known, the network goes on to learn what it does
-# without an image.
+# Shares of the kinds of masks. The full one keeps nothing, so that the network still learns to generate whole images.
 MASK_SHARES = {"boxes": 0.35, "strokes": 0.35, "half": 0.2, "full": 0.1}
 MAX_BOXES = 3
 MAX_STROKES = 3
-# Of the side of the image: shortest and longest side of a box, thinnest and thickest brush, where a half may end.
+# Fractions of the side of the image: shortest and longest side of a box, thinnest and thickest brush, end of a half.
 BOX_SIDES = (0.2, 0.7)
 BRUSH_WIDTHS = (0.06, 0.25)
 HALF_ENDS = (0.3, 0.7)
-# Corners of a stroke, and how far apart they are, of the side of the image.
+# Corners of a stroke, and their distances as fractions of the side of the image.
 STROKE_CORNERS = (2, 6)
 STROKE_LENGTHS = (0.1, 0.4)
 
 
-def random_known(resolution: int, generator: random.Random, kind: str | None = None) -> torch.Tensor:
+def random_keep_mask(resolution: int, generator: random.Random, kind: str | None = None) -> torch.Tensor:
     r"""
-    What is known of an image: `(1, resolution, resolution)`, float32; 1: kept, 0: to be painted, at least one pixel.
+    Draws a keep mask: 1 where the image is kept, 0 where it is to be inpainted, which is at least one pixel.
 
     Args:
-        resolution (`int`): In pixels.
-        generator (`random.Random`): Source of all that is random.
-        kind (`str`, *optional*): One of `MASK_SHARES`: `"boxes"`: up to three rectangles are unknown; `"strokes"`: up
-            to three strokes of a round brush; `"half"`: all on one side of a horizontal or vertical line; `"full"`:
-            all. `None`: drawn by these shares.
+        resolution (`int`): Height and width in pixels.
+        generator (`random.Random`): Source of the randomness.
+        kind (`str`, *optional*): One of `MASK_SHARES`. `"boxes"` masks up to three rectangles, `"strokes"` up to three
+            strokes of a round brush, `"half"` one side of a horizontal or vertical line, `"full"` everything. None
+            chooses by these shares.
+
+    Returns:
+        `torch.Tensor` of shape `(1, resolution, resolution)`: float32.
 
     Raises:
         ValueError: For another kind.
@@ -46,7 +49,7 @@ def random_known(resolution: int, generator: random.Random, kind: str | None = N
         (kind,) = generator.choices(list(MASK_SHARES), weights=list(MASK_SHARES.values()))
     if kind not in MASK_SHARES:
         raise ValueError(f"`kind` is {kind!r}; it must be one of {list(MASK_SHARES)}.")
-    mask = Image.new("L", (resolution, resolution), 255 if kind == "full" else 0)  # white is unknown
+    mask = Image.new("L", (resolution, resolution), 255 if kind == "full" else 0)  # white is inpainted
     draw = ImageDraw.Draw(mask)
     last = resolution - 1
 
@@ -83,8 +86,11 @@ def random_known(resolution: int, generator: random.Random, kind: str | None = N
 
 
 class InpaintingDataset(ImageDataset):
-    """Examples with a mask: `known`, of `random_known`, anew in each epoch."""
+    """Examples with a random `keep_mask` from `random_keep_mask`, a new one in each epoch."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = random.Random(derive_seed(self.seed, "mask", self.epoch, index))
-        return {**super().__getitem__(index), "known": random_known(self.resolution, generator)}
+        return {**super().__getitem__(index), "keep_mask": random_keep_mask(self.resolution, generator)}
+
+
+__getattr__ = renamed(__name__, {"random_known": "random_keep_mask"})

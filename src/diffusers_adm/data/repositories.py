@@ -1,4 +1,4 @@
-"""Reading the parts of a pipeline that somebody named: on the Hub or in a folder, of today's kind or of 2022's."""
+"""Reading the parts of a pipeline from a folder or the Hub, in the layout of today or of 2022; checks of folders."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ from ..commands.errors import is_mistake
 
 @contextlib.contextmanager
 def reading(argument: str, value: str) -> Iterator[None]:
-    """Gives errors of libraries, which do not know where a path came from, the name of the argument."""
+    """Adds the name of the argument to errors of libraries, which do not know where a path came from."""
     try:
         yield
-    except (OSError, ValueError) as error:  # the latter for what is neither a path nor the name of a repository
+    except (OSError, ValueError) as error:  # ValueError: neither a path nor the name of a repository
         if is_mistake(error):
             raise
         missing = "" if os.path.exists(value) else "is no file or folder here and "
@@ -23,14 +23,14 @@ def reading(argument: str, value: str) -> Iterator[None]:
 
 def from_subfolder_or_root(load: Callable[..., Any], repository: str, subfolder: str, **kwargs: Any) -> Any:
     """
-    `load(repository, subfolder=subfolder, **kwargs)`, or from the root: repositories from before pipelines, such as
-    google/ddpm-cifar10-32, keep the files of all parts there.
+    Calls `load(repository, subfolder=subfolder, **kwargs)`, and without the subfolder if that fails: repositories from
+    before pipelines, such as google/ddpm-cifar10-32, keep the files of all parts in their root.
     """
     try:
         return load(repository, subfolder=subfolder, **kwargs)
     except OSError as error:
-        # huggingface_hub takes the traceback away from an error that is being handled while it meets another; without
-        # it, this one would look as if it had been raised here.
+        # huggingface_hub removes the traceback of an error that is being handled when another occurs. Without it, this
+        # error would seem to be raised here.
         traceback = error.__traceback__
         try:
             return load(repository, **kwargs)
@@ -40,10 +40,8 @@ def from_subfolder_or_root(load: Callable[..., Any], repository: str, subfolder:
 
 def check_can_be_written(argument: str, value: str | os.PathLike) -> None:
     """
-    Looks whether a folder can be made, or written to, before the work whose results it is to hold. Makes nothing.
-
-    Raises:
-        ValueError: If it cannot; it names `argument`.
+    Checks that a folder can be created, or written to, before the work that fills it; raises a `ValueError` otherwise.
+    Creates nothing.
     """
     path = Path(value).absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())

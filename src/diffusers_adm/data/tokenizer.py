@@ -4,8 +4,9 @@ Trains a tokenizer on the captions of a dataset, for a text encoder that is trai
     python -m diffusers_adm.training.tokenizer --data_files data/noto-emoji-32/train.parquet --caption_column text \
         --vocab_size 2048 --model_max_length 32 --output_dir runs/emoji-tokenizer
 
-Lower case, split at spaces and punctuation, then into WordPiece (https://huggingface.co/papers/1609.08144) or byte-pair
-(https://huggingface.co/papers/1508.07909) units; a caption becomes `<bos> ... <eos>`. `AutoTokenizer` reads the result.
+Captions are lower-cased, split at spaces and punctuation, then into WordPiece
+(https://huggingface.co/papers/1609.08144) or byte-pair (https://huggingface.co/papers/1508.07909) units, and become
+`<bos> ... <eos>`. `AutoTokenizer` loads the result.
 """
 
 from __future__ import annotations
@@ -20,31 +21,32 @@ from transformers import PreTrainedTokenizerFast
 
 from ..commands.arguments import arg, check_at_least, parse_args
 from ..commands.errors import run_command
-from .images import load_source, read_captions
+from .columns import read_captions
 from .repositories import check_can_be_written
+from .sources import load_source
 
 
 logger = logging.getLogger("diffusers_adm.training.tokenizer")
 
 Algorithm = Literal["wordpiece", "bpe"]
-# Numbers follow from the order. <eos> is not 2: transformers takes CLIP configs with `eos_token_id` 2 for files from
-# before 2023, and looks for the end of a caption at its highest number.
+# The order gives the ids. <eos> is not 2: transformers takes CLIP configs with `eos_token_id` 2 for files from before
+# 2023, and looks for the end of a caption at its highest id.
 PAD, UNK, BOS, EOS = SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
 
 
 @dataclass
 class TokenizerArguments:
-    caption_column: str = arg("text", "The column of the captions.")
-    dataset_name: str | None = arg(None, "A dataset on the Hub, or the path of a local copy.")
-    dataset_config_name: str | None = arg(None, "Its configuration.")
-    train_data_dir: str | None = arg(None, "A folder of images, with captions in a metadata file or next to them.")
+    caption_column: str = arg("text", "Column of the captions.")
+    dataset_name: str | None = arg(None, "Dataset on the Hub, or path of a local copy.")
+    dataset_config_name: str | None = arg(None, "Configuration of `dataset_name`.")
+    train_data_dir: str | None = arg(None, "Folder of images, with captions in a metadata file or next to them.")
     data_files: list[str] | None = arg(None, "Parquet files.")
-    split: str = arg("train", "The split whose captions are read.")
-    cache_dir: str | None = arg(None, "Where datasets are cached.")
-    algorithm: Algorithm = arg("wordpiece", "How words are split into known pieces.")
-    vocab_size: int = arg(2048, "Number of tokens at most, special ones included.")
-    model_max_length: int = arg(32, "Number of tokens that a caption is cut to, <bos> and <eos> included.")
-    output_dir: str = arg("tokenizer", "Where the tokenizer goes.")
+    split: str = arg("train", "Split of the dataset.")
+    cache_dir: str | None = arg(None, "Cache folder of the datasets; default: that of the `datasets` library.")
+    algorithm: Algorithm = arg("wordpiece", "Algorithm that splits words into units.")
+    vocab_size: int = arg(2048, "Maximum number of tokens, special tokens included.")
+    model_max_length: int = arg(32, "Maximum length of a caption in tokens, <bos> and <eos> included.")
+    output_dir: str = arg("tokenizer", "Folder for the tokenizer.")
 
     def __post_init__(self):
         check_at_least(self, len(SPECIAL_TOKENS) + 1, "vocab_size")
@@ -55,14 +57,17 @@ def train_tokenizer(
     captions: Sequence[str], vocab_size: int, model_max_length: int, algorithm: Algorithm = "wordpiece"
 ) -> PreTrainedTokenizerFast:
     """
+    Trains a tokenizer.
+
     Args:
-        captions (sequence of `str`): To learn from.
-        vocab_size (`int`): Number of tokens at most, special ones included.
-        model_max_length (`int`): Number of tokens that a caption is cut to, `<bos>` and `<eos>` included.
+        captions (sequence of `str`): The training text.
+        vocab_size (`int`): Maximum number of tokens, special tokens included.
+        model_max_length (`int`): Maximum length of a caption in tokens, `<bos>` and `<eos>` included.
         algorithm (`str`, defaults to `"wordpiece"`): Or `"bpe"`.
 
     Raises:
-        ValueError: For an unknown algorithm, or if `vocab_size` does not hold the special tokens and single characters.
+        ValueError: For an unknown algorithm, or if `vocab_size` is too small for the special tokens and the single
+            characters of the captions.
     """
     options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": list(SPECIAL_TOKENS), "show_progress": False}
     if algorithm == "wordpiece":
@@ -80,8 +85,8 @@ def train_tokenizer(
     tokenizer.train_from_iterator(captions, trainer)
     if tokenizer.get_vocab_size() > vocab_size:
         raise ValueError(
-            f"`vocab_size` is {vocab_size}, but special tokens and the single characters of these captions are "
-            f"{tokenizer.get_vocab_size()} tokens already. Pass at least that."
+            f"`vocab_size` is {vocab_size}, but the special tokens and the single characters of these captions already "
+            f"need {tokenizer.get_vocab_size()} tokens. Pass at least that."
         )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)]

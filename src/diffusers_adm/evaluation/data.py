@@ -17,7 +17,11 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..data.images import METADATA_FILES, SPLIT_FOLDERS, ImageDataset, check_images, decode_rgb, load_image_dataset
+from ..data.checks import check_images
+from ..data.columns import load_image_dataset
+from ..data.decoding import decode_rgb
+from ..data.folders import METADATA_FILES, SPLIT_FOLDERS
+from ..data.images import ImageDataset
 from ..data.labels import load_id2label
 from ..data.repositories import from_subfolder_or_root, reading
 from ..data.seeding import derive_seed

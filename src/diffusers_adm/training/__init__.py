@@ -8,31 +8,19 @@ Importing it needs the core dependencies alone; what reads data, recipes or draw
 from ..commands.arguments import arg, check_at_least, given_arguments, parse_args
 from ..conditioning.class_labels import drop_labels
 from ..conditioning.text import drop_captions, encode_captions, stored_conditioning
-from ..data.captions import (
-    CaptionEmbeddings,
-    Captions,
-    CaptionTokens,
-    build_text_encoder,
-    freeze_unused_parameters,
-    load_text_encoder,
-    load_tokenizer,
-)
-from ..data.control import ControlDataset
+from ..data.captions import CaptionEmbeddings, Captions, CaptionTokens
+from ..data.checks import check_batch_fits, check_images
+from ..data.columns import load_image_dataset
+from ..data.decoding import UnusableImageError, decode_rgb
 from ..data.fingerprints import FrozenNetworks
-from ..data.images import (
-    EpochShuffleSampler,
-    ImageDataset,
-    UnusableImageError,
-    check_batch_fits,
-    check_images,
-    decode_rgb,
-    load_image_dataset,
-    renumber_labels,
-)
-from ..data.labels import BalancedClassSampler, load_id2label, match_classes, save_id2label
-from ..data.masks import MASK_SHARES, InpaintingDataset, random_known
+from ..data.images import ImageDataset
+from ..data.labels import load_id2label, match_classes, renumber_labels, save_id2label
+from ..data.masks import MASK_SHARES, InpaintingDataset, random_keep_mask
 from ..data.repositories import from_subfolder_or_root, reading
+from ..data.samplers import BalancedClassSampler, EpochShuffleSampler
 from ..data.seeding import derive_seed, seed_step
+from ..data.text_encoders import build_text_encoder, freeze_unused_parameters, load_text_encoder, load_tokenizer
+from ..deprecations import renamed
 from ..hub.publication import prepare_repository, push_result
 from .arguments import (
     DataArguments,
@@ -121,7 +109,6 @@ __all__ = [
     "Captions",
     "ClassPlan",
     "ClassificationMetrics",
-    "ControlDataset",
     "DataArguments",
     "DiffusionArguments",
     "DiffusionTrainingArguments",
@@ -206,7 +193,7 @@ __all__ = [
     "prepare_repository",
     "pretrained_pipeline_config",
     "push_result",
-    "random_known",
+    "random_keep_mask",
     "reading",
     "record_losses",
     "record_noise_schedule",
@@ -228,3 +215,5 @@ __all__ = [
     "unwrap",
     "widen_input",
 ]
+
+__getattr__ = renamed(__name__, {"ControlDataset": "ImageDataset", "random_known": "random_keep_mask"})

@@ -1,9 +1,8 @@
 """
-Which row of a network belongs to which class of the data: classes are matched by name, new ones get rows of their own.
+The rows of a pretrained network for the classes of the data: classes are matched by name, new ones get new rows.
 
-A network has one row for each class: of the class embedding of a U-Net, or of the last layer of a classifier. A plan
-knows names and numbers only. `match_unet_classes` (unets.py) and `match_classifier_classes` (classification.py) apply
-it.
+A network has one row per class, in the class embedding of a U-Net or in the last layer of a classifier. A plan holds
+only names and numbers; `match_unet_classes` (unets.py) and `match_classifier_classes` (classification.py) apply it.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ class ClassPlan:
     The rows of a network for the classes of some data.
 
     Attributes:
-        sources: For each row, the row of the pretrained network that it copies; None for a new row.
+        sources: The row of the pretrained network that each row copies; None for a new row.
         null_class_id: The row of the null class; None if there is none.
-        id2label: Row -> name, of all rows with a name.
+        id2label: Row -> name, for all rows with a name.
         to_row: Number of a class in the data -> row.
         added: Names of the new classes.
         absent: Names of the classes that are kept although the data lacks them.
-        dropped: Names of the classes that are no longer there.
+        dropped: Names of the removed classes.
     """
 
     sources: tuple[int | None, ...]
@@ -64,27 +63,26 @@ def plan_classes(
 ) -> ClassPlan:
     """
     Plans the rows of a pretrained network for the classes of some data. Classes of the same name share a row, whatever
-    their numbers. The other classes of the data get new rows.
+    their numbers; the other classes of the data get new rows.
 
-    Existing classes keep their rows. New ones follow behind them, in the order of the data. The null class moves behind
-    those if it was last, and stays where it is otherwise.
+    Existing classes keep their rows. New ones follow, in the order of the data. The null class moves behind them if it
+    was last, and stays where it is otherwise.
 
     Args:
         id2label (mapping): Number -> name in the data.
-        known (mapping): Number -> name in the network; empty where it names no classes. Numbers without a row are
-            ignored.
+        known (mapping): Number -> name in the network; empty if it names no classes. Numbers without a row are ignored.
         num_rows (`int`): Rows of the network, the null class included.
         null_class_id (`int`, *optional*): The row of its null class.
-        adds_null (`bool`, defaults to `False`): Add a null class, as the last row, where there is none.
-        replaces (`bool`, defaults to `False`): Keep no other classes than those of the data, which get the numbers that
-            they have there. The null class comes last.
-        frozen (`str`, *optional*): Why the network cannot get new rows; then new classes are refused with this reason.
-        network (`str`, defaults to `"U-Net"`): What messages call it.
+        adds_null (`bool`, defaults to `False`): Add a null class, as the last row, if there is none.
+        replaces (`bool`, defaults to `False`): Keep only the classes of the data, with their numbers there. The null
+            class comes last.
+        frozen (`str`, *optional*): The reason why the network cannot get new rows, which are then an error.
+        network (`str`, defaults to `"U-Net"`): The network's name in messages.
 
     Raises:
-        ValueError: If the classes would need new rows in a frozen network, or if it is unclear which rows they belong
-            to, since some or all rows have no name. The one exception: if no row has a name and there are as many
-            classes in the data, their numbers are taken for the same classes, with a warning.
+        ValueError: If the classes need new rows in a frozen network, or if it is unclear which rows they belong to,
+            because some or all rows have no name. But if no row has a name and the data has as many classes, equal
+            numbers are taken for equal classes, with a warning.
     """
     known = {row: name for row, name in known.items() if row < num_rows}
     class_rows = [row for row in range(num_rows) if row != null_class_id]
@@ -96,23 +94,23 @@ def plan_classes(
     if new and unnamed and not replaces:
         if known or class_rows != list(id2label):
             named = f"{len(class_rows) - len(unnamed)} of them" if known else "none"
-            replace = "" if frozen else "Pass `--replace_classes` to keep only the classes of the data, or name "
+            advice = "Name" if frozen else "Pass `--replace_classes` to keep only the classes of the data, or name"
             raise ValueError(
                 f"The data has {len(id2label)} class(es), the pretrained {network} has {len(class_rows)} and names "
                 f"{named}, so it is unclear which of them {list_names(id2label[number] for number in new)} would be. "
-                f"{replace or 'Name '}all classes of the pretrained model: in `id2label` of a pipeline's "
-                "`model_index.json`, or in `id2label.json` of a classifier."
+                f"{advice} all classes of the pretrained model: in `id2label` of a pipeline's `model_index.json`, or "
+                "in `id2label.json` of a classifier."
             )
         found, new = {number: number for number in id2label}, []
         logger.warning(
-            f"The pretrained {network} names no classes. It has as many as the data, so equal numbers are taken for "
-            f"equal classes: its class 0 for {id2label[0]!r}, and so on."
+            f"The pretrained {network} names no classes and has as many as the data. Equal numbers are taken for equal "
+            f"classes: its class 0 for {id2label[0]!r}, and so on."
         )
     if new and frozen:
         raise ValueError(
             f"The data has classes that the pretrained {network} does not know: "
-            f"{list_names(id2label[number] for number in new)}. They need new rows, but {frozen}. Leave their images "
-            "out, or fine-tune all weights of the model on these classes first."
+            f"{list_names(id2label[number] for number in new)}. They need new rows, but {frozen}. Remove their images, "
+            "or fine-tune all weights of the model on these classes first."
         )
 
     # 2. which row each row copies
@@ -127,7 +125,7 @@ def plan_classes(
     elif null_class_id is not None and null_class_id not in sources:
         sources.append(null_class_id)
 
-    # 3. what follows from it
+    # 3. names and numbers of these rows
     row_of = {source: row for row, source in enumerate(sources) if source is not None}
     new_rows = (row for row, source in enumerate(sources) if source is None)  # a new null class comes last
     to_row = {number: row_of[found[number]] if number in found else next(new_rows) for number in id2label}
@@ -146,16 +144,15 @@ def plan_classes(
 
 
 def log_plan(plan: ClassPlan, network: str) -> None:
-    """Logs which classes a pretrained network knows, and what becomes of its rows."""
+    """Logs which classes a pretrained network knows, gains, keeps and loses."""
     matched = len(plan.to_row) - len(plan.added)
     message = f"Classes of the data: {matched} known to the pretrained {network}, {len(plan.added)} new"
     logger.info(message + (f": {list_names(plan.added)}" if plan.added else ""))
     if plan.absent:
         if not matched:
             logger.warning(
-                f"None of the data's classes is known to the pretrained {network}, whose classes are "
-                f"{list_names(plan.absent)}. All of them are new. If they are the same under other names, rename them; "
-                "`--replace_classes` drops those that the data lacks."
+                f"The pretrained {network} knows none of the data's classes; its own are {list_names(plan.absent)}. If "
+                "they are the same under other names, rename them; `--replace_classes` drops those that the data lacks."
             )
         logger.info(
             f"Classes of the {network} without images here, kept: {len(plan.absent)} ({list_names(plan.absent)})"
@@ -166,20 +163,20 @@ def log_plan(plan: ClassPlan, network: str) -> None:
 
 def copy_rows(table: torch.Tensor, sources: Iterable[int | None], new: torch.Tensor) -> torch.Tensor:
     """
-    A table of the same kind whose rows are copies of those of another.
+    Builds a table from copies of the rows of another.
 
     Args:
-        table (`torch.Tensor` of shape `(num_rows, ...)`): The other one.
-        sources (iterable of `int` or None): For each row of the result, the row to copy; None: `new`.
-        new (`torch.Tensor` of shape `(...)`): What new rows start as.
+        table (`torch.Tensor` of shape `(num_rows, ...)`): The other table.
+        sources (iterable of `int` or None): The row to copy for each row of the result; None for a new row.
+        new (`torch.Tensor` of shape `(...)`): Initial value of new rows.
     """
     return torch.stack([new if source is None else table[source] for source in sources]).detach()
 
 
 def change_config(model: ConfigMixin, **changes: Any) -> None:
     """
-    Changes arguments in the config of a model. Unlike after `register_to_config`, diffusers' `from_config` then takes
-    them for another model, too: it ignores those that were defaults when the model was made.
+    Changes arguments in the config of a model so that diffusers' `from_config` uses them, too. After
+    `register_to_config` it ignores those that were defaults when the model was built.
     """
     defaults = [name for name in model.config.get("_use_default_values", []) if name not in changes]
     model.register_to_config(**changes, _use_default_values=defaults)

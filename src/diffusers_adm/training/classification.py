@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from ..data.images import renumber_labels
+from ..data.labels import renumber_labels
 from ..models.classifier_adagn import AdaGNClassifierModel, AttentionPool2D
 from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
 from .metrics import smooth

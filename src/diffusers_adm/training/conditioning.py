@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
-from ..data.captions import (
-    CaptionEmbeddings,
-    CaptionTokens,
-    build_text_encoder,
-    freeze_unused_parameters,
-    load_text_encoder,
-    load_tokenizer,
-)
+from ..data.captions import CaptionEmbeddings, CaptionTokens
+from ..data.text_encoders import build_text_encoder, freeze_unused_parameters, load_text_encoder, load_tokenizer
 from .arguments import DataArguments, ModelArguments, TextArguments
 
 

@@ -28,9 +28,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..commands.processes import join_processes
-from ..data.images import EpochShuffleSampler, ImageDataset
-from ..data.labels import BalancedClassSampler
+from ..data.images import ImageDataset
 from ..data.repositories import check_can_be_written, from_subfolder_or_root, reading
+from ..data.samplers import BalancedClassSampler, EpochShuffleSampler
 from ..hub.publication import prepare_repository
 from ..schedulers.noise_schedules import alphas_cumprod_of, describe_noise_schedule, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..conditioning.text import cross_attention_width
-from ..data.images import renumber_labels
+from ..data.labels import renumber_labels
 from ..data.repositories import from_subfolder_or_root, reading
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler

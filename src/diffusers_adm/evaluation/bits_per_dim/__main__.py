@@ -26,8 +26,10 @@ from ... import __version__
 from ...commands.arguments import parse_args
 from ...commands.errors import run_command
 from ...commands.processes import join_processes
-from ...data.images import ImageDataset, check_images, load_image_dataset, renumber_labels
-from ...data.labels import match_classes
+from ...data.checks import check_images
+from ...data.columns import load_image_dataset
+from ...data.images import ImageDataset
+from ...data.labels import match_classes, renumber_labels
 from ...data.repositories import check_can_be_written, from_subfolder_or_root, reading
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, respaced_timesteps

@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
 from ...commands.errors import CommandError
-from ...data.images import UNLABELLED
+from ...data.labels import UNLABELLED
 from ...data.seeding import derive_seed
 from ...ops.finiteness import explain_not_finite, not_finite
 from ...schedulers.scheduling_ddpm_learned_variance import (

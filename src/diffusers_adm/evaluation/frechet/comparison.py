@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ...data.images import UNLABELLED
+from ...data.labels import UNLABELLED
 from ...data.seeding import derive_seed
 from ...ops.finiteness import explain_not_finite, not_finite
 from .features import FeatureNetwork

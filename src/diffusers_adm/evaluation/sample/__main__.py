@@ -27,8 +27,8 @@ from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.effects import Rule, check_effects
 from ...commands.errors import run_command
 from ...commands.processes import join_processes
-from ...data.images import UNLABELLED, load_image_dataset
-from ...data.labels import match_classes
+from ...data.columns import load_image_dataset
+from ...data.labels import UNLABELLED, match_classes
 from ...data.repositories import check_can_be_written, reading
 from ...data.seeding import derive_seed
 from ...pipelines import ADMPipeline

@@ -1,0 +1,152 @@
+"""Checks of all images before training: `check_images` decodes each once and drops those that cannot be used."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL
+
+from .decoding import UnusableImageError, decode_condition, decode_rgb
+from .images import example_name
+from .labels import UNLABELLED, list_names
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+logger = logging.getLogger(__name__)
+
+SKIP_REPORT_NAME = "skipped_images.txt"
+# Reasons to skip an image, in addition to those of decoding.py.
+TOO_SMALL, NO_LABEL = "too small", "no label"
+# Bump when `_examine` changes its verdicts: cached results of older versions are then not used.
+CHECK_VERSION = 3
+
+
+def check_images(
+    dataset: datasets.Dataset,
+    resolution: int,
+    min_image_size: int | None = None,
+    allow_unlabelled: bool = True,
+    num_proc: int | None = None,
+    output_dir: str | os.PathLike | None = None,
+    max_names: int = 10,
+    id2label: Mapping[int, str] | None = None,
+) -> tuple[datasets.Dataset, dict[str, list[str]]]:
+    """
+    Decodes every image, and its conditioning image if there is one, and drops those that cannot be used. Their number
+    and names are logged.
+
+    `datasets` caches the result next to the dataset, so that a second launch, and the other processes of the first, do
+    not decode again. It is computed afresh when the dataset, the limits or the version of Pillow change.
+
+    Args:
+        dataset (`datasets.Dataset`): From `load_image_dataset`.
+        resolution (`int`): Training resolution in pixels.
+        min_image_size (`int`, *optional*): Images whose shorter side has fewer pixels are dropped. Defaults to half of
+            `resolution`: upsampling by more than 2 teaches the model blur.
+        allow_unlabelled (`bool`, defaults to True): Keep examples whose label is -1.
+        num_proc (`int`, *optional*): Number of processes that decode.
+        output_dir (`str` or `os.PathLike`, *optional*): Folder for `skipped_images.txt`, which lists all dropped
+            images: one line each with reason, name and details, separated by tabs. Pass it on the main process only. A
+            report of an earlier launch is replaced, or removed if nothing is dropped now.
+        max_names (`int`, defaults to 10): Names to log for each reason.
+        id2label (mapping, *optional*): Names of the classes, for the warning about classes that lose all images.
+
+    Returns:
+        `tuple` of the dataset without these images, and the names of the dropped ones by reason. A name is the path of
+        a file, or the row in the source (with the path stored there, if any).
+
+    Raises:
+        ValueError: If no image is left.
+    """
+    min_image_size = max(1, resolution // 2) if min_image_size is None else min_image_size
+    verdicts = dataset.map(
+        _examine,
+        remove_columns=dataset.column_names,
+        fn_kwargs={
+            "min_image_size": min_image_size,
+            "allow_unlabelled": allow_unlabelled,
+            "version": (CHECK_VERSION, PIL.__version__),
+        },
+        num_proc=num_proc,
+        desc="Checking images",
+    )
+    reasons = verdicts["reason"][:]
+    skipped: dict[str, list[str]] = {}
+    lines = []
+    for index, (reason, details) in enumerate(zip(reasons, verdicts["details"][:], strict=True)):
+        if reason:
+            name = example_name(dataset[index], index)
+            skipped.setdefault(reason, []).append(name)
+            lines.append(f"{reason}\t{name}\t{details}\n")
+    counts = ", ".join(f"{len(names)} {reason}" for reason, names in skipped.items())
+    if output_dir is not None:
+        report = Path(output_dir) / SKIP_REPORT_NAME
+        report.unlink(missing_ok=True)
+        if lines:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text("".join(lines), encoding="utf-8")
+    if len(lines) == len(dataset):
+        raise ValueError(
+            f"None of the {len(dataset)} images can be used: {counts}. The first: {lines[0].strip()!r}. "
+            f"`min_image_size` is {min_image_size} for a resolution of {resolution}."
+        )
+
+    if lines:
+        logger.warning(f"{len(lines)} of {len(dataset)} images are left out: {counts}.")
+        for reason, names in skipped.items():
+            logger.warning(f"  {reason}: {list_names(names, max_names, str)}")
+        if output_dir is not None:
+            logger.warning(f"All names are in {report}.")
+    if "label" in dataset.column_names:
+        labels = dataset["label"][:]
+        kept = [label for label, reason in zip(labels, reasons, strict=True) if not reason]
+        if UNLABELLED in kept:
+            logger.warning(f"{kept.count(UNLABELLED)} of the remaining images have no label and stay unlabelled.")
+        lost = sorted(set(labels) - set(kept) - {UNLABELLED})
+        if lost:
+            names = list_names([(id2label or {}).get(label, label) for label in lost], max_names, str)
+            logger.warning(f"No image is left of these classes, so they are not trained: {names}.")
+    num_dark = sum(verdicts["dark"][:])
+    if num_dark:
+        logger.warning(
+            f"{num_dark} of {len(dataset)} images in `conditioning_image_column` hold no 8-bit value above 1: they are "
+            "almost black, since white is 255. If 1 means white in them, save them with 0 and 255."
+        )
+    if lines:
+        dataset = dataset.select([index for index, reason in enumerate(reasons) if not reason])
+    return dataset, skipped
+
+
+def _examine(example: dict[str, Any], min_image_size: int, allow_unlabelled: bool, version: tuple) -> dict[str, Any]:
+    """Returns the verdict on one example; `version` is only a part of the cache's key."""
+    reason, details, dark = "", "", False
+    try:
+        size = decode_rgb(example["image"]).size
+        if "conditioning_image" in example:
+            dark = int(np.asarray(decode_condition(example["conditioning_image"], size)).max()) == 1
+    except UnusableImageError as error:
+        reason, details = error.reason, str(error)
+    else:
+        if min(size) < min_image_size:
+            reason, details = TOO_SMALL, f"{size[0]} x {size[1]} pixels, shorter side below {min_image_size}"
+        elif not allow_unlabelled and example.get("label") == UNLABELLED:
+            reason, details = NO_LABEL, "unlabelled examples are not allowed"
+    return {"reason": reason, "details": details, "dark": dark}
+
+
+def check_batch_fits(num_examples: int, train_batch_size: int, num_processes: int = 1) -> None:
+    """Checks that each process can fill a batch: a loader that drops incomplete batches would otherwise be empty."""
+    if num_examples < train_batch_size * num_processes:
+        raise ValueError(
+            f"There are {num_examples} usable images, but one step takes {train_batch_size * num_processes} "
+            f"(`train_batch_size` {train_batch_size} on {num_processes} process(es)). Lower `train_batch_size` to at "
+            f"most {num_examples // num_processes}, or add images."
+        )

@@ -1,0 +1,171 @@
+"""The examples of a dataset: which columns hold images, labels, captions and tensors, under names of our own."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .labels import number_labels
+from .seeding import derive_seed
+from .sources import load_source
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_image_dataset(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    data_files: str | Sequence[str] | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str | None = None,
+    cache_dir: str | None = None,
+    max_train_samples: int | None = None,
+    seed: int = 0,
+    caption_column: str | None = None,
+    conditioning_image_column: str | None = None,
+    tensor_columns: Mapping[str, str] | None = None,
+) -> tuple[datasets.Dataset, dict[int, str] | None]:
+    """
+    Loads images, and labels, captions, conditioning images and tensors if named, from exactly one of `dataset_name`,
+    `train_data_dir` and `data_files`.
+
+    Safe inside `accelerator.main_process_first()`: the other processes find the result of the first in the cache.
+
+    Args:
+        dataset_name (`str`, *optional*): A dataset on the Hub, or the path of a local copy of one.
+        dataset_config_name (`str`, *optional*): Its configuration.
+        train_data_dir (`str`, *optional*): A folder of images, searched at every depth. The column `label` is the name
+            of the folder that holds the image; images directly in `train_data_dir` are unlabelled. Hidden files, and
+            folders whose name starts with `__`, are skipped. If all its folders are named like splits (train, test,
+            ...), only `train_data_dir/<split>` is read. Captions next to the images (`cat.txt` for `cat.png`) are the
+            column `text`, if `caption_column` names it. A folder with a `metadata.csv`, `.jsonl` or `.parquet` is read
+            by `datasets`' `imagefolder`: it has the images that this file lists, and the file's columns.
+        data_files (`str` or sequence of `str`, *optional*): Parquet files: paths, patterns or URLs.
+        split (`str`, defaults to "train"): The split to train on; slices such as `train[:10%]` work except for a
+            folder.
+        image_column (`str`, defaults to "image"): Images, encoded images or paths of images.
+        label_column (`str`, *optional*): Class names, integers or text. None loads no labels.
+        cache_dir (`str`, *optional*): Cache folder of `datasets`.
+        max_train_samples (`int`, *optional*): Keep a random subset of that size, in order; the classes stay those of
+            the whole dataset.
+        seed (`int`, defaults to 0): Selects the subset.
+        caption_column (`str`, *optional*): Text. None loads no captions.
+        conditioning_image_column (`str`, *optional*): Conditioning images for a ControlNet, stored like those of
+            `image_column`. None loads none.
+        tensor_columns (mapping, *optional*): Further columns of numbers, as name in the examples -> name of the column,
+            e.g. `{"image_embeds": "clip_embeds"}`.
+
+    Returns:
+        `tuple` of the dataset and `id2label`. The dataset has the columns `image` (not decoded: a dict of `bytes` and
+        `path`), `row` (the index in the source) and, with `label_column`, `label`: an int64 in `[0, len(id2label))`, or
+        -1 for an example without a label (None, NaN, -1 or empty text); with `caption_column`, `caption`: text, "" for
+        a missing one; with `conditioning_image_column`, `conditioning_image`, not decoded; and those of
+        `tensor_columns`. `id2label` (`dict[int, str]`) is None without `label_column`. Class names keep their ids;
+        integers and text get ids in sorted order.
+
+    Raises:
+        ValueError: If not exactly one source is given, it does not exist or is empty, the split or a column is missing,
+            or a column has the wrong type.
+    """
+    if max_train_samples is not None and max_train_samples < 1:
+        raise ValueError(f"`max_train_samples` is {max_train_samples}. Pass at least 1, or None for all examples.")
+    dataset, source = load_source(
+        dataset_name, dataset_config_name, train_data_dir, data_files, split, cache_dir, label_column, caption_column
+    )
+    columns = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "caption_column": caption_column,
+        "conditioning_image_column": conditioning_image_column,
+    } | {f"tensor_columns[{name!r}]": column for name, column in (tensor_columns or {}).items()}
+    columns = {argument: column for argument, column in columns.items() if column is not None}
+    for argument, column in columns.items():
+        check_column(dataset, source, argument, column)
+        for other in ("image_column", "conditioning_image_column"):
+            if argument != other and column == columns.get(other):
+                raise ValueError(f"`{argument}` and `{other}` are both {column!r}. Name two columns.")
+
+    names = {image_column: "image"}
+    if conditioning_image_column is not None:
+        names[conditioning_image_column] = "conditioning_image"
+    tensor_names = {column: name for name, column in (tensor_columns or {}).items()}
+    images = dataset.select_columns([*names, *tensor_names]).rename_columns(names | tensor_names)
+    for column, name in names.items():
+        images = _cast_to_images(images, name, f"`{name}_column` {column!r} of {source}")
+    images = images.add_column("row", np.arange(len(images)))
+    id2label = None
+    if label_column is not None:
+        class_names = getattr(dataset.features[label_column], "names", None)
+        labels, id2label = number_labels(_values(dataset, label_column), class_names, label_column)
+        images = images.add_column("label", np.array(labels, dtype=np.int64))
+    if caption_column is not None:
+        images = images.add_column("caption", read_captions(dataset, source, caption_column))
+
+    if max_train_samples is not None and max_train_samples < len(images):
+        chosen = random.Random(derive_seed(seed, "max_train_samples")).sample(range(len(images)), max_train_samples)
+        images = images.select(sorted(chosen))
+    elif max_train_samples is not None and max_train_samples > len(images):
+        logger.info(f"`max_train_samples` is {max_train_samples}, but there are {len(images)} images: all are taken.")
+    return images, id2label
+
+
+def check_column(dataset: datasets.Dataset, source: str, argument: str, column: str) -> None:
+    """Checks that the dataset called `source` has the column that `argument` names; raises a `ValueError` otherwise."""
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`{argument}` is {column!r}, but {source} has the columns {', '.join(dataset.column_names)}. Pass one of "
+            "them."
+        )
+
+
+def read_captions(dataset: datasets.Dataset, source: str, caption_column: str) -> list[str]:
+    """
+    Reads a column of text. Missing captions (None) become "", and are counted in a warning.
+
+    Raises:
+        ValueError: If there is no such column, or it does not hold text.
+    """
+    import datasets
+
+    check_column(dataset, source, "caption_column", caption_column)
+    feature = dataset.features[caption_column]
+    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string", "null"):
+        raise ValueError(
+            f"`caption_column` {caption_column!r} of {source} is of type {feature}, which is not text. Name a column "
+            "that holds one caption per image."
+        )
+    captions = _values(dataset, caption_column)
+    missing = sum(not caption for caption in captions)
+    if missing == len(captions):
+        raise ValueError(f"`caption_column` {caption_column!r} of {source} holds no caption at all. Leave it out.")
+    if missing:
+        logger.warning(f"{missing} of {len(captions)} captions are missing and count as empty.")
+    return [caption or "" for caption in captions]
+
+
+def _values(dataset: datasets.Dataset, column: str) -> list:
+    return dataset.select_columns(column).with_format("arrow")[:].column(column).to_pylist()
+
+
+def _cast_to_images(dataset: datasets.Dataset, column: str, description: str) -> datasets.Dataset:
+    import datasets
+    import pyarrow
+
+    try:
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{description} is of type {dataset.features[column]}, which cannot hold images, encoded images or paths "
+            "of images. Pass the name of a column that does."
+        ) from error
