@@ -743,7 +743,7 @@ class TestCommand:
             ({"model": "nowhere"}, "`model` is 'nowhere', which is no file or folder here"),
             ({"dataset": "nowhere/at/all"}, "nowhere/at/all"),
             ({"dataset": "{path}/empty"}, "holds no images"),
-            ({"dataset": [EMOJI, "{path}/images"]}, "Only parquet files"),
+            ({"dataset": [EMOJI, "{path}/images"]}, "cannot be read as parquet: Unable to find"),
             ({"dataset": ["{path}/images", "{path}/images"]}, "Several are only taken if they are parquet"),
             ({"dataset": "{path}/splits"}, "has the splits test, train"),
             ({"split": "test"}, "has no such split"),
