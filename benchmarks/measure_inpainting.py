@@ -27,7 +27,7 @@ from measuring import class_labels_for, describe_machine, mean_and_error
 from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline
-from diffusers_adm.training import decode_rgb, labelled_grid, load_image_dataset, random_known
+from diffusers_adm.training import decode_rgb, labelled_grid, load_image_dataset, random_keep_mask
 
 
 KINDS = ("box", "boxes", "strokes", "half")
@@ -38,7 +38,7 @@ GREY = 128  # of what is not known, in the picture
 def make_mask(kind: str, size: int, generator: random.Random) -> np.ndarray:
     """`(size, size)` of `bool`, `True` where the image is known; "box" is the middle quarter of the image."""
     if kind != "box":
-        return random_known(size, generator, kind)[0].numpy() == 1
+        return random_keep_mask(size, generator, kind)[0].numpy() == 1
     known = np.ones((size, size), dtype=bool)
     known[size // 4 : size - size // 4, size // 4 : size - size // 4] = False
     return known

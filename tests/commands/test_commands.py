@@ -127,7 +127,11 @@ def run_here(monkeypatch, name, *arguments):
             ["--checkpoint", "absent.pt", "--output_dir", "out"],
             "absent.pt is not a file",
         ),
-        ("training.tokenizer", ["--data_files", "absent.parquet"], "`data_files` cannot be read as parquet: Unable to find"),
+        (
+            "training.tokenizer",
+            ["--data_files", "absent.parquet"],
+            "`data_files` cannot be read as parquet: Unable to find",
+        ),
         ("hub", ["push", "{recipe}", "a/b"], "{recipe}"),
         ("hub", ["push", "{tmp}", "a/b"], "holds neither a model_index.json nor a config.json"),
     ],

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from .errors import add_debug_argument, fail
+from .errors import add_debug_argument, did_you_mean, fail
 
 
 # The words for None in a recipe. The empty one is a key with nothing after its colon.
@@ -106,8 +105,8 @@ def given_arguments(
     add_debug_argument(parser)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [word.split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
-        hints = [_close_matches(flag[2:], [*arguments, "config", "debug"], prefix="--") for flag in flags]
+        flags = ["--" + word[2:].split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+        hints = [did_you_mean(flag, [f"--{name}" for name in (*arguments, "config", "debug")]) for flag in flags]
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{''.join(hints)} See --help for all.")
     given |= {name: value for name, value in vars(found).items() if name in arguments}
     # In an optional list, `none` was converted like any other entry.
@@ -158,19 +157,18 @@ class _Argument:
         """Adds the argument to `parser`. It is not required, and `--help` shows its value, if `recipe` holds it."""
         default, dashed = recipe.get(self.name, self.default), self.name.replace("_", "-")
         shown = "" if default in (dataclasses.MISSING, None) else f" (default: {default})".replace("%", "%%")
-        words = ("true", "false") if self.kind is bool else self.choices
-        options: dict[str, Any] = {"nargs": "+"} if self.is_list else {}
-        if self.kind is bool:
-            options = {"nargs": "?", "const": True}
+        is_flag = self.kind is bool
+        words = ("true", "false") if is_flag else self.choices
         parser.add_argument(
             *dict.fromkeys((f"--{self.name}", f"--{dashed}")),
             type=self.convert,
             required=default is dataclasses.MISSING,
             metavar=f"{{{','.join(words)}}}" if words else self.name.upper(),
             help=self.help + shown,
-            **options,
+            nargs="+" if self.is_list else "?" if is_flag else None,
+            const=True if is_flag else None,
         )
-        if self.kind is bool and self.default is True:
+        if is_flag and self.default is True:
             names = dict.fromkeys((f"--no_{self.name}", f"--no-{dashed}"))
             parser.add_argument(
                 *names, action="store_false", dest=self.name, help=f"The same as `--{self.name} false`."
@@ -182,11 +180,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(message if "--help" in message else f"{message}. See --help for all arguments.")
-
-
-def _close_matches(name: str, known: Collection[str], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(name, known)
-    return f" Did you mean {' or '.join(f'`{prefix}{match}`' for match in matches)}?" if matches else ""
 
 
 def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> dict[str, Any]:
@@ -213,7 +206,7 @@ def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> dict[str, A
         key, place = construct(key_node), f"`--config` {recipe!r}, line {key_node.start_mark.line + 1}"
         if key not in arguments:
             raise ValueError(
-                f"{place}: unknown key {key!r}.{_close_matches(str(key), arguments)} Keys are the names of the "
+                f"{place}: unknown key {key!r}.{did_you_mean(str(key), arguments)} Keys are the names of the "
                 "command line's arguments, with underscores and without dashes in front."
             )
         if key in values:

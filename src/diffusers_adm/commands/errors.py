@@ -8,12 +8,13 @@ Every script of `training/` and every `python -m diffusers_adm...` starts its `m
 from __future__ import annotations
 
 import argparse
+import difflib
 import dis
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -78,6 +79,12 @@ def fail(message: str, exit_code: int = EXIT_CODE) -> NoReturn:
         report = {"message": message, "timestamp": int(time.time())}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report), encoding="utf-8")
     raise SystemExit(exit_code)
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Returns a sentence, after a space, with the known names that resemble `name`; "" if none does."""
+    matches = difflib.get_close_matches(name, known, most)
+    return f" Did you mean {' or '.join(f'`{match}`' for match in matches)}?" if matches else ""
 
 
 def _wait_for_main_process() -> None:

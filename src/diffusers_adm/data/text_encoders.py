@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import os
@@ -13,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from ..commands.errors import did_you_mean
 from ..conditioning.text import NO_MAX_LENGTH, encode_captions, text_model_kwargs
 from ..models.text_encoder_glide import GLIDETextModel
 from .fingerprints import SAVED_KEYS
@@ -192,8 +192,5 @@ def _check_keys(name_or_path: str, keys: Iterable[str], config_class: type, know
     known = list(known)
     for key in keys:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise ValueError(
-                f"The config {name_or_path} holds {key!r}, which `{config_class.__name__}` does not take.{hint}"
-            )
+            problem = f"The config {name_or_path} holds {key!r}, which `{config_class.__name__}` does not take."
+            raise ValueError(problem + did_you_mean(key, known, 1))
