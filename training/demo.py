@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """
-`make demo`: fine-tunes the demonstration model towards another style, and draws the same noise before and after.
+`make demo`: fine-tunes the demonstration model to another style, and generates from the same noise before and after.
 
-The model in spaces/model draws Noto emoji. Training is the real script, `accelerate launch training/train_adm.py` with
-the recipe configs/emoji_32_twemoji.yaml: some 200 Twemoji. Beside the loss curves that training has drawn, this draws
-two pictures: samples by prompt of both models, and one sample on its way from noise to image.
+The model in spaces/model generates Noto emoji. It is trained by `accelerate launch training/train_adm.py` with the
+recipe configs/emoji_32_twemoji.yaml on some 200 Twemoji. In addition to the loss curves of the training, this writes
+two images: samples of both models by prompt, and the denoising of one sample.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from diffusers_adm.training import labelled_grid
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_OUTPUT_DIR = Path("outputs/demo")
-# With their categories. Pictures of the first two are among those that are trained on, in the new style; of the others
-# none is.
+# Prompts and their categories. Only the first two are in the training data of the new style.
 PROMPTS = {
     "red apple": "Food & Drink",
     "bus": "Travel & Places",
@@ -46,14 +45,14 @@ STRIP_PROMPT = "grinning face"
 def train(output_dir: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command += ["--config_file", str(REPOSITORY / "training" / "configs" / "accelerate_single_process.yaml")]
-    # Without it `accelerate launch` sets one thread a process, or as many as there are physical cores.
+    # By default, `accelerate launch` sets one thread per process, or as many as there are physical cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     command += ["--num_cpu_threads_per_process", str(cores)]
     command += [str(REPOSITORY / "training" / "train_adm.py"), "--config", "training/configs/emoji_32_twemoji.yaml"]
     # The recipe's paths are relative to the repository.
     done = subprocess.run([*command, "--output_dir", str(output_dir), *arguments], cwd=REPOSITORY)
     if done.returncode != 0:
-        raise CommandError("The training has ended with an error, which stands above.", done.returncode)
+        raise CommandError("The training has failed with the error above.", done.returncode)
 
 
 def load(folder: Path, **kwargs) -> ADMPipeline:
@@ -63,8 +62,8 @@ def load(folder: Path, **kwargs) -> ADMPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def draw(pipeline: ADMPipeline, args: argparse.Namespace) -> list[Image.Image]:
-    """`SAMPLES_PER_PROMPT` pictures of each prompt, the same seeds for each."""
+def generate(pipeline: ADMPipeline, args: argparse.Namespace) -> list[Image.Image]:
+    """`SAMPLES_PER_PROMPT` samples of each prompt, with the same seeds for each."""
     prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
     return pipeline(
         prompts,
@@ -76,7 +75,7 @@ def draw(pipeline: ADMPipeline, args: argparse.Namespace) -> list[Image.Image]:
 
 
 def denoising_strip(pipeline: ADMPipeline, num_inference_steps: int, **kwargs) -> dict[str, Image.Image]:
-    """The sample at `STRIP_IMAGES` evenly spaced steps of one sampling run, noise and result included, by its label."""
+    """The sample at `STRIP_IMAGES` evenly spaced steps from noise to result, by label."""
     shown = [round(i * num_inference_steps / (STRIP_IMAGES - 1)) for i in range(STRIP_IMAGES)]
     size = pipeline.unet.config.sample_size
     latents = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(11))
@@ -104,14 +103,14 @@ def main() -> None:
     output_dir = args.output_dir.resolve()
     start = time.perf_counter()
 
-    # The default folder is ours to empty, unless its run shall go on; one that someone names is not.
+    # Only the default folder is emptied, unless its run is resumed.
     if args.output_dir == DEFAULT_OUTPUT_DIR and not any("resume_from_checkpoint" in a for a in train_arguments):
         shutil.rmtree(output_dir, ignore_errors=True)
-    before = draw(load(REPOSITORY / "spaces" / "model" / "base", variant="fp16"), args)
+    before = generate(load(REPOSITORY / "spaces" / "model" / "base", variant="fp16"), args)
     train(output_dir, train_arguments)
 
     pipeline = load(output_dir)
-    after = draw(pipeline, args)
+    after = generate(pipeline, args)
     scale = max(1, 64 // after[0].width)
     rows = [list(range(i, i + SAMPLES_PER_PROMPT)) for i in range(0, len(after), SAMPLES_PER_PROMPT)]
     images = [images[i] for row in rows for images in (before, after) for i in row]
@@ -130,12 +129,12 @@ def main() -> None:
     )
 
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at:")
-    for name, what in (
-        ("samples.png", "the same noise, drawn before and after"),
-        ("denoising.png", "one sample on its way from noise to image"),
+    for name, content in (
+        ("samples.png", "samples from the same noise, before and after"),
+        ("denoising.png", "one sample, from noise to image"),
         ("loss_curves.png", "loss, its terms, and by quarter of the timesteps"),
     ):
-        print(f"  {os.path.relpath(output_dir / name)}  {what}")
+        print(f"  {os.path.relpath(output_dir / name)}  {content}")
     print(f'and load it yourself: ADMPipeline.from_pretrained("{os.path.relpath(output_dir)}")')
 
 

@@ -40,7 +40,7 @@ MOVED_MODULES = {
         "data.samplers",
         "data.sources",
     ),
-    "training.fingerprints": ("data.fingerprints",),
+    "training.fingerprints": ("data.fingerprints", "training.frozen"),
     "training.masks": ("data.masks",),
     "training.publication": ("hub.publication", "training.setup"),
     "training.repositories": ("data.repositories",),
@@ -67,6 +67,25 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         _warn(f"{module}.{name}", f"{module}.{names[name]}")
         return getattr(sys.modules[module], names[name])
+
+    return __getattr__
+
+
+def moved(module: str, targets: Mapping[str, str]) -> Callable[[str], Any]:
+    """
+    A module's `__getattr__` that finds what has gone to other modules of the package, and warns.
+
+    Args:
+        module (`str`): Its `__name__`.
+        targets (mapping): From old names to new places below the package, such as `hub.publication.push_result`.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in targets:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, _, new = targets[name].rpartition(".")
+        _warn(f"{module}.{name}", f"{PACKAGE}.{targets[name]}")
+        return getattr(importlib.import_module(f"{PACKAGE}.{place}"), new)
 
     return __getattr__
 

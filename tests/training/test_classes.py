@@ -19,8 +19,10 @@ from diffusers_adm import (
     ADMSuperResolutionPipeline,
     LearnedVarianceDDPMScheduler,
 )
-from diffusers_adm.training import ClassPlan, load_id2label, plan_classes, renumber_labels, save_id2label
-from diffusers_adm.training.classification import fit_classifier_head
+from diffusers_adm.conditioning import class_labels
+from diffusers_adm.training import ClassPlan, load_id2label, plan_classes, renumber_labels, save_id2label, validation
+from diffusers_adm.training import run as training_run
+from diffusers_adm.training.classifiers import fit_classifier_head
 from diffusers_adm.training.unets import fit_class_embedding
 
 
@@ -37,8 +39,9 @@ scripts = {
 def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for script in scripts.values():
-        for plot in ("plot_loss_curves", "plot_classifier_curves"):  # slow, and tested elsewhere
+        for plot in ("plot_classifier_curves",):  # slow, and tested elsewhere
             monkeypatch.setattr(script, plot, lambda *args: None, raising=False)
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)
     with own_process_state("train_adm"), own_process_state("train_classifier"):
         yield
 
@@ -351,9 +354,9 @@ class TestUNet:
 
     def test_validation_shows_the_classes_of_the_data(self, short, monkeypatch):
         shown = []
-        draw = scripts["train_adm"].draw
+        generate = validation.generate
         monkeypatch.setattr(
-            scripts["train_adm"], "draw", lambda pipe, wanted, args: shown.append(wanted) or draw(pipe, wanted, args)
+            validation, "generate", lambda pipe, wanted, args: shown.append(wanted) or generate(pipe, wanted, args)
         )
         train(**short)
         assert [wanted["class_labels"] for wanted in shown[-1]] == [0, 2]  # cat and cow, without the dog
@@ -384,9 +387,9 @@ class TestFrozenUNet:
             ("train_controlnet", {"condition": "edges", "conditioning_embedding_out_channels": 4}),
         ):
             seen = set()
-            drop = scripts[script].drop_labels
+            drop = class_labels.drop_labels
             monkeypatch.setattr(
-                scripts[script], "drop_labels", lambda *a, d=drop, s=seen: s.update(a[0].tolist()) or d(*a)
+                class_labels, "drop_labels", lambda *a, d=drop, s=seen: s.update(a[0].tolist()) or d(*a)
             )
             train(script, **short | {"output_dir": str(tmp_path / script)}, **arguments)
             assert seen == {1}

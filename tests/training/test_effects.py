@@ -13,6 +13,7 @@ from diffusers_adm.evaluation.bits_per_dim.__main__ import Arguments as BoundArg
 from diffusers_adm.evaluation.data import find_dataset, read_images
 from diffusers_adm.evaluation.sample.__main__ import Arguments as SampleArguments
 from diffusers_adm.training import check_effects, load_noise_scheduler, parse_args
+from diffusers_adm.training import run as training_run
 
 
 SCRIPTS = {
@@ -100,7 +101,7 @@ def test_published_recipes(recipe, monkeypatch):
 
 def test_a_run_tells(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(SCRIPTS["train_adm"], "plot_loss_curves", lambda *args: None)
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)
     (tmp_path / "unet.json").write_text(json.dumps(TOY_CONFIG))
     arguments = SHORT_RUN | {
         "model_config_name_or_path": str(tmp_path / "unet.json"),
@@ -221,4 +222,4 @@ def test_prompts_that_no_grid_shows(tmp_path, monkeypatch, caplog):
         reset_accelerate()
         with pytest.raises(ValueError, match="no cross-attention"):  # which comes later
             script.main(flags(**arguments))
-    assert "`num_validation_images` is 1, so that these of `validation_prompts` are not shown: 'bus'." in caplog.text
+    assert "`num_validation_images` is 1, so these of `validation_prompts` are not used: 'bus'." in caplog.text

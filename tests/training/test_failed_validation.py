@@ -25,15 +25,21 @@ from toy_models import TOY_CLASSIFIER_CONFIG, TOY_CONFIG, random_unet
 
 from diffusers_adm.commands.errors import CommandError, run_command
 from diffusers_adm.training import find_latest_checkpoint
+from diffusers_adm.training import run as training_run
 
 
 # The function that makes the validation images, or the measurements; the one that plots; and where the weights go.
 SCRIPTS = {
     "train_adm": ("sample_grid", "plot_loss_curves", "unet"),
     "train_classifier": ("evaluate", "plot_classifier_curves", "classifier"),
-    "train_controlnet": ("sample_grid", "plot_loss_curves", "."),
-    "train_super_resolution": ("sample_grid", "plot_loss_curves", "unet"),
+    "train_controlnet": ("control_grid", "plot_loss_curves", "."),
+    "train_super_resolution": ("super_resolution_grid", "plot_loss_curves", "unet"),
 }
+
+
+def plotter(name):
+    """The module whose function plots the curves."""
+    return LOADED[name] if name == "train_classifier" else training_run
 
 
 def arguments_of(name, folder):
@@ -84,7 +90,7 @@ def run(request, monkeypatch, tmp_path):
     LOADED[name] = load_script(name)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     if name != "train_classifier":  # where the plots are tested
-        monkeypatch.setattr(LOADED[name], "plot_loss_curves", lambda *args: None)
+        monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)
     with own_process_state(name):
         yield name, LOADED[name], arguments_of(name, tmp_path)
     LOADED.clear()
@@ -128,7 +134,7 @@ class TestFailures:
 
     def test_in_the_plots(self, run, monkeypatch, caplog):
         name, script, arguments = run
-        monkeypatch.setattr(script, SCRIPTS[name][1], fail)
+        monkeypatch.setattr(plotter(name), SCRIPTS[name][1], fail)
         with pytest.raises(CommandError, match="saved in"):
             train(name, **arguments | {"max_train_steps": 1})
         assert saved(name, arguments["output_dir"])
@@ -219,7 +225,7 @@ def test_conditions_of_zeros_and_ones(tmp_path, monkeypatch, caplog):
     name = "train_controlnet"
     with own_process_state(name):
         LOADED[name] = load_script(name)
-        monkeypatch.setattr(LOADED[name], "plot_loss_curves", lambda *args: None)
+        monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)
         arguments = arguments_of(name, tmp_path) | {"data_files": str(tmp_path / "images.parquet")}
         del arguments["condition"]
         train(name, **arguments | {"conditioning_image_column": "mask", "max_train_steps": 1})

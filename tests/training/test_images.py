@@ -53,7 +53,6 @@ def test_missing_pictures_stay_blank_and_grey_is_accepted():
         ({"images": [solid(0), solid(0, (4, 4))]}, "must have one size"),
         ({"row_labels": ["a", "b"]}, "`row_labels` holds 2 labels but the grid has 1"),
         ({"col_labels": ["a"]}, "`col_labels` holds 1 labels but the grid has 2"),
-        ({"scale": 0}, "must be at least 1"),
     ],
 )
 def test_errors(arguments, message):

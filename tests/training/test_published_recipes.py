@@ -11,6 +11,7 @@ from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, LearnedVarianc
 from diffusers_adm.conversion import PRESETS
 from diffusers_adm.conversion.openai_flags import model_config, scheduler_config
 from diffusers_adm.training import build_unet, load_noise_scheduler, load_unet_config, parse_args
+from diffusers_adm.training.classifiers import build_classifier, load_classifier_config
 
 
 train_adm, train_classifier = load_script("train_adm"), load_script("train_classifier")
@@ -69,9 +70,9 @@ def test_the_training_script_takes_it(name, monkeypatch):
             unet = build_unet(model, data, config, 1000 if data.label_column else None)
         assert sum(parameter.numel() for parameter in unet.parameters()) == preset.num_parameters
     if kind == "classifier":
-        config = train_classifier.load_classifier_config(model, data)
+        config = load_classifier_config(model, data)
         with torch.device("meta"):
-            classifier = train_classifier.build_classifier(model, data, config, dict.fromkeys(range(1000), ""))
+            classifier = build_classifier(model, data, config, dict.fromkeys(range(1000), ""))
         assert sum(parameter.numel() for parameter in classifier.parameters()) == preset.num_parameters
         assert training.noised
         assert not training.use_ema

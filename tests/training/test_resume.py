@@ -28,18 +28,10 @@ from toy_models import TOY_CLASSIFIER_CONFIG, TOY_CONFIG, random_text_unet, rand
 
 from diffusers_adm import AdaGNClassifierModel, AdaGNControlNetModel, AdaGNUNet2DModel, ADMPipeline
 from diffusers_adm.evaluation.sample.__main__ import main as sample
-from diffusers_adm.training import check_effects
-from diffusers_adm.training.resume import (
-    APPLIED,
-    FREE,
-    NEVER,
-    OF_ONE_START,
-    PROCESS,
-    SOURCE,
-    VERDICTS,
-    apply_arguments,
-    parse_run,
-)
+from diffusers_adm.training import check_effects, classifiers, diffusion
+from diffusers_adm.training import run as training_run
+from diffusers_adm.training.arguments import APPLIED, FREE, NEVER, PROCESS, Verdict, resume_verdicts
+from diffusers_adm.training.resume import OF_ONE_START, apply_arguments, parse_run
 
 
 NAMES = ("train_adm", "train_classifier", "train_controlnet", "train_super_resolution")
@@ -47,6 +39,9 @@ SCRIPTS = {name: load_script(name) for name in NAMES}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREVIOUS = Path("tests", "training", "data", "previous_version")  # as its record has it: relative to the repository
 
+VERDICTS = {}
+for script in SCRIPTS.values():
+    VERDICTS |= resume_verdicts(script.ARGUMENT_TYPES)
 ALL_ARGUMENTS = {
     name: [f.name for types in script.ARGUMENT_TYPES for f in dataclasses.fields(types)]
     for name, script in SCRIPTS.items()
@@ -58,17 +53,16 @@ def with_verdict(*verdicts):
         pytest.param(script, name, id=f"{script}-{name}")
         for script, arguments in ALL_ARGUMENTS.items()
         for name in arguments
-        if VERDICTS.get(name) in verdicts
+        if VERDICTS[name] in verdicts
     ]
 
 
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for script in SCRIPTS.values():  # slow, and tested elsewhere
-        for name in ("plot_loss_curves", "plot_classifier_curves"):
-            if hasattr(script, name):
-                monkeypatch.setattr(script, name, lambda *args: None)
+    # Slow, and tested elsewhere.
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)
+    monkeypatch.setattr(SCRIPTS["train_classifier"], "plot_classifier_curves", lambda *args: None)
     with own_process_state("train_adm"):
         yield
 
@@ -98,12 +92,16 @@ def weights(folder, component="unet"):
     return load_file(Path(folder, component, WEIGHTS))
 
 
-# 1. The table, against all arguments of all scripts
+# 1. All arguments of all scripts
 
 
-def test_every_argument_has_a_verdict_and_no_others_have():
-    assert set(VERDICTS) == {name for arguments in ALL_ARGUMENTS.values() for name in arguments}
-    assert set(VERDICTS.values()) == {FREE, APPLIED, PROCESS, NEVER, SOURCE}
+def test_every_argument_has_a_verdict():
+    for script in SCRIPTS.values():
+        for types in script.ARGUMENT_TYPES:
+            for field in dataclasses.fields(types):
+                assert isinstance(field.metadata["resume"], Verdict), field.name
+                assert field.metadata["resume"] is VERDICTS[field.name], f"{field.name} differs between scripts"
+    assert set(VERDICTS.values()) == set(Verdict)
 
 
 def test_the_page_names_what_is_applied_and_what_is_never_loaded():
@@ -471,14 +469,13 @@ class TestApplied:
         arguments |= {"pretrained_model_name_or_path": base, "caption_column": "text", "output_dir": tmp_path / "run"}
         run("train_adm", **arguments)
         shown = []
-        caption_model_kwargs = SCRIPTS["train_adm"].caption_model_kwargs
+        training_losses = SCRIPTS["train_adm"].training_losses
 
-        def recorded(batch, captions, empty_caption, *args):
-            kwargs = caption_model_kwargs(batch, captions, empty_caption, *args)
-            shown.append(kwargs["encoder_hidden_states"])
-            return kwargs
+        def recorded(*args, model_kwargs, **kwargs):
+            shown.append(model_kwargs["encoder_hidden_states"])
+            return training_losses(*args, model_kwargs=model_kwargs, **kwargs)
 
-        monkeypatch.setattr(SCRIPTS["train_adm"], "caption_model_kwargs", recorded)
+        monkeypatch.setattr(SCRIPTS["train_adm"], "training_losses", recorded)
         changes = {"caption_dropout_prob": 1.0, "precompute_text_embeddings": True, "validation_prompts": ["a cat"]}
         folder = {"cache_dir": tmp_path / "cache", "output_dir": tmp_path / "run"}
         run("train_adm", **changes, **folder, max_train_steps=3, resume_from_checkpoint="latest")
@@ -616,7 +613,9 @@ class TestSources:
         run("train_adm", **arguments)
         save_base(tmp_path / "base", random_unet(seed=1, num_class_embeds=10, null_class_id=9))
         resume = {"output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest", "max_train_steps": 3}
-        with pytest.raises(ValueError, match="the frozen U-Net is [0-9a-f]{32} .a hash., and was [0-9a-f]{32} for"):
+        with pytest.raises(
+            ValueError, match="the hash of the frozen U-Net is .[0-9a-f]{32}., and was .[0-9a-f]{32}. for"
+        ):
             run("train_adm", **resume)
 
 
@@ -634,7 +633,8 @@ def test_another_script(begun):
 @pytest.mark.parametrize("script", NAMES)
 def test_where_results_go_is_looked_at_before_the_data(begun, toys, tmp_path, monkeypatch, script):
     begun(script)
-    monkeypatch.setattr(SCRIPTS[script], "load_image_dataset", lambda **kwargs: pytest.fail("the data was read"))
+    for module in (diffusion, classifiers):
+        monkeypatch.setattr(module, "load_image_dataset", lambda **kwargs: pytest.fail("the data was read"))
     with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
         run(script, **toys[script])
     (tmp_path / "file").touch()
@@ -653,7 +653,7 @@ def test_a_resume_that_fails_leaves_the_record_of_the_run(begun, tmp_path):
 
 
 def test_fewer_steps_than_the_checkpoint_has(begun):
-    with pytest.raises(ValueError, match="is to end at step 1 .*trained for 2 steps already.*can be loaded from"):
+    with pytest.raises(ValueError, match="ends at step 1 .*trained for 2 steps already.*can be loaded from"):
         run("train_adm", max_train_steps=1, resume_from_checkpoint=str(begun("train_adm") / "checkpoint-2"))
 
 
@@ -775,7 +775,7 @@ class TestData:
     def test_an_image_less(self, folders, tmp_path):
         (folders / "red" / "0.png").unlink()
         with pytest.raises(
-            ValueError, match="the data has 7 usable images, and had 8 for checkpoint-1.*--force_resume"
+            ValueError, match="the number of usable images is 7, and was 8 for checkpoint-1.*--force_resume"
         ):
             self.resume(tmp_path)
         self.resume(tmp_path, force_resume=True)

@@ -7,8 +7,8 @@ from diffusers.training_utils import EMAModel
 from runs import reset_accelerate
 
 from diffusers_adm.training import AfterStep, LossMetrics, TrainingArguments, TrainingProgress, UniformTimestepSampler
+from diffusers_adm.training.log import DivergenceWatch
 from diffusers_adm.training.losses import TrainingLosses
-from diffusers_adm.training.setup import DivergenceWatch
 from diffusers_adm.training.steps import record_losses
 
 
@@ -62,7 +62,6 @@ def test_what_is_due_when():
     assert run.progress == TrainingProgress(global_step=7)
     assert run.log.steps == 7
     assert [step for step, due in dues.items() if due.checkpoint] == [3, 6, 7]
-    assert [step for step, due in dues.items() if due.end] == [7]
     assert [step for step, due in dues.items() if due.validation] == [5]
     # Losses 0, 1, ... 6; a row has the mean of those since the row before, and ends with a checkpoint.
     assert run.log.rows == [
@@ -121,7 +120,7 @@ class TestDivergenceWatch:
         watch = DivergenceWatch()
         for _ in range(30):
             assert watch.update({"loss": 1.0, "mse": 0.005}) is None
-        assert "its mse is 0.9, and had come down to 0.005" in watch.update({"loss": 1.0, "mse": 0.9})
+        assert "its mse is 0.9, and had fallen to 0.005" in watch.update({"loss": 1.0, "mse": 0.9})
         assert watch.update({"loss": 1.0, "mse": 0.006}) is None  # it has recovered
 
     def test_a_classifier_that_knows_its_images_by_heart(self):

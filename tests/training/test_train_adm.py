@@ -34,7 +34,15 @@ from toy_models import CONDITIONAL, TOY_CONFIG, random_diffusers_unet, random_un
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.text import check_text_encoder
-from diffusers_adm.training import build_text_encoder, find_latest_checkpoint, parse_args
+from diffusers_adm.training import (
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    find_latest_checkpoint,
+    load_unet_config,
+    parse_args,
+)
+from diffusers_adm.training import run as training_run
 
 
 # Those that train with what a clone holds. (Upsamplers, inpainters and branches: test_train_super_resolution.py,
@@ -321,25 +329,31 @@ def train_slowly(argv):
     """The whole run, in a process group of its own, so that its workers are killed with it."""
     os.setsid()
     fork_workers()
-    seed_step = train_adm.seed_step
+    seed_step = training_run.seed_step
 
     def slow_seed_step(*arguments):
         time.sleep(0.2)
         seed_step(*arguments)
 
-    train_adm.seed_step = slow_seed_step
+    training_run.seed_step = slow_seed_step
     train_adm.main(argv)
 
 
 def train_and_fingerprint(argv):
     """A hash of everything that must be equal on all processes, taken when the last checkpoint is written."""
     fork_workers()
-    hashes = []
-    save_checkpoint = train_adm.save_checkpoint
+    hashes, runs = [], []
+    save_checkpoint, prepare = training_run.save_checkpoint, training_run.TrainingRun._resume
+
+    def keep(run, *arguments):
+        runs.append(run)
+        prepare(run, *arguments)
+
+    training_run.TrainingRun._resume = keep
 
     def hash_and_save(accelerator, *arguments):
         tensors = list(accelerator.unwrap_model(accelerator._models[0]).parameters())
-        tensors += arguments[-1].__self__.ema.shadow_params  # of the record of the run
+        tensors += runs[-1].ema.shadow_params
         for registered in accelerator._custom_objects:
             state = registered.state_dict()
             tensors += [x for value in state.values() for x in (value if isinstance(value, list) else [value])]
@@ -349,7 +363,7 @@ def train_and_fingerprint(argv):
         hashes.append(digest.hexdigest())
         return save_checkpoint(accelerator, *arguments)
 
-    train_adm.save_checkpoint = hash_and_save
+    training_run.save_checkpoint = hash_and_save
     train_adm.main(argv)
     return hashes
 
@@ -375,17 +389,17 @@ class TestSingleProcess:
         train(**arguments)
         assert sorted(path.name for path in Path(folder).glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
 
-        seed_step = train_adm.seed_step
+        seed_step = training_run.seed_step
 
         def fail_after_step_8(seed, process_index, micro_step):
             if micro_step == 8:
                 raise RuntimeError("the machine is gone")
             seed_step(seed, process_index, micro_step)
 
-        monkeypatch.setattr(train_adm, "seed_step", fail_after_step_8)
+        monkeypatch.setattr(training_run, "seed_step", fail_after_step_8)
         with pytest.raises(RuntimeError, match="the machine is gone"):
             train(**arguments | {"output_dir": other})
-        monkeypatch.setattr(train_adm, "seed_step", seed_step)
+        monkeypatch.setattr(training_run, "seed_step", seed_step)
         caplog.clear()
         train(**arguments | {"output_dir": other, "resume_from_checkpoint": "latest"})
         assert "steps 6 to 9" in caplog.text
@@ -499,10 +513,10 @@ class TestRecipes:
     def test_each_parses_and_its_model_builds(self, recipe, monkeypatch):
         monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
         model, data, diffusion, _, text, *_ = parse_args(train_adm.ARGUMENT_TYPES, ["--config", str(recipe)])
-        scheduler = train_adm.build_scheduler(model, data, diffusion)
-        config = train_adm.load_unet_config(model, data, scheduler)
+        scheduler = build_scheduler(model, data, diffusion)
+        config = load_unet_config(model, data, scheduler)
         with torch.device("meta"):
-            unet = train_adm.build_unet(model, data, config, 9 if data.label_column else None)
+            unet = build_unet(model, data, config, 9 if data.label_column else None)
         assert (data.resolution or unet.config.sample_size) % 2 ** (len(unet.config.block_out_channels) - 1) == 0
         for path in data.data_files or []:
             assert Path(path).is_file()
@@ -564,11 +578,14 @@ class TestBadInput:
                 {"variance_type": "fixed_small", "objective": "simple"},
                 "has 6 output channels for 3 image channels, but `variance_type` 'fixed_small' needs 3",
             ),
-            ({"ddpm_num_steps": 1}, "`validation_num_inference_steps` is 2, but the noising chain .* has 1 steps"),
+            ({"ddpm_num_steps": 1}, "`validation_num_inference_steps` is 2, but the noise schedule .* has 1 timesteps"),
             ({"resolution": 9}, "The resolution is 9; .* divisible by 2. Pass e.g. `--resolution 10`"),
             ({"train_batch_size": 164}, "There are 163 usable images, but one step takes 164"),
             ({"min_image_size": 100}, "None of the 163 images can be used: 163 too small"),
-            ({"validation_guidance_scale": 2.0}, "without a `label_column` there are no classes to guide towards"),
+            (
+                {"validation_guidance_scale": 2.0},
+                "and a `caption_column` there is no condition to guide",
+            ),
             ({"label_column": "category"}, "`label_column` is 'category', but .* has the columns image, text, label"),
             ({"image_column": "picture"}, "`image_column` is 'picture', but .* has the columns image, text, label"),
             ({"train_data_dir": "pictures"}, "Got `train_data_dir` and `data_files`"),

@@ -24,7 +24,8 @@ from tolerances import NETWORK, rounding_errors
 from toy_models import CONDITIONAL, random_text_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMInpaintPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.training import find_latest_checkpoint, parse_args, training_losses, widen_input
+from diffusers_adm.training import diffusion, find_latest_checkpoint, parse_args, training_losses, widen_input
+from diffusers_adm.training import run as training_run
 
 
 train_adm = load_script("train_adm")
@@ -33,7 +34,7 @@ train_adm = load_script("train_adm")
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(train_adm, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
     with own_process_state("train_adm"):
         yield
 
@@ -163,14 +164,17 @@ class TestRun:
 class TestRefused:
     @pytest.fixture(autouse=True)
     def no_data(self, monkeypatch):
-        monkeypatch.setattr(train_adm, "load_image_dataset", lambda **_: pytest.fail("data were read"))
+        monkeypatch.setattr(diffusion, "load_image_dataset", lambda **_: pytest.fail("data were read"))
 
     def check(self, message, arguments):
         with pytest.raises(ValueError, match=re.escape(message)):
             train(**arguments)
 
     def test_an_adapter_for_a_model_without_masks(self, short):
-        self.check("`lora_rank` adapts a model whose other weights stay", {**short, "lora_rank": 2})
+        self.check(
+            "takes no masks yet: the weights of its new input channels must be trained, but `lora_rank` leaves",
+            {**short, "lora_rank": 2},
+        )
 
     def test_prompts_for_grids(self, short):
         self.check("own captions", {**short, "caption_column": "text", "validation_prompts": ["a cat"]})
@@ -178,7 +182,7 @@ class TestRefused:
     def test_other_channels(self, tmp_path, short):
         upsampler = save_base_unet(tmp_path / "upsampler", in_channels=6)
         self.check(
-            "The U-Net takes 6 channels; this script trains on RGB images and 4 channels beside them: 7.",
+            "The U-Net takes 6 channels; this script trains on RGB images and 4 further channels: 7.",
             {**short, "pretrained_model_name_or_path": upsampler},
         )
         inpainter = save_base_unet(tmp_path / "inpainter", in_channels=7)
@@ -193,7 +197,7 @@ class TestRefused:
         path.write_text((tmp_path / "unet" / "config.json").read_text())
         del short["pretrained_model_name_or_path"]
         self.check(
-            "The U-Net takes 3 channels; this script trains on RGB images and 4 channels beside them: 7.",
+            "The U-Net takes 3 channels; this script trains on RGB images and 4 further channels: 7.",
             {**short, "model_config_name_or_path": str(path)},
         )
 

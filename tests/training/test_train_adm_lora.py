@@ -25,7 +25,8 @@ from toy_models import random_text_unet, random_unet
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.data import captions
-from diffusers_adm.training import add_lora
+from diffusers_adm.training import add_lora, diffusion
+from diffusers_adm.training import run as training_run
 
 
 train_adm = load_script("train_adm")
@@ -36,7 +37,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(train_adm, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
     with own_process_state("train_adm"):
         yield
 
@@ -61,7 +62,7 @@ def short(tmp_path):
 def keep_unets(script):
     """The U-Nets of the runs that follow, with the average in the adapter once a run has ended."""
     unets, averages = [], []
-    build_unet, build_ema, push_result = script.build_unet, script.build_ema, script.push_result
+    build_unet, build_ema, push_result = diffusion.build_unet, training_run.build_ema, script.push_result
 
     def keep_unet(*args):
         unets.append(build_unet(*args))
@@ -76,15 +77,15 @@ def keep_unets(script):
         ema.copy_to(parameters)
         push_result(*args)
 
-    script.build_unet, script.build_ema, script.push_result = keep_unet, keep_average, copy_average
+    diffusion.build_unet, training_run.build_ema, script.push_result = keep_unet, keep_average, copy_average
     return unets
 
 
 @pytest.fixture
 def trained_unets(monkeypatch):
     """The U-Nets of runs in this process, see `keep_unets`."""
-    for name in ("build_unet", "build_ema", "push_result"):
-        monkeypatch.setattr(train_adm, name, getattr(train_adm, name))  # so that they come back
+    for module, name in ((diffusion, "build_unet"), (training_run, "build_ema"), (train_adm, "push_result")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that they come back
     return keep_unets(train_adm)
 
 
@@ -119,7 +120,7 @@ def train_and_predict(argv):
         return encode_captions(text_encoder, batch, **kwargs)
 
     captions.encode_captions = count
-    script.plot_loss_curves = lambda *args: None
+    training_run.plot_loss_curves = lambda *args: None
     script.main(argv)
     return encoded, predict(unets[0]).tolist()
 
@@ -191,18 +192,18 @@ class TestAdapter:
     def test_resumed_exactly(self, short, monkeypatch, tmp_path):
         arguments = short | {"max_train_steps": 5, "checkpointing_steps": 2}
         train(**arguments)
-        seed_step = train_adm.seed_step
+        seed_step = training_run.seed_step
 
         def fail_after_step_3(seed, process_index, micro_step):
             if micro_step == 3:
                 raise RuntimeError("the machine is gone")
             seed_step(seed, process_index, micro_step)
 
-        monkeypatch.setattr(train_adm, "seed_step", fail_after_step_3)
+        monkeypatch.setattr(training_run, "seed_step", fail_after_step_3)
         arguments["output_dir"] = str(tmp_path / "resumed")
         with pytest.raises(RuntimeError, match="the machine is gone"):
             train(**arguments)
-        monkeypatch.setattr(train_adm, "seed_step", seed_step)
+        monkeypatch.setattr(training_run, "seed_step", seed_step)
         train(**arguments, resume_from_checkpoint="latest")
         assert_same_checkpoint(Path(short["output_dir"]) / "checkpoint-5", tmp_path / "resumed" / "checkpoint-5")
         assert read_metrics(short["output_dir"]) == read_metrics(tmp_path / "resumed")
@@ -266,7 +267,7 @@ class TestBadInput:
                 {"lora_target_modules": ["to_q", "to_w"]},
                 "'to_w', but no linear .* There are: .*conv1, .*time_emb_proj, to_k, to_q, to_v",
             ),
-            ({"caption_column": "text", "train_text_encoder": True}, "`lora_rank` adapts the U-Net alone"),
+            ({"caption_column": "text", "train_text_encoder": True}, "`lora_rank` adapts only the U-Net"),
             (
                 {"pretrained_model_name_or_path": "none", "model_config_name_or_path": "x.json"},
                 "`lora_rank` adapts a trained model",
@@ -298,7 +299,7 @@ class TestBadInput:
             ({"lora_alpha": 6}, r"`lora_alpha` is 6\.0, and was None for checkpoint-2, which cannot"),
             (
                 {"lora_target_modules": more},
-                re.escape(f"begun with `lora_target_modules` {before}, and this run has {sorted(more)}"),
+                re.escape(f"started with `lora_target_modules` {before}, and this run has {sorted(more)}"),
             ),
             (
                 {"pretrained_model_name_or_path": other},

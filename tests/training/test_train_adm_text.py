@@ -39,6 +39,7 @@ from diffusers_adm.training import (
     freeze_unused_parameters,
     load_text_encoder,
 )
+from diffusers_adm.training import run as training_run
 
 
 train_adm = load_script("train_adm")
@@ -49,7 +50,7 @@ CAPTIONS = ["a cat", "a red dog on the mat", None, "the green hat", "a dog with 
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(train_adm, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
     with own_process_state("train_adm"):
         yield
 

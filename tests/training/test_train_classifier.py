@@ -43,6 +43,8 @@ from diffusers_adm.training import (
     save_id2label,
     timestep_bin_edges,
 )
+from diffusers_adm.training import run as training_run
+from diffusers_adm.training.classifiers import build_classifier, load_classifier_config
 
 
 train_classifier = load_script("train_classifier")
@@ -135,9 +137,7 @@ class TestLaunched:
     def test_what_it_prints(self, launched):
         _, output, _ = launched
         assert "Num processes: 2" in output
-        assert (
-            "25 noisy images in 3 classes at 8 x 8, 16 per optimizer step; steps 0 to 7, 2 an epoch; 7 held" in output
-        )
+        assert "25 noisy images in 3 classes at 8 x 8, 7 held-out images, 16 per optimizer step; steps 0 to 7" in output
         assert "1 of 26 images are left out: 1 no label." in output
         assert output.count("Step 3, 7 held-out images: loss") == 1
         assert "Traceback" not in output
@@ -332,17 +332,17 @@ class TestSingleProcess:
         }
         folder, other = Path(short["output_dir"]), Path(short["output_dir"] + "-resumed")
         train(**arguments)
-        seed_step = train_classifier.seed_step
+        seed_step = training_run.seed_step
 
         def fail_after_step_5(seed, process_index, micro_step):
             if micro_step == 5:
                 raise RuntimeError("the machine is gone")
             seed_step(seed, process_index, micro_step)
 
-        monkeypatch.setattr(train_classifier, "seed_step", fail_after_step_5)
+        monkeypatch.setattr(training_run, "seed_step", fail_after_step_5)
         with pytest.raises(RuntimeError, match="the machine is gone"):
             train(**arguments | {"output_dir": str(other)})
-        monkeypatch.setattr(train_classifier, "seed_step", seed_step)
+        monkeypatch.setattr(training_run, "seed_step", seed_step)
         train(**arguments | {"output_dir": str(other), "resume_from_checkpoint": "latest"})
         assert_same_checkpoint(folder / "checkpoint-6", other / "checkpoint-6")
         assert read_metrics(folder) == read_metrics(other)
@@ -426,9 +426,9 @@ def test_each_recipe_parses_and_its_network_builds(recipe, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
     model, data, noise, training = parse_args(train_classifier.ARGUMENT_TYPES, ["--config", str(recipe)])
     model.check_source()
-    config = train_classifier.load_classifier_config(model, data)
+    config = load_classifier_config(model, data)
     with torch.device("meta"):
-        classifier = train_classifier.build_classifier(model, data, config, dict.fromkeys(range(9), ""))
+        classifier = build_classifier(model, data, config, dict.fromkeys(range(9), ""))
     assert classifier.config.num_classes == 9
     assert bool(noise.given()) == training.noised
     for path in (*data.data_files, *data.validation_data_files):
@@ -444,7 +444,7 @@ class TestBadInput:
         def fail(*args, **kwargs):
             pytest.fail("training began")
 
-        monkeypatch.setattr(train_classifier, "seed_step", fail)
+        monkeypatch.setattr(training_run, "seed_step", fail)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -469,10 +469,13 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"num_classes": 4}, "The data has 9 classes, but the classifier tells 4 apart"),
+            ({"num_classes": 4}, "The data has 9 classes, but `num_classes` in the config is 4"),
             ({"in_channels": 1}, "The classifier takes 1 channels; this script trains on RGB images: 3"),
             ({"_class_name": "AdaGNUNet2DModel"}, "is the config of `AdaGNUNet2DModel`; this script trains"),
-            ({"num_class": 9}, "'num_class', which `AdaGNClassifierModel` has not. Did you mean `num_classes`"),
+            (
+                {"num_class": 9},
+                "'num_class', which is no argument of `AdaGNClassifierModel`. Did you mean `num_classes`",
+            ),
         ],
     )
     def test_models(self, short, tmp_path, config, message):

@@ -36,7 +36,8 @@ from toy_models import fill_randomly, random_diffusers_unet, random_text_unet, r
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.control_images import CONDITIONS, make_condition
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
-from diffusers_adm.training import find_latest_checkpoint, parse_args
+from diffusers_adm.training import diffusion, find_latest_checkpoint, parse_args, validation
+from diffusers_adm.training import run as training_run
 
 
 train_controlnet = load_script("train_controlnet")
@@ -48,7 +49,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(train_controlnet, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
     with own_process_state("train_controlnet"):
         yield
 
@@ -126,7 +127,7 @@ class TestBranch:
         train(**short, seed=1)
         assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == files
         assert not different(states(base, "unet"), calls.base.state_dict())
-        assert "What was frozen has the weights that it began with (hashes: U-Net " in caplog.text
+        assert "The frozen networks are unchanged (hashes: U-Net " in caplog.text
         assert not calls.base.training
         assert calls.branch.training
 
@@ -172,7 +173,7 @@ class TestBranch:
     @pytest.mark.parametrize("part", ["U-Net", "text encoder"])
     def test_a_base_that_changes_is_not_passed_over(self, short, tmp_path, monkeypatch, part):
         base = save_base(tmp_path / "text", random_text_unet("added_kv", **CLASSES), "clip")
-        load_text, training_losses = train_controlnet.load_text, train_controlnet.training_losses
+        load_text, training_losses = diffusion.load_text, train_controlnet.training_losses
         networks = {}
 
         def keep(*args):
@@ -185,7 +186,7 @@ class TestBranch:
                 next(networks[part].parameters()).view(-1)[0] += 1e-6
             return training_losses(model, *args, **kwargs)
 
-        monkeypatch.setattr(train_controlnet, "load_text", keep)
+        monkeypatch.setattr(diffusion, "load_text", keep)
         monkeypatch.setattr(train_controlnet, "training_losses", change)
         with pytest.raises(RuntimeError, match=f"Weights of the frozen {part} have changed during training"):
             train(**short | {"pretrained_model_name_or_path": base, "caption_column": "text"})
@@ -357,9 +358,9 @@ class TestConditions:
     def test_strips(self, short, monkeypatch):
         """Condition | sample | target, with the names of the columns above; the pictures are those of the data."""
         shown = []
-        labelled_strips = train_controlnet.labelled_strips
+        labelled_strips = validation.labelled_strips
         monkeypatch.setattr(
-            train_controlnet,
+            validation,
             "labelled_strips",
             lambda columns, scale: (shown.append(columns), labelled_strips(columns, scale))[1],
         )
@@ -408,13 +409,13 @@ def train_slowly(argv):
     """The whole run, in a process group of its own."""
     os.setsid()
     script = load_script("train_controlnet")
-    seed_step = script.seed_step
+    seed_step = training_run.seed_step
 
     def slow_seed_step(*arguments):
         time.sleep(0.2)
         seed_step(*arguments)
 
-    script.seed_step = slow_seed_step
+    training_run.seed_step = slow_seed_step
     script.main(argv)
 
 
@@ -426,18 +427,18 @@ class TestResuming:
     def test_resumed_exactly(self, short, monkeypatch, tmp_path):
         arguments = short | {"max_train_steps": 5, "checkpointing_steps": 2, "condition_dropout_prob": 0.3}
         train(**arguments)
-        seed_step = train_controlnet.seed_step
+        seed_step = training_run.seed_step
 
         def fail_after_step_3(seed, process_index, micro_step):
             if micro_step == 3:
                 raise RuntimeError("the machine is gone")
             seed_step(seed, process_index, micro_step)
 
-        monkeypatch.setattr(train_controlnet, "seed_step", fail_after_step_3)
+        monkeypatch.setattr(training_run, "seed_step", fail_after_step_3)
         arguments["output_dir"] = str(tmp_path / "resumed")
         with pytest.raises(RuntimeError, match="the machine is gone"):
             train(**arguments)
-        monkeypatch.setattr(train_controlnet, "seed_step", seed_step)
+        monkeypatch.setattr(training_run, "seed_step", seed_step)
         train(**arguments, resume_from_checkpoint="latest")
         first, second = Path(short["output_dir"]), tmp_path / "resumed"
         assert_same_checkpoint(first / "checkpoint-5", second / "checkpoint-5")
@@ -448,7 +449,7 @@ class TestResuming:
     def test_beside_another_base(self, short, tmp_path):
         train(**short)
         short["pretrained_model_name_or_path"] = save_base(tmp_path / "other", random_unet(seed=1, **CLASSES))
-        with pytest.raises(ValueError, match="written beside a frozen U-Net [0-9a-f]{32}, but this run has U-Net"):
+        with pytest.raises(ValueError, match="trained with the frozen U-Net [0-9a-f]{32}, but this run has U-Net"):
             train(**short | {"max_train_steps": 3}, resume_from_checkpoint="latest")
 
     @pytest.mark.slow
@@ -542,14 +543,14 @@ class TestBadInput:
             ({"controlnet_width": 1.5}, "`controlnet_width` is 1.5; it must lie in"),
             (
                 {"controlnet_width": 0.5, "controlnet_model_name_or_path": "some/where"},
-                "shape a new branch, but `controlnet_model_name_or_path` is 'some/where'",
+                "shape a new ControlNet, but `controlnet_model_name_or_path` is 'some/where'",
             ),
             (
                 {"conditioning_embedding_out_channels": [4], "controlnet_model_name_or_path": "some/where"},
-                "shape a new branch, but `controlnet_model_name_or_path` is 'some/where'",
+                "shape a new ControlNet, but `controlnet_model_name_or_path` is 'some/where'",
             ),
             ({"controlnet_model_name_or_path": "no/folder"}, "`controlnet_model_name_or_path` is 'no/folder', which"),
-            ({"pretrained_model_name_or_path": "none"}, "trained beside a trained model. Name it with"),
+            ({"pretrained_model_name_or_path": "none"}, "is trained for a pretrained model. Name it with"),
             ({"model_config_name_or_path": "unet.json"}, "and leave `model_config_name_or_path` out"),
             ({"pretrained_model_name_or_path": "no/folder"}, "`pretrained_model_name_or_path` is 'no/folder', which"),
             (
@@ -559,12 +560,12 @@ class TestBadInput:
             ({"variance_type": "learned_log"}, "so does its scheduler: drop `variance_type`"),
             (
                 {"caption_column": "text", "train_text_encoder": True},
-                "its text encoder included: drop `train_text_encoder`",
+                "including its text encoder: drop `train_text_encoder`",
             ),
             ({"caption_column": "text"}, "the U-Net has no cross-attention"),
             ({"train_data_dir": "pictures"}, "Got `train_data_dir` and `data_files`"),
             ({"label_column": "none", "validation_guidance_scale": 2.0}, "without a `label_column`"),
-            ({"validation_num_inference_steps": 1001}, "the noising chain .* has 1000 steps"),
+            ({"validation_num_inference_steps": 1001}, "the noise schedule .* has 1000 timesteps"),
             ({"objective": "vlb", "snr_gamma": 5.0}, "`snr_gamma` weights the squared error"),
             ({"train_batch_size": 41}, "There are 40 usable images, but one step takes 41"),
             ({"resolution": 9}, "The resolution is 9; .* divisible by 2"),
@@ -604,8 +605,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("shape", "message"),
         [
-            ({"conditioning_channels": 1}, "is shown 1 channels, 1 times as large as the image"),
-            ({"conditioning_downsampling_factor": 2}, "is shown 3 channels, 2 times as large as the image"),
+            ({"conditioning_channels": 1}, "images of 1 channels, 1 times as large as the samples"),
+            (
+                {"conditioning_downsampling_factor": 2},
+                "images of 3 channels, 2 times as large as the samples",
+            ),
         ],
     )
     def test_a_branch_that_is_shown_other_pictures(self, short, tmp_path, shape, message):

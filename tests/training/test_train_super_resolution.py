@@ -25,7 +25,9 @@ from scripts import REPOSITORY, load_script
 from toy_models import TEXT_CONFIGS, TOY_CONFIG, toy_tokenizer
 
 from diffusers_adm import ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.training import parse_args
+from diffusers_adm.conditioning import low_resolution
+from diffusers_adm.training import build_scheduler, build_unet, load_unet_config, parse_args
+from diffusers_adm.training import run as training_run
 
 
 RECIPES = sorted(CONFIGS.glob("*upsampler*.yaml"))
@@ -35,7 +37,7 @@ train_super_resolution = load_script("train_super_resolution")
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(train_super_resolution, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
     with own_process_state("train_super_resolution"):
         yield
 
@@ -137,9 +139,9 @@ def test_a_network_that_is_told_no_level(short, seen, tmp_path):
 def test_noise_and_its_level(short, seen, tmp_path, monkeypatch):
     """All levels are equally likely; each has the noise of as many steps, new for each image."""
     noisy = []
-    upsample = train_super_resolution.upsample
+    upsample = low_resolution.upsample
     monkeypatch.setattr(
-        train_super_resolution, "upsample", lambda low_res, *size: (noisy.append(low_res), upsample(low_res, *size))[1]
+        low_resolution, "upsample", lambda low_res, *size: (noisy.append(low_res), upsample(low_res, *size))[1]
     )
     short |= {"data_files": write_images(tmp_path / "large.parquet", number=40, size=16), "resolution": 16}
     train(
@@ -264,10 +266,10 @@ def test_each_recipe_parses_and_its_model_builds(recipe, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
     arguments = parse_args(train_super_resolution.ARGUMENT_TYPES, ["--config", str(recipe)])
     model, data, diffusion, _, _, super_resolution = arguments
-    scheduler = train_super_resolution.build_scheduler(model, data, diffusion)
-    config = train_super_resolution.load_unet_config(model, data, scheduler, in_channels=6)
+    scheduler = build_scheduler(model, data, diffusion)
+    config = load_unet_config(model, data, scheduler, in_channels=6)
     with torch.device("meta"):
-        unet = train_super_resolution.build_unet(model, data, config, 9 if data.label_column else None)
+        unet = build_unet(model, data, config, 9 if data.label_column else None)
     super_resolution.check(unet.config.sample_size, scheduler, unet.config.time_cond_proj_dim)
     for path in data.data_files or []:
         assert Path(path).is_file()
@@ -292,7 +294,10 @@ class TestBadInput:
             ({"low_res_size": 3}, "`low_res_size` is 3 and the resolution 8: .* must divide"),
             ({"low_res_size": 8}, "`low_res_size` is 8 and the resolution 8: .* be smaller"),
             ({"max_noise_level": -1}, "`max_noise_level` is -1"),
-            ({"max_noise_level": 21, "ddpm_num_steps": 20}, "`max_noise_level` is 21, but the noising chain .* has 20"),
+            (
+                {"max_noise_level": 21, "ddpm_num_steps": 20},
+                "`max_noise_level` is 21, but the noise .* has 20",
+            ),
             ({"label_column": "label", "validation_guidance_scale": 2.0, "class_dropout_prob": 0}, "no null class"),
             ({"validation_guidance_scale": 2.0}, "without a `label_column`"),
         ],
@@ -304,9 +309,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"in_channels": 3}, "takes 3 channels; this script trains on RGB images and 3 channels beside them: 6"),
+            ({"in_channels": 3}, "takes 3 channels; this script trains on RGB images and 3 further channels: 6"),
             ({"out_channels": 12}, "has 12 output channels for 3 image channels"),
-            ({"time_cond_proj_dim": None}, "has no `time_cond_proj_dim`, without which it cannot be told the level"),
+            ({"time_cond_proj_dim": None}, "has no `time_cond_proj_dim`, so it cannot be conditioned on the level"),
         ],
     )
     def test_networks(self, short, config, message, tmp_path):

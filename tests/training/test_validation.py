@@ -8,7 +8,7 @@ from PIL import Image
 from toy_models import CONDITIONAL, random_unet
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.training import DiffusionTrainingArguments, ImageDataset, choose_examples, draw
+from diffusers_adm.training import DiffusionTrainingArguments, ImageDataset, choose_examples, generate
 
 
 def numbered(**columns):
@@ -57,7 +57,7 @@ def test_images_do_not_depend_on_the_batch():
         arguments = DiffusionTrainingArguments(
             train_batch_size=batch_size, validation_num_inference_steps=2, validation_guidance_scale=3.0, seed=7
         )
-        grids.append(np.stack([np.asarray(image, dtype=int) for image in draw(pipeline, wanted, arguments)]))
+        grids.append(np.stack([np.asarray(image, dtype=int) for image in generate(pipeline, wanted, arguments)]))
     assert grids[0].shape == (5, 8, 8, 3)
     assert abs(grids[0] - grids[1]).max() <= 1  # rounding of other batches
     alone = pipeline(
@@ -68,4 +68,4 @@ def test_images_do_not_depend_on_the_batch():
 
 def test_nothing_to_guide_towards():
     arguments = DiffusionTrainingArguments(validation_num_inference_steps=2, validation_guidance_scale=3.0)
-    assert len(draw(toy_pipeline(), [{}] * 3, arguments)) == 3
+    assert len(generate(toy_pipeline(), [{}] * 3, arguments)) == 3

@@ -1,4 +1,4 @@
-"""The end of a run on the Hub: a repository that is made before the training, and pushed to after it."""
+"""The repository of a training run on the Hub: made before the training, pushed to after it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 
 from ..training.arguments import TrainingArguments
+from .push import push_folder
 
 
 logger = get_logger(__name__)
@@ -17,10 +18,8 @@ logger = get_logger(__name__)
 
 def prepare_repository(accelerator: Accelerator, training_args: TrainingArguments) -> None:
     """
-    Makes the repository that `push_to_hub` asks for, and checks that this user may write there. Collective.
-
-    Raises:
-        ValueError: On all processes, if the Hub refuses or cannot be reached.
+    Creates the repository for `push_to_hub`, and checks that this user may write there. Collective: if the Hub refuses
+    or cannot be reached, all processes raise a `ValueError`.
     """
     if not training_args.push_to_hub:
         return
@@ -29,8 +28,8 @@ def prepare_repository(accelerator: Accelerator, training_args: TrainingArgument
         repo_id, hub = _repo_id(training_args), HfApi(token=training_args.hub_token)
         try:
             made = hub.create_repo(repo_id, private=training_args.hub_private_repo or None, exist_ok=True)
-            hub.auth_check(made.repo_id, write=True)  # it may be somebody else's
-        except Exception as error:  # whatever it is, the other processes must hear of it
+            hub.auth_check(made.repo_id, write=True)  # it may belong to another user
+        except Exception as error:  # whatever it is, all processes must raise it
             refusal = (
                 f"`push_to_hub` was given, but the repository {repo_id!r} cannot be made or written to: {error}\nLog "
                 "in with `hf auth login`, set $HF_TOKEN or pass `--hub_token`, for a token that may write; name the "
@@ -43,22 +42,16 @@ def prepare_repository(accelerator: Accelerator, training_args: TrainingArgument
 
 def push_result(accelerator: Accelerator, training_args: TrainingArguments) -> None:
     """
-    Pushes what the run has saved in its folder, with a model card, if `push_to_hub` asks for it. For all processes; the
-    main one does it.
-
-    Raises:
-        RuntimeError: If it fails. The folder stays as it is, and the message says how to push it by hand.
+    With `push_to_hub`, pushes the result in the folder of the run, with a model card. Called by all processes; the main
+    one pushes. If that fails, the message of the `RuntimeError` says how to push the folder by hand.
     """
-    # Here, since that module imports from this package.
-    from .push import push_folder
-
     if not (training_args.push_to_hub and accelerator.is_main_process):
         return
     folder, repo_id = training_args.output_dir, _repo_id(training_args)
     private = training_args.hub_private_repo or None
     try:
         commit = push_folder(folder, repo_id, private=private, token=training_args.hub_token)
-    except Exception as error:  # nothing is hidden: it is raised again, with what to do
+    except Exception as error:
         raise RuntimeError(
             f"The result could not be pushed to {repo_id}: {error}\nIt is saved in {folder} all the same. Push it with "
             f"`python -m diffusers_adm.hub push {folder} {repo_id}`."

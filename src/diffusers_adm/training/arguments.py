@@ -1,38 +1,74 @@
-"""The arguments that the training scripts have in common. A script adds its own by subclassing these dataclasses."""
+"""The arguments of the training scripts. Each declares with `resume=` what a changed value does to a resumed run."""
 
 import dataclasses
+import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.utils import validate_repo_id
 
 from ..commands.arguments import HUB_TOKEN, arg, check_at_least
+from ..schedulers.noise_schedules import BetaSchedule
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
+from .losses import Objective
+
+
+class Verdict(enum.Enum):
+    """What happens if the value of an argument is not that of the checkpoint that is resumed."""
+
+    # The new value is used; it has no influence on the trained weights.
+    FREE = "free"
+    # The new value takes effect from the checkpoint on; optimizer moments and averages are kept.
+    APPLIED = "applied"
+    # Refused unless `--force_resume` is given: another noise, loss, order of the data, ...
+    PROCESS = "process"
+    # Refused: the checkpoint could not be loaded.
+    NEVER = "never"
+    # The argument says where something is read: its content is compared, not its name.
+    SOURCE = "source"
+
+
+FREE, APPLIED, PROCESS, NEVER, SOURCE = Verdict.FREE, Verdict.APPLIED, Verdict.PROCESS, Verdict.NEVER, Verdict.SOURCE
+
+
+def resume_verdicts(argument_types: Sequence[type]) -> dict[str, Verdict]:
+    """The verdict of each argument of a script, by name."""
+    return {f.name: f.metadata["resume"] for types in argument_types for f in dataclasses.fields(types)}
+
+
+def check_share(arguments: object, name: str) -> None:
+    """Checks that the named attribute lies in [0, 1]; raises a `ValueError` otherwise."""
+    if not 0 <= getattr(arguments, name) <= 1:
+        raise ValueError(f"`{name}` is {getattr(arguments, name)}; it must lie in [0, 1].")
 
 
 @dataclass
 class ModelArguments:
     """Where the weights come from, and how the network runs."""
 
-    pretrained_model_name_or_path: str | None = arg(None, "Fine-tune: a pretrained model, on the Hub or in a folder.")
-    revision: str | None = arg(None, "Of the pretrained model: a branch, a tag or a commit.")
-    variant: str | None = arg(None, "Of the pretrained weights, e.g. fp16.")
+    pretrained_model_name_or_path: str | None = arg(
+        None, "Pretrained model to fine-tune, on the Hub or in a folder.", resume=SOURCE
+    )
+    revision: str | None = arg(None, "Branch, tag or commit of the pretrained model.", resume=SOURCE)
+    variant: str | None = arg(None, "Variant of the pretrained weights, e.g. fp16.", resume=SOURCE)
     model_config_name_or_path: str | None = arg(
-        None, "From scratch: the config of the network (a JSON file, or a folder or Hub repository that holds one)."
+        None,
+        "Config of a network to train from scratch: a JSON file, or a folder or Hub repository that holds one.",
+        resume=SOURCE,
     )
     replace_classes: bool = arg(
         False,
-        "Fine-tune: keep only the classes of the data, instead of adding new ones to those of the pretrained model. "
+        "Fine-tune: keep only the classes of the data instead of adding new ones to those of the pretrained model. "
         "Classes of the same name keep their weights either way.",
+        resume=NEVER,
     )
-    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass to save memory.")
-    channels_last: bool = arg(False, "Keep weights and images in channels-last memory format.")
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass to save memory.", resume=FREE)
+    channels_last: bool = arg(False, "Keep weights and images in channels-last memory format.", resume=FREE)
 
     def check_source(self) -> None:
-        """
-        Raises:
-            ValueError: Unless exactly one of the two sources of a network is given, or if a network from scratch is to
-                replace its classes.
-        """
+        """Checks that exactly one source of the network is given; raises a `ValueError` otherwise."""
         if (self.pretrained_model_name_or_path is None) == (self.model_config_name_or_path is None):
             raise ValueError(
                 "Pass either `--model_config_name_or_path` (from scratch) or `--pretrained_model_name_or_path` "
@@ -44,29 +80,55 @@ class ModelArguments:
                 "scratch has the classes of the data only; leave `replace_classes` out."
             )
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format of weights and images."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def apply_to(self, network: Any) -> None:
+        """Sets gradient checkpointing and memory format of a network."""
+        if self.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)
+
 
 @dataclass
 class DataArguments:
-    """The images, and what becomes of them."""
+    """The images, and how they are prepared."""
 
-    dataset_name: str | None = arg(None, "A dataset on the Hub, or the path of a local copy.")
-    dataset_config_name: str | None = arg(None, "Its configuration.")
-    train_data_dir: str | None = arg(None, "A folder of images; the names of its subfolders are the labels.")
-    data_files: list[str] | None = arg(None, "Parquet files.")
-    split: str = arg("train", "The split to train on.")
-    image_column: str = arg("image", "The column of the images.")
-    label_column: str | None = arg(None, "The column of the labels; none: train without classes.")
-    cache_dir: str | None = arg(None, "Where datasets and pretrained models are cached.")
-    max_train_samples: int | None = arg(None, "Train on a random subset of this size.")
-    resolution: int | None = arg(None, "Pixels; none: the `sample_size` of the model.")
-    center_crop: bool = arg(False, "Crop at the centre instead of at random.")
-    random_flip: bool = arg(False, "Mirror half of the images. Not for text, flags or anatomy.")
-    class_balanced: bool = arg(False, "Draw the classes equally often, however many images they have.")
-    min_image_size: int | None = arg(
-        None, "Leave out images whose shorter side is below; none: half the resolution (upsamplers: all of it)."
+    dataset_name: str | None = arg(None, "Dataset on the Hub, or path of a local copy.", resume=PROCESS)
+    dataset_config_name: str | None = arg(None, "Configuration of the dataset.", resume=PROCESS)
+    train_data_dir: str | None = arg(
+        None, "Folder of images; the names of its subfolders are the labels.", resume=PROCESS
     )
-    dataloader_num_workers: int = arg(0, "Processes that load images; 0: the training process itself.")
-    image_check_num_proc: int | None = arg(None, "Processes that check the images before training.")
+    data_files: list[str] | None = arg(None, "Parquet files.", resume=PROCESS)
+    split: str = arg("train", "Split to train on.", resume=PROCESS)
+    image_column: str = arg("image", "Column of the images.", resume=PROCESS)
+    label_column: str | None = arg(None, "Column of the labels; none: train without classes.", resume=PROCESS)
+    cache_dir: str | None = arg(None, "Cache folder of datasets and pretrained models.", resume=FREE)
+    max_train_samples: int | None = arg(None, "Size of a random subset to train on; none: all images.", resume=PROCESS)
+    resolution: int | None = arg(
+        None, "Side of the training images in pixels; none: the `sample_size` of the model.", resume=PROCESS
+    )
+    center_crop: bool = arg(False, "Crop at the centre instead of at random.", resume=PROCESS)
+    random_flip: bool = arg(
+        False, "Mirror half of the images at random. Unsuitable for text, flags or anatomy.", resume=PROCESS
+    )
+    class_balanced: bool = arg(
+        False, "Sample the classes equally often, whatever their numbers of images.", resume=PROCESS
+    )
+    min_image_size: int | None = arg(
+        None,
+        "Skip images whose shorter side is below this many pixels; none: half the resolution (upsamplers: all of it).",
+        resume=PROCESS,
+    )
+    dataloader_num_workers: int = arg(
+        0, "Number of processes that load images; 0: the training process itself.", resume=FREE
+    )
+    image_check_num_proc: int | None = arg(
+        None, "Number of processes that check the images before training.", resume=FREE
+    )
 
     def __post_init__(self):
         check_at_least(self, 1, "resolution", "image_check_num_proc")
@@ -75,7 +137,7 @@ class DataArguments:
             raise ValueError("`class_balanced` was given without a `label_column`. Name the column of the classes.")
 
     def source(self) -> dict[str, Any]:
-        """What `load_image_dataset` is to load: its keyword arguments, but for the seed."""
+        """Keyword arguments of `load_image_dataset`, without the seed."""
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "data_files", "split")
         names += ("image_column", "label_column", "cache_dir", "max_train_samples")
         return {name: getattr(self, name) for name in names}
@@ -83,20 +145,20 @@ class DataArguments:
 
 @dataclass
 class NoiseArguments:
-    """The noising chain. None: what the pretrained scheduler says, or the default in parentheses."""
+    """The noise schedule. None: that of the pretrained scheduler, or the default in parentheses."""
 
-    ddpm_num_steps: int | None = arg(None, "Length of the noising chain (1000).")
-    ddpm_beta_schedule: (
-        Literal["linear", "scaled_linear", "quadratic", "cosine", "squaredcos_cap_v2", "sigmoid"] | None
-    ) = arg(None, "How the noise grows (linear); cosine and squaredcos_cap_v2 are the same.")
-    beta_start: float | None = arg(None, "First beta (0.0001).")
-    beta_end: float | None = arg(None, "Last beta (0.02).")
+    ddpm_num_steps: int | None = arg(None, "Number of timesteps of the noise schedule (1000).", resume=PROCESS)
+    ddpm_beta_schedule: Literal[BetaSchedule, "cosine"] | None = arg(
+        None, "Noise schedule (linear); cosine and squaredcos_cap_v2 are the same.", resume=PROCESS
+    )
+    beta_start: float | None = arg(None, "First beta of the schedule (0.0001).", resume=PROCESS)
+    beta_end: float | None = arg(None, "Last beta of the schedule (0.02).", resume=PROCESS)
 
     def __post_init__(self):
         check_at_least(self, 1, "ddpm_num_steps")
 
     def given(self) -> dict[str, Any]:
-        """What was given, by the names of `LearnedVarianceDDPMScheduler`'s arguments."""
+        """The values that were given, by the names of `LearnedVarianceDDPMScheduler`'s arguments."""
         arguments = {
             "num_train_timesteps": self.ddpm_num_steps,
             "beta_schedule": self.ddpm_beta_schedule,
@@ -108,18 +170,20 @@ class NoiseArguments:
 
 @dataclass
 class DiffusionArguments(NoiseArguments):
-    """The noising chain, what the network predicts, and the loss."""
+    """The noise schedule, the prediction of the network, and the loss."""
 
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = arg(None, "What is predicted (epsilon).")
-    variance_type: Literal["learned_range", "learned_log", "fixed_small", "fixed_large"] | None = arg(
-        None, "The variance of a reverse step (learned_range)."
+    prediction_type: PredictionType | None = arg(None, "Quantity that the network predicts (epsilon).", resume=PROCESS)
+    variance_type: VarianceType | None = arg(None, "Variance of a reverse step (learned_range).", resume=PROCESS)
+    objective: Objective = arg(
+        "hybrid",
+        "Loss: simple (squared error), hybrid (with the bound, for the variance), or vlb (the bound).",
+        resume=PROCESS,
     )
-    objective: Literal["simple", "hybrid", "hybrid_unscaled", "vlb"] = arg(
-        "hybrid", "The loss: simple (squared error), hybrid (with the bound, for the variance), or vlb (the bound)."
+    snr_gamma: float | None = arg(
+        None, "Gamma of the Min-SNR weighting of the squared error, usually 5.0; none: no weighting.", resume=PROCESS
     )
-    snr_gamma: float | None = arg(None, "Min-SNR weighting of the squared error; 5.0 is usual.")
     timestep_sampler: Literal["uniform", "loss-second-moment"] = arg(
-        "uniform", "How timesteps are drawn; loss-second-moment is meant for vlb."
+        "uniform", "Distribution of the training timesteps; loss-second-moment is meant for vlb.", resume=PROCESS
     )
 
     def given(self) -> dict[str, Any]:
@@ -129,51 +193,69 @@ class DiffusionArguments(NoiseArguments):
 
 @dataclass
 class TrainingArguments:
-    """Steps, optimizer, average, checkpoints and logs."""
+    """Steps, optimizer, moving average, checkpoints and logs."""
 
-    output_dir: str = arg("adm-model", "Where the result, checkpoints and curves go.")
-    seed: int = arg(0, "Of everything random.")
-    train_batch_size: int = arg(16, "Images per process and forward pass.")
-    num_train_epochs: int = arg(100, "Passes over the images, unless `max_train_steps` is given.")
-    max_train_steps: int | None = arg(None, "Optimizer steps.")
-    gradient_accumulation_steps: int = arg(1, "Forward passes per optimizer step.")
-    learning_rate: float = arg(1e-4, "After warm-up.")
+    output_dir: str = arg("adm-model", "Folder of the result, checkpoints and curves.", resume=FREE)
+    seed: int = arg(0, "Random seed.", resume=PROCESS)
+    train_batch_size: int = arg(16, "Images per process and forward pass.", resume=PROCESS)
+    num_train_epochs: int = arg(100, "Passes over the images, unless `max_train_steps` is given.", resume=APPLIED)
+    max_train_steps: int | None = arg(None, "Number of optimizer steps.", resume=APPLIED)
+    gradient_accumulation_steps: int = arg(1, "Forward passes per optimizer step.", resume=PROCESS)
+    learning_rate: float = arg(1e-4, "Learning rate after warm-up.", resume=APPLIED)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = arg(
-        "constant_with_warmup", "How the learning rate changes."
+        "constant_with_warmup", "Learning rate schedule.", resume=APPLIED
     )
-    lr_warmup_steps: int = arg(500, "Optimizer steps of warm-up.")
-    adam_beta1: float = arg(0.9, "Of AdamW.")
-    adam_beta2: float = arg(0.999, "Of AdamW.")
-    adam_weight_decay: float = arg(0.0, "Of AdamW.")
-    adam_epsilon: float = arg(1e-8, "Of AdamW.")
-    max_grad_norm: float = arg(1.0, "Gradients are scaled down to this norm.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "None: as configured for Accelerate.")
-    allow_tf32: bool = arg(False, "Let float32 matrix products run in TF32, as PyTorch's convolutions do anyway.")
-    use_ema: bool = arg(True, "Keep an exponential moving average of the weights; validation and the result use it.")
-    ema_max_decay: float = arg(0.9999, "The decay that the average warms up to.")
-    ema_inv_gamma: float = arg(1.0, "Of the warm-up, decay = 1 - (1 + step / inv_gamma) ** -power.")
-    ema_power: float = arg(3 / 4, "Of the warm-up.")
-    checkpointing_steps: int = arg(1000, "Optimizer steps between checkpoints.")
-    checkpoints_total_limit: int | None = arg(None, "Keep this many; none: all.")
+    lr_warmup_steps: int = arg(500, "Optimizer steps of learning rate warm-up.", resume=APPLIED)
+    adam_beta1: float = arg(0.9, "AdamW beta1.", resume=APPLIED)
+    adam_beta2: float = arg(0.999, "AdamW beta2.", resume=APPLIED)
+    adam_weight_decay: float = arg(0.0, "AdamW weight decay.", resume=APPLIED)
+    adam_epsilon: float = arg(1e-8, "AdamW epsilon.", resume=APPLIED)
+    max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm.", resume=APPLIED)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(
+        None, "Mixed precision; none: as configured for Accelerate.", resume=APPLIED
+    )
+    allow_tf32: bool = arg(
+        False, "Run float32 matrix products in TF32, as PyTorch's convolutions do by default.", resume=APPLIED
+    )
+    use_ema: bool = arg(
+        True, "Keep an exponential moving average of the weights, for validation and the result.", resume=NEVER
+    )
+    ema_max_decay: float = arg(0.9999, "EMA decay after its warm-up.", resume=APPLIED)
+    ema_inv_gamma: float = arg(
+        1.0, "Inverse gamma of the EMA decay warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.", resume=APPLIED
+    )
+    ema_power: float = arg(3 / 4, "Exponent of the EMA decay warm-up.", resume=APPLIED)
+    checkpointing_steps: int = arg(1000, "Optimizer steps between checkpoints.", resume=FREE)
+    checkpoints_total_limit: int | None = arg(None, "Number of checkpoints to keep; none: all.", resume=FREE)
     resume_from_checkpoint: str | None = arg(
-        None, "`latest`, or a checkpoint folder. Arguments that are left out are those of the run."
+        None, "Checkpoint folder, or `latest`. Arguments that are left out are taken from its run.", resume=FREE
     )
     force_resume: bool = arg(
-        False, "Resume even where an argument or the data would make it another training; the new value is used."
+        False, "Resume with the new values although an argument or the data has changed.", resume=FREE
     )
-    overwrite_output_dir: bool = arg(False, "Start anew where another run left checkpoints, and delete those.")
-    logging_steps: int = arg(20, "Optimizer steps between rows of the curves.")
-    logging_dir: str = arg("logs", "For TensorBoard, below `output_dir`.")
-    report_to: Literal["tensorboard", "none"] = arg("tensorboard", "Where curves go beside the files.")
-    validation_steps: int | None = arg(None, "Optimizer steps between validations; none: only at the end.")
-    push_to_hub: bool = arg(False, "Push the result to the Hub at the end, with a model card.")
-    hub_model_id: str | None = arg(None, "The repository, `user/name`; none: the name of `output_dir`, for yourself.")
+    overwrite_output_dir: bool = arg(
+        False, "Start a new run in a folder with checkpoints of another one, and delete those.", resume=FREE
+    )
+    logging_steps: int = arg(20, "Optimizer steps between rows of the curves.", resume=FREE)
+    logging_dir: str = arg("logs", "Folder for TensorBoard, below `output_dir`.", resume=FREE)
+    report_to: Literal["tensorboard", "none"] = arg(
+        "tensorboard", "Tracker of the curves, in addition to files.", resume=FREE
+    )
+    validation_steps: int | None = arg(None, "Optimizer steps between validations; none: only at the end.", resume=FREE)
+    push_to_hub: bool = arg(False, "Push the result to the Hub at the end, with a model card.", resume=FREE)
+    hub_model_id: str | None = arg(
+        None, "Repository on the Hub, `user/name`; none: the name of `output_dir`, in your own account.", resume=FREE
+    )
     hub_token: str | None = dataclasses.field(
         default=None,
         repr=False,
-        metadata={"help": "To write there; none: that of `hf auth login` or $HF_TOKEN, which other users cannot see."},
+        metadata={
+            "help": "Hub token with write access; none: that of `hf auth login` or $HF_TOKEN, which other users of "
+            "this machine cannot see.",
+            "resume": FREE,
+        },
     )
-    hub_private_repo: bool = arg(False, "Make the repository a private one, if it is not there yet.")
+    hub_private_repo: bool = arg(False, "Make a new repository private.", resume=FREE)
 
     def __post_init__(self):
         for name in ("hub_model_id", "hub_token", "hub_private_repo"):
@@ -203,42 +285,49 @@ class TrainingArguments:
 @dataclass
 class UNetArguments(ModelArguments):
     """
-    For U-Nets: `pretrained_model_name_or_path` names a pipeline, of which `unet` and `scheduler` are read, and with
-    captions also `text_encoder` and `tokenizer`.
+    Arguments of a U-Net: `pretrained_model_name_or_path` names a pipeline, of which `unet` and `scheduler` are read,
+    and with captions also `text_encoder` and `tokenizer`.
     """
 
     class_dropout_prob: float = arg(
-        0.1, "Share of the labels replaced by the null class, so that the model can be guided without a classifier."
+        0.1, "Share of the labels replaced by the null class, for classifier-free guidance.", resume=APPLIED
     )
 
     def __post_init__(self):
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"`class_dropout_prob` is {self.class_dropout_prob}; it must lie in [0, 1].")
+        check_share(self, "class_dropout_prob")
 
 
 @dataclass
 class TextArguments:
-    """Captions, and what reads them."""
+    """Captions, and the text encoder for them."""
 
-    caption_column: str | None = arg(None, "The column of the captions; none: train without text.")
+    caption_column: str | None = arg(None, "Column of the captions; none: train without text.", resume=PROCESS)
     text_encoder_name_or_path: str | None = arg(
-        None, "A text encoder of transformers (CLIP, T5, BERT, ...) on the Hub or in a folder, or a pipeline's."
+        None,
+        "Text encoder of transformers (CLIP, T5, BERT, ...) on the Hub or in a folder, or a pipeline's.",
+        resume=SOURCE,
     )
-    tokenizer_name_or_path: str | None = arg(None, "Its tokenizer; none: that of the same repository.")
+    tokenizer_name_or_path: str | None = arg(
+        None, "Tokenizer; none: that of the text encoder's repository.", resume=SOURCE
+    )
     text_encoder_config_name_or_path: str | None = arg(
-        None, "A JSON file with sizes and `model_type` (or `_class_name` GLIDETextModel), for one trained from scratch."
+        None,
+        "Config of a text encoder to train from scratch: a JSON file with sizes and `model_type` (or `_class_name` "
+        "GLIDETextModel).",
+        resume=SOURCE,
     )
-    train_text_encoder: bool = arg(False, "Train the text encoder together with the U-Net.")
+    train_text_encoder: bool = arg(False, "Train the text encoder together with the U-Net.", resume=NEVER)
     caption_dropout_prob: float = arg(
-        0.1, "Share of the captions replaced by the empty one, so that the model can be guided; independent of classes."
+        0.1,
+        "Share of the captions replaced by the empty one, for classifier-free guidance; independent of classes.",
+        resume=APPLIED,
     )
     precompute_text_embeddings: bool = arg(
-        False, "Encode each distinct caption once, before training, and keep the result on disk."
+        False, "Encode each distinct caption once, before training, and store the result on disk.", resume=FREE
     )
 
     def __post_init__(self):
-        if not 0 <= self.caption_dropout_prob <= 1:
-            raise ValueError(f"`caption_dropout_prob` is {self.caption_dropout_prob}; it must lie in [0, 1].")
+        check_share(self, "caption_dropout_prob")
         if self.caption_column is None:
             needing = ("text_encoder_name_or_path", "tokenizer_name_or_path", "text_encoder_config_name_or_path")
             needing += ("train_text_encoder", "precompute_text_embeddings")
@@ -267,15 +356,95 @@ class TextArguments:
 
 @dataclass
 class DiffusionTrainingArguments(TrainingArguments):
-    """Validation is a grid of samples."""
+    """Training arguments with validation images."""
 
-    num_validation_images: int = arg(16, "Images in a grid.")
-    validation_num_inference_steps: int = arg(50, "Sampling steps of a grid.")
-    validation_guidance_scale: float = arg(1.0, "Classifier-free guidance of a grid; 1 is off.")
+    num_validation_images: int = arg(16, "Number of validation images.", resume=FREE)
+    validation_num_inference_steps: int = arg(50, "Sampling steps of validation images.", resume=FREE)
+    validation_guidance_scale: float = arg(
+        1.0, "Classifier-free guidance scale of validation images; 1 is off.", resume=FREE
+    )
 
     def __post_init__(self):
         super().__post_init__()
         check_at_least(self, 1, "num_validation_images", "validation_num_inference_steps")
 
 
-# 2. From recipe and command line to dataclasses
+# What all scripts that train a diffusion model have in common, in this order.
+DIFFUSION_ARGUMENTS = (UNetArguments, DataArguments, DiffusionArguments, DiffusionTrainingArguments, TextArguments)
+
+
+@dataclass
+class TaskArguments:
+    """What train_adm.py trains for."""
+
+    validation_prompts: list[str] | None = arg(
+        None, "Prompts of the validation images; none: the first captions of the data.", resume=FREE
+    )
+    task: Literal["generate", "inpaint"] = arg(
+        "generate",
+        "Generate images, or inpaint them. A model for either can be fine-tuned for the other.",
+        resume=NEVER,
+    )
+
+    def check(self, text_args: TextArguments) -> None:
+        """Checks that `validation_prompts` are used; raises a `ValueError` otherwise."""
+        if self.validation_prompts and text_args.caption_column is None:
+            raise ValueError(
+                "`validation_prompts` was given without a `caption_column`. Name the column of the captions."
+            )
+        if self.validation_prompts and self.task == "inpaint":
+            raise ValueError(
+                "`validation_prompts` was given, but inpainting is validated on images of the data with their own "
+                "captions. Leave it out."
+            )
+
+
+@dataclass
+class SuperResolutionArguments:
+    """The low-resolution images of train_super_resolution.py."""
+
+    low_res_size: int | None = arg(
+        None,
+        "Side of the low-resolution images in pixels, a divisor of the resolution. None: the pretrained model's.",
+        resume=PROCESS,
+    )
+    max_noise_level: int | None = arg(
+        None,
+        "Highest noise level of the low-resolution images, in timesteps of the noise schedule; levels from 0 (no "
+        "noise) are equally likely. Above 0, the U-Net needs a `time_cond_proj_dim`. None: the pretrained model's, or "
+        "0.",
+        resume=PROCESS,
+    )
+
+    def __post_init__(self):
+        check_at_least(self, 1, "low_res_size")
+        check_at_least(self, 0, "max_noise_level")
+
+    def inherit(self, pipeline_config: dict[str, Any]) -> None:
+        """Takes what was not given from the config of the pretrained pipeline; the size must be in one of them."""
+        if self.low_res_size is None:
+            self.low_res_size = pipeline_config.get("low_res_size")
+        if self.max_noise_level is None:
+            self.max_noise_level = pipeline_config.get("max_noise_level") or 0
+        if self.low_res_size is None:
+            raise ValueError("`low_res_size` is missing: the side of the low-resolution images in pixels, e.g. 32.")
+
+    def check(self, resolution: int, scheduler: LearnedVarianceDDPMScheduler, time_cond_proj_dim: int | None) -> None:
+        """Checks size and noise level against resolution, noise schedule and network; may raise a `ValueError`."""
+        if self.low_res_size >= resolution or resolution % self.low_res_size:
+            raise ValueError(
+                f"`low_res_size` is {self.low_res_size} and the resolution {resolution}: blocks of whole pixels are "
+                "averaged, so the former must divide the latter and be smaller."
+            )
+        num_steps = scheduler.config.num_train_timesteps
+        if self.max_noise_level > num_steps:
+            raise ValueError(
+                f"`max_noise_level` is {self.max_noise_level}, but the noise schedule (`ddpm_num_steps`) has "
+                f"{num_steps} timesteps. Pass `--max_noise_level {num_steps // 10}` or so."
+            )
+        if self.max_noise_level > 0 and time_cond_proj_dim is None:
+            raise ValueError(
+                f"`max_noise_level` is {self.max_noise_level}, but the config of the U-Net has no "
+                "`time_cond_proj_dim`, so it cannot be conditioned on the level. Set it, e.g. to the first number of "
+                "`block_out_channels`, or pass `--max_noise_level 0`."
+            )

@@ -1,10 +1,9 @@
 """
-Checkpoints of a training run: written atomically, rotated, found again.
+Checkpoints of a training run: written atomically, rotated, found and loaded.
 
-A checkpoint is a folder `checkpoint-N` (N optimizer steps) that holds the state of the run (`Accelerator.save_state`)
-and the result that the run would have if it ended there. It is written under a name that no resume looks at and renamed
-when every process has finished and the bytes are on the disk, so a `checkpoint-N` that exists is complete, whenever the
-run was killed.
+A checkpoint is a folder `checkpoint-N` (N optimizer steps) with the state of the run (`Accelerator.save_state`) and the
+result that the run would have if it ended there. It is written under another name and renamed when every process has
+finished and the bytes are on the disk, so an existing `checkpoint-N` is complete, whenever the run was killed.
 """
 
 import dataclasses
@@ -30,21 +29,20 @@ from safetensors import SafetensorError, safe_open
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-# Folders under construction, set aside for an instant, and being deleted. None of them matches CHECKPOINT_NAME.
+# Folders that are being written, replaced and deleted. None of them matches CHECKPOINT_NAME.
 WRITING_PREFIX, REPLACED_PREFIX, DELETING_PREFIX = ".writing-", ".replaced-", ".deleting-"
 
 
 @dataclasses.dataclass
 class TrainingProgress:
     """
-    Where training stands; register it with `accelerator.register_for_checkpointing`.
+    Counters of a run, to be registered with `accelerator.register_for_checkpointing`.
 
     Args:
         global_step (`int`): Optimizer steps taken.
-        micro_step (`int`): Batches each process has consumed; the coordinate of `seed_step`.
-        epoch (`int`): The epoch under way, from 0.
-        batch_in_epoch (`int`): Batches each process has consumed of that epoch: what `accelerate.skip_first_batches`
-            skips on resume.
+        micro_step (`int`): Batches that each process has consumed; the coordinate of `seed_step`.
+        epoch (`int`): The current epoch, from 0.
+        batch_in_epoch (`int`): Batches of that epoch that each process has consumed, and skips on resume.
     """
 
     global_step: int = 0
@@ -53,7 +51,7 @@ class TrainingProgress:
     batch_in_epoch: int = 0
 
     def count_batch(self) -> None:
-        """Each process has consumed one more."""
+        """Counts a batch that each process has consumed."""
         self.micro_step += 1
         self.batch_in_epoch += 1
 
@@ -61,24 +59,18 @@ class TrainingProgress:
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """
-        Raises:
-            ValueError: If the counters in `state_dict` are not exactly these.
-        """
-        names = {field.name for field in dataclasses.fields(self)}
-        if set(state_dict) != names:
+        if set(state_dict) != set(vars(self)):
             raise ValueError(
-                f"The checkpoint's training progress holds {sorted(state_dict)}, expected {sorted(names)}. It was "
-                "written by another version; resume it with that version."
+                f"The checkpoint holds the counters {sorted(state_dict)}, not {sorted(vars(self))}. Resume it with the "
+                "version that wrote it."
             )
-        for name, value in state_dict.items():
-            setattr(self, name, value)
+        vars(self).update(state_dict)
 
 
 def unwrap(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
     """
-    A network as it was before `accelerator.prepare`: also without what `torch.compile` wraps around it, which gives
-    weights and class another name. Its weights are the same tensors.
+    The network inside the wrappers of `accelerator.prepare` and `torch.compile`, which rename weights and class. Its
+    weights are the same tensors.
     """
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
@@ -92,29 +84,21 @@ def save_checkpoint(
     save_record: Callable[[str], None] | None = None,
 ) -> str:
     """
-    Writes `output_dir/checkpoint-<global_step>` and deletes what exceeds `total_limit`. Collective: every process calls
-    it.
+    Writes `output_dir/checkpoint-<global_step>`, deletes old checkpoints, and returns its path. Collective.
 
     Args:
-        accelerator (`Accelerator`): Whose prepared and registered objects are saved.
-        output_dir (`str` or `os.PathLike`): The folder of the run; must be the same on every process.
+        accelerator (`Accelerator`): Its prepared and registered objects are saved.
+        output_dir (`str` or `os.PathLike`): The folder of the run, the same on every process.
         global_step (`int`): Optimizer steps taken. An existing checkpoint of that step is replaced.
-        total_limit (`int`, *optional*): Checkpoints to keep, the new one included; at least 1. None keeps all. The old
-            ones go after the new one is complete, so for a while there is one more on the disk.
-        save_result (function of a folder, *optional*): Writes what the run would leave if it ended here, so that the
-            checkpoint can be loaded as that can. Called by the process that owns the files, while the others wait.
-        save_record (function of a folder, *optional*): `RunRecord.write`, called likewise.
-
-    Returns:
-        `str`: The path of the checkpoint.
-
-    Raises:
-        ValueError: If `total_limit` is below 1.
+        total_limit (`int`, *optional*): Number of checkpoints to keep, including the new one; at least 1. None keeps
+            all. Old ones are deleted when the new one is complete, so for a while there is one more on the disk.
+        save_result (function of a folder, *optional*): Writes the result that the run would have if it ended here.
+            Called by the process that owns the files, while the others wait.
+        save_record (function of a folder, *optional*): Writes the record of the run, likewise.
     """
     if total_limit is not None and total_limit < 1:
         raise ValueError(
-            f"`checkpoints_total_limit` is {total_limit}, but the checkpoint just written must stay. Use 1 or more, or "
-            "None to keep all."
+            f"`total_limit` is {total_limit}, which would delete the new checkpoint. Use 1 or more, or None."
         )
     output_dir = Path(output_dir)
     path = output_dir / f"checkpoint-{global_step}"
@@ -133,7 +117,7 @@ def save_checkpoint(
         _flush_to_disk(writing)
         replaced = output_dir / f"{REPLACED_PREFIX}{path.name}"
         if path.exists():
-            # A folder cannot be renamed over another. Killed between these two lines, `resume_checkpoint` puts it back.
+            # A folder cannot be renamed over another. After a kill between these lines, `resume_checkpoint` repairs it.
             os.rename(path, replaced)
         os.rename(writing, path)
         _flush_directory(output_dir)
@@ -151,14 +135,14 @@ def find_latest_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def delete_checkpoints(output_dir: str | os.PathLike) -> None:
-    """Deletes every `checkpoint-N` in `output_dir`. For one process, while the others wait."""
+    """Deletes every `checkpoint-N` in `output_dir`. Call it on one process, while the others wait."""
     for path in _list_checkpoints(Path(output_dir)).values():
         _delete(path)
 
 
 def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str) -> Path | None:
     """
-    The checkpoint that `resume_from_checkpoint` names.
+    Finds a checkpoint.
 
     Args:
         output_dir (`str` or `os.PathLike`): The folder of the run.
@@ -166,12 +150,11 @@ def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str) 
             one in `output_dir`.
 
     Returns:
-        `Path`: Its folder; None if it is "latest" and there is none. If the run was killed while it replaced that
-        checkpoint, it has another name until `resume_checkpoint` has put it back.
+        `Path`: Its folder; None for "latest" if there is none. If the run was killed while it replaced that checkpoint,
+        the folder has another name until `resume_checkpoint` repairs it.
 
     Raises:
-        ValueError: If the checkpoint does not exist, is a folder that `save_checkpoint` did not write, or has a file
-            that is damaged.
+        ValueError: If the checkpoint does not exist, is incomplete, or has a damaged file.
     """
     output_dir = Path(output_dir)
     checkpoints = _list_checkpoints(output_dir, REPLACED_PREFIX) | _list_checkpoints(output_dir)
@@ -207,8 +190,8 @@ def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str) 
 
 def _is_damaged(file: Path) -> bool:
     """
-    Whether a file of a checkpoint lacks the structure of its format, as one that was cut short or emptied does. The
-    values in it are not read.
+    Whether a file of a checkpoint lacks the structure of its format, because it was cut short or emptied. Its values
+    are not read.
     """
     if file.suffix == ".safetensors":
         try:
@@ -217,11 +200,11 @@ def _is_damaged(file: Path) -> bool:
         except SafetensorError:
             return True
     if file.suffix in (".bin", ".pkl", ".pt"):
-        return not zipfile.is_zipfile(file)  # as `torch.save` writes: its directory is at the end
+        return not zipfile.is_zipfile(file)  # `torch.save` writes zip files, whose directory is at the end
     if file.suffix == ".json":
         try:
             json.loads(file.read_bytes())
-        except ValueError:  # also for bytes that are no text
+        except ValueError:  # also for bytes that are not text
             return True
     return file.suffix == ".yaml" and file.stat().st_size == 0
 
@@ -235,26 +218,24 @@ def resume_checkpoint(
     not_restored: Collection[Any] = (),
 ) -> str | None:
     """
-    Clears what an interrupted run left half-written in `output_dir`, then loads a checkpoint into everything
-    `accelerator` has prepared and registered. Collective: every process calls it.
+    Removes half-written folders of an interrupted run from `output_dir`, then loads a checkpoint into everything that
+    `accelerator` has prepared and registered. Collective.
 
     Args:
-        accelerator (`Accelerator`): As set up for the run that wrote the checkpoint.
+        accelerator (`Accelerator`): Set up as for the run that wrote the checkpoint.
         output_dir (`str` or `os.PathLike`): The folder of the run.
-        resume_from_checkpoint (`str`, *optional*): As for `find_checkpoint`; without a "latest" one, a new run starts.
-            None loads nothing.
+        resume_from_checkpoint (`str`, *optional*): As for `find_checkpoint`; None loads nothing.
         ema (`EMAModel`, *optional*): The average, which is not registered. It is read by `load_average`, or, from a
-            checkpoint of an earlier version, out of what that had registered.
+            checkpoint of an earlier version, from the objects that were registered there.
         load_average (function of a folder, *optional*): Reads the average of a checkpoint into `ema`, and returns
-            whether it was there. It may write to the weights that `accelerator` loads afterwards.
-        not_restored (collection, *optional*): Registered objects that keep the state they have.
+            whether it was there. It may overwrite the trained weights, which are loaded afterwards.
+        not_restored (collection, *optional*): Registered objects that keep their state.
 
     Returns:
-        `str` or `None`: The path of the loaded checkpoint, or None for a fresh start.
+        `str` or `None`: The path of the loaded checkpoint; None for a new run.
 
     Raises:
-        ValueError: If the checkpoint does not exist, is a folder that `save_checkpoint` did not write, has a file that
-            is damaged, or was written by a run of another network, or of one without the average that this one keeps.
+        ValueError: As `find_checkpoint`; or if the checkpoint belongs to another network, or has no average.
     """
     output_dir = Path(output_dir)
     if _owns_files(accelerator):
@@ -292,15 +273,15 @@ def resume_checkpoint(
 
 
 def _count_writers(checkpoint: Path) -> int:
-    """How many processes wrote it: each leaves the state of its random numbers."""
+    """Number of processes that wrote it: each leaves the state of its generators."""
     return len(list(checkpoint.glob("random_states_*.pkl")))
 
 
 def _check_shapes(accelerator: Accelerator, path: Path) -> None:
-    """Refuses weights of other networks than those prepared, which torch would by listing all of them."""
+    """Refuses weights of another network in one sentence; torch would list all of them."""
     for index, model in enumerate(accelerator._models):
         file = path / f"{SAFE_MODEL_NAME}{f'_{index}' if index else ''}.safetensors"
-        if not file.is_file():  # an adapter's, whose own hook reads and checks them
+        if not file.is_file():  # an adapter, which its own hook reads and checks
             continue
         state = unwrap(accelerator, model).state_dict()
         expected = {name: tuple(value.shape) for name, value in state.items()}
@@ -315,7 +296,7 @@ def _check_shapes(accelerator: Accelerator, path: Path) -> None:
             raise ValueError(
                 f"{path} holds the weights of another network: {len(differing)} of {len(expected)} tensors differ, "
                 f"such as {name!r}, of shape {shapes.get(name, 'none')} there and {expected.get(name, 'none')} here. "
-                "Resume it with the network that it was written with (its config, classes and adapter), or start anew."
+                "Resume it with the same network (config, classes and adapter), or start a new run."
             )
 
 
@@ -323,7 +304,7 @@ def _check_shapes(accelerator: Accelerator, path: Path) -> None:
 def _restorable(
     accelerator: Accelerator, path: Path, registered: Iterable[Any], not_restored: Collection[Any]
 ) -> Iterator[None]:
-    """What `accelerator` restores for the duration of a `with` block: what the checkpoint holds, and no more."""
+    """Restricts `accelerator` to the objects that the checkpoint holds, for the duration of a `with` block."""
     objects, scaler = accelerator._custom_objects, accelerator.scaler
     ignored = [_Ignored() if any(obj is other for other in not_restored) else obj for obj in objects]
     accelerator._custom_objects = [*ignored, *registered]
@@ -336,7 +317,7 @@ def _restorable(
             + ". Resume it with the script and the `use_ema` that it was written with."
         )
     if scaler is not None and not (path / SCALER_NAME).is_file():
-        accelerator.scaler = None  # begun in another precision than fp16: the scaler starts as a new one
+        accelerator.scaler = None  # the run was not in fp16 so far: the scaler starts as a new one
     try:
         yield
     finally:
@@ -349,7 +330,7 @@ class _Ignored:
 
 
 def _owns_files(accelerator: Accelerator) -> bool:
-    """Whether this process renames and deletes: one per file system."""
+    """Whether this process renames and deletes folders: one per file system."""
     if accelerator.project_configuration.save_on_each_node:
         return accelerator.is_local_main_process
     return accelerator.is_main_process
@@ -368,8 +349,7 @@ def _list_checkpoints(output_dir: Path, prefix: str = "") -> dict[int, Path]:
 
 
 def _rotate(output_dir: Path, global_step: int, total_limit: int) -> None:
-    # Steps beyond the one just written belong to a run that was abandoned for an earlier checkpoint; they go first.
-    # Deleting by step alone would delete the new checkpoint and keep the abandoned ones.
+    # Steps beyond the new one belong to a run that was abandoned for an earlier checkpoint, and are deleted first.
     by_value = sorted(_list_checkpoints(output_dir), key=lambda step: -step if step > global_step else step)
     for step in by_value[: max(0, len(by_value) - total_limit)]:
         path = output_dir / f"checkpoint-{step}"
@@ -378,7 +358,7 @@ def _rotate(output_dir: Path, global_step: int, total_limit: int) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    # Renamed first: deleting takes a while, and a half-deleted checkpoint must not look like a whole one.
+    # Renamed first: a half-deleted checkpoint must not look like a whole one.
     deleting = checkpoint.with_name(f"{DELETING_PREFIX}{checkpoint.name}")
     shutil.rmtree(deleting, ignore_errors=True)
     os.rename(checkpoint, deleting)
@@ -400,7 +380,7 @@ def _clean_up(output_dir: Path) -> None:
 
 
 def _flush_to_disk(folder: Path) -> None:
-    """Without it, a machine that loses power may keep the rename and lose the contents."""
+    """Writes the contents to the disk: a machine that loses power could keep the rename only."""
     for root, _, files in os.walk(folder):
         for name in files:
             with open(os.path.join(root, name), "rb") as file:
@@ -420,10 +400,10 @@ def _flush_directory(folder: str | os.PathLike) -> None:
 
 def rest_of_epoch(dataloader: DataLoaderShard, progress: TrainingProgress) -> DataLoaderShard:
     """
-    The batches of the epoch under way that are still to come, of a prepared dataloader; a new epoch begins where there
-    are none. Its `set_epoch` reaches the dataset, whose shuffling, crops and flips depend on it.
+    The remaining batches of the current epoch of a prepared dataloader, or all of the next one. Its `set_epoch` reaches
+    the dataset, whose shuffling, crops and flips depend on it.
     """
-    if progress.batch_in_epoch >= len(dataloader):  # also: resumed with larger batches, or fewer of them
+    if progress.batch_in_epoch >= len(dataloader):  # also when resumed with larger batches
         progress.epoch, progress.batch_in_epoch = progress.epoch + 1, 0
     if progress.batch_in_epoch:
         dataloader = skip_first_batches(dataloader, progress.batch_in_epoch)

@@ -2,7 +2,7 @@
 The rows of a pretrained network for the classes of the data: classes are matched by name, new ones get new rows.
 
 A network has one row per class, in the class embedding of a U-Net or in the last layer of a classifier. A plan holds
-only names and numbers; `match_unet_classes` (unets.py) and `match_classifier_classes` (classification.py) apply it.
+only names and numbers; `match_unet_classes` (unets.py) and `match_classifier_classes` (classifiers.py) apply it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arguments that were given and have no effect: refused where that is a mistake, named in the log otherwise."""
+"""The rules for training arguments that have no effect."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ TRAINING_RULES = (
     ),
     Rule(("logging_dir",), lambda given: given["report_to"] != "none", "`report_to` is 'none'"),
     Rule(("allow_tf32",), lambda given: torch.cuda.is_available(), "it is for CUDA devices, and there is none"),
-    # The classifier's; the other scripts have no held-out images.
+    # Only classifiers have held-out images.
     Rule(
         ("validation_steps",),
         lambda given: (

@@ -1,4 +1,4 @@
-"""Grids of pictures with row and column labels, for validation images and the demo."""
+"""Grids of images with row and column labels, for validation images and the demo."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND = (255, 255, 255)
 TEXT_COLOR = (32, 32, 32)
-# Pixels. Below the smaller, Pillow's default font is hard to read; above the larger, labels outweigh the pictures.
+# In pixels: smaller, Pillow's default font is hard to read; larger, labels dominate the images.
 MIN_FONT_SIZE, MAX_FONT_SIZE = 12, 24
 
 
@@ -22,28 +22,19 @@ def labelled_grid(
     padding: int = 2,
 ) -> Image.Image:
     """
-    Arranges pictures of one size in a grid, row by row, with optional labels to the left and above.
+    Arranges images of one size in a grid, row by row, with optional labels to the left and above.
 
     Args:
-        images (sequence of `PIL.Image.Image`): At most `rows * cols` pictures of equal size; missing ones stay blank.
+        images (sequence of `PIL.Image.Image`): At most `rows * cols` images of equal size; missing ones stay blank.
         rows, cols (`int`): The shape of the grid.
-        row_labels (sequence of `str`, *optional*): One per row, right-aligned beside it.
+        row_labels (sequence of `str`, *optional*): One per row, right-aligned, to its left.
         col_labels (sequence of `str`, *optional*): One per column, centred above it, wrapped to its width.
-        scale (`int`, defaults to 1): Each pixel becomes a square of `scale` pixels, with no interpolation, so that a
-            32-pixel sample can be judged as it is.
+        scale (`int`, defaults to 1): Each pixel becomes a square of `scale` pixels, without interpolation.
         padding (`int`, defaults to 2): Pixels between neighbours and around the grid, after scaling.
 
-    Returns:
-        `PIL.Image.Image`: An RGB picture.
-
     Raises:
-        ValueError: If there is no picture, too many, sizes differ, or the labels do not fit `rows` and `cols`.
+        ValueError: If there are no images or too many, sizes differ, or a label is missing.
     """
-    if rows < 1 or cols < 1 or scale < 1 or padding < 0:
-        raise ValueError(
-            f"`rows`, `cols` and `scale` must be at least 1 and `padding` at least 0; got rows={rows}, cols={cols}, "
-            f"scale={scale}, padding={padding}."
-        )
     if not 1 <= len(images) <= rows * cols:
         raise ValueError(
             f"Got {len(images)} images for a grid of {rows} x {cols}. Pass between 1 and {rows * cols} images."
@@ -76,7 +67,7 @@ def labelled_grid(
     for col, lines in enumerate(wrapped):
         middle = left + padding + col * (width + padding) + width // 2
         for line, text in enumerate(lines):
-            # Short labels sit on the pictures, not at the top of the space that the longest one needs.
+            # Labels of fewer lines stand directly above the images.
             baseline = top - (len(lines) - 1 - line) * line_height - line_height // 4
             draw.text((middle, baseline), text, fill=TEXT_COLOR, font=font, anchor="ms")
     return grid
@@ -84,23 +75,23 @@ def labelled_grid(
 
 def labelled_strips(columns: Mapping[str, Sequence[Image.Image]], scale: int = 1) -> Image.Image:
     """
-    Pictures that belong together side by side, such as `condition | sample | target`, with so many strips in a row that
-    the grid is about square.
+    Arranges images that belong together, such as `condition | sample | target`, side by side, in a grid that is about
+    square.
 
     Args:
-        columns (mapping of sequences of `PIL.Image.Image`): What a strip holds, by the names above the columns; all of
-            one size, and equally many.
-        scale (`int`, defaults to 1): As of `labelled_grid`.
+        columns (mapping of sequences of `PIL.Image.Image`): The images by the names above their columns; all of one
+            size, and equally many.
+        scale (`int`, defaults to 1): As for `labelled_grid`.
     """
     strips = list(zip(*columns.values(), strict=True))
     across = math.ceil(math.sqrt(len(strips) / len(columns)))
     labels = [*columns] * across
-    pictures = [picture for strip in strips for picture in strip]
-    return labelled_grid(pictures, math.ceil(len(strips) / across), len(labels), col_labels=labels, scale=scale)
+    images = [image for strip in strips for image in strip]
+    return labelled_grid(images, math.ceil(len(strips) / across), len(labels), col_labels=labels, scale=scale)
 
 
 def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Breaks a label at spaces so that each line fits `width` pixels; a word that is too long ends in dots."""
+    """Breaks a label into lines of at most `width` pixels; a longer word ends in dots."""
     lines: list[str] = []
     for word in label.split():
         while font.getlength(word) > width and len(word.rstrip(".")) > 1:

@@ -1,8 +1,8 @@
 """
-Low-rank adapters: fine-tuning a few per cent of the weights beside the frozen rest.
+Low-rank adapters (LoRA): training a few per cent of additional weights while the pretrained ones stay frozen.
 
 Hu et al. 2021 (https://huggingface.co/papers/2106.09685): a weight W becomes W + (alpha / rank) B A, where A has `rank`
-rows, B as many columns and starts at 0. PEFT keeps the adapter, diffusers' writer saves it.
+rows, B as many columns and starts at 0. PEFT keeps the adapter, diffusers saves it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,28 +21,74 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ..commands.arguments import arg, check_at_least
 from ..schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY
+from .arguments import NEVER, ModelArguments, TextArguments
 from .checkpoints import unwrap
 
 
-# diffusers' names in attention: queries, keys, values, the layer behind, and keys and values of added text.
+# diffusers' names in attention: queries, keys, values, output projection, and keys and values of added text.
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # which `load_lora_weights` looks for in a folder
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for in a folder
 PREFIX = StableDiffusionLoraLoaderMixin.unet_name
-# Where checkpoints keep the adapter as it is trained; in their root lies its average, as in the result.
+# Checkpoints hold the trained adapter in this folder, and its average in their root, as the result does.
 TRAINED_FOLDER = "trained_adapter"
+
+
+@dataclass
+class LoraArguments:
+    """A low-rank adapter to train instead of the weights."""
+
+    lora_rank: int | None = arg(None, "Rank of the adapter, e.g. 4 to 64; none: train the weights.", resume=NEVER)
+    lora_alpha: float | None = arg(
+        None, "The output of the adapter is scaled by `lora_alpha / lora_rank`; none: by 1.", resume=NEVER
+    )
+    lora_target_modules: list[str] | None = arg(
+        None,
+        "Layers to adapt, e.g. to_q to_v conv1 time_emb_proj; none: the projections of attention.",
+        resume=NEVER,
+    )
+
+    def __post_init__(self):
+        check_at_least(self, 1, "lora_rank")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
+            raise ValueError("`lora_alpha` and `lora_target_modules` need a `lora_rank`. Pass it, e.g. 8.")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"`lora_alpha` is {self.lora_alpha}; it must be positive.")
+
+    def check(self, model_args: ModelArguments, text_args: TextArguments) -> None:
+        """Checks that there is a pretrained model and no argument would modify it; raises a `ValueError` otherwise."""
+        if self.lora_rank is None:
+            return
+        if model_args.pretrained_model_name_or_path is None:
+            raise ValueError("`lora_rank` adapts a trained model. Name it with `--pretrained_model_name_or_path`.")
+        if text_args.train_text_encoder:
+            raise ValueError("`lora_rank` adapts only the U-Net. Drop `train_text_encoder`, or train all weights.")
+        if model_args.replace_classes:
+            raise ValueError(
+                "`lora_rank` leaves the pretrained weights as they are, including those of its classes. Drop "
+                "`replace_classes`, or train all weights."
+            )
+
+
+def train_lora(
+    accelerator: Accelerator, unet: ModelMixin, lora_args: LoraArguments, noise_schedule: Mapping[str, Any]
+) -> None:
+    """Freezes `unet`, adds the adapter that the arguments describe, and keeps only it in checkpoints."""
+    add_lora(unet, lora_args.lora_rank, lora_args.lora_alpha, lora_args.lora_target_modules)
+    checkpoint_adapter_only(accelerator, noise_schedule)
 
 
 def add_lora(unet: ModelMixin, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> None:
     """
-    Freezes `unet` and adds an adapter, whose weights alone are then trained.
+    Freezes `unet` and adds an adapter to train.
 
     Args:
-        unet (`ModelMixin`): With PEFT support, such as `AdaGNUNet2DModel`.
-        rank (`int`): Of the adapter, at least 1.
-        alpha (`float`, *optional*): Its output is multiplied by `alpha / rank`; None: by 1.
+        unet (`ModelMixin`): A model with PEFT support, such as `AdaGNUNet2DModel`.
+        rank (`int`): Rank of the adapter, at least 1.
+        alpha (`float`, *optional*): The output of the adapter is multiplied by `alpha / rank`; None: by 1.
         targets (sequence of `str`, *optional*): Names of the layers to adapt, linear or convolutional, or their last
-            parts, such as `conv1` or `time_emb_proj`. None: all of `ATTENTION_TARGETS` that there are.
+            parts, such as `conv1` or `time_emb_proj`. None: those of `ATTENTION_TARGETS` that exist.
 
     Raises:
         ValueError: If no layer has such a name.
@@ -57,8 +104,8 @@ def add_lora(unet: ModelMixin, rank: int, alpha: float | None = None, targets: S
         targets = [target for target in ATTENTION_TARGETS if is_there(target)]
         if not targets:
             raise ValueError(
-                "The U-Net has no attention, whose projections an adapter is added to. Name other layers, e.g. "
-                "`--lora_target_modules conv1 conv2 time_emb_proj`."
+                "The U-Net has no attention projections to adapt. Name other layers, e.g. `--lora_target_modules conv1 "
+                "conv2 time_emb_proj`."
             )
     for target in targets:
         if not is_there(target):
@@ -83,17 +130,17 @@ def save_lora(unet: ModelMixin, folder: str | os.PathLike, noise_schedule: Mappi
     `unet.load_lora_adapter(folder, prefix="unet", use_safetensors=True)`.
 
     Args:
-        unet (`ModelMixin`): With an adapter.
+        unet (`ModelMixin`): A model with an adapter.
         folder (`str` or `os.PathLike`): Made if it does not exist.
-        noise_schedule (mapping, *optional*): What it was trained on, as of `noise_schedule_of`, for the metadata of the
-            file: `load_lora_weights` of this package's pipelines compares it with that of their scheduler.
+        noise_schedule (mapping, *optional*): The noise schedule of the training, from `noise_schedule_of`. It goes into
+            the metadata: `load_lora_weights` of this package's pipelines compares it with that of their scheduler.
     """
     from peft.utils import get_peft_model_state_dict
 
     metadata = {f"{PREFIX}.{name}": value for name, value in _adapter_metadata(unet).items()}
     if noise_schedule is not None:
         metadata[LORA_NOISE_SCHEDULE_KEY] = dict(noise_schedule)
-    # What `save_lora_weights` calls, which has no place for metadata of other things than the adapter.
+    # `save_lora_weights` calls it, too, but takes no further metadata.
     StableDiffusionLoraLoaderMixin.write_lora_layers(
         StableDiffusionLoraLoaderMixin.pack_weights(get_peft_model_state_dict(unet), PREFIX),
         save_directory=os.fspath(folder),
@@ -110,40 +157,35 @@ def has_adapter(network: torch.nn.Module) -> bool:
 
 
 def load_lora(unet: ModelMixin, folder: str | os.PathLike) -> None:
-    """
-    Reads what `save_lora` wrote into the adapter that `unet` has.
-
-    Raises:
-        ValueError: If `folder` holds no adapter, or one that was configured differently or has other layers.
-    """
+    """Loads a file of `save_lora` into the adapter that `unet` has. Refuses another configuration or other layers."""
     from peft import set_peft_model_state_dict
 
     path = os.path.join(folder, WEIGHTS_NAME)
     if not os.path.isfile(path):
         raise ValueError(
             f"The checkpoint {folder} holds no adapter ({WEIGHTS_NAME}): it was written by a run without "
-            "`lora_rank`. Resume it without, or start anew."
+            "`lora_rank`. Resume it without, or start a new run."
         )
     _check_same_adapter(unet, path)
     state = {name.removeprefix(f"{PREFIX}."): value for name, value in load_file(path).items()}
     result = set_peft_model_state_dict(unet, state)
-    # All weights of the base are missing, which the checkpoint does not hold.
+    # All weights of the frozen U-Net are missing keys.
     differing = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
     if differing:
         raise ValueError(
-            f"The adapter of {folder} has other layers than this run's, such as {differing[0]}. Resume with "
-            "the `pretrained_model_name_or_path` that it was begun with."
+            f"The adapter of {folder} has other layers than that of this run, such as {differing[0]}. Resume with the "
+            "`pretrained_model_name_or_path` that it was started with."
         )
 
 
 def _adapter_metadata(unet: ModelMixin) -> dict[str, Any]:
-    """How the adapter was configured, as JSON can hold it."""
+    """The configuration of the adapter as JSON can hold it."""
     config = unet.peft_config["default"].to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 
 def _check_same_adapter(unet: ModelMixin, path: str) -> None:
-    """Refuses a checkpoint whose adapter was configured differently: what it lacks would stay at its random start."""
+    """Refuses an adapter with another configuration: layers that it lacks would keep their random initial weights."""
     with safe_open(path, "pt") as file:
         saved = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
     current = _adapter_metadata(unet)
@@ -151,27 +193,27 @@ def _check_same_adapter(unet: ModelMixin, path: str) -> None:
         before = saved[f"{PREFIX}.{key}"]
         if before != current[key]:
             raise ValueError(
-                f"The adapter of {os.path.dirname(path)} was begun with `{argument}` {before}, and this run has "
-                f"{current[key]}. Resume with the former, or start anew."
+                f"The adapter of {os.path.dirname(path)} was started with `{argument}` {before}, and this run has "
+                f"{current[key]}. Resume with the former, or start a new run."
             )
 
 
-def checkpoint_adapter_alone(accelerator: Accelerator, noise_schedule: Mapping[str, Any] | None = None) -> None:
+def checkpoint_adapter_only(accelerator: Accelerator, noise_schedule: Mapping[str, Any] | None = None) -> None:
     """
-    Makes `accelerator.save_state` and `load_state` write and read the adapter of the U-Net instead of all of it;
-    `noise_schedule` as of `save_lora`.
+    Makes `accelerator.save_state` and `load_state` write and read the adapter of the U-Net instead of all its weights;
+    `noise_schedule` as for `save_lora`.
     """
 
     def save(models: list[torch.nn.Module], weights: list, folder: str) -> None:
-        weights.clear()  # which Accelerate would write itself
+        weights.clear()  # or Accelerate would write them
         if accelerator.is_main_process:
             for model in models:
                 save_lora(unwrap(accelerator, model), os.path.join(folder, TRAINED_FOLDER), noise_schedule)
 
     def load(models: list[torch.nn.Module], folder: str) -> None:
         trained = os.path.join(folder, TRAINED_FOLDER)
-        while models:  # what is left, Accelerate would read itself
-            # Checkpoints of the first version have the trained adapter in their root, and no averaged one.
+        while models:  # Accelerate would read those that are left
+            # Checkpoints of the first version have the trained adapter in their root, and no average.
             load_lora(unwrap(accelerator, models.pop()), trained if os.path.isdir(trained) else folder)
 
     accelerator.register_save_state_pre_hook(save)

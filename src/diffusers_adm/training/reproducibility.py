@@ -1,4 +1,4 @@
-"""Describes the machine of a run in its log, and warns where this machine cannot resume a run bit for bit."""
+"""The machine of a run in its log, with a warning if it cannot resume a run bit for bit."""
 
 import logging
 import os
@@ -12,14 +12,14 @@ from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
-# Environment variables that choose the instructions with which torch, oneDNN and MKL compute.
+# Environment variables that choose the instructions of torch, oneDNN and MKL.
 KERNEL_VARIABLES = ("MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-# torch allocates tensors at multiples of 64 bytes, at another multiple in each run. In elements of 4 bytes:
+# torch allocates tensors at multiples of 64 bytes, which differ between runs. In elements of 4 bytes:
 OFFSETS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def describe_machine() -> str:
-    """Processor, version of torch, its instruction set, threads, and the variables that choose kernels, in one line."""
+    """Processor, version of torch, its instruction set, threads, and kernel variables, in one line."""
     parts = [
         _processor_name(),
         f"torch {torch.__version__}",
@@ -32,11 +32,11 @@ def describe_machine() -> str:
 
 def depends_on_memory(operation: Callable[..., torch.Tensor], *operands: torch.Tensor) -> bool:
     """
-    Whether the last bits of a result change when the same values lie at another place in memory.
+    Whether the last bits of a result depend on the memory addresses of the operands.
 
     Args:
         operation (`Callable`): Computes a tensor from the operands.
-        operands (`torch.Tensor`): float32, on the CPU. They are copied to several places, each to another one.
+        operands (`torch.Tensor`): float32, on the CPU. They are copied to several addresses.
     """
     expected = operation(*(_copy(operand, 0) for operand in operands))
     for i in range(len(OFFSETS)):
@@ -48,36 +48,31 @@ def depends_on_memory(operation: Callable[..., torch.Tensor], *operands: torch.T
 
 def operations_that_depend_on_memory() -> list[str]:
     """
-    Names of the operations of a U-Net in float32 whose last bits depend on the place of their operands in memory, on
-    this machine and in this process. It takes some milliseconds.
+    Names of the operations of a U-Net in float32 whose last bits depend on memory addresses, on this machine and in
+    this process. It takes some milliseconds.
     """
     return [name for name, operation, operands in _operations() if depends_on_memory(operation, *operands)]
 
 
 def report_machine(accelerator: Accelerator) -> None:
-    """
-    Logs the machine of the main process, and warns in one sentence if it cannot resume a run bit for bit.
-
-    Args:
-        accelerator (`Accelerator`): Of the run.
-    """
+    """Logs the machine of the main process, and warns if it cannot resume a run bit for bit."""
     if not accelerator.is_main_process:
         return
     logger.info("Machine: %s", describe_machine())
     if accelerator.device.type != "cpu":
         if not torch.are_deterministic_algorithms_enabled():
             logger.info(
-                "On this device (%s) a resumed run equals the unbroken one up to rounding: some kernels add in another "
-                "order each time. See docs/reproducibility.md.",
+                "On this device (%s) a resumed run equals the unbroken one up to rounding: some kernels add in a "
+                "varying order. See docs/reproducibility.md.",
                 accelerator.device.type,
             )
         return
     found = operations_that_depend_on_memory()
     if found:
         logger.warning(
-            "On this processor the last bits of %s depend on the place of the operands in memory, so a resumed run "
-            "equals the unbroken one only up to rounding. For equal bits, set the environment variable "
-            "MKL_CBWR=COMPATIBLE for this run and for those that resume it.",
+            "On this processor the last bits of %s depend on memory addresses, so a resumed run equals the unbroken "
+            "one only up to rounding. For equal bits, set the environment variable MKL_CBWR=COMPATIBLE for this run "
+            "and for those that resume it.",
             ", ".join(found),
         )
 
@@ -88,7 +83,7 @@ def _operations() -> Iterator[tuple[str, Callable[..., torch.Tensor], tuple[torc
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    # A linear layer and its two gradients: neither, one and both of the factors transposed.
+    # A linear layer and its two gradients.
     yield "matrix products", torch.mm, (random(16, 96), random(96, 200))
     yield "matrix products of transposed factors", lambda x, w: x @ w.T, (random(16, 96), random(200, 96))
     yield "gradients of weights", lambda x, y: y.T @ x, (random(16, 96), random(16, 200))
@@ -98,7 +93,7 @@ def _operations() -> Iterator[tuple[str, Callable[..., torch.Tensor], tuple[torc
 
 
 def _copy(tensor: torch.Tensor, offset: int) -> torch.Tensor:
-    """The same values, contiguous, `offset` elements behind a multiple of 8 KiB."""
+    """A contiguous copy, `offset` elements after a multiple of 8 KiB."""
     alignment = 2 * max(OFFSETS)
     memory = torch.empty(tensor.numel() + 2 * alignment, dtype=tensor.dtype)
     start = -(memory.data_ptr() // memory.element_size()) % alignment + offset

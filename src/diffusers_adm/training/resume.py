@@ -1,15 +1,14 @@
 """
-Resuming a run: what each argument does if it has changed since the checkpoint, and the record that shows it.
+Resuming a run: the record in each checkpoint, and the comparison of arguments and data with it.
 
-A checkpoint records the arguments that it was trained with (`train_args.yaml`) and what they led to (`run_record.json`:
-the noise schedule, the classes, the number of images, the config of the network). A run that is resumed takes from
-there the arguments that were left out. Those that were given are used, or refused by name, as `VERDICTS` says.
+A checkpoint records the arguments of its run (`train_args.yaml`) and what they led to (`run_record.json`: the noise
+schedule, the classes, the number of images, the config of the network). A resumed run takes the arguments that were
+left out from there. Those that were given are used, or refused by name, as their [`Verdict`] says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 
@@ -26,8 +24,8 @@ from ..commands.arguments import build_arguments, given_arguments
 from ..data.fingerprints import hash_tensors, hash_tokenizer
 from ..schedulers.noise_schedules import alphas_cumprod_of, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .arguments import TrainingArguments
-from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, TrainingProgress, find_checkpoint, resume_checkpoint
+from .arguments import APPLIED, NEVER, PROCESS, SOURCE, TrainingArguments, Verdict, resume_verdicts
+from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, find_checkpoint
 from .effects import COSINE_SCHEDULES
 from .ema import load_average
 from .setup import ARGUMENTS_NAME, write_settings
@@ -42,18 +40,7 @@ RECORD_VERSION = 1
 # 1. What may change
 
 
-# The verdicts. No influence on what is learned: the new value is used.
-FREE = "free"
-# Takes effect from the checkpoint on; the moments of the optimizer and the averages are kept.
-APPLIED = "applied"
-# Would continue another training (another noise, loss, order of the data, ...): refused, unless `--force_resume`.
-PROCESS = "process"
-# The checkpoint could not be loaded: refused.
-NEVER = "never"
-# Says where something is read: what is read is compared with that of the checkpoint, instead of its name.
-SOURCE = "source"
-
-# The arguments of the noise, by their names in the config of a scheduler.
+# Arguments of the noise schedule -> keys in the config of a scheduler.
 NOISE_ARGUMENTS = {
     "ddpm_num_steps": "num_train_timesteps",
     "ddpm_beta_schedule": "beta_schedule",
@@ -62,59 +49,20 @@ NOISE_ARGUMENTS = {
     "prediction_type": "prediction_type",
     "variance_type": "variance_type",
 }
-VERDICTS = {
-    name: verdict
-    for verdict, names in {
-        FREE: (
-            *("output_dir", "cache_dir", "resume_from_checkpoint", "force_resume", "overwrite_output_dir"),
-            *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "logging_dir", "report_to"),
-            *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo"),
-            *("dataloader_num_workers", "image_check_num_proc", "precompute_text_embeddings"),
-            *("gradient_checkpointing", "channels_last"),
-            *("validation_steps", "num_validation_images", "validation_num_inference_steps"),
-            *("validation_guidance_scale", "validation_prompts", "validation_data_files", "validation_split"),
-            *("max_validation_samples", "num_timestep_bins"),
-        ),
-        APPLIED: (
-            *("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "num_train_epochs"),
-            *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
-            *("mixed_precision", "allow_tf32", "ema_max_decay", "ema_inv_gamma", "ema_power"),
-            *("class_dropout_prob", "caption_dropout_prob", "condition_dropout_prob"),
-        ),
-        PROCESS: (
-            *("seed", "train_batch_size", "gradient_accumulation_steps"),
-            *("dataset_name", "dataset_config_name", "train_data_dir", "data_files", "split", "max_train_samples"),
-            *("image_column", "label_column", "caption_column", "conditioning_image_column", "condition"),
-            *("resolution", "center_crop", "random_flip", "class_balanced", "min_image_size"),
-            *NOISE_ARGUMENTS,
-            *("objective", "snr_gamma", "timestep_sampler", "noised", "low_res_size", "max_noise_level"),
-        ),
-        NEVER: (
-            *("use_ema", "train_text_encoder", "task", "lora_rank", "lora_alpha", "lora_target_modules"),
-            *("controlnet_width", "conditioning_embedding_out_channels", "replace_classes"),
-        ),
-        SOURCE: (
-            *("pretrained_model_name_or_path", "revision", "variant", "model_config_name_or_path"),
-            *("controlnet_model_name_or_path", "text_encoder_name_or_path", "tokenizer_name_or_path"),
-            "text_encoder_config_name_or_path",
-        ),
-    }.items()
-    for name in names
-}
-# They concern one start of a run, so they are not taken from an earlier one.
+# Arguments of one start of a run, which are not taken from an earlier one.
 OF_ONE_START = ("resume_from_checkpoint", "force_resume", "overwrite_output_dir")
-# What is pushed to the Hub is the result of the run in its own folder, not that of one that branches off elsewhere.
+# Arguments for the folder of the run, which a run that branches off to another folder does not take over.
 OF_ONE_FOLDER = ("push_to_hub", "hub_model_id", "hub_private_repo")
-# Whoever gives one of these leaves the others out.
+# Groups of which one argument is given.
 ALTERNATIVES = (
     ("pretrained_model_name_or_path", "model_config_name_or_path"),
     ("text_encoder_name_or_path", "text_encoder_config_name_or_path"),
     ("dataset_name", "train_data_dir", "data_files"),
     ("condition", "conditioning_image_column"),
 )
-# None leaves these to the pretrained model, whose values the run has recorded.
+# None stands for the value of the pretrained model, which the run has recorded.
 INHERITED = ("low_res_size", "max_noise_level")
-# Compared by what they lead to, once that is known: the noise schedule, the layers that have an adapter.
+# Compared by their effect, once that is known: the noise schedule, the layers with an adapter.
 COMPARED_LATER = (*NOISE_ARGUMENTS, "lora_target_modules")
 
 
@@ -127,9 +75,22 @@ def _is_same(first: Any, second: Any) -> bool:
     return paths and os.path.samefile(first, second)
 
 
-def _flag(name: str, value: Any) -> str:
-    words = value if isinstance(value, list) else [value]
-    return f"--{name} {' '.join(str(word).lower() if word in (None, True, False) else str(word) for word in words)}"
+def _flags(values: Mapping[str, Any]) -> str:
+    """Arguments as on the command line."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return " ".join(str(word).lower() if word in (None, True, False) else str(word) for word in words)
+
+
+def _change(name: str, now: Any, before: Any) -> str:
+    return f"{name} is {now!r}, and was {before!r}"
+
+
+def _changes(name: str, before: Mapping[Any, Any], now: Mapping[Any, Any]) -> list[str]:
+    """Differences of two mappings in words; `name` holds a place for the key."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [_change(name.format(key), now.get(key), before.get(key)) for key in keys]
 
 
 # 2. Checkpoints and their records
@@ -138,15 +99,15 @@ def _flag(name: str, value: Any) -> str:
 @dataclass
 class Checkpoint:
     """
-    What a checkpoint says of the run that wrote it.
+    The record of a checkpoint.
 
     Args:
-        path (`Path`): Its folder.
-        script (`str`, *optional*): Which script wrote it.
-        settings (`dict`, *optional*): Its arguments. None where they are not known.
+        path (`Path`): Folder of the checkpoint.
+        script (`str`, *optional*): The script that wrote it.
+        settings (`dict`, *optional*): Its arguments; None if unknown.
         facts (`dict`): What they led to; empty for a checkpoint of an earlier version.
         step (`int`, *optional*): Optimizer steps taken.
-        ema (`dict`, *optional*): The state of the average, without the weights.
+        ema (`dict`, *optional*): State of the average, without the weights.
     """
 
     path: Path
@@ -166,12 +127,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, argument_types: Sequence[type], script: str) -> Checkpoint:
-    """
-    Reads the record of a checkpoint; of one that an earlier version wrote, the arguments in the folder of its run.
-
-    Raises:
-        ValueError: If another script wrote it, or its record cannot be read.
-    """
+    """Reads the record of a checkpoint; for one of an earlier version, the arguments in the folder of its run."""
     checkpoint = Checkpoint(path)
     if (path / RECORD_NAME).is_file():
         record = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
@@ -195,13 +151,12 @@ def parse_run(
     argument_types: Sequence[type], argv: Sequence[str] | None, script: str, description: str | None = None
 ) -> tuple[tuple[Any, ...], RunRecord]:
     """
-    The arguments of a run, as `parse_args` gives them. If `resume_from_checkpoint` names a checkpoint, those that were
-    left out are those of the checkpoint, and those that were given are compared with them.
+    Parses the arguments of a run as `parse_args` does. If `resume_from_checkpoint` names a checkpoint, arguments that
+    were left out are taken from it, and given ones are compared with it.
 
     Args:
-        argument_types (sequence of dataclasses): As for `parse_args`.
-        argv (sequence of `str`, *optional*): As for `parse_args`.
-        script (`str`): The name of the script.
+        argument_types (sequence of dataclasses), argv (sequence of `str`, *optional*): As for `parse_args`.
+        script (`str`): Name of the script.
         description (`str`, *optional*): Shown by `--help`.
 
     Returns:
@@ -224,7 +179,7 @@ def parse_run(
         return build_arguments(argument_types, given), RunRecord(script)
     checkpoint = read_checkpoint(path, argument_types, script)
     if name != "latest" and "output_dir" not in given and os.path.isdir(name):
-        given["output_dir"] = str(path.parent)  # also where the run was moved
+        given["output_dir"] = str(path.parent)  # also if the run was moved
     run = RunRecord(script, checkpoint, bool(given.get("force_resume")))
     given = {name: value for name, value in given.items() if not (name in INHERITED and value is None)}
     before = defaults | (checkpoint.settings or {})
@@ -234,7 +189,7 @@ def parse_run(
     for group in ALTERNATIVES:
         if any(given.get(name) is not None for name in group):
             values |= {name: None for name in group if name in values}
-    # What belongs to a value that another one replaces.
+    # Arguments that belong to a replaced value.
     if given.get("pretrained_model_name_or_path") not in (None, before["pretrained_model_name_or_path"]):
         values["revision"] = None
     if given.get("ddpm_beta_schedule") in COSINE_SCHEDULES:
@@ -246,7 +201,7 @@ def parse_run(
     values |= given
     if checkpoint.settings is not None:
         left_out = [name for name in values if name not in given and values[name] != defaults[name]]
-        run.compare_arguments(before, values, left_out)
+        run.compare_arguments(before, values, left_out, resume_verdicts(argument_types))
     all_args = build_arguments(argument_types, values)
     if values["max_train_steps"] is not None:
         run.check_steps(values["max_train_steps"])
@@ -259,13 +214,13 @@ def _defaults(argument_types: Sequence[type]) -> dict[str, Any]:
 
 class RunRecord:
     """
-    What a run is made of: its arguments, and what they led to. Each checkpoint has it. In a run that is resumed, every
-    `check_...` compares with that of the checkpoint and records; in a new one it records.
+    The record of a run, saved in each checkpoint: its arguments, and what they led to. Each `check_...` records a fact,
+    and in a resumed run compares it with that of the checkpoint.
 
     Args:
-        script (`str`): The name of the script.
-        checkpoint (`Checkpoint`, *optional*): What is resumed; None for a new run.
-        force (`bool`): Log what would make it another training, instead of refusing it.
+        script (`str`): Name of the script.
+        checkpoint (`Checkpoint`, *optional*): The checkpoint to resume; None for a new run.
+        force (`bool`): Log differences that change the training process instead of refusing them.
     """
 
     def __init__(self, script: str, checkpoint: Checkpoint | None = None, force: bool = False):
@@ -278,54 +233,51 @@ class RunRecord:
         self.applied: dict[str, tuple[Any, Any]] = {}
         self.forced: list[str] = []
         self.forced_arguments: set[str] = set()
-        self.progress: TrainingProgress | None = None
-        self.ema: EMAModel | None = None
 
     # Before anything is read
 
-    def compare_arguments(self, before: Mapping[str, Any], values: Mapping[str, Any], left_out: Sequence[str]) -> None:
+    def compare_arguments(
+        self,
+        before: Mapping[str, Any],
+        values: Mapping[str, Any],
+        left_out: Sequence[str],
+        verdicts: Mapping[str, Verdict],
+    ) -> None:
         """
-        Compares the arguments with those of the checkpoint, as `VERDICTS` says.
+        Compares the arguments with those of the checkpoint.
 
         Args:
             before (mapping): The arguments of the checkpoint.
-            values (mapping): Those of this run.
-            left_out (sequence of `str`): Which of them were left out, so that they are those of the checkpoint.
+            values (mapping): The arguments of this run.
+            left_out (sequence of `str`): Those that were left out and so taken from the checkpoint.
+            verdicts (mapping): From `resume_verdicts`.
 
         Raises:
-            ValueError: If some differ that must not.
+            ValueError: If an argument has changed that must not.
         """
         checkpoint = self.checkpoint
-        changed: dict[str, list[str]] = {verdict: [] for verdict in (FREE, APPLIED, PROCESS, NEVER, SOURCE)}
+        changed: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
         for name, value in values.items():
             if name in COMPARED_LATER or _is_same(value, before[name]):
                 continue
             if not _is_same(self._explicit(name, value, values), self._explicit(name, before[name], before)):
-                changed[VERDICTS[name]].append(name)
-        if not checkpoint.has_record:  # what its sources held is not known
+                changed[verdicts[name]].append(name)
+        if not checkpoint.has_record:  # the content of its sources is unknown
             changed[PROCESS] += changed[SOURCE]
-        told = {
-            name: f"`{name}` is {values[name]!r}, and was {before[name]!r}"
-            for names in changed.values()
-            for name in names
-        }
+        old = {verdict: _flags({name: before[name] for name in names}) for verdict, names in changed.items()}
+        changes = {v: [_change(f"`{n}`", values[n], before[n]) for n in names] for v, names in changed.items()}
         if changed[NEVER]:
             raise ValueError(
-                f"{'; '.join(told[name] for name in changed[NEVER])} for {checkpoint.name}, which cannot be loaded "
-                f"otherwise. Leave it out (or pass `{' '.join(_flag(name, before[name]) for name in changed[NEVER])}`) "
-                "to resume, or start a new run in another `--output_dir`."
+                f"{'; '.join(changes[NEVER])} for {checkpoint.name}, which cannot be loaded otherwise. Leave it out "
+                f"(or pass `{old[NEVER]}`) to resume, or start a new run in another `--output_dir`."
             )
-        self.refuse(
-            [told[name] for name in changed[PROCESS]],
-            f"Leave it out (or pass `{' '.join(_flag(name, before[name]) for name in changed[PROCESS])}`) to continue "
-            "as before",
-        )
+        self.refuse(changes[PROCESS], f"Leave it out (or pass `{old[PROCESS]}`)")
         self.forced_arguments |= set(changed[PROCESS])
         self.applied = {name: (before[name], values[name]) for name in changed[APPLIED]}
         self.left_out = {name: values[name] for name in left_out}
 
     def _explicit(self, name: str, value: Any, values: Mapping[str, Any]) -> Any:
-        """What None stands for, as far as that is known here."""
+        """The value that None stands for, if it is known here."""
         facts = self.checkpoint.facts
         if name == "lora_alpha" and value is None:
             return values["lora_rank"]
@@ -337,41 +289,33 @@ class RunRecord:
 
     def check_steps(self, max_train_steps: int) -> None:
         """
-        A checkpoint of the last step is accepted: the run may have been interrupted before its result was saved, and
-        whoever restarts it by the same command gets the result.
-
-        Raises:
-            ValueError: If the checkpoint has been trained for more steps than the run is to have.
+        Refuses a checkpoint of more steps than the run. One of the last step is accepted: the run may have been
+        interrupted before its result was saved, and the same command then saves it.
         """
         step = self.checkpoint.step if self.checkpoint is not None else None
         if step is not None and max_train_steps < step:
             raise ValueError(
-                f"The run is to end at step {max_train_steps} (`max_train_steps`, or `num_train_epochs`), but "
-                f"{self.checkpoint.name} has been trained for {step} steps already. Pass a larger number to train on."
+                f"The run ends at step {max_train_steps} (`max_train_steps`, or `num_train_epochs`), but "
+                f"{self.checkpoint.name} has been trained for {step} steps already. Pass a larger number."
                 + (f" Its result can be loaded from {self.checkpoint.path}." if self.checkpoint.has_record else "")
             )
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """
-        Logs what is resumed, and how it differs.
-
-        Args:
-            settings (mapping): The arguments of the run, as they are recorded.
-        """
-        # `train_args.yaml` may be the next recipe, which must not force what differs then.
+        """Takes the arguments of the run, to be recorded, and logs the resumed checkpoint and what has changed."""
+        # `train_args.yaml` may be the next recipe, which must not force later differences.
         self.settings, checkpoint = {**settings, "force_resume": False}, self.checkpoint
         if checkpoint is None:
             return
         if checkpoint.settings is None:
             logger.warning(
-                f"{checkpoint.path} holds no record of its arguments, and neither does the folder of its run: the "
-                "arguments of this run are not compared with them, and those left out have their default values."
+                f"{checkpoint.path} holds no record of its arguments, and neither does the folder of its run: they "
+                "cannot be compared with those of this run, and arguments left out have their default values."
             )
         elif not checkpoint.has_record:
             logger.warning(
                 f"{checkpoint.path} was written by an earlier version, without a record of its arguments. They are "
-                f"taken from {checkpoint.path.parent / ARGUMENTS_NAME}; the classes, the number of images and what a "
-                "pretrained model held cannot be compared."
+                f"taken from {checkpoint.path.parent / ARGUMENTS_NAME}; the classes, the number of images and the "
+                "weights of a pretrained model cannot be compared."
             )
         left_out = ", ".join(f"{name} {value}" for name, value in self.left_out.items())
         logger.info(
@@ -382,21 +326,19 @@ class RunRecord:
         for difference in self.forced:
             self._warn(difference)
 
-    # Whatever is compared
+    # Comparing
 
     def refuse(self, differences: Sequence[str], way_out: str) -> None:
         """
-        Refuses what would make it another training.
-
-        Raises:
-            ValueError: If there are differences, and they are not forced. Otherwise they are logged.
+        Refuses differences that change the training process, or logs them if they are forced. `way_out` says what to do
+        to continue as before.
         """
         if not differences:
             return
         if not self.force:
             raise ValueError(
-                f"{'; '.join(differences)} for {self.checkpoint.name}. This would be another training than the "
-                f"one that was begun. {way_out}, or pass `--force_resume` to continue with the new value."
+                f"{'; '.join(differences)} for {self.checkpoint.name}. This would change the training process. "
+                f"{way_out} to continue as before, or pass `--force_resume` to continue with the new value."
             )
         self.forced += differences
         if self.settings:  # `begin` logs those from before it
@@ -406,73 +348,58 @@ class RunRecord:
     def _warn(self, difference: str) -> None:
         logger.warning(f"--force_resume: {difference} for {self.checkpoint.name}.")
 
-    def _before(self, fact: str, now: Any) -> tuple[bool, Any]:
-        """Records a fact. Whether the checkpoint has it, too, and what it says."""
+    # Facts
+
+    def _before(self, fact: str, now: Any) -> tuple[bool, Any, Any]:
+        """Records a fact. Returns whether the checkpoint has it, its value there, and its value now."""
         self.facts[fact] = json.loads(json.dumps(now, default=str))
         facts = self.checkpoint.facts if self.checkpoint is not None else {}
-        return fact in facts, facts.get(fact)
-
-    # Once it is known
+        return fact in facts, facts.get(fact), self.facts[fact]
 
     def check_noise(self, noise_scheduler: LearnedVarianceDDPMScheduler | None) -> None:
         """
-        Compares the schedules themselves: one may have several names, and a pretrained scheduler may have changed.
-
-        Raises:
-            ValueError: If the noise or what is predicted is not that of the checkpoint.
+        Compares noise schedule and prediction type, and not their arguments: one schedule may have several names, and a
+        pretrained scheduler may have changed.
         """
         config = None if noise_scheduler is None else _public(noise_scheduler.config)
-        known, before = self._before("noise_schedule", config)
+        known, before, _ = self._before("noise_schedule", config)
         if not known and self.checkpoint is not None and self.checkpoint.settings is not None:
-            known, before = self._noise_by_arguments(noise_scheduler)
+            known, before = True, self._noise_by_arguments(noise_scheduler)
         if not known or noise_scheduler is None or before is None:  # a change of `noised` has been reported
             return
-        changed = [name for name in ("prediction_type", "variance_type") if before[name] != config[name]]
         schedulers = (LearnedVarianceDDPMScheduler.from_config(before), noise_scheduler)
-        if not is_same_noise(*(alphas_cumprod_of(noise_schedule_of(scheduler)) for scheduler in schedulers)):
-            of_noise = [name for name in NOISE_ARGUMENTS if not name.endswith("_type")]
-            differing = [name for name in of_noise if before[NOISE_ARGUMENTS[name]] != config[NOISE_ARGUMENTS[name]]]
-            changed += differing or ["ddpm_beta_schedule"]
-        # Classifiers have no arguments for what a U-Net predicts.
-        told = {
-            name: (before[NOISE_ARGUMENTS[name]], config[NOISE_ARGUMENTS[name]])
-            for name in changed
-            if name in self.settings
-        }
+        is_same = is_same_noise(*(alphas_cumprod_of(noise_schedule_of(scheduler)) for scheduler in schedulers))
+        # Classifiers have no arguments for the prediction type.
+        arguments = {name: key for name, key in NOISE_ARGUMENTS.items() if name in self.settings}
+        changed = [name for name, key in arguments.items() if before[key] != config[key]]
+        if is_same:
+            changed = [name for name in changed if name.endswith("_type")]
+        elif all(name.endswith("_type") for name in changed):
+            changed.append("ddpm_beta_schedule")
+        old, new = ({name: values[NOISE_ARGUMENTS[name]] for name in changed} for values in (before, config))
         if self.settings["pretrained_model_name_or_path"] is None:
-            way_out = f"Leave it out (or pass `{' '.join(_flag(name, old) for name, (old, _) in told.items())}`)"
+            way_out = f"Leave it out (or pass `{_flags(old)}`)"
         else:
             way_out = "Leave it out, and restore the scheduler of the pretrained model if that has changed,"
-        self.refuse(
-            [f"`{name}` is {now!r}, and was {old!r}" for name, (old, now) in told.items()],
-            f"{way_out} to continue as before",
-        )
-        self.forced_arguments |= set(told)
+        self.refuse([_change(f"`{name}`", new[name], old[name]) for name in changed], way_out)
+        self.forced_arguments |= set(changed)
 
-    def _noise_by_arguments(self, noise_scheduler: LearnedVarianceDDPMScheduler | None) -> tuple[bool, Any]:
-        """Of a checkpoint of an earlier version. What the pretrained model decided is taken to be as it is now."""
+    def _noise_by_arguments(self, noise_scheduler: LearnedVarianceDDPMScheduler | None) -> dict[str, Any] | None:
+        """The noise schedule of a checkpoint without a record; the pretrained scheduler is taken to be unchanged."""
         settings = self.checkpoint.settings
         if noise_scheduler is None or not settings.get("noised", True):
-            return True, None
+            return None
         config: dict[str, Any] = {}
         if settings.get("pretrained_model_name_or_path") is not None:
             given = [key for name, key in NOISE_ARGUMENTS.items() if self.settings.get(name) is not None]
             config = {key: value for key, value in _public(noise_scheduler.config).items() if key not in given}
-        for name, key in NOISE_ARGUMENTS.items():
-            if settings.get(name) is not None:
-                config[key] = settings[name]
-        return True, _public(LearnedVarianceDDPMScheduler.from_config(config).config)
+        config |= {key: settings[name] for name, key in NOISE_ARGUMENTS.items() if settings.get(name) is not None}
+        return _public(LearnedVarianceDDPMScheduler.from_config(config).config)
 
     def check_classes(self, id2label: Mapping[int, str] | None) -> None:
-        """
-        Compares the classes of the data.
-
-        Raises:
-            ValueError: If the data does not have the classes of the checkpoint.
-        """
-        known, before = self._before("classes", None if id2label is None else list(id2label.values()))
-        now = self.facts["classes"]
-        if not known or before == now:
+        """Compares the classes of the data. Another number of them is refused even by force."""
+        known, before, now = self._before("classes", None if id2label is None else list(id2label.values()))
+        if not known:
             return
         before, now = before or [], now or []
         if len(before) != len(now):
@@ -481,164 +408,73 @@ class RunRecord:
                 f"The data has {len(now)} classes, and had {len(before)} for {self.checkpoint.name}"
                 + (f"; added: {', '.join(map(repr, added))}" if added else "")
                 + (f"; removed: {', '.join(map(repr, removed))}" if removed else "")
-                + ". The network has one place for each, so the checkpoint cannot be resumed with others. Give the "
-                "data the former ones, or begin a new run."
+                + ". The network has one row for each, so the checkpoint cannot be resumed with others. Give the data "
+                "the former ones, or start a new run."
             )
-        renamed = [(number, *pair) for number, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1]]
-        self.refuse(
-            [f"class {number} of the data is {new!r}, and was {old!r}" for number, old, new in renamed],
-            "Give the data the former classes to continue as before",
-        )
+        changes = _changes("class {} of the data", dict(enumerate(before)), dict(enumerate(now)))
+        self.refuse(changes, "Give the data the former classes")
 
     def check_rows(self, id2label: Mapping[int, str] | None) -> None:
         """
-        Compares the names of the network's classes.
-
-        Args:
-            id2label (mapping, *optional*): Row of the network -> name of a class, after the classes of the data have
-                been matched with those of a pretrained model.
-
-        Raises:
-            ValueError: If a class would go on in the row of another one, since the pretrained model names others now.
+        Compares the names of the network's rows, after the classes of the data have been matched with those of a
+        pretrained model: if the names there have changed, a class would be trained in the row of another one.
         """
-        known, before = self._before("rows", id2label)
-        now = self.facts["rows"]
-        if not known or before == now or self.facts["classes"] != self.checkpoint.facts["classes"]:  # has been reported
-            return
-        before, now = before or {}, now or {}
-        differing = [row for row in {**before, **now} if before.get(row) != now.get(row)]
-        self.refuse(
-            [f"class {row} of the network is {now.get(row)!r}, and was {before.get(row)!r}" for row in differing],
-            "Restore the names of the classes of the pretrained model to continue as before",
-        )
+        known, before, now = self._before("rows", id2label)
+        if known and self.facts["classes"] == self.checkpoint.facts["classes"]:  # others have been reported
+            changes = _changes("class {} of the network", before or {}, now or {})
+            self.refuse(changes, "Restore the names of the classes of the pretrained model")
 
     def check_data(self, num_images: int) -> None:
-        """
-        Compares the number of images.
-
-        Raises:
-            ValueError: If there is another number of images: which ones the current epoch has shown would be others.
-        """
-        known, before = self._before("num_images", num_images)
-        if known and before != num_images:
-            self.refuse(
-                [f"the data has {num_images} usable images, and had {before}"],
-                "Give the run the former images to continue as before",
-            )
+        """Compares the number of images: with another one, the position in the epoch means other images."""
+        known, before, now = self._before("num_images", num_images)
+        if known and before != now:
+            self.refuse([_change("the number of usable images", now, before)], "Give the run the former images")
 
     def check_network(
         self, config: Mapping[str, Any], resolution: int, frozen: Mapping[str, Any] | None = None
     ) -> None:
         """
-        Compares the config of the network, the resolution, and what is frozen.
-
-        Args:
-            config (mapping): Of the network that is trained.
-            resolution (`int`): In pixels.
-            frozen (mapping, *optional*): Networks and tokenizers that stay as they are, by the names that
-                errors call them; None is passed over.
-
-        Raises:
-            ValueError: If one of them is not that of the checkpoint.
+        Compares the config of the network, the resolution in pixels, and the frozen parts: networks and tokenizers that
+        stay as they are, by their names in messages; None is ignored.
         """
-        known, before = self._before("resolution", resolution)
-        if known and before != resolution:
-            self.refuse(
-                [f"`resolution` is {resolution}, and was {before}"],
-                f"Pass `--resolution {before}` to continue as before",
-            )
-        known, before = self._before("network", {k: v for k, v in _public(config).items() if k != "sample_size"})
+        known, before, now = self._before("resolution", resolution)
+        if known and before != now:
+            self.refuse([_change("`resolution`", now, before)], f"Pass `--resolution {before}`")
+        known, before, now = self._before("network", {k: v for k, v in _public(config).items() if k != "sample_size"})
+        if known:  # keys of one of them are of another version
+            before, now = ({key: values[key] for key in now if key in before} for values in (before, now))
+            changes = _changes("`{}` in the config of the network", before, now)
+            self.refuse(changes, "Resume with the former config or pretrained model")
+        hashes = {name: _hash(part) for name, part in (frozen or {}).items() if part is not None}
+        known, before, now = self._before("frozen", hashes)
         if known:
-            now = self.facts["network"]
-            keys = [key for key in now if key in before and before[key] != now[key]]  # others: of another version
-            self.refuse(
-                [
-                    f"`{key}` in the config of the network is {now.get(key)!r}, and was {before.get(key)!r}"
-                    for key in keys
-                ],
-                "Resume with the former config or pretrained model to continue as before",
-            )
-        parts = {name: part for name, part in (frozen or {}).items() if part is not None}
-        known, before = self._before("frozen", {name: _hash(part) for name, part in parts.items()})
-        if known:
-            now = self.facts["frozen"]
-            differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-            self.refuse(
-                [f"the frozen {name} is {now.get(name)} (a hash), and was {before.get(name)}" for name in differing],
-                "Resume with the former pretrained model to continue as before",
-            )
+            self.refuse(_changes("the hash of the frozen {}", before, now), "Resume with the former pretrained model")
 
-    # Loading, and what is written
+    # Loading and writing
 
-    def resume(
-        self,
-        accelerator: Accelerator,
-        training_args: TrainingArguments,
-        max_train_steps: int,
-        optimizer: torch.optim.Optimizer,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-        progress: TrainingProgress,
-        ema: EMAModel | None,
-        parameters: Sequence[torch.nn.Parameter],
-        networks: Mapping[str, torch.nn.Module],
-        timestep_sampler: Any = None,
-    ) -> None:
-        """
-        Loads the checkpoint, if there is one, applies what has changed, and writes the arguments of the run to its
-        folder. Collective.
-
-        Args:
-            max_train_steps (`int`): Optimizer steps of the whole run.
-            parameters, networks: What `ema` averages, and where results hold it; see `load_average`.
-            timestep_sampler (`TimestepSampler`, *optional*): As registered with `accelerator`. Of another kind or
-                another number of timesteps, forced by the user, it starts anew.
-
-        Raises:
-            ValueError: If the checkpoint does not belong to this run.
-        """
-        self.check_steps(max_train_steps)
-        self.progress, self.ema = progress, ema
-        is_other_sampler = self.forced_arguments & {"timestep_sampler", "ddpm_num_steps"}
-        loaded = resume_checkpoint(
-            accelerator,
-            training_args.output_dir,
-            training_args.resume_from_checkpoint,
-            ema,
-            functools.partial(self._load_average, ema, parameters, networks),
-            not_restored=[timestep_sampler] if is_other_sampler else [],
-        )
-        if loaded is not None:
-            apply_arguments(training_args, optimizer, lr_scheduler, ema)
-            self.checkpoint.step = progress.global_step
-            self.check_steps(max_train_steps)
-            if progress.global_step == max_train_steps:
-                logger.info(f"{self.checkpoint.name} is that of the last step: what is left is to save the result.")
-        if accelerator.is_main_process:
-            os.makedirs(training_args.output_dir, exist_ok=True)
-            write_settings(training_args.output_dir, self.settings)
-
-    def _load_average(
+    def load_average(
         self,
         ema: EMAModel | None,
         parameters: Sequence[torch.nn.Parameter],
         networks: Mapping[str, torch.nn.Module],
         folder: str,
     ) -> bool:
+        """Loads the average of a checkpoint, see `ema.load_average`. Returns whether there is one in the record."""
         if ema is None or self.checkpoint is None or self.checkpoint.ema is None:
             return False
         load_average(ema, parameters, networks, folder)
         ema.load_state_dict(self.checkpoint.ema)
         return True
 
-    def write(self, folder: str) -> None:
+    def write(self, folder: str, global_step: int, ema: EMAModel | None) -> None:
         """Writes the record of a checkpoint."""
         average = None
-        if self.ema is not None:
-            average = {name: value for name, value in self.ema.state_dict().items() if name != "shadow_params"}
+        if ema is not None:
+            average = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
         record = {
             "version": RECORD_VERSION,
             "script": self.script,
-            "global_step": self.progress.global_step,
+            "global_step": global_step,
             "ema": average,
             "facts": self.facts,
         }
@@ -654,8 +490,8 @@ def apply_arguments(
     ema: EMAModel | None,
 ) -> None:
     """
-    Gives optimizer, learning rate and average the values of `training_args`, in place of those that a checkpoint has
-    brought back. Moments and averages stay.
+    Sets optimizer, learning rate and average to the values of `training_args` after a checkpoint was loaded, which has
+    those of its run. Moments and averages are kept.
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = training_args.learning_rate
@@ -663,7 +499,7 @@ def apply_arguments(
         group["weight_decay"] = training_args.adam_weight_decay
         group["eps"] = training_args.adam_epsilon
     lr_scheduler.base_lrs = [training_args.learning_rate] * len(optimizer.param_groups)
-    # The shape of the curve is a function, which no checkpoint holds: it is that of this run already.
+    # The shape of the schedule is a function, which no checkpoint holds: it is already that of this run.
     factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]  # type: ignore[attr-defined]
     for group, factor in zip(optimizer.param_groups, factors, strict=True):
         group["lr"] = training_args.learning_rate * factor
@@ -674,7 +510,7 @@ def apply_arguments(
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what says how it was loaded and saved."""
+    """A config without the private keys of diffusers."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 

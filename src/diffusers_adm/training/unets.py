@@ -1,45 +1,43 @@
-"""The noise and the U-Net of a training run: read or built, and checked against each other and the data."""
+"""Noise schedule and U-Net of a training run: loaded or built, and checked against each other and the data."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..conditioning.text import cross_attention_width
 from ..data.labels import renumber_labels
-from ..data.repositories import from_subfolder_or_root, reading
+from ..deprecations import renamed
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArguments, ModelArguments, UNetArguments
 from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
+from .loading import (
+    check_config_keys,
+    load_model_config,
+    load_noise_scheduler,
+    load_pretrained,
+    pretrained_class_names,
+)
 from .losses import check_objective
-from .setup import check_config_keys, load_model_config, load_noise_scheduler
 
 
 if TYPE_CHECKING:
-    # `datasets` comes with the `train` extra; the losses beside this module must be importable without it.
-    import datasets
+    import datasets  # of the `train` extra
 
 
 logger = logging.getLogger(__name__)
 
 IMAGE_CHANNELS = 3  # RGB
-INPAINT_CHANNELS = 2 * IMAGE_CHANNELS + 1  # the noisy image, what is known of it, and where
+INPAINT_CHANNELS = 2 * IMAGE_CHANNELS + 1  # the noisy image, the masked one and its mask
 
 
 def build_scheduler(
     model_args: ModelArguments, data_args: DataArguments, diffusion_args: DiffusionArguments
 ) -> LearnedVarianceDDPMScheduler:
-    """
-    The scheduler, as `load_noise_scheduler`.
-
-    Raises:
-        ValueError: If it cannot be read, or does not fit the objective.
-    """
+    """Loads the scheduler as `load_noise_scheduler` does, and checks it against the objective."""
     scheduler = load_noise_scheduler(model_args, data_args, diffusion_args)
     check_objective(scheduler, diffusion_args.objective, diffusion_args.snr_gamma)
     if scheduler.has_learned_variance and diffusion_args.objective == "simple":
@@ -47,26 +45,24 @@ def build_scheduler(
     return scheduler
 
 
-def check_grids(
+def check_sampling_steps(
     training_args: DiffusionTrainingArguments,
     scheduler: LearnedVarianceDDPMScheduler,
     has_classes: bool,
     has_text: bool,
 ) -> None:
-    """
-    Raises:
-        ValueError: If the grids of a run shall have more steps than the noising chain, or guidance towards nothing.
-    """
-    chain = scheduler.config.num_train_timesteps
-    if training_args.validation_num_inference_steps > chain:
+    """Refuses validation images with more steps than the noise schedule, or with guidance without a condition."""
+    num_steps = scheduler.config.num_train_timesteps
+    if training_args.validation_num_inference_steps > num_steps:
         raise ValueError(
-            f"`validation_num_inference_steps` is {training_args.validation_num_inference_steps}, but the noising "
-            f"chain (`ddpm_num_steps`) has {chain} steps. Pass `--validation_num_inference_steps {chain}` or less."
+            f"`validation_num_inference_steps` is {training_args.validation_num_inference_steps}, but the noise "
+            f"schedule (`ddpm_num_steps`) has {num_steps} timesteps. Pass `--validation_num_inference_steps "
+            f"{num_steps}` or less."
         )
     if training_args.validation_guidance_scale != 1 and not has_classes and not has_text:
         raise ValueError(
             f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but without a `label_column` "
-            "there are no classes to guide towards, and without a `caption_column` no text. Leave it at 1."
+            "and a `caption_column` there is no condition to guide towards. Leave it at 1."
         )
 
 
@@ -78,16 +74,15 @@ def load_unet_config(
     may_widen: bool = False,
 ) -> dict[str, Any]:
     """
-    The config of the network, read before any data, since it may not fit the scheduler.
+    Loads the config of the U-Net, before any data, since it may be incompatible with the scheduler.
 
     Args:
-        in_channels (`int`, defaults to 3): What the network must take: the channels of an image and of all that is
-            concatenated to it.
-        may_widen (`bool`, defaults to `False`): A pretrained one may take the channels of an image alone; `widen_input`
+        in_channels (`int`, defaults to 3): Required input channels: those of an image and of all that is concatenated.
+        may_widen (`bool`, defaults to `False`): A pretrained one may have the channels of an image only; `widen_input`
             adds the others.
 
     Raises:
-        ValueError: If it cannot be read, is no U-Net's, has other numbers of channels, or is to replace its classes
+        ValueError: If it cannot be read, is not a U-Net's, has other numbers of channels, or is to replace its classes
             without a `label_column`.
     """
     if model_args.replace_classes and data_args.label_column is None:
@@ -106,7 +101,7 @@ def load_unet_config(
         extra = in_channels - IMAGE_CHANNELS
         raise ValueError(
             f"The U-Net takes {found} channels; this script trains on RGB images"
-            + (f" and {extra} channels beside them: {in_channels}." if extra else f": {in_channels}.")
+            + (f" and {extra} further channels: {in_channels}." if extra else f": {in_channels}.")
             + (" (Upsamplers, with 6, are trained by train_super_resolution.py.)" if found == 6 else "")
             + (f" (Inpainters, with {found}, by train_adm.py --task inpaint.)" if found == INPAINT_CHANNELS else "")
         )
@@ -124,27 +119,20 @@ def build_unet(
     model_args: UNetArguments, data_args: DataArguments, config: Any, num_classes: int | None
 ) -> AdaGNUNet2DModel:
     """
-    The network: as pretrained (`match_unet_classes` then fits its class embedding to the data), or from scratch, with
-    room for the classes of the data.
+    Loads the pretrained U-Net (`match_unet_classes` then fits its class embedding to the data), or makes one from
+    scratch with a row for each class of the data.
 
     Args:
         config (`dict`): From `load_unet_config`, for a network that is trained from scratch.
-        num_classes (`int`, *optional*): Of the data; None: trained without classes.
+        num_classes (`int`, *optional*): Number of classes of the data; None: trained without classes.
 
     Raises:
-        ValueError: If it would train something else than asked for.
+        ValueError: If its class embedding is incompatible with the classes of the data or their dropout.
     """
     pretrained = model_args.pretrained_model_name_or_path
     if pretrained is not None:
-        with reading("pretrained_model_name_or_path", pretrained):
-            unet = from_subfolder_or_root(
-                AdaGNUNet2DModel.from_pretrained,
-                pretrained,
-                "unet",
-                revision=model_args.revision,
-                variant=model_args.variant,
-                cache_dir=data_args.cache_dir,
-            )
+        load = AdaGNUNet2DModel.from_pretrained
+        unet = load_pretrained(load, "unet", model_args, data_args, variant=model_args.variant)
     else:
         if num_classes is not None and config.get("num_class_embeds") is None:
             with_null = model_args.class_dropout_prob > 0
@@ -183,15 +171,15 @@ def match_unet_classes(
     frozen: str | None = None,
 ) -> tuple[datasets.Dataset, dict[int, str] | None]:
     """
-    Matches the classes of the data with those of a pretrained U-Net by name, as `plan_classes` says: new classes get
-    rows of the class embedding, as does the null class if there is none and labels are to be dropped. A network that is
-    trained from scratch is left as it is, and so are its data.
+    Matches the classes of the data with those of a pretrained U-Net by name (see `plan_classes`): new classes get rows
+    of the class embedding, as does the null class if there is none and labels are to be dropped. A network that is
+    trained from scratch and its data stay as they are.
 
     Args:
         unet ([`AdaGNUNet2DModel`]): From `build_unet`; it is changed in place.
         images (`datasets.Dataset`): From `load_image_dataset`.
         id2label (`dict[int, str]`, *optional*): The classes of the data; None: trained without classes.
-        frozen (`str`, *optional*): Why the weights stay as they are, for errors: whatever needs new rows is refused.
+        frozen (`str`, *optional*): Why the weights stay as they are, for errors: what needs new rows is refused.
 
     Returns:
         `tuple` of the dataset, labelled with the rows of the network, and the names of these rows; None without names.
@@ -203,7 +191,7 @@ def match_unet_classes(
     if model_args.pretrained_model_name_or_path is None:
         return images, id2label
     num_rows = config.num_class_embeds or 0
-    known = {row: name for row, name in learned_classes(model_args, data_args).items() if row < num_rows}
+    known = {row: name for row, name in pretrained_class_names(model_args, data_args).items() if row < num_rows}
     if id2label is None:
         return images, known or None
     if config.class_embed_type is not None:
@@ -247,9 +235,9 @@ def fit_class_embedding(unet: AdaGNUNet2DModel, plan: ClassPlan) -> None:
     """
     Gives a U-Net the rows of a plan, in place and in its config.
 
-    New rows start as a copy of the null row: at first a new class is sampled as if no class was given, and guidance has
-    no effect on it. Where there is no null row, new ones (that of a null class, too) start as the mean of all rows. An
-    unconditional U-Net gets rows of zeros, which leave its output as it is.
+    New rows start as a copy of the null row: at first a new class is sampled as without a class, and guidance has no
+    effect on it. Without a null row, new ones (also that of a null class) start as the mean of all rows. An
+    unconditional U-Net gets rows of zeros, which do not change its output.
     """
     table, null_class_id = unet.class_embedding, unet.config.null_class_id
     if table is None:
@@ -263,8 +251,8 @@ def fit_class_embedding(unet: AdaGNUNet2DModel, plan: ClassPlan) -> None:
 
 def widen_input(unet: AdaGNUNet2DModel, in_channels: int) -> None:
     """
-    Gives a network further input channels, in place and in its config, with weights of 0: its output stays what it was
-    (GLIDE, https://huggingface.co/papers/2112.10741, section 4).
+    Adds input channels to a U-Net, in place and in its config, with weights of 0, so that its output stays (GLIDE,
+    https://huggingface.co/papers/2112.10741, section 4).
     """
     old = unet.conv_in
     conv = torch.nn.Conv2d(in_channels, old.out_channels, kernel_size=3, padding=1).to(old.weight)
@@ -275,13 +263,10 @@ def widen_input(unet: AdaGNUNet2DModel, in_channels: int) -> None:
     unet.register_to_config(in_channels=in_channels)
 
 
-def check_guidance_of_grids(
+def check_guidance(
     training_args: DiffusionTrainingArguments, unet_config: Any, num_classes: int | None, has_text: bool
 ) -> None:
-    """
-    Raises:
-        ValueError: If grids shall be guided, by classes alone, and the U-Net has no null class.
-    """
+    """Refuses validation images that are guided only by classes if the U-Net has no null class."""
     guided = training_args.validation_guidance_scale != 1
     if guided and num_classes and unet_config.null_class_id is None and not has_text:
         raise ValueError(
@@ -290,17 +275,11 @@ def check_guidance_of_grids(
         )
 
 
-def pretrained_pipeline_config(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
-    """The config of the pretrained pipeline; empty without one, or for a repository without `model_index.json`."""
-    with contextlib.suppress(OSError):
-        if model_args.pretrained_model_name_or_path is not None:
-            return DiffusionPipeline.load_config(
-                model_args.pretrained_model_name_or_path, revision=model_args.revision, cache_dir=data_args.cache_dir
-            )
-    return {}
-
-
-def learned_classes(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
-    """The names of the pretrained pipeline's classes, as far as it names any."""
-    names = pretrained_pipeline_config(model_args, data_args).get("id2label") or {}
-    return {int(number): name for number, name in names.items()}
+__getattr__ = renamed(
+    __name__,
+    {
+        "check_grids": "check_sampling_steps",
+        "check_guidance_of_grids": "check_guidance",
+        "learned_classes": "pretrained_class_names",
+    },
+)

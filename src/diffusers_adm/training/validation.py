@@ -1,26 +1,49 @@
 """
-Validation of a training run: the examples that validation images show, how they are sampled so that steps can be
-compared, and what happens if that fails.
+Validation of a training run: images that are sampled so that steps can be compared, and the handling of failures.
+
+All validation images come from fixed noise, and the examples that they show are the same at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from ..commands.errors import CommandError
+from ..conditioning.low_resolution import downsample
 from ..data.images import ImageDataset
+from ..deprecations import renamed
 from .arguments import DiffusionTrainingArguments
 from .checkpoints import TrainingProgress
+from .images import labelled_grid, labelled_strips
+
+
+if TYPE_CHECKING:
+    import datasets  # of the `train` extra
 
 
 logger = get_logger(__name__)
+
+DEFAULT_VALIDATION_PROMPTS = 4
+MASKED_GREY = 0.5  # of the pixels to inpaint, in validation images
+
+# A condition of validation images: a label, and arguments of the pipeline.
+Row = tuple[str, dict[str, Any]]
+# Tensors of an example of the data, and arguments of the pipeline for its class and caption.
+Example = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+# 1. Failures
 
 
 def survives(accelerator: Accelerator, progress: TrainingProgress, work: Callable[[], None]) -> bool:
@@ -36,7 +59,7 @@ def survives(accelerator: Accelerator, progress: TrainingProgress, work: Callabl
     failed = torch.zeros((), device=accelerator.device)
     try:
         work()
-    except Exception:  # no kind of failure in what is only shown is worth the weights
+    except Exception:  # whatever it is, the trained weights are worth more
         failed += 1
         logger.exception(
             f"The validation at step {progress.global_step} has failed; the trained weights are not affected.",
@@ -46,13 +69,8 @@ def survives(accelerator: Accelerator, progress: TrainingProgress, work: Callabl
 
 
 def check_last_validation(accelerator: Accelerator, output_dir: str, validated: bool) -> None:
-    """
-    Ends a run whose last validation has failed with a message that says where the result is.
-
-    Raises:
-        CommandError: On the main process, unless the last validation was `validated`, which [`survives`] says.
-    """
-    if not validated and accelerator.is_main_process:  # the launcher might end it if another one were faster
+    """Raises a `CommandError` that says where the result is, on the main process, if the last validation has failed."""
+    if not validated and accelerator.is_main_process:  # the launcher might stop it if another process were faster
         raise CommandError(
             f"The last validation has failed; its traceback stands above. The result is saved in {output_dir} all the "
             "same.",
@@ -60,52 +78,184 @@ def check_last_validation(accelerator: Accelerator, output_dir: str, validated: 
         )
 
 
-def choose_examples(
-    dataset: ImageDataset, number: int, null_class_id: int | None = None
-) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+# 2. What validation images show
+
+
+def choose_rows(
+    images: datasets.Dataset,
+    id2label: dict[int, str] | None,
+    null_class_id: int | None,
+    prompts: Sequence[str] | None = None,
+) -> list[Row]:
     """
-    Examples, evenly spaced over the data, each with what a pipeline is told of it: its caption as `prompt` and its
-    class as `class_labels`, as far as the data has them. Classes of unlabelled ones are `null_class_id`.
+    Chooses the conditions of validation images: prompts, each with the class of the first image of that caption, or
+    else the null class; without captions, the classes of the data; an empty list without either.
 
     Args:
-        dataset (`ImageDataset`): Its crops should be central, or of an epoch that stays.
-        number (`int`): Of examples, at most.
+        images (`datasets.Dataset`): The training data, with the columns `caption` and `label` as far as they are used.
+        id2label (`dict[int, str]`, *optional*): Names of the classes.
+        null_class_id (`int`, *optional*): The null class of the U-Net.
+        prompts (sequence of `str`, *optional*): None: the first captions of the data.
+
+    Raises:
+        ValueError: If the class of a prompt is unknown and there is no null class.
+    """
+    labels = images["label"][:] if "label" in images.column_names else None
+    if "caption" not in images.column_names:  # a pretrained model may have many other classes
+        classes = sorted({label for label in labels or () if label >= 0})
+        return [(id2label[label], {"class_labels": label}) for label in classes]
+    captions = images["caption"][:]
+    first = {caption: index for index, caption in reversed(list(enumerate(captions)))}
+    if not prompts:
+        # All captions of a random subset may be empty.
+        prompts = [caption for caption in dict.fromkeys(captions) if caption][:DEFAULT_VALIDATION_PROMPTS] or [""]
+    rows = []
+    for prompt in prompts:
+        arguments = {"prompt": prompt}
+        if labels is not None:
+            label = labels[first[prompt]] if prompt in first and labels[first[prompt]] >= 0 else null_class_id
+            if label is None:
+                raise ValueError(
+                    f"`validation_prompts` holds {prompt!r}, which is no caption of the data, so its class is unknown, "
+                    "and the U-Net has no null class. Choose among the captions."
+                )
+            arguments["class_labels"] = label
+        rows.append((prompt, arguments))
+    return rows
+
+
+def choose_examples(dataset: ImageDataset, number: int, null_class_id: int | None = None) -> list[Example]:
+    """
+    Chooses examples, evenly spaced over the data, each with the arguments of a pipeline for it: its caption as `prompt`
+    and its class as `class_labels`, as far as the data has them. Unlabelled examples get the `null_class_id`.
+
+    Args:
+        dataset (`ImageDataset`): Its crops should be central, or of a fixed epoch.
+        number (`int`): Maximal number of examples.
     """
     number = min(number, len(dataset))
     chosen = []
     for index in (len(dataset) * place // number for place in range(number)):
-        row, told = dataset.dataset[index], {}
+        row, arguments = dataset.dataset[index], {}
         if "caption" in row:
-            told["prompt"] = row["caption"]
+            arguments["prompt"] = row["caption"]
         if "label" in row:
-            told["class_labels"] = null_class_id if row["label"] < 0 else row["label"]
-        chosen.append((dataset[index], told))
+            arguments["class_labels"] = null_class_id if row["label"] < 0 else row["label"]
+        chosen.append((dataset[index], arguments))
     return chosen
 
 
-def draw(
-    pipeline: DiffusionPipeline, wanted: list[dict[str, Any]], training_args: DiffusionTrainingArguments
+def generate(
+    pipeline: DiffusionPipeline, wanted: Sequence[dict[str, Any]], training_args: DiffusionTrainingArguments
 ) -> list[Image.Image]:
     """
-    One image for each entry of `wanted`, from fixed noise.
+    Generates one image for each entry of `wanted`, from fixed noise, `train_batch_size` images at a time. A text
+    encoder on another device (precomputed embeddings do not need it) is moved to that of the U-Net meanwhile.
 
     Args:
-        pipeline (`DiffusionPipeline`): Of this package; it draws `train_batch_size` images at a time.
-        wanted (`list[dict]`): Arguments of the pipeline for one image each, the same ones for all. They are guided if
-            there is a `prompt` or are `class_labels`.
+        pipeline (`DiffusionPipeline`): A pipeline of this package.
+        wanted (sequence of `dict`): Arguments of the pipeline for one image each, with the same keys for all. Guidance
+            is used if `prompt` or `class_labels` is among them.
     """
     pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for start in range(0, len(wanted), training_args.train_batch_size):
-        batch = wanted[start : start + training_args.train_batch_size]
-        arguments = {name: [each[name] for each in batch] for name in batch[0]}
-        how_many = {} if arguments else {"batch_size": len(batch)}
-        is_conditional = "prompt" in arguments or "class_labels" in arguments
-        images += pipeline(
-            **arguments,
-            **how_many,
-            num_inference_steps=training_args.validation_num_inference_steps,
-            guidance_scale=training_args.validation_guidance_scale if is_conditional else 1.0,
-            generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
-        ).images
+    text_encoder, images = getattr(pipeline, "text_encoder", None), []
+    home = text_encoder.device if text_encoder is not None else None
+    try:
+        if text_encoder is not None:
+            text_encoder.to(pipeline.unet.device)
+        for start in range(0, len(wanted), training_args.train_batch_size):
+            batch = wanted[start : start + training_args.train_batch_size]
+            arguments = {name: [each[name] for each in batch] for name in batch[0]}
+            size = {} if arguments else {"batch_size": len(batch)}
+            is_conditional = "prompt" in arguments or "class_labels" in arguments
+            images += pipeline(
+                **arguments,
+                **size,
+                num_inference_steps=training_args.validation_num_inference_steps,
+                guidance_scale=training_args.validation_guidance_scale if is_conditional else 1.0,
+                generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
+            ).images
+    finally:
+        if text_encoder is not None:
+            text_encoder.to(home)
     return images
+
+
+# 3. Validation images of each task
+
+
+def sample_grid(
+    pipeline: DiffusionPipeline, rows: Sequence[Row], training_args: DiffusionTrainingArguments
+) -> Image.Image:
+    """Samples, one row per condition of `choose_rows`; unconditional ones in a square."""
+    total = training_args.num_validation_images
+    rows = rows[:total]
+    num_rows = len(rows) or math.ceil(math.sqrt(total))
+    cols = math.ceil(total / num_rows)
+    wanted = [arguments for _, arguments in rows for _ in range(cols)][:total] or [{}] * total
+    images = generate(pipeline, wanted, training_args)
+    labels = [label for label, _ in rows] or None
+    return labelled_grid(images, num_rows, cols, row_labels=labels, scale=max(1, 64 // images[0].width))
+
+
+def inpainting_grid(
+    pipeline: DiffusionPipeline,
+    dataset: ImageDataset,
+    null_class_id: int | None,
+    training_args: DiffusionTrainingArguments,
+) -> Image.Image:
+    """One row per example: the kept part of the image, then inpainted ones."""
+    total = training_args.num_validation_images
+    examples = choose_examples(dataset, math.ceil(math.sqrt(total)), null_class_id)
+    rows, cols = len(examples), math.ceil(total / len(examples))
+    masked, wanted = [], []
+    for tensors, arguments in examples:
+        image, keep_mask = tensors["images"] / 2 + 0.5, tensors["keep_mask"]
+        masked.append(torch.where(keep_mask == 1, image, MASKED_GREY))
+        wanted += [{"image": image, "mask_image": 1 - keep_mask, **arguments}] * cols
+    inpainted = generate(pipeline, wanted, training_args)
+    kept = pipeline.image_processor.numpy_to_pil(torch.stack(masked).permute(0, 2, 3, 1).numpy())
+    cells = [cell for row in range(rows) for cell in (kept[row], *inpainted[row * cols : (row + 1) * cols])]
+    return labelled_grid(cells, rows, cols + 1, scale=max(1, 64 // dataset.resolution))
+
+
+def super_resolution_grid(
+    pipeline: DiffusionPipeline, examples: Sequence[Example], training_args: DiffusionTrainingArguments
+) -> Image.Image:
+    """Small image | sample | large image of each example."""
+    large = torch.stack([tensors["images"] for tensors, _ in examples])
+    to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
+    small = to_pil(downsample(large, large.shape[-1] // pipeline.config.low_res_size), output_type="pil")
+    wanted = [{"image": image, **arguments} for image, (_, arguments) in zip(small, examples, strict=True)]
+    columns = {
+        "small": [image.resize(large.shape[-2:], Image.Resampling.NEAREST) for image in small],
+        "sample": generate(pipeline, wanted, training_args),
+        "large": to_pil(large, output_type="pil"),
+    }
+    return labelled_strips(columns)
+
+
+def control_grid(
+    pipeline: DiffusionPipeline, examples: Sequence[Example], training_args: DiffusionTrainingArguments
+) -> Image.Image:
+    """Condition | sample | target of each example."""
+    targets, conditions = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
+    to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
+    wanted = [{"image": condition, **given} for condition, (_, given) in zip(conditions, examples, strict=True)]
+    columns = {
+        "condition": to_pil(conditions * 2 - 1, output_type="pil"),
+        "sample": generate(pipeline, wanted, training_args),
+        "target": to_pil(targets, output_type="pil"),
+    }
+    return labelled_strips(columns, scale=max(1, 64 // targets.shape[-1]))
+
+
+def save_samples(accelerator: Accelerator, images: Image.Image, output_dir: str, global_step: int) -> None:
+    """Writes validation images to the folder of the run and to TensorBoard. Call it on the main process only."""
+    images.save(os.path.join(output_dir, f"samples-{global_step:07d}.png"))
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("samples", np.asarray(images), global_step, dataformats="HWC")
+
+
+__getattr__ = renamed(__name__, {"draw": "generate"})

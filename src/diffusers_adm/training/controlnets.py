@@ -1,0 +1,150 @@
+"""A ControlNet of a training run: its arguments, and building or loading it for a pretrained U-Net."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..commands.arguments import arg
+from ..data.repositories import from_subfolder_or_root, reading
+from ..models.controlnet_adagn import AdaGNControlNetModel
+from ..models.unet_2d_adagn import AdaGNUNet2DModel
+from ..schedulers.noise_schedules import check_same_noise
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+from .arguments import (
+    APPLIED,
+    NEVER,
+    PROCESS,
+    SOURCE,
+    DataArguments,
+    DiffusionArguments,
+    TextArguments,
+    UNetArguments,
+    check_share,
+)
+from .loading import pretrained_pipeline_config, record_noise_schedule
+
+
+# Arguments that would change the noise schedule of the pretrained model, or what it predicts.
+SCHEDULER_ARGUMENTS = ("ddpm_num_steps", "ddpm_beta_schedule", "beta_start", "beta_end", "prediction_type")
+
+
+@dataclass
+class ControlArguments:
+    """The ControlNet and its conditioning images."""
+
+    condition: Literal["edges", "color_blocks", "regions", "low_resolution"] | None = arg(
+        None, "Kind of conditioning image to make from each image.", resume=PROCESS
+    )
+    conditioning_image_column: str | None = arg(
+        None, "Column of the data that holds the conditioning images, instead of `condition`.", resume=PROCESS
+    )
+    condition_dropout_prob: float = arg(
+        0.0,
+        "Share of the conditioning images replaced by black ones, for which the model then samples as without a "
+        "ControlNet.",
+        resume=APPLIED,
+    )
+    controlnet_model_name_or_path: str | None = arg(
+        None, "Trained ControlNet to fine-tune, on the Hub or in a folder.", resume=SOURCE
+    )
+    controlnet_width: float = arg(1.0, "Width of a new ControlNet, as a share of the U-Net's channels.", resume=NEVER)
+    conditioning_embedding_out_channels: list[int] | None = arg(
+        None,
+        "Channels of the layers that embed the conditioning image in a new ControlNet; none: 16 and 32.",
+        resume=NEVER,
+    )
+
+    def __post_init__(self):
+        if (self.condition is None) == (self.conditioning_image_column is None):
+            raise ValueError(
+                f"`condition` is {self.condition!r} and `conditioning_image_column` "
+                f"{self.conditioning_image_column!r}. Pass exactly one: the kind to make from the images, e.g. "
+                "`--condition edges`, or the column that holds them."
+            )
+        check_share(self, "condition_dropout_prob")
+        if not 0 < self.controlnet_width <= 1:
+            raise ValueError(f"`controlnet_width` is {self.controlnet_width}; it must lie in (0, 1].")
+        if self.controlnet_model_name_or_path is not None and (
+            self.controlnet_width != 1 or self.conditioning_embedding_out_channels is not None
+        ):
+            raise ValueError(
+                "`controlnet_width` and `conditioning_embedding_out_channels` shape a new ControlNet, but "
+                f"`controlnet_model_name_or_path` is {self.controlnet_model_name_or_path!r}. Leave them out."
+            )
+
+
+def check_base_stays(model_args: UNetArguments, diffusion_args: DiffusionArguments, text_args: TextArguments) -> None:
+    """Checks that there is a pretrained model and no argument would modify it; raises a `ValueError` otherwise."""
+    if model_args.pretrained_model_name_or_path is None or model_args.model_config_name_or_path is not None:
+        raise ValueError(
+            "A ControlNet is trained for a pretrained model. Name it with `--pretrained_model_name_or_path`, and leave "
+            "`model_config_name_or_path` out."
+        )
+    given = [name for name in SCHEDULER_ARGUMENTS if getattr(diffusion_args, name) is not None]
+    # A fixed variance may be given: some repositories of networks without a learned one do not say which they use.
+    if (diffusion_args.variance_type or "").startswith("learned"):
+        given.append("variance_type")
+    if given:
+        raise ValueError(
+            "The pretrained model stays as it is, and so does its scheduler: drop "
+            f"{', '.join(f'`{name}`' for name in given)}."
+        )
+    if text_args.train_text_encoder:
+        raise ValueError("The pretrained model stays as it is, including its text encoder: drop `train_text_encoder`.")
+    if model_args.replace_classes:
+        raise ValueError("A ControlNet leaves its base model as it is, including its classes: drop `replace_classes`.")
+
+
+def check_text_stays(model_args: UNetArguments, data_args: DataArguments, text_args: TextArguments) -> None:
+    """Checks that text encoder and tokenizer of the pretrained model are used; raises a `ValueError` otherwise."""
+    index = pretrained_pipeline_config(model_args, data_args)
+    for name in ("text_encoder", "tokenizer"):
+        argument = f"{name}_name_or_path"
+        has_own = (index.get(name) or [None])[0] is not None
+        if has_own and getattr(text_args, argument) is not None:
+            raise ValueError(
+                f"`{argument}` is {getattr(text_args, argument)!r}, but the pretrained model has a {name} of its own "
+                f"({index[name][1]}) and stays as it is. Leave the argument out."
+            )
+
+
+def build_controlnet(
+    control_args: ControlArguments,
+    data_args: DataArguments,
+    unet: AdaGNUNet2DModel,
+    noise_scheduler: LearnedVarianceDDPMScheduler,
+) -> AdaGNControlNetModel:
+    """
+    Makes a new ControlNet, or loads the one to fine-tune, and records the noise schedule in its config. Refuses one of
+    another U-Net or noise schedule, or for conditioning images of another kind than this script makes.
+    """
+    name = control_args.controlnet_model_name_or_path
+    if name is None:
+        controlnet = AdaGNControlNetModel.from_unet(
+            unet,
+            conditioning_embedding_out_channels=control_args.conditioning_embedding_out_channels,
+            width=control_args.controlnet_width,
+        )
+        record_noise_schedule(controlnet, "ControlNet", noise_scheduler)
+        return controlnet
+    with reading("controlnet_model_name_or_path", name):
+        controlnet = from_subfolder_or_root(
+            AdaGNControlNetModel.from_pretrained, name, "controlnet", cache_dir=data_args.cache_dir
+        )
+    controlnet.check_base(unet)
+    check_same_noise(
+        f"The ControlNet {name}",
+        controlnet.config.noise_schedule,
+        noise_scheduler,
+        controlnet,
+        how_to_record="this run records that of the pretrained model",
+    )
+    channels, factor = controlnet.config.conditioning_channels, controlnet.conditioning_factor
+    if channels != 3 or factor != 1:
+        raise ValueError(
+            f"The ControlNet {name} takes conditioning images of {channels} channels, {factor} times as large as the "
+            "samples; this script makes RGB images of their size. Train a new one."
+        )
+    record_noise_schedule(controlnet, "ControlNet", noise_scheduler)
+    return controlnet

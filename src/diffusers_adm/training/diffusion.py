@@ -1,0 +1,277 @@
+"""A diffusion model in training, and its data: everything that the scripts for diffusion models load alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from ..conditioning.class_labels import ClassCondition
+from ..conditioning.condition import Condition
+from ..conditioning.text import TextCondition
+from ..data.captions import CaptionEmbeddings, CaptionTokens
+from ..data.checks import check_batch_fits, check_images
+from ..data.columns import load_image_dataset
+from ..data.images import ImageDataset
+from ..data.masks import InpaintingDataset
+from ..models.unet_2d_adagn import AdaGNUNet2DModel
+from ..schedulers.noise_schedules import noise_schedule_of
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArguments, TextArguments, UNetArguments
+from .conditioning import load_text, prepare_captions
+from .loading import choose_resolution
+from .losses import TrainingLosses
+from .metrics import LossMetrics
+from .resume import RunRecord
+from .steps import record_losses
+from .timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
+from .unets import (
+    IMAGE_CHANNELS,
+    build_scheduler,
+    build_unet,
+    check_guidance,
+    check_sampling_steps,
+    load_unet_config,
+    match_unet_classes,
+    widen_input,
+)
+from .validation import Row, choose_rows
+
+
+if TYPE_CHECKING:
+    import datasets  # of the `train` extra
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+
+class CommonArguments(NamedTuple):
+    """The arguments of all scripts for diffusion models, as in `DIFFUSION_ARGUMENTS`."""
+
+    model: UNetArguments
+    data: DataArguments
+    diffusion: DiffusionArguments
+    training: DiffusionTrainingArguments
+    text: TextArguments
+
+
+@dataclass
+class Diffusion:
+    """
+    A diffusion model in training, and its data.
+
+    Attributes:
+        unet, text_encoder, tokenizer: The parts of the model; None for what it does not have.
+        noise_scheduler ([`LearnedVarianceDDPMScheduler`]): The noise schedule.
+        timestep_sampler (`TimestepSampler`), metrics (`LossMetrics`): See `record_losses`.
+        images (`datasets.Dataset`): The usable images, labelled with the rows of the class embedding.
+        captions (`CaptionTokens` or `CaptionEmbeddings`, *optional*): Their captions.
+        id2label (`dict[int, str]`, *optional*): Names of the rows of the class embedding.
+        num_classes (`int`, *optional*): Number of classes of the data; None: trained without classes.
+        resolution (`int`): Side of the images in pixels.
+    """
+
+    args: CommonArguments
+    unet: AdaGNUNet2DModel
+    text_encoder: torch.nn.Module | None
+    tokenizer: Any | None
+    noise_scheduler: LearnedVarianceDDPMScheduler
+    timestep_sampler: TimestepSampler
+    metrics: LossMetrics
+    images: datasets.Dataset
+    captions: CaptionTokens | CaptionEmbeddings | None
+    id2label: dict[int, str] | None
+    num_classes: int | None
+    resolution: int
+
+    @property
+    def null_class_id(self) -> int | None:
+        """The row of the null class."""
+        return self.unet.config.null_class_id
+
+    @property
+    def noise_schedule(self) -> dict[str, Any]:
+        """The noise schedule as results record it."""
+        return noise_schedule_of(self.noise_scheduler)
+
+    def frozen_parts(self, trains_unet: bool = True) -> dict[str, Any]:
+        """The networks and the tokenizer that are not trained, by name; None for what there is not."""
+        is_trained = self.args.text.train_text_encoder
+        return {
+            "U-Net": None if trains_unet else self.unet,
+            "text encoder": None if is_trained else self.text_encoder,
+            "tokenizer": self.tokenizer,
+        }
+
+    def trained_networks(self) -> dict[str, torch.nn.Module]:
+        """U-Net and, if it is trained, text encoder, by the subfolders of a pipeline."""
+        text_encoder = {"text_encoder": self.text_encoder} if self.args.text.train_text_encoder else {}
+        return {"unet": self.unet} | text_encoder
+
+    def datasets(self, masks: bool = False, condition: str | None = None) -> tuple[ImageDataset, ImageDataset]:
+        """
+        The training data, and the same images for validation: cropped at the centre and without captions.
+
+        Args:
+            masks (`bool`, defaults to `False`): Add random masks, for inpainting.
+            condition (`str`, *optional*): Kind of conditioning image to make from each image, for ControlNets.
+        """
+        data_args, seed = self.args.data, self.args.training.seed
+        dataset_class = InpaintingDataset if masks else ImageDataset
+        build = functools.partial(dataset_class, self.images, self.resolution, seed=seed, condition=condition)
+        return (
+            build(center_crop=data_args.center_crop, random_flip=data_args.random_flip, captions=self.captions),
+            # Nothing advances its epoch, so that crops and masks are the same in all validations.
+            build(center_crop=True),
+        )
+
+    def conditions(self, prepared: Mapping[str, torch.nn.Module]) -> list[Condition]:
+        """
+        The conditions of class and text, as far as the data has them.
+
+        Args:
+            prepared (mapping of `torch.nn.Module`): The networks that are trained, as prepared by Accelerate.
+        """
+        conditions: list[Condition] = []
+        if self.num_classes is not None:
+            conditions.append(ClassCondition(self.unet.config, dropout_prob=self.args.model.class_dropout_prob))
+        if self.captions is not None:
+            text = TextCondition(
+                self.unet.config,
+                prepared.get("text_encoder", self.text_encoder),
+                empty_caption=self.captions.empty,
+                dropout_prob=self.args.text.caption_dropout_prob,
+            )
+            conditions.append(text)
+        return conditions
+
+    def record_losses(self, terms: TrainingLosses, timesteps: torch.Tensor, weights: torch.Tensor) -> None:
+        """Passes the losses of a batch to timestep sampler and metrics; see `steps.record_losses`."""
+        record_losses(terms, timesteps, weights, self.args.diffusion.objective, self.timestep_sampler, self.metrics)
+
+    def validation_rows(self, prompts: Sequence[str] | None) -> list[Row]:
+        """The conditions of validation images; see `validation.choose_rows`."""
+        return choose_rows(self.images, self.id2label, self.null_class_id, prompts)
+
+    def build_pipeline(self, pipeline_class: type[Pipeline], **components: Any) -> Pipeline:
+        """A pipeline of the model, with further `components`."""
+        return pipeline_class(
+            unet=self.unet,
+            scheduler=self.noise_scheduler,
+            vae=None,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            classifier=None,
+            id2label=self.id2label,
+            **components,
+        )
+
+    def describe(self, further: str = "") -> str:
+        """The data in words, `further` added before the resolution."""
+        return (
+            f"{len(self.images)} images"
+            + (f" in {self.num_classes} classes" if self.num_classes else "")
+            + (f" with {len(self.captions.texts) - 1} captions" if self.captions is not None else "")
+            + f"{further} at {self.resolution} x {self.resolution}"
+        )
+
+
+def load_diffusion(
+    accelerator: Accelerator,
+    record: RunRecord,
+    args: Sequence[Any],
+    *,
+    extra_channels: int = 0,
+    may_widen: bool = False,
+    keeps: str | None = None,
+    upsampler_args: Any = None,
+    conditioning_image_column: str | None = None,
+) -> Diffusion:
+    """
+    Loads noise schedule, networks and data of a run, checks that they are compatible with each other and with the
+    checkpoint that is resumed, and fits the class embedding to the classes of the data. Cheap checks come first.
+
+    Args:
+        accelerator (`Accelerator`), record (`RunRecord`): From `start_run` and `parse_run`.
+        args (sequence of dataclasses): Those of `DIFFUSION_ARGUMENTS`, in this order.
+        extra_channels (`int`, defaults to 0): Input channels of the U-Net in addition to those of the noisy image.
+        may_widen (`bool`, defaults to `False`): A pretrained U-Net without the extra channels gets them.
+        keeps (`str`, *optional*): Why the pretrained weights stay as they are, for errors: what would need new ones is
+            refused.
+        upsampler_args (`SuperResolutionArguments`, *optional*): Of an upsampler. Upsampled images would train it to
+            blur, so that images below the resolution are skipped.
+        conditioning_image_column (`str`, *optional*): As for `load_image_dataset`.
+    """
+    model_args, data_args, diffusion_args, training_args, text_args = args
+    seed, has_text = training_args.seed, text_args.caption_column is not None
+    in_channels = IMAGE_CHANNELS + extra_channels
+    noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
+    record.check_noise(noise_scheduler)
+    unet_config = load_unet_config(model_args, data_args, noise_scheduler, in_channels, may_widen)
+    if keeps is not None and unet_config.get("in_channels", in_channels) != in_channels:
+        raise ValueError(
+            f"The pretrained U-Net takes no masks yet: the weights of its new input channels must be trained, but "
+            f"{keeps}. Train all weights, or adapt a model that inpaints."
+        )
+    check_sampling_steps(training_args, noise_scheduler, data_args.label_column is not None, has_text)
+    text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, seed)
+    with accelerator.main_process_first():
+        images, id2label = load_image_dataset(
+            **data_args.source(),
+            caption_column=text_args.caption_column,
+            conditioning_image_column=conditioning_image_column,
+            seed=seed,
+        )
+        record.check_classes(id2label)
+        num_classes = len(id2label) if id2label is not None else None
+        # The same random numbers on every process, and in every run with this seed.
+        torch.manual_seed(seed)
+        unet = build_unet(model_args, data_args, unet_config, num_classes)
+        images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, keeps)
+        record.check_rows(id2label)
+        if unet.config.in_channels < in_channels:
+            widen_input(unet, in_channels)
+        check_guidance(training_args, unet.config, num_classes, has_text)
+        resolution, min_image_size = (
+            choose_resolution(data_args.resolution, unet.config, "U-Net"),
+            data_args.min_image_size,
+        )
+        if upsampler_args is not None:
+            upsampler_args.check(resolution, noise_scheduler, unet_config.get("time_cond_proj_dim"))
+            min_image_size = resolution if min_image_size is None else min_image_size
+        unet.register_to_config(sample_size=resolution)
+        images, _ = check_images(
+            images,
+            resolution,
+            min_image_size=min_image_size,
+            allow_unlabelled=num_classes is None or unet.config.null_class_id is not None,
+            num_proc=data_args.image_check_num_proc,
+            output_dir=training_args.output_dir if accelerator.is_main_process else None,
+            id2label=id2label,
+        )
+        captions = None
+        if has_text:
+            captions = prepare_captions(
+                images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
+            )
+    check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
+    record.check_data(len(images))
+    num_timesteps = noise_scheduler.config.num_train_timesteps
+    return Diffusion(
+        args=CommonArguments(*args),
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        noise_scheduler=noise_scheduler,
+        timestep_sampler=TIMESTEP_SAMPLERS[diffusion_args.timestep_sampler](num_timesteps),
+        metrics=LossMetrics(num_timesteps, accelerator.device),
+        images=images,
+        captions=captions,
+        id2label=id2label,
+        num_classes=num_classes,
+        resolution=resolution,
+    )

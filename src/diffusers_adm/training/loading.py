@@ -1,0 +1,149 @@
+"""The config of the network, its resolution and its noise schedule, as the arguments of a run say."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+from ..data.repositories import from_subfolder_or_root, reading
+from ..schedulers.noise_schedules import alphas_cumprod_of, describe_noise_schedule, is_same_noise, noise_schedule_of
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+from .arguments import DataArguments, ModelArguments, NoiseArguments
+
+
+logger = get_logger(__name__)
+
+
+def load_pretrained(
+    load: Callable[..., Any], subfolder: str, model_args: ModelArguments, data_args: DataArguments, **kwargs: Any
+) -> Any:
+    """Calls `load` (such as `from_pretrained` of a class) for a part of the pretrained model."""
+    name = model_args.pretrained_model_name_or_path
+    hub = {"revision": model_args.revision, "cache_dir": data_args.cache_dir}
+    with reading("pretrained_model_name_or_path", name):
+        return from_subfolder_or_root(load, name, subfolder, **hub, **kwargs)
+
+
+def load_noise_scheduler(
+    model_args: ModelArguments, data_args: DataArguments, noise_args: NoiseArguments
+) -> LearnedVarianceDDPMScheduler:
+    """
+    Loads the scheduler of the pretrained model, or the default one, with the values that `noise_args` give. Refuses
+    values that the pretrained scheduler does not depend on.
+    """
+    pretrained, given = model_args.pretrained_model_name_or_path, noise_args.given()
+    if pretrained is None:
+        return LearnedVarianceDDPMScheduler(**given)
+    load = LearnedVarianceDDPMScheduler.from_pretrained
+    scheduler = load_pretrained(load, "scheduler", model_args, data_args, **given)
+    _check_noise_acts(given, scheduler)
+    return scheduler
+
+
+def _check_noise_acts(given: Mapping[str, Any], scheduler: LearnedVarianceDDPMScheduler) -> None:
+    """Raises a `ValueError` for an argument that the betas of the pretrained scheduler do not depend on."""
+    if scheduler.config.trained_betas is not None:
+        idle, why = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end"}, "lists its betas one by one"
+    elif scheduler.config.beta_schedule == "squaredcos_cap_v2":
+        idle, why = {"beta_start", "beta_end"}, "has the cosine schedule, which is defined without them"
+    else:
+        return
+    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
+    without_effect = [f"`{names.get(name, name)}`" for name in given if name in idle]
+    if without_effect:
+        raise ValueError(
+            f"{' and '.join(without_effect)} would have no effect: the scheduler of `pretrained_model_name_or_path` "
+            f"{why}. Leave out what is not needed, or train from scratch."
+        )
+
+
+def record_noise_schedule(model: ModelMixin, name: str, scheduler: SchedulerMixin | None) -> None:
+    """
+    Records the noise schedule of the run in the config of `model`, and logs if it named another one.
+
+    Args:
+        model (`ModelMixin`): A model with the config entry `noise_schedule`.
+        name (`str`): Its name in the log.
+        scheduler ([`SchedulerMixin`], *optional*): The scheduler of the run; `None`: training on clean images.
+    """
+    before, now = model.config.noise_schedule, {} if scheduler is None else noise_schedule_of(scheduler)
+    model.register_to_config(noise_schedule=now)
+    if before is None or before == now:
+        return
+    if not before or not now or not is_same_noise(alphas_cumprod_of(before), alphas_cumprod_of(now)):
+        logger.warning(
+            f"The config of the {name} named the noise schedule {describe_noise_schedule(before)}. It is now trained "
+            f"on the noise schedule {describe_noise_schedule(now)}, which takes its place."
+        )
+
+
+def load_model_config(
+    model_class: type, subfolder: str, model_args: ModelArguments, data_args: DataArguments
+) -> dict[str, Any]:
+    """
+    Loads the config of the network to train: that of the pretrained model, or the one named for training from scratch
+    (a file, or a repository that holds it in `subfolder` or in its root).
+    """
+    load, from_scratch = model_class.load_config, model_args.model_config_name_or_path  # type: ignore[attr-defined]
+    if model_args.pretrained_model_name_or_path is not None:
+        return load_pretrained(load, subfolder, model_args, data_args)
+    with reading("model_config_name_or_path", from_scratch):
+        if os.path.isfile(from_scratch):
+            return load(from_scratch)
+        return from_subfolder_or_root(load, from_scratch, subfolder, cache_dir=data_args.cache_dir)
+
+
+def check_config_keys(config: Mapping[str, Any], model_class: type, source: str | None) -> None:
+    """Refuses a config with a key that is no argument of `model_class`: diffusers would ignore it."""
+    known = list(inspect.signature(model_class.__init__).parameters)  # type: ignore[misc]
+    for key in config:
+        if key not in known and not key.startswith("_"):
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ValueError(
+                f"The config {source} holds {key!r}, which is no argument of `{model_class.__name__}`.{hint}"
+            )
+
+
+def choose_resolution(resolution: int | None, config: Any, network: str) -> int:
+    """
+    Returns the training resolution in pixels: `resolution`, or else the `sample_size` of the network's config. It must
+    be a square size that the network can downsample. `network` is its name in error messages.
+    """
+    resolution = resolution or config.sample_size
+    if not isinstance(resolution, int):
+        raise ValueError(
+            f"The resolution is {resolution!r}: the {network}'s `sample_size` does not name a square size. Pass "
+            "`--resolution`."
+        )
+    downsampling = 2 ** (len(config.block_out_channels) - 1)
+    if resolution % downsampling:
+        raise ValueError(
+            f"The resolution is {resolution}; this {network} downsamples by {downsampling}, so it must be divisible by "
+            f"{downsampling}. Pass e.g. `--resolution {math.ceil(resolution / downsampling) * downsampling}`."
+        )
+    return resolution
+
+
+def pretrained_pipeline_config(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """Config of the pretrained pipeline; empty without one, or for a repository without `model_index.json`."""
+    with contextlib.suppress(OSError):
+        if model_args.pretrained_model_name_or_path is not None:
+            return DiffusionPipeline.load_config(
+                model_args.pretrained_model_name_or_path, revision=model_args.revision, cache_dir=data_args.cache_dir
+            )
+    return {}
+
+
+def pretrained_class_names(model_args: ModelArguments, data_args: DataArguments) -> dict[int, str]:
+    """Class number -> name in the pretrained pipeline; empty if it names no classes."""
+    names = pretrained_pipeline_config(model_args, data_args).get("id2label") or {}
+    return {int(number): name for number, name in names.items()}

@@ -1,0 +1,336 @@
+"""
+What surrounds the loop of a training script: optimizer, learning rate, moving average, log, checkpoints, validation and
+the final save. The loop itself, and the loss, are in the script.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+
+from ..data.images import ImageDataset
+from ..data.samplers import BalancedClassSampler, EpochShuffleSampler
+from ..data.seeding import seed_step
+from .arguments import DataArguments, TrainingArguments
+from .checkpoints import TrainingProgress, rest_of_epoch, resume_checkpoint, save_checkpoint
+from .classification import ClassificationMetrics
+from .ema import evaluation_weights, result_weights
+from .frozen import FrozenNetworks
+from .log import TrainingLog
+from .metrics import LossMetrics
+from .plots import plot_loss_curves
+from .resume import RunRecord, apply_arguments
+from .setup import prepare_output_dir, write_settings
+from .steps import AfterStep
+from .timestep_samplers import TimestepSampler
+from .validation import check_last_validation, save_samples, survives
+
+
+# 1. Data loader, optimizer, learning rate, average
+
+
+def build_dataloader(
+    train_dataset: ImageDataset, data_args: DataArguments, training_args: TrainingArguments
+) -> torch.utils.data.DataLoader:
+    """
+    Batches in an order that depends only on the seed and the epoch of `train_dataset`; with `class_balanced`, the
+    classes equally often (unlabelled images count as one more). Incomplete batches are dropped.
+    """
+    if data_args.class_balanced:
+        sampler = BalancedClassSampler(train_dataset, train_dataset.dataset["label"][:])
+    else:
+        sampler = EpochShuffleSampler(train_dataset)
+    return torch.utils.data.DataLoader(
+        train_dataset,
+        batch_size=training_args.train_batch_size,
+        sampler=sampler,
+        num_workers=data_args.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], training_args: TrainingArguments) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=training_args.learning_rate,
+        betas=(training_args.adam_beta1, training_args.adam_beta2),
+        weight_decay=training_args.adam_weight_decay,
+        eps=training_args.adam_epsilon,
+    )
+
+
+def build_lr_scheduler(
+    optimizer: Any, training_args: TrainingArguments, max_train_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """
+    The learning rate schedule, to be stepped once per optimizer step. Do not prepare it: Accelerate would step it once
+    per process.
+
+    Args:
+        optimizer (`AcceleratedOptimizer`): The prepared optimizer.
+    """
+    return get_scheduler(
+        training_args.lr_scheduler,
+        optimizer=optimizer.optimizer,
+        num_warmup_steps=training_args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )
+
+
+def build_ema(parameters: Iterable[torch.nn.Parameter], training_args: TrainingArguments) -> EMAModel | None:
+    """The moving average of these weights (of models not wrapped for distribution); None without `use_ema`."""
+    if not training_args.use_ema:
+        return None
+    return EMAModel(
+        parameters,
+        decay=training_args.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=training_args.ema_inv_gamma,
+        power=training_args.ema_power,
+        foreach=True,
+    )
+
+
+# 2. The run
+
+
+class TrainingRun:
+    """
+    A training run around the loop of its script: prepares networks, optimizer and data, loads the checkpoint that is
+    resumed, and keeps log, checkpoints and result. Every process makes all calls.
+
+        for batch in run.batches():
+            with run.accumulate():
+                ...  # loss, backward, clip, optimizer step
+            if accelerator.sync_gradients:
+                due = run.after_step()
+                if due.checkpoint:
+                    run.save_checkpoint(save_result)
+                if due.validation:
+                    run.validate(...)
+        run.finish(save_result, ...)
+
+    Args:
+        accelerator (`Accelerator`), record (`RunRecord`): From `start_run` and `parse_run`.
+        data_args (`DataArguments`), training_args (`TrainingArguments`): Arguments of the run.
+        networks (mapping of `torch.nn.Module`): The networks to train, by the subfolder of the result that holds them
+            (`""` for its root). Weights that do not require gradients stay as they are.
+        train_dataset (`ImageDataset`): The training data.
+        metrics (`LossMetrics` or `ClassificationMetrics`): Source of the rows of the log.
+        timestep_sampler (`TimestepSampler`, *optional*): Kept in checkpoints.
+        frozen (`FrozenNetworks`, *optional*): Networks that are used but not trained: their hashes are kept in
+            checkpoints and verified before the result is saved.
+        description (`str`): The data in words, for the log.
+
+    Attributes:
+        networks (`dict[str, torch.nn.Module]`): The networks as prepared by Accelerate, for the loop.
+        parameters (list of `torch.nn.Parameter`): The trained weights.
+        optimizer (`AcceleratedOptimizer`): As prepared.
+        ema (`EMAModel`, *optional*): The average of `parameters`.
+        progress (`TrainingProgress`): The counters.
+        after_step (`AfterStep`): Updates learning rate, average, counters and log; returns what is due.
+        log (`TrainingLog`): The log.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        record: RunRecord,
+        data_args: DataArguments,
+        training_args: TrainingArguments,
+        networks: Mapping[str, torch.nn.Module],
+        train_dataset: ImageDataset,
+        metrics: LossMetrics | ClassificationMetrics,
+        timestep_sampler: TimestepSampler | None = None,
+        frozen: FrozenNetworks | None = None,
+        description: str = "",
+    ):
+        self.accelerator, self.record, self.training_args, self.frozen = accelerator, record, training_args, frozen
+        self.logger = get_logger(record.script)
+        self.trained = torch.nn.ModuleList(networks.values())
+        self.parameters = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
+        dataloader = build_dataloader(train_dataset, data_args, training_args)
+        first, *others = networks
+        prepared, self.optimizer, self.dataloader = accelerator.prepare(
+            networks[first], build_optimizer(self.parameters, training_args), dataloader
+        )
+        self.networks = {first: prepared} | {name: accelerator.prepare(networks[name]) for name in others}
+        steps_per_epoch = math.ceil(len(self.dataloader) / training_args.gradient_accumulation_steps)
+        self.max_train_steps = training_args.max_train_steps or training_args.num_train_epochs * steps_per_epoch
+        lr_scheduler = build_lr_scheduler(self.optimizer, training_args, self.max_train_steps)
+        self.ema, self.progress = build_ema(self.parameters, training_args), TrainingProgress()
+        # Their order is that of the files in a checkpoint.
+        states = (lr_scheduler, timestep_sampler, self.progress, frozen)
+        accelerator.register_for_checkpointing(*(state for state in states if state is not None))
+
+        prepare_output_dir(accelerator, training_args)
+        self._resume(networks, lr_scheduler, timestep_sampler)
+        if self.ema is not None:
+            self.ema.to(accelerator.device)
+        step, batch_size = self.progress.global_step, training_args.train_batch_size
+        batch_size *= accelerator.num_processes * training_args.gradient_accumulation_steps
+        self.logger.info(
+            f"{self._count_parameters()}, {description}, {batch_size} per optimizer step; steps {step} to "
+            f"{self.max_train_steps}, {steps_per_epoch} an epoch"
+        )
+        self.log = TrainingLog(
+            accelerator, training_args.output_dir, record.settings, step, self.max_train_steps, batch_size
+        )
+        self.after_step = AfterStep(
+            accelerator,
+            training_args,
+            self.max_train_steps,
+            self.progress,
+            lr_scheduler,
+            self.ema,
+            self.parameters,
+            metrics,
+            self.log,
+        )
+        self.trained.train()
+
+    def _resume(
+        self,
+        networks: Mapping[str, torch.nn.Module],
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        timestep_sampler: TimestepSampler | None,
+    ) -> None:
+        """Loads the checkpoint, if there is one, applies changed arguments, and writes the arguments of the run."""
+        record, training_args = self.record, self.training_args
+        record.check_steps(self.max_train_steps)
+        # A sampler whose kind or number of timesteps was changed by force starts anew.
+        is_other_sampler = record.forced_arguments & {"timestep_sampler", "ddpm_num_steps"}
+        path = resume_checkpoint(
+            self.accelerator,
+            training_args.output_dir,
+            training_args.resume_from_checkpoint,
+            self.ema,
+            functools.partial(record.load_average, self.ema, self.parameters, networks),
+            not_restored=[timestep_sampler] if is_other_sampler else [],
+        )
+        if path is not None:
+            apply_arguments(training_args, self.optimizer, lr_scheduler, self.ema)
+            record.checkpoint.step = self.progress.global_step
+            record.check_steps(self.max_train_steps)
+            if self.progress.global_step == self.max_train_steps:
+                self.logger.info(f"{record.checkpoint.name} is that of the last step: only the result is saved.")
+        if self.accelerator.is_main_process:
+            write_settings(training_args.output_dir, record.settings)
+
+    def _count_parameters(self) -> str:
+        num_trained = sum(parameter.numel() for parameter in self.parameters)
+        networks = [*self.trained, *(self.frozen.networks.values() if self.frozen is not None else ())]
+        num_frozen = sum(parameter.numel() for network in networks for parameter in network.parameters()) - num_trained
+        return f"{num_trained / 1e6:.2f}M parameters" + (f", {num_frozen / 1e6:.2f}M frozen ones" if num_frozen else "")
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """
+        The batches that are still to come, epoch after epoch, until the last optimizer step. Before each one, all
+        generators of torch are seeded for this batch.
+        """
+        while self.progress.global_step < self.max_train_steps:
+            for batch in rest_of_epoch(self.dataloader, self.progress):
+                seed_step(self.training_args.seed, self.accelerator.process_index, self.progress.micro_step)
+                self.progress.count_batch()
+                yield batch
+                if self.progress.global_step >= self.max_train_steps:
+                    return
+
+    def accumulate(self) -> AbstractContextManager[Any]:
+        """`accelerator.accumulate` for all networks that are trained."""
+        return self.accelerator.accumulate(*self.networks.values())
+
+    def save_checkpoint(self, save_result: Callable[[str], None]) -> None:
+        """
+        Saves a checkpoint. Collective.
+
+        Args:
+            save_result (function of a folder): Writes the result that the run would have if it ended here. It is called
+                on the main process, with the averaged weights in place.
+        """
+        save_checkpoint(
+            self.accelerator,
+            self.training_args.output_dir,
+            self.progress.global_step,
+            self.training_args.checkpoints_total_limit,
+            functools.partial(self._save, save_result),
+            lambda folder: self.record.write(folder, self.progress.global_step, self.ema),
+        )
+
+    def _save(self, save_result: Callable[[str], None], folder: str) -> None:
+        with result_weights(self.ema, self.parameters):
+            save_result(folder)
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """The networks in evaluation mode with the averaged weights, for the duration of a `with` block."""
+        return evaluation_weights(self.trained, self.ema, self.parameters)
+
+    def validate(self, work: Callable[[], None]) -> bool:
+        """
+        Calls `work()` on all processes, so that its failure costs neither the run nor its weights. Returns whether it
+        succeeded; see `survives`.
+        """
+        succeeded = survives(self.accelerator, self.progress, work)
+        self.log.start_clock(self.progress.global_step)
+        return succeeded
+
+    def show_samples(self, generate: Callable[[], Image.Image]) -> None:
+        """
+        Plots the loss and saves validation images, on the main process.
+
+        Args:
+            generate (callable): Returns the validation images. Called in evaluation mode with the averaged weights.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        output_dir = self.training_args.output_dir
+        if self.log.history.rows():
+            plot_loss_curves(self.log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
+        with self.evaluation_weights():
+            images = generate()
+        save_samples(self.accelerator, images, output_dir, self.progress.global_step)
+
+    def finish(
+        self,
+        save_result: Callable[[str], None],
+        validate: Callable[[], bool],
+        publish: Callable[[Accelerator, TrainingArguments], None],
+        name: str,
+    ) -> None:
+        """
+        Saves the result with the averaged weights; then validates and publishes it, which could fail.
+
+        Args:
+            save_result (function of a folder): As of `save_checkpoint`.
+            validate (callable): The last validation; whether it succeeded. Every process calls it.
+            publish (callable): Pushes the folder of the run to the Hub, if the arguments say so.
+            name (`str`): What was trained, for the log.
+
+        Raises:
+            CommandError: If the last validation has failed.
+        """
+        self.log.close()
+        output_dir = self.training_args.output_dir
+        if self.frozen is not None:
+            self.frozen.check()
+            hashes = ", ".join(f"{name} {value}" for name, value in self.frozen.hashes.items())
+            self.logger.info(f"The frozen networks are unchanged (hashes: {hashes})")
+        if self.accelerator.is_main_process:
+            self._save(save_result, output_dir)
+            self.logger.info(f"Saved the {name} to {output_dir}")
+        validated = validate()
+        self.accelerator.end_training()
+        publish(self.accelerator, self.training_args)
+        check_last_validation(self.accelerator, output_dir, validated)
