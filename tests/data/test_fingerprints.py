@@ -5,7 +5,7 @@ import torch
 from toy_models import random_classifier, random_text_encoder, random_unet, toy_tokenizer
 from transformers import AutoTokenizer, BertModel
 
-from diffusers_adm.data.fingerprints import FrozenNetworks, hash_config, hash_tensors, hash_tokenizer
+from diffusers_adm.data.fingerprints import hash_config, hash_tensors, hash_tokenizer
 
 
 def test_tensors():
@@ -60,24 +60,6 @@ def test_tokenizer(kind, tmp_path):
     assert hash_tokenizer(AutoTokenizer.from_pretrained(tmp_path)) == hashed
     tokenizer.add_tokens("dragon")
     assert len({hash_tokenizer(other) for other in (tokenizer, toy_tokenizer(kind, max_length=11))} - {hashed}) == 2
-
-
-def test_frozen_networks():
-    networks = {"first": random_unet().train(), "second": torch.nn.BatchNorm2d(3)}
-    frozen = FrozenNetworks(networks)
-    assert not any(network.training for network in networks.values())
-    assert not any(p.requires_grad for network in networks.values() for p in network.parameters())
-    frozen.check()
-    saved = frozen.state_dict()
-    frozen.load_state_dict(saved)
-
-    networks["second"].running_mean[1] = 1e-6  # a buffer is part of the network
-    with pytest.raises(RuntimeError, match="Weights of the frozen second have changed during training"):
-        frozen.check()
-    other = FrozenNetworks(networks)
-    message = f"beside a frozen .*second {saved['second']}, but this run has .*second {other.hashes['second']}"
-    with pytest.raises(ValueError, match=message):
-        other.load_state_dict(saved)
 
 
 def test_a_compiled_network_is_the_same():
