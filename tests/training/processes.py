@@ -40,7 +40,7 @@ def start_distributed(
 
 
 def run_distributed(function: Callable, *arguments: Any, num_processes: int = 2) -> list[Any]:
-    """What `function(*arguments)` returns in each of several processes that Accelerate joins (gloo, on the CPU)."""
+    """The results of `function(*arguments)` in each of several processes that Accelerate joins (gloo, on the CPU)."""
     processes, queue = start_distributed(function, *arguments, num_processes=num_processes)
     try:
         for process in processes:

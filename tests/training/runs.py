@@ -1,4 +1,4 @@
-"""What the tests of the training scripts do alike: they start runs, and read and compare what these leave behind."""
+"""Helpers for tests of the training scripts: starting runs, reading and comparing their files."""
 
 import contextlib
 import json
@@ -149,7 +149,7 @@ def assert_same_checkpoint(first, second):
     files = sorted(str(path.relative_to(first)) for path in Path(first).rglob("*") if path.is_file())
     assert files == sorted(str(path.relative_to(second)) for path in Path(second).rglob("*") if path.is_file())
     for name in files:
-        # The states of generators are no matter: each micro-step seeds them anew.
+        # The states of generators do not matter: each micro-step seeds them again.
         if name.endswith((".bin", ".pkl")) and not name.startswith("random_states"):
             states = [torch.load(Path(folder, name), weights_only=False) for folder in (first, second)]
             assert_same_state(*states, name)

@@ -19,7 +19,7 @@ from diffusers_adm.training.checkpoints import (
 
 
 class Run:
-    """A training run at toy size, all of whose state is the number of its step."""
+    """A training run of toy size, whose only state is the number of its step."""
 
     def __init__(self, width=8):
         self.accelerator = Accelerator(cpu=True)

@@ -1,4 +1,4 @@
-"""Fine-tuning on other classes than those of the pretrained network: which row each class has, before and after."""
+"""Fine-tuning on other classes than those of the pretrained network: the row of each class before and after."""
 
 import logging
 from random import Random
@@ -48,7 +48,7 @@ def own_state(monkeypatch):
 
 @pytest.fixture
 def short(tmp_path):
-    """Arguments of a run of two steps on images of cats and cows, which a model of cats and dogs is to learn."""
+    """Arguments of a run of two steps on images of cats and cows, to fine-tune a model of cats and dogs."""
     return SHORT_RUN | {
         "pretrained_model_name_or_path": save_base(tmp_path / "base", random_unet(**CLASSES), id2label=NAMES),
         "train_data_dir": write_class_folders(tmp_path / "images", {"cat": 8, "cow": 8}),
@@ -117,7 +117,7 @@ class TestPlan:
             (["ape", "bee"], {"known": {}}, (0, 1, 2), 2, ["ape", "bee"], [0, 1]),
             (["ape", "bee"], {"known": {}, "replaces": True}, (None, None, 2), 2, ["ape", "bee"], [0, 1]),
             (["ape"], {"known": {}, "replaces": True}, (None, 2), 1, ["ape"], [0]),
-            # a name of the null class goes along with it
+            # the null class keeps its name
             (["cow"], {"known": NAMES | {2: "any"}}, (0, 1, None, 2), 3, ["cat", "dog", "cow", "any"], [2]),
             (["any", "cow"], {"known": {2: "any"}, "replaces": True}, (None, 2), 1, ["cow", "any"], [1, 0]),
         ],
@@ -190,7 +190,7 @@ class TestRows:
         state = torch.get_rng_state()
         plan = ClassPlan((2, None, 0), 1, {}, {}, (), (), ())
         fit_class_embedding(unet, plan)
-        assert torch.equal(torch.get_rng_state(), state)  # a run with this seed draws what it would have drawn
+        assert torch.equal(torch.get_rng_state(), state)  # the random numbers of a run do not depend on it
         after = unet.class_embedding.weight
         assert torch.equal(after[[0, 2]], before[[2, 0]])  # copies
         new = before[2] if null_class_id == 2 else (before[0] + before[1] + before[2]) / 3
@@ -234,7 +234,7 @@ def test_labels_are_renumbered():
 
 class TestUNet:
     def test_images_of_some_classes_train_the_rows_of_their_names(self, short, tmp_path):
-        """Dogs alone: by the numbers of the folders they would be class 0, the cats."""
+        """Only dogs: by the numbers of the folders they would be class 0, the cats."""
         short["train_data_dir"] = write_class_folders(tmp_path / "dogs", {"dog": 8})
         train(**short, class_dropout_prob=0)
         base, result = (rows_of(short[name]) for name in ("pretrained_model_name_or_path", "output_dir"))
@@ -442,7 +442,7 @@ class TestClassifier:
 
     @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial", "spatial_v2"])
     def test_new_classes(self, short, base, pool):
-        """The logits of the old ones stay, and that of a new one is at first their mean."""
+        """The logits of the old classes stay; that of a new class is their mean at first."""
         old, folder = base(pool=pool)
         new, id2label = self.fine_tune(short, folder)
         assert id2label == {0: "cat", 1: "dog", 2: "cow"}

@@ -1,4 +1,4 @@
-"""Runs whose networks Accelerate compiles leave the files of any other run, and are resumed, with or without."""
+"""Runs with compiled networks write the same files as others, and can be resumed with or without compilation."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Arguments without effect: what is refused, what is told, and that nothing is said of defaults and recipes."""
+"""Arguments without effect: refused ones, those that the log names, and no words about defaults and recipes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What fails in validations and plots costs neither the run nor its weights, in any of the four scripts."""
+"""A failure in a validation or a plot costs neither the run nor its weights, in all four scripts."""
 
 import json
 import os
@@ -157,7 +157,7 @@ class TestFailures:
 
 
 def validate_with_a_failure(folder):
-    """One of two processes fails in the first validation; what the other one finds afterwards."""
+    """One of two processes fails in the first validation; returns the number of validations of this process."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     script = load_script("train_classifier")
     evaluate, calls = script.evaluate, []
@@ -202,13 +202,13 @@ def test_a_run_killed_between_checkpoint_and_validation_catches_up(tmp_path, mon
         rows = read_metrics(other)
         with bit_by_bit():
             assert rows == read_metrics(arguments["output_dir"])
-        # What is there is not repeated.
+        # A validation that is in the log is not repeated.
         train(name, **arguments | {"output_dir": other}, resume_from_checkpoint="latest")
         assert read_metrics(other) == rows
         LOADED.clear()
 
 
-# The fault that showed all this: conditions of 0 and 1 in 8 bits.
+# The original failure: conditioning images of 0 and 1 in 8 bits.
 
 
 def test_conditions_of_zeros_and_ones(tmp_path, monkeypatch, caplog):
@@ -229,7 +229,7 @@ def test_conditions_of_zeros_and_ones(tmp_path, monkeypatch, caplog):
         arguments = arguments_of(name, tmp_path) | {"data_files": str(tmp_path / "images.parquet")}
         del arguments["condition"]
         train(name, **arguments | {"conditioning_image_column": "mask", "max_train_steps": 1})
-        # Nearly black pictures are no error, even where all values lie below 2.
+        # Nearly black images are no error, even if all values are below 2.
         arguments |= {"image_column": "mask", "condition": "color_blocks", "output_dir": str(tmp_path / "dark")}
         train(name, **arguments | {"max_train_steps": 1})
         LOADED.clear()

@@ -1,4 +1,4 @@
-"""Grids: every picture where it belongs, every pixel as it was."""
+"""Grids of images: the place of every image, and unchanged pixels."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_errors(arguments, message):
 
 
 def test_strips():
-    """Five strips of two pictures: two in a row, the sixth place blank."""
+    """Five strips of two images: two in a row, the sixth place blank."""
     columns = {"one": [solid(10 * index) for index in range(5)], "two": [solid(100 + index) for index in range(5)]}
     assert (
         labelled_strips(columns).tobytes()

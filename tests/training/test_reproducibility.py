@@ -1,4 +1,4 @@
-"""What a run says about its machine, and how it finds out."""
+"""The description of the machine in the log of a run, and the search for operations that depend on memory."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed: what each argument then does, what is refused, what checkpoints hold."""
+"""Resuming a run with other arguments or data: what is applied, what is refused, and the content of checkpoints."""
 
 import dataclasses
 import json
@@ -258,7 +258,7 @@ OTHERS = {
     "validation_steps": 3,
     "variance_type": "learned_log",
 }
-# What an argument needs beside it.
+# Further arguments that an argument needs.
 NEEDED = {
     "caption_column": {},
     "hub_model_id": {"push_to_hub": True},
@@ -268,7 +268,7 @@ NEEDED = {
     "lora_target_modules": {"lora_rank": 2},
     "max_validation_samples": {"validation_split": "test"},
 }
-# Of the pretrained model, so that its script refuses them whether or not a run is resumed.
+# Arguments that this script always refuses.
 REFUSED_ANYWAY = {
     ("train_controlnet", name) for name in ("ddpm_num_steps", "ddpm_beta_schedule", "beta_start", "beta_end")
 }
@@ -314,7 +314,7 @@ def test_what_could_not_be_loaded_is_refused_even_if_forced(begun, tmp_path, scr
     assert not list(tmp_path.iterdir())
 
 
-# 3. What is applied
+# 3. Applied arguments
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +505,7 @@ def test_values_are_applied_to_all_groups():
     assert lr_scheduler.get_last_lr() == [2.0, 2.0]
 
 
-# 4. Left out, forced, and what is read elsewhere
+# 4. Arguments left out, forced, or taken from elsewhere
 
 
 @pytest.mark.parametrize("script", NAMES)
@@ -547,7 +547,7 @@ def test_forced_the_new_value_is_used_and_named(begun, tmp_path, caplog):
         assert recorded[name] == value
     for told in ("`ddpm_beta_schedule` is 'squaredcos_cap_v2', and was 'linear'", "`train_batch_size` is 2, and was 4"):
         assert f"--force_resume: {told} for checkpoint-2" in caplog.text
-    # What it was forced to is what the next resume continues.
+    # The next resume continues with the forced values.
     assert parse("train_adm", output_dir=str(folder), resume_from_checkpoint="latest", max_train_steps=4)
 
 
@@ -620,7 +620,7 @@ class TestSources:
 
 
 def test_nothing_to_resume_and_nothing_to_begin_with(tmp_path):
-    """As with a mistyped folder: what was left out cannot be taken from the run."""
+    """For instance, a mistyped folder: arguments left out cannot be taken from the run."""
     with pytest.raises(ValueError, match="There is no checkpoint in .*run to resume from.*`--output_dir`"):
         parse("train_adm", output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest")
 
@@ -686,7 +686,7 @@ def with_record(begun, tmp_path):
 
 
 class TestTakenOver:
-    """What a run takes over from its checkpoint is not judged as if it had been given on the command line."""
+    """Arguments taken over from the checkpoint are not treated as given on the command line."""
 
     def test_nothing_is_said_of_what_has_no_effect(self, with_record):
         path = with_record(num_train_epochs=7, class_dropout_prob=0.2)
@@ -726,7 +726,7 @@ class TestTakenOver:
 
 
 def test_pushing_is_not_taken_to_another_folder(begun, tmp_path):
-    """Else a run that branches off would overwrite what the first one has pushed."""
+    """Otherwise a run that branches off would overwrite the pushed result of the first one."""
     shutil.copytree(begun("train_adm"), tmp_path / "run")
     path = tmp_path / "run" / "checkpoint-2" / "train_args.yaml"
     path.write_text(path.read_text().replace("push_to_hub: false", "push_to_hub: true"))
@@ -783,7 +783,7 @@ class TestData:
 
 
 class TestClassesThatFineTuningAdds:
-    """The rows of the network are planned anew from the pretrained model each time that the run is started."""
+    """The rows of the network are planned again from the pretrained model at each start."""
 
     @pytest.fixture
     def tune(self, toys, tmp_path):
@@ -815,7 +815,7 @@ class TestClassesThatFineTuningAdds:
         assert_same_checkpoint(unbroken / "checkpoint-2", broken / "checkpoint-2")
 
     def test_the_names_there_have_changed(self, tune, tmp_path, caplog):
-        """A class would be trained into the row of another one."""
+        """A class would be trained in the row of another one."""
         tune("run", random_unet(num_class_embeds=3, null_class_id=2), {0: "other", 1: "Flags"}, max_train_steps=1)
         path = tmp_path / "base" / "model_index.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": {"0": "Flags", "1": "other"}}))

@@ -1,4 +1,4 @@
-"""What follows a step: the learning rate, the average, the row of the log; and what is due when."""
+"""The end of a step: learning rate, average, row of the log; and when checkpoints and validations are due."""
 
 import pytest
 import torch

@@ -45,7 +45,7 @@ from diffusers_adm.training import (
 from diffusers_adm.training import run as training_run
 
 
-# Those that train with what a clone holds. (Upsamplers, inpainters and branches: test_train_super_resolution.py,
+# Those that train with what a clone holds. (Upsamplers, inpainters and ControlNets: test_train_super_resolution.py,
 # test_train_adm_inpaint.py, test_train_controlnet.py.)
 RECIPES = sorted(
     path
@@ -456,7 +456,7 @@ class TestSingleProcess:
 
 
 class TestFineTuning:
-    # So small that float32 weights stay what they were: what comes out is what was read.
+    # So small that float32 weights do not change: the result equals the pretrained weights.
     STILL = {"learning_rate": 1e-12, "resolution": 8}
 
     def test_unconditional(self, short, tmp_path):

@@ -64,7 +64,7 @@ def train(**arguments):
 
 
 class Calls:
-    """What `training_losses` was called with, and what the network then gave."""
+    """The arguments of `training_losses`."""
 
     def __init__(self, monkeypatch):
         self.calls = []
@@ -125,7 +125,7 @@ class TestRun:
         )[0]
         assert image.size == (8, 8)
 
-        # Two rows of what is known and two samples each.
+        # Two rows of a masked image and two samples.
         (grid,) = Path(short["output_dir"]).glob("samples-*.png")
         assert Image.open(grid).size == (3 * 66 + 2, 2 * 66 + 2)
 

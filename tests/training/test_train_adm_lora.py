@@ -44,7 +44,7 @@ def own_state(monkeypatch):
 
 @pytest.fixture
 def short(tmp_path):
-    """Arguments of a run of two steps beside a class-conditional model."""
+    """Arguments of a run of two steps for a class-conditional model."""
     return SHORT_RUN | {
         "pretrained_model_name_or_path": save_base(
             tmp_path / "base", random_unet(num_class_embeds=10, null_class_id=9)
@@ -110,7 +110,7 @@ def without_adapter(unet):
 
 
 def train_and_predict(argv):
-    """A run in this process: how many captions it encoded at a time, and what the averaged adapter then predicts."""
+    """A run in this process; the numbers of captions per encoding, and the prediction of the averaged adapter."""
     script = load_script("train_adm")
     encoded, unets = [], keep_unets(script)
     encode_captions = captions.encode_captions
@@ -158,7 +158,7 @@ class TestAdapter:
         torch.testing.assert_close(predict(unet), expected, rtol=1e-4, atol=1e-5)
 
     def test_it_carries_the_noise_schedule_that_it_was_trained_on(self, short):
-        """Also a checkpoint of it; loading it beside a model of another one is refused."""
+        """Also a checkpoint of it; loading it for a model of another one is refused."""
         train(**short, ddpm_beta_schedule="cosine")
         for folder in (Path(short["output_dir"]), Path(short["output_dir"], "checkpoint-2")):
             pipeline = ADMPipeline.from_pretrained(short["pretrained_model_name_or_path"])
@@ -181,7 +181,7 @@ class TestAdapter:
             assert '"unet.r": 2' in file.metadata()["lora_adapter_metadata"]
         checkpoint = folder / "checkpoint-2"
         assert not (checkpoint / "model.safetensors").exists()
-        # The average in the root, as in the result; beside it what is trained.
+        # The average in the root, as in the result; the trained adapter in a folder.
         assert_same_state(load_file(checkpoint / WEIGHTS), weights)
         trained = load_file(checkpoint / "trained_adapter" / WEIGHTS)
         assert set(trained) == set(weights)

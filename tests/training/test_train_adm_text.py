@@ -179,7 +179,7 @@ class TestLaunched:
             for prompt in ("a cat", "a cat", "the red hat")
         ]
         assert rounding_errors(images[0], images[1]) <= SAMPLING
-        # Four steps teach little: guidance makes what the captions do larger than any rounding.
+        # Four steps teach little: guidance amplifies the effect of captions above rounding errors.
         arguments |= {"guidance_scale": 1000.0, "output_type": "latent"}
         guided = [
             pipeline(prompt=prompt, generator=torch.Generator().manual_seed(0), **arguments).images
@@ -195,14 +195,14 @@ class TestTextEncoders:
         train(**short, text_encoder_name_or_path=source)
         assert_equal_states(states(source), states(short["output_dir"]))
         weights = load_file(Path(short["output_dir"]) / "checkpoint-2" / "model.safetensors")
-        assert not any("encoder.layer" in name or "text_model" in name for name in weights)  # the U-Net's alone
+        assert not any("encoder.layer" in name or "text_model" in name for name in weights)  # only the U-Net's
         pipeline = ADMPipeline.from_pretrained(short["output_dir"])
         pipeline.set_progress_bar_config(disable=True)
         assert len(pipeline(prompt=["a cat", "the red hat"], num_inference_steps=1, guidance_scale=2.0).images) == 2
 
     def test_trained(self, short, tmp_path):
         source = write_text_encoder(tmp_path / "text", "t5")
-        # Not at once: what the U-Net starts with at zero keeps gradients from the encoder for two steps.
+        # Not at once: layers that are initially zero keep gradients from the encoder for two steps.
         short |= {"text_encoder_name_or_path": source, "max_train_steps": 4, "checkpointing_steps": 3}
         train(**short, train_text_encoder=True)
         before, after = states(source), states(short["output_dir"])
@@ -314,7 +314,7 @@ class TestGLIDE:
             "tokenizer_name_or_path": str(tmp_path / "tokenizer"),
             "train_text_encoder": True,
             "caption_dropout_prob": 0.3,
-            # Not at once: what the U-Net starts with at zero keeps gradients from the encoder for two steps.
+            # Not at once: layers that are initially zero keep gradients from the encoder for two steps.
             "max_train_steps": 4,
             "ema_max_decay": 0.5,
             "validation_guidance_scale": 2.0,
@@ -482,7 +482,7 @@ class TestCaptions:
 
     @pytest.mark.parametrize("trained", [False, True])
     def test_mixed_precision_is_for_what_is_trained(self, short, tmp_path, monkeypatch, trained):
-        """A frozen encoder gives the states that are stored, in training and in grids alike."""
+        """A frozen encoder gives the stored states, in training and in validation."""
         recorded, states = {"encoder": [], "unet": []}, []
 
         def record(name, module_class):
@@ -506,10 +506,10 @@ class TestCaptions:
             "mixed_precision": "bf16",
         }
         train(**arguments, train_text_encoder=trained)
-        assert len(recorded["unet"]) == 4  # two steps, and two of a grid
+        assert len(recorded["unet"]) == 4  # two steps, and two of validation images
         assert all(recorded["unet"])
         if trained:
-            # All but the first, which finds out what gets gradients.
+            # All but the first, which finds the weights with gradients.
             assert recorded["encoder"] == [False, True, True, True]
             return
         assert len(recorded["encoder"]) == 3
@@ -520,7 +520,7 @@ class TestCaptions:
             assert rounding_errors(first, second) <= NETWORK
 
     def test_a_subset_without_captions(self, short, tmp_path):
-        """Its grid shows the empty prompt."""
+        """Validation images use the empty prompt."""
         short |= {
             "text_encoder_name_or_path": write_text_encoder(tmp_path / "text", "clip"),
             # Only the image that is left out has a caption: none at all would be refused.
@@ -531,7 +531,7 @@ class TestCaptions:
         ADMPipeline.from_pretrained(short["output_dir"])
 
     def test_stored_embeddings(self, tmp_path):
-        """Against the encoder on each caption alone; other weights and other captions are stored under other names."""
+        """Against the encoder on single captions; other weights and other captions are stored under other names."""
         encoder, words = random_text_encoder("t5"), toy_tokenizer("t5")
         texts = [text or "" for text in CAPTIONS]
         tokens = CaptionTokens(texts, words, encoder, pad_to_max=False)

@@ -382,7 +382,7 @@ class TestSingleProcess:
 
 
 class TestFineTuning:
-    # So small that float32 weights stay what they were: what comes out is what was read.
+    # So small that float32 weights do not change: the result equals the pretrained weights.
     STILL = {"learning_rate": 1e-12}
 
     def fine_tune(self, short, folder, **arguments):
@@ -642,7 +642,7 @@ def trained(tmp_path_factory):
 
 
 class TestNoiseSchedule:
-    """A trained classifier beside models of the same and of another noise schedule."""
+    """A trained classifier with models of the same and of another noise schedule."""
 
     ANOTHER = (
         r"(?s)`classifier` was trained on the noise schedule squaredcos_cap_v2 with 1000 timesteps, but `scheduler`.*"
@@ -671,7 +671,7 @@ class TestNoiseSchedule:
 
     @pytest.mark.parametrize("is_older", [False, True])
     def test_by_the_sampling_command(self, trained, tmp_path, is_older):
-        """Also a folder written before classifiers carried their schedule: the scheduler beside it tells."""
+        """Also a folder written before classifiers carried their schedule: its scheduler is used."""
         folder = shutil.copytree(trained, tmp_path / "run")
         if is_older:
             config = json.loads((folder / "classifier" / "config.json").read_text())
@@ -690,7 +690,7 @@ class TestNoiseSchedule:
 
     @pytest.mark.parametrize("noised", [True, False])
     def test_a_classifier_that_is_trained_on_with_other_noise(self, short, trained, noised, caplog):
-        """What it says is what it was trained on last; a change is said."""
+        """It names the noise schedule of the latest training; a change is logged."""
         del short["model_config_name_or_path"]
         other = {"ddpm_num_steps": 40} if noised else {"noised": False}
         train(**short, pretrained_model_name_or_path=str(trained), **other)

@@ -1,4 +1,4 @@
-"""training/train_controlnet.py: the base stays, the branch is trained, resumed and loaded; what is refused."""
+"""training/train_controlnet.py: the base stays, the ControlNet is trained, resumed and loaded; what is refused."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def own_state(monkeypatch):
 
 @pytest.fixture
 def short(tmp_path):
-    """Arguments of a run of two steps beside a class-conditional model."""
+    """Arguments of a run of two steps for a class-conditional model."""
     return SHORT_RUN | {
         "pretrained_model_name_or_path": save_base(tmp_path / "base", random_unet(**CLASSES)),
         "data_files": EMOJI,
@@ -131,7 +131,7 @@ class TestBranch:
         assert not calls.base.training
         assert calls.branch.training
 
-        # The branch alone, in the root; beside the base it draws.
+        # Only the ControlNet, in the root; it samples with the base.
         folder = Path(short["output_dir"])
         assert not (folder / "model_index.json").exists()
         assert [path.parent for path in folder.rglob("*.safetensors") if "checkpoint" not in str(path)] == [folder]
@@ -210,7 +210,7 @@ class TestBranch:
         assert (calls.losses[0] - calls.of_base[0]).abs().min() > 1e-3
 
     def test_it_carries_the_noise_schedule_of_the_base(self, short, tmp_path, caplog):
-        """And goes on beside models of the same alone."""
+        """It is only used with models of the same noise schedule."""
         short["pretrained_model_name_or_path"] = cosine = save_base(
             tmp_path / "cosine", random_unet(**CLASSES), beta_schedule="cosine"
         )
@@ -227,7 +227,7 @@ class TestBranch:
             train(**going_on | {"pretrained_model_name_or_path": linear})
         assert not Path(short["output_dir"]).exists()
 
-        # One of before there was such an entry is not compared, which is said, and has it from then on.
+        # A ControlNet without this entry is not compared, with a warning, and gets it.
         config = json.loads((first / "config.json").read_text())
         del config["noise_schedule"]
         (first / "config.json").write_text(json.dumps(config))
@@ -272,7 +272,7 @@ def gradients(unet, branch, sample, timesteps, target, **given):
 
 @pytest.mark.parametrize("kind", ["transformer", "added_kv"])
 def test_gradients_are_those_beside_a_base_that_is_not_frozen(kind):
-    """With checkpointed activations in base and branch, and without."""
+    """With and without gradient checkpointing in base and ControlNet."""
     unet = random_text_unet(kind, **CLASSES)
     branch = fill_randomly(AdaGNControlNetModel.from_unet(unet), seed=1).train()
     generator = torch.Generator().manual_seed(0)
@@ -309,7 +309,7 @@ def test_checkpointed_gradients_in_bfloat16_channels_last(short, calls):
     assert_same_checkpoint(Path(short["output_dir"]) / "checkpoint-3", Path(other) / "checkpoint-3")
 
 
-# 3. What the branch is shown
+# 3. Conditioning images
 
 
 class TestConditions:
@@ -356,7 +356,7 @@ class TestConditions:
                 assert 22 < int((first & second).sum()) < 78
 
     def test_strips(self, short, monkeypatch):
-        """Condition | sample | target, with the names of the columns above; the pictures are those of the data."""
+        """Condition | sample | target, with the names of the columns above; the images are those of the data."""
         shown = []
         labelled_strips = validation.labelled_strips
         monkeypatch.setattr(
@@ -372,7 +372,7 @@ class TestConditions:
         for name in ("condition", "target"):  # whatever the step
             assert [image.tobytes() for image in first[name]] == [image.tobytes() for image in second[name]]
         with Image.open(Path(short["output_dir"]) / "samples-0000002.png") as grid:
-            # Two strips of three in a row, each of 16 pixels, four times enlarged.
+            # Two strips of three in a row, each of 16 pixels, scaled by four.
             assert grid.width == 2 + 6 * (64 + 2)
             assert grid.height > 2 + 3 * (64 + 2)
 

@@ -1,4 +1,4 @@
-"""training/train_super_resolution.py: what the network is shown, real short runs, and what is refused."""
+"""training/train_super_resolution.py: the inputs of the network, short runs, and what is refused."""
 
 import json
 import math
@@ -110,7 +110,7 @@ def levels_of(condition: torch.Tensor, highest: int) -> torch.Tensor:
     return distances.argmin(dim=1)
 
 
-# 1. What the network is shown
+# 1. Inputs of the network
 
 
 @pytest.mark.parametrize("low_res_size", [4, 2])
@@ -183,7 +183,7 @@ def test_by_class_resumed_and_fine_tuned(short, tmp_path, capsys):
     assert pipe.unet.config.sample_size == 8
     arguments = {"class_labels": "round", "noise_level": 3, "num_inference_steps": 2, "output_type": "pt"}
     assert pipe(torch.rand(1, 3, 4, 4), **arguments).images.shape == (1, 3, 8, 8)
-    # Two images, each small, drawn and large, with the names of the columns above.
+    # Two images, each small, sampled and large, with the names of the columns above.
     with Image.open(folder / "samples-0000004.png") as grid:
         assert grid.width == 2 + 3 * (8 + 2)
 
@@ -194,7 +194,7 @@ def test_by_class_resumed_and_fine_tuned(short, tmp_path, capsys):
     assert_same_checkpoint(folder / "checkpoint-4", Path(other["output_dir"]) / "checkpoint-4")
     assert read_metrics(folder) == read_metrics(other["output_dir"])
 
-    # Fine-tuned without saying what the pipeline knows.
+    # Fine-tuned without arguments that the pipeline has.
     for name in ("model_config_name_or_path", "low_res_size", "max_noise_level"):
         del by_class[name]
     tuned = by_class | {"pretrained_model_name_or_path": str(folder), "output_dir": str(tmp_path / "tuned")}
@@ -210,7 +210,7 @@ def test_by_class_resumed_and_fine_tuned(short, tmp_path, capsys):
 
 
 def test_the_pipeline_carries_the_noise_schedule(short, tmp_path):
-    """That of the latest training."""
+    """The noise schedule of the latest training."""
     train(**short | {"max_train_steps": 1})
     linear = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
     assert ADMSuperResolutionPipeline.from_pretrained(short["output_dir"]).config.noise_schedule == linear
@@ -224,7 +224,7 @@ def test_the_pipeline_carries_the_noise_schedule(short, tmp_path):
 
 
 def test_by_caption(short, seen, tmp_path):
-    """The text encoder is trained with the U-Net; grids show the captions of their images."""
+    """The text encoder is trained with the U-Net; validation images use the captions of the data."""
     (tmp_path / "text.json").write_text(
         json.dumps(
             {"model_type": "clip_text_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

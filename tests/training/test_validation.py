@@ -1,4 +1,4 @@
-"""Grids of training runs: which examples they show, and that the noise of an image depends on its place alone."""
+"""Validation images: the examples that they show, and noise that depends only on the place of an image."""
 
 import datasets
 import numpy as np
