@@ -34,7 +34,7 @@ class TestRandomKeepMask:
         assert keep_mask.shape == (40, 1, resolution, resolution)
         assert keep_mask.dtype == torch.float32
         assert keep_mask.unique().tolist() in ([0.0], [0.0, 1.0])
-        assert (keep_mask == 0).flatten(1).any(dim=1).all()  # there is always something to paint
+        assert (keep_mask == 0).flatten(1).any(dim=1).all()  # there is always something to inpaint
 
     def test_kinds(self):
         assert (masks(3, "full") == 0).all()
@@ -99,13 +99,17 @@ class TestDataset:
             features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
         )
 
-    def test_masks_come_beside_the_examples(self, images):
+    def test_masks_are_added_to_the_examples(self, images):
         plain, masked = ImageDataset(images, 16, seed=3), InpaintingDataset(images, 16, seed=3)
         for index in range(len(images)):
             example = dict(masked[index])
             assert example.pop("keep_mask").shape == (1, 16, 16)
             assert example.keys() == plain[index].keys()
             assert all(torch.equal(example[name], value) for name, value in plain[index].items())
+
+    def test_masks_combine_with_conditions(self, images):
+        example = InpaintingDataset(images, 16, condition="low_resolution")[0]
+        assert set(example) == {"images", "class_labels", "conditions", "keep_mask"}
 
     def test_seed_epoch_and_example_decide(self, images):
         def all_masks(seed=0, epoch=0):

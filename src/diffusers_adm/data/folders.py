@@ -1,9 +1,9 @@
 """
 Image folders: every image below a folder, labelled by the name of the folder that holds it, with captions next to it.
 
-Folders with a metadata file are read by `datasets`' `imagefolder`. It cannot replace the rest of this file: a single
-loose image or a single class makes it drop all labels; a folder named "test", or files named "test_01.png", make it
-drop all other images; it does not follow links to folders; and it is ten times slower for 20,000 images.
+Folders with a metadata file are read by `datasets`' `imagefolder`. It cannot replace the rest of this file: a loose
+image or a single class makes it drop all labels; a folder named "test", or files named "test_01.png", make it drop all
+other images; it does not follow links to folders; and it takes 29 s for 20,000 files, not 2 s (datasets 5.2).
 """
 
 from __future__ import annotations
