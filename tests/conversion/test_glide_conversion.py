@@ -24,10 +24,11 @@ from test_openai_layouts import count, digest, layout_of
 from diffusers_adm import AdaGNUNet2DModel, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline, GLIDETextModel
 from diffusers_adm.commands.errors import CommandError
 from diffusers_adm.conversion import GLIDE_PRESETS, convert_glide, export_openai, glide, load_glide_tokenizer
+from diffusers_adm.conversion.common import expected_shapes
 from diffusers_adm.conversion.glide_checkpoints import build_glide, recognise_glide
 from diffusers_adm.conversion.glide_flags import default_flags, glide_scheduler_config, parse_glide_flags
 from diffusers_adm.conversion.glide_layout import observed_glide_flags, text_rules
-from diffusers_adm.conversion.openai_layout import expected_shapes, tensor_rules
+from diffusers_adm.conversion.openai_layout import tensor_rules
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 
 
@@ -293,7 +294,7 @@ class TestBadInput:
         ("kwargs", "message"),
         [
             ({"preset": "bass"}, "did you mean base"),
-            ({"preset": "base", "model_flags": ""}, "A preset settles all flags"),
+            ({"preset": "base", "model_flags": ""}, "A preset determines all flags"),
             ({"preset": "base"}, r"(?s)859,886 parameters of .* not those of base, .*looks like: .*--num_channels 32"),
             (
                 {"model_flags": "--xf_widht 24"},
@@ -305,7 +306,7 @@ class TestBadInput:
             ({"model_flags": "--xf_width 0"}, "a network without text"),
             ({"model_flags": "--resblock_updown False"}, "resample in residual blocks"),
             ({"model_flags": "--noise_schedule quadratic"}, "'quadratic'; it must be one of linear, squaredcos"),
-            ({"model_flags": "--image_size 32 --channel_mult ''"}, "for which GLIDE knows no channels per level"),
+            ({"model_flags": "--image_size 32 --channel_mult ''"}, "for which GLIDE has no channels per level"),
             ({"model_flags": "--xf_heads 5"}, "does not divide"),
         ],
     )
@@ -316,7 +317,7 @@ class TestBadInput:
         refused(tmp_path, "is not a file", tmp_path / "absent.pt")
         (tmp_path / "model.pt").write_bytes(b"nothing")
         refused(tmp_path, "cannot be read", tmp_path / "model.pt")
-        refused(tmp_path, "no checkpoint of GLIDE's: it lacks token_embedding", NETWORKS["residual"].save(tmp_path))
+        refused(tmp_path, "not a checkpoint of GLIDE's: it lacks token_embedding", NETWORKS["residual"].save(tmp_path))
         weights = dict(BASE.weights())
         for name, message in (("final_ln.bias", "missing: final_ln.bias"), ("unemb.bias", "not used: unemb.bias")):
             changed = {key: value for key, value in weights.items() if key != name}

@@ -137,7 +137,7 @@ class TestNumbers:
             ("head-channels", {"flags": "--learn_sigma False"}, r"takes 3 .* returns 6.*`--learn_sigma True`: images"),
             ("inpainter", {"image_channels": 6}, r"`--learn_sigma True` .*`image_channels` is 6"),
             ("inpainter", {"image_channels": 7, "flags": ""}, r"returns 6.*`image_channels` is 7"),
-            ("inpainter", {"image_channels": 0, "flags": ""}, "`image_channels` is 0; it must be a positive integer"),
+            ("inpainter", {"image_channels": 0, "flags": ""}, "But `image_channels` is 0"),
             ("upsampler", {"image_channels": 6}, "takes 6 channels and returns 3.*`image_channels` is 6"),
             ("defaults", {"flags": "--large_size 64"}, r"the file holds a U-Net \(3 input channels, 3 output channels"),
             ("adaptive-pool", {"image_channels": 1}, "`image_channels` is 1, but the classifier takes 3"),
@@ -299,7 +299,7 @@ class TestCommandLine:
         output = self.run(capsys, *arguments, "--model_flags", network.flags)
         assert "takes 7 channels: 3 of the noisy image and 4 of conditions" in output
         assert "ADMInpaintPipeline.from_pretrained" in output
-        assert "known pixels and the keep mask" in output
+        assert "masked image and the keep mask" in output
 
     def test_exports_with_the_channels_of_an_image(self, tmp_path, capsys):
         convert("inpainter", tmp_path)

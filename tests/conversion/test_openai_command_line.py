@@ -14,8 +14,9 @@ from PIL import Image
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
 from diffusers_adm.commands.errors import run_command
 from diffusers_adm.conversion import PRESETS, openai
+from diffusers_adm.conversion.common import expected_shapes
 from diffusers_adm.conversion.openai_checkpoints import build_network
-from diffusers_adm.conversion.openai_layout import expected_shapes, tensor_rules
+from diffusers_adm.conversion.openai_layout import tensor_rules
 
 
 NETWORK = NETWORKS["new-order"]
@@ -109,7 +110,7 @@ def test_errors_have_no_traceback(tmp_path, capsys):
     [
         ((), "pass `--checkpoint FILE.pt --output_dir FOLDER`"),
         (("--checkpoint", "a.pt"), "pass `--checkpoint FILE.pt --output_dir FOLDER`"),
-        (("--export", "a"), "`--export FOLDER` goes with `--output_file"),
+        (("--export", "a"), "`--export FOLDER` needs `--output_file"),
         (("--check", "a.pt"), "unrecognized arguments: --check"),
         (("--checkpoint", "a.pt", "--output_dir", "b", "--code_base", "edm"), "invalid choice: 'edm'"),
         (("--export", "a", "--output_file", "b", "--new_attention_order", "maybe"), "--new_attention_order"),
@@ -123,7 +124,7 @@ def test_wrong_use(arguments, message, capsys):
 
 MEASURE = """
 import json, sys
-from diffusers_adm.conversion import common, convert_openai
+from diffusers_adm.conversion import checkpoint_files, convert_openai
 
 def memory(kind):
     (line,) = [line for line in open("/proc/self/status") if line.startswith(kind)]
@@ -131,7 +132,7 @@ def memory(kind):
 
 warm_up, warm_up_flags, *files = sys.argv[1:]
 convert_openai(warm_up, warm_up + "-out", model_flags=warm_up_flags)  # for what is imported late
-common.MAPPED_BYTES = 2**24  # a tenth of these files, as 2**27 is of the published ones
+checkpoint_files.MAPPED_BYTES = 2**24  # a tenth of these files, as 2**27 is of the published ones
 for file in files:
     before = memory("VmRSS")
     result = convert_openai(file, file + "-out")

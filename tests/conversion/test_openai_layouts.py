@@ -16,9 +16,10 @@ import pytest
 from openai_networks import NETWORKS
 
 from diffusers_adm.conversion import PRESETS
+from diffusers_adm.conversion.common import expected_shapes
 from diffusers_adm.conversion.openai_checkpoints import build_network, recognise
 from diffusers_adm.conversion.openai_flags import default_flags, parse_flags
-from diffusers_adm.conversion.openai_layout import expected_shapes, kinds_of_file, observed_flags, tensor_rules
+from diffusers_adm.conversion.openai_layout import kinds_of_file, observed_flags, tensor_rules
 
 
 STORED = json.loads((Path(__file__).parent / "openai_layouts.json").read_text())
@@ -149,5 +150,5 @@ def test_levels_that_can_be_read_in_two_ways_are_not_guessed():
     layout = {name: shape for name, shape in layout.items() if not name.startswith("input_blocks.") or ".0.0." in name}
     for number in (1, 2, 3, 4, 5):
         layout |= {name.replace(".1.", f".{number}.", 1): shape for name, shape in block.items()}
-    with pytest.raises(ValueError, match="does not tell its levels: 3 readings"):
+    with pytest.raises(ValueError, match="cannot be read from the state dict: 3 readings"):
         observed_flags(layout, "guided-diffusion", "classifier")

@@ -9,7 +9,7 @@ import torch
 from glide_networks import GLIDE_NETWORKS
 from openai_networks import NETWORKS
 
-from diffusers_adm.conversion import common, convert_glide, convert_openai, glide, openai
+from diffusers_adm.conversion import checkpoint_files, convert_glide, convert_openai, glide, openai
 
 
 NETWORK, OTHER = NETWORKS["residual"], NETWORKS["adaptive-pool"]
@@ -184,7 +184,7 @@ def test_averages_that_cannot_be_read_are_not_passed_over(name, tmp_path, plain)
         ({"state_dict": prefixed("a.", weights()) | prefixed("b.", weights())}, "state_dict", "'state_dict.a', 's"),
         (optimizer(), "state", r"it holds state \(dict\), param_groups \(list\)"),
         ({"model": weights() | {"step": 5}}, None, r"besides tensors it holds step \(int\)"),
-        (prefixed("module.", weights()) | {"module.step": torch.tensor(5)}, None, "no plain floating-point .*: step"),
+        (prefixed("module.", weights()) | {"module.step": torch.tensor(5)}, None, "not plain floating-point: step"),
         ({"model": weights() | {"extra.bias": torch.zeros(2)}}, None, r"not used: extra.bias \(2,\)"),
     ],
 )
@@ -255,6 +255,6 @@ def test_command_line(tmp_path, plain):
 
 
 def test_large_files_are_mapped_in_several_turns(tmp_path, plain, monkeypatch):
-    monkeypatch.setattr(common, "MAPPED_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_files, "MAPPED_BYTES", 1000)
     content = {"model": prefixed("module.", weights()), "ema": averaged()}
     assert written(convert(content, tmp_path, key="model").output_dir) == plain()

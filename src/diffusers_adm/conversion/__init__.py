@@ -1,4 +1,13 @@
-"""Checkpoints of other code bases, converted into this one's and back."""
+"""
+Converts checkpoints of other code bases into folders that `from_pretrained` loads, and back.
+
+To add a family NAME of checkpoints, follow GLIDE's files; `common.py` has what they share:
+- `NAME_flags.py`: its flags with their defaults, the configs of networks and scheduler they mean, its published models;
+- `NAME_layout.py`: a `TensorRule` for every tensor of a checkpoint, and the flags that names and shapes reveal;
+- `NAME_checkpoints.py`: `convert_NAME`, which reads the layout of the file, builds the networks of the flags on the
+  meta device, compares their `expected_shapes` with the file's and calls `write_folder`;
+- `NAME.py`: the command line, `python -m diffusers_adm.conversion.NAME`.
+"""
 
 from .glide_checkpoints import ConvertedGLIDECheckpoint, convert_glide
 from .glide_flags import GLIDE_PRESETS

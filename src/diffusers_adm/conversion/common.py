@@ -1,299 +1,344 @@
 """
-What conversions of all code bases share: reading their files, and writing folders that `from_pretrained` loads.
+What conversions of all code bases share: rules for tensors, flags, the folder that is written, and the command line.
 
-A file is mapped into memory and its tensors are written one by one: a model of two gigabytes needs little memory.
+(Files of checkpoints are read and written by `checkpoint_files.py`.) To add a family, see `__init__.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import difflib
 import json
-import logging
-import pickle
-import re
+import shlex
 import shutil
+import sys
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ..commands.errors import add_debug_argument
 from ..data.repositories import check_can_be_written
+from ..pipelines import ADMPipeline
+from ..schedulers import LearnedVarianceDDPMScheduler
+from .checkpoint_files import check_sums, write_weights
 
 
-logger = logging.getLogger(__name__)
+Shapes = Mapping[str, Sequence[int]]
+Flags = dict[str, Any]
+T = TypeVar("T")
 
-# Next to the components: what a file was converted from, so that it can be written back in the same order.
+# Both code bases and GLIDE are written for RGB images; people change that in the code.
+IMAGE_CHANNELS = 3
+# Next to the components: what a folder was converted from, so that it can be written back in the same order.
 RECORD_NAME = "openai_checkpoint.json"
-# First bytes of the archives that `torch.save` has written since version 1.6, which can be mapped into memory.
-ZIP_MAGIC = b"PK\x03\x04"
-SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# How much of a checkpoint may lie in memory while it is converted.
-MAPPED_BYTES = 2**27
-# A tensor that U-Nets, upsamplers and classifiers of all these code bases have, and nothing else.
-FIRST_TENSOR = "input_blocks.0.0.weight"
-# How deep dictionaries in a checkpoint may lie in each other.
-MAX_DEPTH = 8
+# The words that the scripts read as a boolean.
+BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
+
+
+# 1. Tensors. Every rule is a permutation of rows, a split or a reshape, so a round trip is bit-identical.
 
 
 class TensorRule(NamedTuple):
-    """One tensor of the checkpoint, and the one, two or three of ours that it holds."""
+    """
+    How one tensor of a checkpoint becomes one, two or three of this package's, and back.
+
+    Attributes:
+        source: Its name in the checkpoint.
+        targets: Names in this package.
+        split: From the checkpoint's tensor to the targets.
+        join: From the targets to the checkpoint's tensor.
+    """
 
     source: str
     targets: tuple[str, ...]
-    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]  # theirs -> ours
-    join: Callable[..., torch.Tensor]  # ours -> theirs
+    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    join: Callable[..., torch.Tensor]
 
 
-class LoadedCheckpoint(NamedTuple):
-    """A network of a checkpoint."""
-
-    state_dict: dict[str, torch.Tensor]
-    key: str  # where it lay: keys of dictionaries and parts of prefixes, joined by dots; "" for the file itself
-    left_aside: list[str]  # what else the file holds
+def kept(source: str, target: str) -> TensorRule:
+    """A tensor that is the same on both sides."""
+    return TensorRule(source, (target,), lambda tensor: (tensor,), lambda tensor: tensor)
 
 
-class _Place(NamedTuple):
-    """Where a network lies in a checkpoint: keys of dictionaries, and a prefix of all names."""
+def module_rules(source: str, target: str, dims: int = 0) -> Iterator[TensorRule]:
+    """
+    Weight and bias of a module. The checkpoint's weight has `dims` trailing dimensions of size 1 (those of a 1x1
+    convolution) that the target does not have.
+    """
+    yield TensorRule(
+        f"{source}.weight", (f"{target}.weight",), lambda tensor: (_squeeze(tensor, dims),), partial(_unsqueeze, dims)
+    )
+    yield kept(f"{source}.bias", f"{target}.bias")
 
-    path: tuple[str, ...]
-    prefix: str
 
-    @property
-    def key(self) -> str:
-        return ".".join([*self.path, *self.prefix.split(".")[:-1]])
+def fused_rules(
+    source: str, targets: Sequence[str], heads: int, heads_first: bool, weight_dims: int = 1
+) -> Iterator[TensorRule]:
+    """
+    Weight and bias of a module that computes all of `targets` (query, key and value, or two of them) at once.
+
+    Args:
+        source (`str`), targets (sequence of `str`): Names of the modules.
+        heads (`int`): Number of attention heads.
+        heads_first (`bool`): Rows of the checkpoint are ordered (head, target, channel in head), and not (target, head,
+            channel in head).
+        weight_dims (`int`, defaults to 1): As `dims` of [`module_rules`].
+    """
+
+    def split(dims: int, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tensor = _squeeze(tensor, dims)
+        if heads_first:
+            tensor = tensor.unflatten(0, (heads, len(targets), -1)).transpose(0, 1).flatten(0, 2)
+        return tensor.chunk(len(targets))
+
+    def join(dims: int, *tensors: torch.Tensor) -> torch.Tensor:
+        tensor = torch.cat(tensors)
+        if heads_first:
+            tensor = tensor.unflatten(0, (len(targets), heads, -1)).transpose(0, 1).flatten(0, 2)
+        return _unsqueeze(dims, tensor)
+
+    for kind, dims in (("weight", weight_dims), ("bias", 0)):
+        names = tuple(f"{target}.{kind}" for target in targets)
+        yield TensorRule(f"{source}.{kind}", names, partial(split, dims), partial(join, dims))
+
+
+def _squeeze(tensor: torch.Tensor, dims: int) -> torch.Tensor:
+    return tensor.flatten(-1 - dims)
+
+
+def _unsqueeze(dims: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(*tensor.shape, *[1] * dims)
+
+
+def expected_shapes(model: ModelMixin, rules: Sequence[TensorRule]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that a checkpoint of `model` holds."""
+    own = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    shapes = {rule.source: tuple(rule.join(*(own.pop(target) for target in rule.targets)).shape) for rule in rules}
+    if own:  # a mistake in the rules, not in the checkpoint
+        raise RuntimeError(f"No rule for {sorted(own)}.")
+    return shapes
+
+
+def differences(expected: Shapes, found: Shapes, limit: int = 6) -> list[str]:
+    """Lists missing and unused tensors and those of another shape, at most `limit` of each kind."""
+    missing = [f"missing: {name} {tuple(expected[name])}" for name in expected if name not in found]
+    unused = [f"not used: {name} {tuple(found[name])}" for name in found if name not in expected]
+    other = [
+        f"{name}: has shape {tuple(found[name])}, expected {tuple(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    lines = []
+    for group in (missing, unused, other):
+        lines += group[:limit]
+        if len(group) > limit:
+            lines.append(f"... and {len(group) - limit} more of this kind")
+    return lines
+
+
+# 2. Flags
+
+
+def named_flags(model_flags: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of their flags, without dashes; from a command line or a mapping."""
+    given = model_flags if isinstance(model_flags, Mapping) else _split_command_line(model_flags)
+    return {name.removeprefix("--"): value for name, value in given.items()}
+
+
+def _split_command_line(text: str) -> dict[str, str]:
+    explanation = f"`model_flags` are {text!r}: every flag needs one value (`--image_size 64 --class_cond True`), but"
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{explanation} this is not a command line ({error}).") from None
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    # A pasted command line begins with `python scripts/image_sample.py`.
+    first = next((i for i, word in enumerate(words) if word.startswith("--")), 0)
+    flags = {}
+    for i in range(first, len(words), 2):
+        name, value = words[i], words[i + 1] if i + 1 < len(words) else "--"
+        if not name.startswith("--") or value.startswith("--"):
+            raise ValueError(f"{explanation} {name!r} does not fit that.")
+        flags[name] = value
+    return flags
+
+
+def typed_flags(given: Mapping[str, Any], known: Flags, code_base: str) -> Flags:
+    """
+    Converts values to the types of the defaults in `known`.
+
+    Raises:
+        ValueError: For a flag that is not in `known`, or a value of another type.
+    """
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        hints = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        raise ValueError(
+            f"`model_flags` hold {', '.join(f'--{name}' for name in unknown)}, which {code_base} does not have."
+            + (f" Did you mean {', '.join(f'--{name}' for name in hints)}?" if hints else "")
+            + f" It has: {', '.join(sorted(known))}."
+        )
+    return {name: _convert(name, value, known[name]) for name, value in given.items()}
+
+
+def _convert(name: str, value: Any, default: Any) -> Any:
+    try:
+        if isinstance(default, bool):
+            return BOOLEANS[str(value).lower()]
+        if isinstance(value, (tuple, list)):
+            return ",".join(str(entry) for entry in value)
+        return type(default)(str(value))
+    except (KeyError, ValueError):
+        kind = "True or False" if isinstance(default, bool) else f"a value like {default!r}"
+        raise ValueError(f"`--{name}` is {value!r}; it takes {kind}.") from None
+
+
+def format_flags(flags: Mapping[str, Any]) -> str:
+    """Flags as on a command line; those whose value is an empty string are left out."""
+    return " ".join(f"--{name} {value}" for name, value in flags.items() if value != "")
+
+
+def find_preset(name: str, presets: Mapping[str, T]) -> T:
+    """Looks up a published checkpoint; a `ValueError` lists the names that there are."""
+    if name in presets:
+        return presets[name]
+    close = difflib.get_close_matches(name, presets, n=3)
+    raise ValueError(
+        f"`preset` is {name!r}"
+        + (f"; did you mean {' or '.join(close)}? There are: " if close else "; it must be one of ")
+        + f"{', '.join(presets)}."
+    )
+
+
+# 3. The folder
+
+
+@dataclass
+class Conversion:
+    """What the results of all conversions have in common; see the classes of the code bases."""
+
+    output_dir: Path
+    kind: str
+    preset: str | None
+    recognised: bool
+    flags: Flags
+    assumed: Flags
+    num_parameters: int
+    dtypes: list[str]
+
+
+class Component(NamedTuple):
+    """A network to be written: its model, which may be on the meta device, and the rules for all of its tensors."""
+
+    model: ModelMixin
+    rules: list[TensorRule]
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Raises a `ValueError` if a folder cannot be put there."""
+    """Raises a `ValueError` if the folder exists with content, or cannot be created."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` {output_dir} exists and is not empty. Name another folder, or remove it.")
-    check_can_be_written("output_dir", output_dir.parent)  # where it is made first, under another name
+    check_can_be_written("output_dir", output_dir.parent)  # where it is written first, under another name
 
 
-@contextlib.contextmanager
-def new_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder next to `output_dir`, which takes its place once all is written, and is deleted if that fails."""
+def write_folder(
+    output_dir: Path,
+    checkpoint: Path,
+    key: str,
+    components: Mapping[str, Component],
+    *,
+    scheduler: LearnedVarianceDDPMScheduler,
+    pipeline: ADMPipeline | None,
+    tokenizer: Any = None,
+    record: Mapping[str, Any],
+) -> None:
+    """
+    Writes a folder that `from_pretrained` loads, completely or not at all.
+
+    Args:
+        output_dir (`Path`): The folder.
+        checkpoint (`Path`), key (`str`): The file, and which of its networks is converted.
+        components (mapping): Networks by their subfolder; no two of their rules have one source.
+        scheduler ([`LearnedVarianceDDPMScheduler`]): Saved in `scheduler/`.
+        pipeline ([`ADMPipeline`], *optional*): Whose index is saved.
+        tokenizer (*optional*): Saved in `tokenizer/`.
+        record (mapping): What the folder was converted from; saved as `openai_checkpoint.json`.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    check_sums(checkpoint)
+    record = {**record, "key": key} if key else record
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output_dir.parent / f".{output_dir.name}.{uuid.uuid4().hex[:8]}"
     unfinished.mkdir()
     try:
-        yield unfinished
+        for name, (model, rules) in components.items():
+            model.save_config(unfinished / name)
+            write_weights(unfinished / name / SAFETENSORS_WEIGHTS_NAME, checkpoint, key, rules)
+        scheduler.save_pretrained(unfinished / "scheduler")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished / "tokenizer")
+        if pipeline is not None:
+            pipeline.save_config(unfinished)
+        (unfinished / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(output_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """What the folder was converted from."""
-    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+# 4. The command line
 
 
-def write_weights(file: Path, checkpoint: Path, key: str, rules: list[TensorRule]) -> None:
-    """
-    Writes the tensors that `rules` make of a checkpoint's network `key`, in the format of safetensors
-    (https://github.com/huggingface/safetensors#format). Its own writer wants all tensors at once, and every page read
-    stays in memory as long as the checkpoint is mapped: here the mapping is made anew after each `MAPPED_BYTES`.
-    """
-    state_dict = load_checkpoint(checkpoint, key).state_dict
-    # The widest numbers first, so that each tensor begins at a multiple of its numbers' size.
-    rules = sorted(rules, key=lambda rule: -state_dict[rule.source].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for rule in rules:
-        for name, tensor in zip(rule.targets, rule.split(state_dict[rule.source].to("meta")), strict=True):
-            start, end = end, end + tensor.nbytes
-            dtype = SAFETENSORS_DTYPES[tensor.dtype]
-            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        mapped = 0
-        for rule in rules:
-            if mapped > MAPPED_BYTES and _is_mappable(checkpoint):
-                del state_dict
-                state_dict, mapped = load_checkpoint(checkpoint, key).state_dict, 0
-            source = state_dict[rule.source]
-            mapped += source.nbytes
-            for tensor in rule.split(source):
-                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoint:
-    r"""
-    Reads the network of a `.pt` file, mapped into memory where its format allows that. Runs no code that it may hold.
-
-    Training loops wrap networks: in a dictionary with an optimizer, in a module whose name becomes a prefix of all
-    others (`module.`, `model.`, `_orig_mod.`), or in both. That is taken off where it leads to one network.
-
-    Args:
-        checkpoint (`Path`): The file.
-        key (`str`, *optional*): Which network, where there are several: as in [`LoadedCheckpoint`], or the beginning.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, holds no network, or several, and `key` names none of them.
-    """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"`checkpoint` {checkpoint} is not a file.")
-    unreadable = (
-        f"{checkpoint} ({checkpoint.stat().st_size:,} bytes) cannot be read as a file of `torch.save` that holds "
-        "only tensors. It may be damaged, cut short, or something else."
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of every conversion from a `.pt` file."""
+    parser.add_argument("--checkpoint", metavar="FILE.pt", help="The checkpoint to convert.")
+    parser.add_argument("--output_dir", metavar="FOLDER", help="Folder for the result; must be new or empty.")
+    parser.add_argument("--preset", metavar="NAME", help="Name of the published checkpoint (see --list_presets).")
+    parser.add_argument(
+        "--model_flags",
+        metavar='"--image_size 64 ..."',
+        help="Instead of a preset: the flags the model was trained with, in one pair of quotes, with the names of the "
+        "code base. Flags left out are read from the file as far as possible, and else have the code base's defaults.",
     )
-    try:
-        # The arguments of a script: they hold what can be read without them, and making them runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=_is_mappable(checkpoint))
-    except pickle.UnpicklingError as error:  # whose words recommend to execute the file
-        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if found is not None:
-            unreadable += (
-                f" It names an object of {found[1]}: reading that could run code. If you trust the file, save "
-                "only the state dict of the network."
-            )
-        raise ValueError(unreadable) from None
-    except Exception as error:  # whatever the bytes of another file lead to
-        raise ValueError(unreadable) from error
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{checkpoint} holds a {type(content).__name__}, not a state dict: names with tensors.")
-
-    places = list(_places(content))
-    if not places:
-        return LoadedCheckpoint(_tensors(content, checkpoint), "", [])
-    place = _choose(places, key, checkpoint)
-    entries, beside = content, []
-    for part in place.path:
-        beside.append({name: value for name, value in entries.items() if name != part})
-        entries = entries[part]
-    inner = [other.prefix for other in places if other.path == place.path and len(other.prefix) > len(place.prefix)]
-    own = {
-        name: value
-        for name, value in entries.items()
-        if str(name).startswith(place.prefix) and not str(name).startswith(tuple(inner))
-    }
-    beside.append({name: value for name, value in entries.items() if name not in own})
-    state_dict = _tensors({str(name)[len(place.prefix) :]: value for name, value in own.items()}, checkpoint)
-    if key is None:
-        averages = [name for others in beside for name in _averages(others)]
-        if averages:
-            raise ValueError(
-                f"{checkpoint} holds a network as '{place.key}', and averaged weights as '{averages[0]}', in a form "
-                f"that cannot be read. Pass `key='{place.key}'` (on the command line `--key {place.key}`) to convert "
-                "the former, or save the state dict of the latter."
-            )
-    return LoadedCheckpoint(state_dict, place.key, [line for others in beside for line in _describe(others)])
-
-
-def report_unwrapping(checkpoint: Path, loaded: LoadedCheckpoint) -> None:
-    """Logs what was taken off and what was left aside, if anything was."""
-    if loaded.key or loaded.left_aside:
-        others = f"; left aside: {', '.join(loaded.left_aside)}" if loaded.left_aside else ""
-        logger.warning("%s: took the network from '%s'%s.", checkpoint.name, loaded.key, others)
-
-
-def _places(entries: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[_Place]:
-    """Where a network lies, by a tensor that each has."""
-    for name, value in entries.items():
-        if not isinstance(name, str):
-            continue
-        if torch.is_tensor(value):
-            prefix = name.removesuffix(FIRST_TENSOR)
-            if prefix != name and (not prefix or prefix.endswith(".")):
-                yield _Place(path, prefix)
-        elif isinstance(value, Mapping) and len(path) < MAX_DEPTH:
-            yield from _places(value, (*path, name))
-
-
-def _choose(places: Sequence[_Place], key: str | None, checkpoint: Path) -> _Place:
-    """The place that `key` names, or the only one."""
-    chosen = list(places)
-    if key is not None:
-        chosen = [place for place in places if place.key == key]
-        chosen = chosen or [place for place in places if place.key.startswith(f"{key}.")]
-    if len(chosen) == 1:
-        return chosen[0]
-    keys = ", ".join(f"'{place.key}'" for place in chosen or places)
-    if not chosen:
-        raise ValueError(f"`key` is '{key}', under which {checkpoint} holds no network. It has: {keys}.")
-    raise ValueError(
-        f"{checkpoint} holds {len(chosen)} networks: {keys}. Name one of them with `key` (`--key` on the command line)."
+    parser.add_argument(
+        "--key", metavar="NAME", help="Network to convert if the file holds several, e.g. ema or state_dict.model."
     )
+    parser.add_argument("--list_presets", action="store_true", help="Print the published checkpoints and their flags.")
+    add_debug_argument(parser)
 
 
-def _describe(entries: Mapping[Any, Any]) -> list[str]:
-    """What a file holds besides a network, briefly: tensors by the first part of their names."""
-    others = [f"{name} ({type(value).__name__})" for name, value in entries.items() if not torch.is_tensor(value)]
-    names: dict[str, list[str]] = {}
-    for name, value in entries.items():
-        if torch.is_tensor(value):
-            names.setdefault(str(name).split(".")[0], []).append(str(name))
-    tensors = [own[0] if len(own) == 1 else f"{first}.* ({len(own)} tensors)" for first, own in names.items()]
-    return others + tensors
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line. The value of `--model_flags` begins with dashes, which argparse does not accept."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--model_flags" in argv[:-1]:
+        position = argv.index("--model_flags")
+        argv[position : position + 2] = [f"--model_flags={argv[position + 1]}"]
+    return parser.parse_args(argv)
 
 
-def _averages(entries: Mapping[Any, Any]) -> list[str]:
-    """Names of averaged weights among what a file holds besides a network."""
-    parts = {name: str(name).split(".")[0] for name in entries}
-    return [
-        part
-        for name, part in parts.items()
-        if "ema" in re.split("[^a-z]+", part.lower()) and _holds_weights(entries[name])
+def describe_conversion(result: Conversion, what: str) -> list[str]:
+    """Lines that say what was converted (`what`: in words) and which flags were assumed."""
+    lines = [
+        f"Wrote {result.output_dir}: {what}, {result.num_parameters:,} parameters in {', '.join(result.dtypes)}.",
+        f"Flags: {format_flags(result.flags)}",
     ]
-
-
-def _holds_weights(value: Any) -> bool:
-    """Whether there is a tensor of more than one number."""
-    if torch.is_tensor(value):
-        return value.numel() > 1
-    if isinstance(value, Mapping):
-        return any(_holds_weights(entry) for entry in value.values())
-    return isinstance(value, (list, tuple)) and any(_holds_weights(entry) for entry in value)
-
-
-def _tensors(entries: Mapping[Any, Any], checkpoint: Path) -> dict[str, torch.Tensor]:
-    """`entries`, which must be a state dict."""
-    others = {str(name): type(value).__name__ for name, value in entries.items() if not torch.is_tensor(value)}
-    if others:
-        names = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:4])
-        raise ValueError(
-            f"{checkpoint} is not the state dict of a network: besides tensors it holds {names}. The scripts save "
-            "networks as model*.pt and ema_*.pt; opt*.pt is the state of an optimizer."
+    if result.recognised:
+        lines.append(
+            f"Recognised as the published {result.preset}: its tensors have these names and shapes. If it is another "
+            "one, pass its --model_flags; attention heads and diffusion process cannot be read from a file."
         )
-    odd = [
-        str(name)
-        for name, tensor in entries.items()
-        if tensor.dtype not in SAFETENSORS_DTYPES or tensor.layout != torch.strided or tensor.is_meta
-    ]
-    if odd:
-        raise ValueError(f"{checkpoint} holds tensors that are no plain floating-point numbers: {', '.join(odd[:4])}.")
-    return {str(name): tensor.detach() for name, tensor in entries.items()}
-
-
-def dtypes_of(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the kinds of numbers that there are, without `torch.`."""
-    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
-
-
-def _is_mappable(checkpoint: Path) -> bool:
-    with open(checkpoint, "rb") as file:
-        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-
-
-def check_sums(checkpoint: Path) -> None:
-    """Raises a `ValueError` if bytes of an archive have changed since it was written, at which torch does not look."""
-    if not _is_mappable(checkpoint):
-        return
-    try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            for entry in archive.infolist():
-                if entry.CRC != 0:  # torch can be told to write no checksums
-                    with archive.open(entry) as stream:
-                        while stream.read(2**20):
-                            pass
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{checkpoint} is damaged: {error}. Fetch it anew.") from error
+    if result.assumed:
+        lines.append(
+            "WARNING: these flags are defaults that neither the file nor you confirmed. A wrong one gives wrong images "
+            f"without any error. Check them and pass those that differ with --model_flags: "
+            f"{format_flags(result.assumed)}"
+        )
+    return lines

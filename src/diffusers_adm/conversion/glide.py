@@ -9,17 +9,15 @@ Command line for GLIDE's checkpoints:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from ..commands.errors import CommandError, run_command
+from .common import add_checkpoint_arguments, describe_conversion, format_flags, parse_arguments
 from .glide_checkpoints import PIPELINES, ConvertedGLIDECheckpoint, convert_glide
 from .glide_flags import GLIDE_PRESETS
-from .openai import add_checkpoint_arguments, with_model_flags_joined
-from .openai_flags import format_flags
 
 
-# As GLIDE's notebooks sample. There, the upsamplers start from slightly weaker noise: see docs/coming_from_glide.md.
+# As in GLIDE's notebooks. There, the upsamplers start from slightly weaker noise: see docs/coming_from_glide.md.
 CALLS = {
     "base": 'pipe("a corgi in a field", guidance_scale=3.0, timestep_respacing="100")',
     "base-inpaint": 'pipe(image, mask_image, "a corgi in a field", guidance_scale=5.0, timestep_respacing="100")',
@@ -39,19 +37,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         metavar="PATH_OR_REPO",
-        help="GPT-2's: a folder with its two files (vocab.json and merges.txt, or encoder.json and vocab.bpe, also "
-        "with .gz), or a repository. Without it the pipeline has none.",
+        help="GPT-2's tokenizer: a folder with its two files (vocab.json and merges.txt, or encoder.json and "
+        "vocab.bpe, also with .gz), or a repository. Without it the pipeline has no tokenizer.",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args(with_model_flags_joined(sys.argv[1:] if argv is None else argv))
+    args = parse_arguments(parser, argv)
     if args.list_presets:
         for name, preset in GLIDE_PRESETS.items():
             print(f"{name} ({preset.num_parameters:,} parameters, {preset.url()})")
-            print(f"    {format_flags(shown(preset.settle()))}")
+            print(f"    {format_flags(preset.settle())}")
         return
     if args.checkpoint is None or args.output_dir is None:
         parser.error("pass `--checkpoint FILE.pt --output_dir FOLDER`.")
@@ -69,35 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe(result))
 
 
-def shown(flags: dict[str, object]) -> dict[str, object]:
-    """The flags that have a value to print."""
-    return {name: value for name, value in flags.items() if value != ""}
-
-
 def describe(result: ConvertedGLIDECheckpoint) -> str:
-    """What was converted, what was assumed, and how to load it."""
-    lines = [
-        f"Wrote {result.output_dir}: a model of GLIDE's ({result.kind}), {result.num_parameters:,} parameters in "
-        f"{', '.join(result.dtypes)}.",
-        f"Flags: {format_flags(shown(result.flags))}",
-    ]
-    if result.recognised:
-        lines.append(
-            f"Taken for the published {result.preset}: its tensors have these names and shapes. If it is another one, "
-            "pass its --model_flags; attention heads and diffusion process cannot be told from a file."
-        )
-    if result.assumed:
-        lines.append(
-            "WARNING: neither the file nor you told these; a wrong one gives wrong images without any error. Check "
-            f"them and pass what differs with --model_flags: {format_flags(result.assumed)}"
-        )
-    cls, folder, tokenizer = PIPELINES[result.kind].__name__, str(result.output_dir), ""
+    """Says what was converted, which flags were assumed, and how to load the result."""
+    lines = describe_conversion(result, f"a model of GLIDE's ({result.kind})")
+    cls, tokenizer = PIPELINES[result.kind].__name__, ""
     lines += ["Load it with", f"  from diffusers_adm import {cls}"]
     if not result.has_tokenizer:
         lines.append("  from diffusers_adm.conversion import load_glide_tokenizer")
         tokenizer = f", tokenizer=load_glide_tokenizer('folder-of-gpt2', {result.flags['text_ctx']})"
     lines += [
-        f"  pipe = {cls}.from_pretrained({folder!r}{tokenizer})",
+        f"  pipe = {cls}.from_pretrained({str(result.output_dir)!r}{tokenizer})",
         f"  image = {CALLS[result.kind]}.images[0]",
     ]
     return "\n".join(lines)

@@ -1,17 +1,17 @@
 """
-The flags of GLIDE's code, what networks and diffusion processes they mean, and the models published with it.
+The flags of GLIDE's code, the configs of networks and scheduler they mean, and the published models.
 
 https://github.com/openai/glide-text2im (Nichol et al. 2021, https://huggingface.co/papers/2112.10741). Its U-Nets are
-guided-diffusion's with text added to every attention layer, and most of its flags are guided-diffusion's, too.
+guided-diffusion's with text added to every attention layer, so their configs are made by `openai_flags.py`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from .openai_flags import Flags, model_config, named_flags, scheduler_config, typed_flags
+from .common import IMAGE_CHANNELS, Flags, named_flags, typed_flags
+from .openai_flags import model_config, scheduler_config
 
 
 GLIDEKind = Literal["base", "base-inpaint", "upsample", "upsample-inpaint"]
@@ -49,11 +49,9 @@ UPSAMPLER_DEFAULTS: Flags = {
     "noise_schedule": "linear",
     "super_res": True,
 }
-# Those whose levels need no `channel_mult`; the levels are guided-diffusion's.
+# Sizes that need no `channel_mult`; their levels are guided-diffusion's.
 IMAGE_SIZES = (64, 128, 256)
-# What the code fixes: RGB images, which people change there, and a learned variance.
-IMAGE_CHANNELS = 3
-# Its words for the noise schedules, and guided-diffusion's.
+# GLIDE's names of the noise schedules, and guided-diffusion's.
 NOISE_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
@@ -80,34 +78,13 @@ GLIDE_PRESETS = {
 }
 
 
-def get_glide_preset(name: str) -> GLIDEPreset:
-    """The preset of a published model; a `ValueError` names what there is."""
-    if name in GLIDE_PRESETS:
-        return GLIDE_PRESETS[name]
-    close = difflib.get_close_matches(name, GLIDE_PRESETS, n=1)
-    raise ValueError(
-        f"`preset` is {name!r}; "
-        + (f"did you mean {close[0]}? There are: " if close else "it must be one of ")
-        + f"{', '.join(GLIDE_PRESETS)}."
-    )
-
-
 def default_flags(is_upsampler: bool) -> Flags:
-    """The flags that describe a network and its diffusion process, with their defaults."""
+    """Flags that describe a network and its diffusion process, with their defaults."""
     return BASE_DEFAULTS | (UPSAMPLER_DEFAULTS if is_upsampler else {})
 
 
 def parse_glide_flags(model_flags: str | Mapping[str, Any]) -> Flags:
-    r"""
-    Reads flags under the names of GLIDE's code.
-
-    Args:
-        model_flags (`str` or mapping): `"--image_size 64 --xf_width 512"`, or a mapping from names to values: the
-            options that `create_model_and_diffusion` takes.
-
-    Raises:
-        ValueError: For an unknown flag, or a value that the flag cannot take.
-    """
+    """Reads options of `create_model_and_diffusion`: `"--image_size 64 --xf_width 512"`, or names with values."""
     return typed_flags(named_flags(model_flags), BASE_DEFAULTS, CODE_BASE)
 
 
@@ -119,22 +96,17 @@ def kind_of(flags: Flags) -> GLIDEKind:
 
 
 def in_channels(flags: Flags, image_channels: int) -> int:
-    """Of the U-Net: x_t, the known part of the image and the mask, the enlarged small image."""
+    """Input channels of the U-Net: x_t, the masked image and the keep mask, the upsampled low-resolution image."""
     inpaint = image_channels + 1 if flags["inpaint"] else 0
     return image_channels + inpaint + (image_channels if flags["super_res"] else 0)
 
 
 def unet_config(flags: Flags, image_channels: int = IMAGE_CHANNELS) -> dict[str, Any]:
-    """
-    The config of `AdaGNUNet2DModel` that a full set of flags describes, for images of so many channels.
-
-    Raises:
-        ValueError: For flags that describe no network, or none that `AdaGNUNet2DModel` can be.
-    """
+    """The config of `AdaGNUNet2DModel` that a full set of flags describes, for images of `image_channels`."""
     if flags["xf_width"] < 1:
         raise ValueError(
-            f"`--xf_width` is {flags['xf_width']}: a network without text. Convert it as one of guided-diffusion's, "
-            "with `python -m diffusers_adm.conversion.openai`."
+            f"`--xf_width` is {flags['xf_width']}: a network without text. Convert it with `python -m "
+            "diffusers_adm.conversion.openai`."
         )
     if not flags["resblock_updown"]:
         raise ValueError(
@@ -142,7 +114,7 @@ def unet_config(flags: Flags, image_channels: int = IMAGE_CHANNELS) -> dict[str,
         )
     if not flags["channel_mult"] and flags["image_size"] not in IMAGE_SIZES:
         raise ValueError(
-            f"`--image_size` is {flags['image_size']}, for which GLIDE knows no channels per level; it does for "
+            f"`--image_size` is {flags['image_size']}, for which GLIDE has no channels per level; it has them for "
             f"{', '.join(map(str, IMAGE_SIZES))}. Pass `--channel_mult` (as in '1,2,3,4')."
         )
     config = model_config(
@@ -153,9 +125,8 @@ def unet_config(flags: Flags, image_channels: int = IMAGE_CHANNELS) -> dict[str,
         out_channels=2 * image_channels,
         num_classes=0,
     )
-    for way in ("Down", "Up"):
-        names = config[f"{way.lower()}_block_types"]
-        config[f"{way.lower()}_block_types"] = tuple(name.replace("Attn", "SimpleCrossAttn") for name in names)
+    for key in ("down_block_types", "up_block_types"):
+        config[key] = tuple(name.replace("Attn", "SimpleCrossAttn") for name in config[key])
     return config | {
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
         "cross_attention_dim": flags["xf_width"],

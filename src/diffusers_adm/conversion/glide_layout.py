@@ -1,6 +1,7 @@
 """
-Names and shapes of the tensors in GLIDE's checkpoints, which hold U-Net and text transformer side by side, and how each
-becomes a tensor of ours. The U-Net's part is as in `openai_layout`.
+Names and shapes of the tensors in GLIDE's checkpoints, which hold a U-Net and a text transformer.
+
+The U-Net is guided-diffusion's with text added: its rules and its flags come from `openai_layout.py`.
 """
 
 from __future__ import annotations
@@ -8,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..models import GLIDETextModel
-from .common import TensorRule
-from .glide_flags import Flags
-from .openai_layout import Shapes, channels_of_file, fused_rules, kept, module_rules, observed_flags
+from .common import Flags, Shapes, TensorRule, fused_rules, kept, module_rules
+from .openai_layout import channels_of_file, observed_flags
 
 
-# What tells its checkpoints from those of networks without text.
+# Tensors of the text transformer.
 TEXT_PREFIXES = ("transformer.", "transformer_proj.", "final_ln.", "unemb.")
 TEXT_NAMES = ("token_embedding.weight", "positional_embedding", "padding_embedding")
-# Channels that a U-Net takes, as images and masks: x_t, then what it inpaints (an image and a mask), then the enlarged
-# small image.
+# Input channels of a U-Net, as numbers of images and of masks: x_t, then the masked image and its mask for inpainting,
+# then the upsampled low-resolution image.
 INPUTS: dict[tuple[int, int], Flags] = {
     (1, 0): {"inpaint": False, "super_res": False},
     (2, 0): {"inpaint": False, "super_res": True},
@@ -27,7 +27,7 @@ INPUTS: dict[tuple[int, int], Flags] = {
 
 
 def text_rules(model: GLIDETextModel) -> list[TensorRule]:
-    """Every tensor of the checkpoint that holds the text transformer `model`, which may lie on the meta device."""
+    """Lists the rules for all tensors of the text transformer `model`, which may be on the meta device."""
     return list(_walk(model))
 
 
@@ -52,12 +52,12 @@ def _walk(model: GLIDETextModel) -> Iterator[TensorRule]:
 
 
 def unet_shapes(shapes: Shapes) -> Shapes:
-    """Those of the U-Net alone."""
+    """The tensors of the U-Net."""
     return {n: shape for n, shape in shapes.items() if not n.startswith(TEXT_PREFIXES) and n not in TEXT_NAMES}
 
 
 def image_channels_of(shapes: Shapes) -> int:
-    """Channels of the images: half of those that a U-Net returns, since all of GLIDE's learn the variance."""
+    """Channels of the images: half of the output channels, since all of GLIDE's U-Nets learn the variance."""
     _, channels_out = channels_of_file(unet_shapes(shapes))
     if channels_out % 2:
         raise ValueError(
@@ -69,17 +69,17 @@ def image_channels_of(shapes: Shapes) -> int:
 
 def observed_glide_flags(shapes: Shapes) -> Flags:
     r"""
-    Those flags that names and shapes of the tensors tell: all of the network's but the numbers of attention heads.
+    Reads the flags that names and shapes of the tensors reveal: those of the network except the attention heads.
 
     Raises:
-        ValueError: If this is no network of GLIDE's.
+        ValueError: If this is not a network of GLIDE's.
     """
     expected = {"token_embedding.weight": 2, "positional_embedding": 2, "transformer_proj.weight": 2}
     missing = [name for name, dims in expected.items() if len(shapes.get(name, ())) != dims]
     if missing:
         raise ValueError(
-            f"This is no checkpoint of GLIDE's: it lacks {', '.join(missing)}. It holds {len(shapes)} tensors: "
-            f"{', '.join(list(shapes)[:4])} ... Networks without text are converted with `python -m "
+            f"This is not a checkpoint of GLIDE's: it lacks {', '.join(missing)}. It holds {len(shapes)} tensors: "
+            f"{', '.join(list(shapes)[:4])} ... Convert networks without text with `python -m "
             "diffusers_adm.conversion.openai`."
         )
     flags = observed_flags(unet_shapes(shapes), "guided-diffusion", "unet")
@@ -90,12 +90,12 @@ def observed_glide_flags(shapes: Shapes) -> Flags:
             f"The U-Net takes {channels} channels; GLIDE's take {', '.join(map(str, inputs))} for images of "
             f"{image_channels} channels, half of the {2 * image_channels} that it returns."
         )
-    # The code demands this size of levels that it does not know, and those that it knows are alike.
+    # The code requires this size if there is a `channel_mult`, and its own levels follow the same rule.
     multiples = flags["channel_mult"].split(",")
     size = 2 ** (len(multiples) + 2)
-    # They were seen from the image size that these levels have in guided-diffusion, or else from 64.
-    seen_from = flags.get("image_size", 64)
-    resolutions = [int(resolution) * size // seen_from for resolution in flags["attention_resolutions"].split(",")]
+    # They refer to the image size that these levels have in guided-diffusion, or else to 64.
+    guided_size = flags.get("image_size", 64)
+    resolutions = [int(resolution) * size // guided_size for resolution in flags["attention_resolutions"].split(",")]
     text_ctx, width = shapes["positional_embedding"]
     layers = {name.split(".")[2] for name in shapes if name.startswith("transformer.resblocks.")}
     network = ("num_channels", "num_res_blocks", "channel_mult", "use_scale_shift_norm", "resblock_updown")

@@ -1,8 +1,8 @@
 """
-GLIDE's tokenizer: the byte pairs of GPT-2 (Radford et al. 2019), of text in lower case.
+GLIDE's tokenizer: byte-pair encoding with GPT-2's vocabulary (Radford et al. 2019), of lower-case text.
 
-It differs from GPT-2's in what surrounds the byte pairs: letters are made small, `<|endoftext|>` is padding, and
-nothing in a text stands for it. Its two files are GPT-2's, which this package does not hold.
+It differs from GPT-2's tokenizer around the byte pairs: text becomes lower case, and `<|endoftext|>` is the padding
+token, which no text can contain. The two files are GPT-2's; this package does not include them.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
-# Names of the vocabulary and of the merges: those of transformers and those of GPT-2's code, packed or not.
+# Names of the vocabulary and of the merges: those of transformers and those of GPT-2's code, compressed or not.
 FILE_NAMES = tuple(
     (f"{vocabulary}{suffix}", f"{merges}{suffix}")
     for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
     for suffix in ("", ".gz")
 )
-# Where GPT-2's code cuts a text before it looks for byte pairs.
+# How GPT-2's code splits a text before it merges byte pairs.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Python's `str.lower` knows one rule that needs the context: a sigma behind a letter and before none is a final one
-# (Unicode, section 3.13). `\K`: what stands before it is looked at, but not replaced.
+# The one rule of Python's `str.lower` that depends on context: a sigma after a letter and before none is a final one
+# (Unicode, section 3.13). `\K`: what precedes it is matched, but not replaced.
 _LETTER = r"[\p{Cased}&&\P{Case_Ignorable}]"
 FINAL_SIGMA = rf"{_LETTER}\p{{Case_Ignorable}}*\KΣ(?!\p{{Case_Ignorable}}*{_LETTER})"
 
 
 def load_glide_tokenizer(name_or_path: str | Path, max_length: int = 128) -> PreTrainedTokenizerFast:
     r"""
-    Makes a tokenizer that gives the tokens of GLIDE's, from the files of GPT-2's.
+    Builds GLIDE's tokenizer from the files of GPT-2's.
 
     Args:
-        name_or_path (`str` or `Path`): A folder with `vocab.json` and `merges.txt` or, as GPT-2's and GLIDE's code
-            have them, `encoder.json` and `vocab.bpe`, each also with `.gz`; or a tokenizer of transformers, in a folder
-            or on the Hub, that is based on byte pairs.
-        max_length (`int`, defaults to 128): GLIDE's `text_ctx`, the length of all captions.
+        name_or_path (`str` or `Path`): A folder with `vocab.json` and `merges.txt` or, as in GPT-2's and GLIDE's code,
+            `encoder.json` and `vocab.bpe`, each also with `.gz`; or a byte-pair tokenizer of transformers, in a folder
+            or on the Hub.
+        max_length (`int`, defaults to 128): GLIDE's `text_ctx`, the length of all captions in tokens.
 
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: Adds no special tokens; pads on the right with the last token of the
-        vocabulary, where the attention mask is 0. Upper-case letters that are younger than the Unicode of a Python are
-        made small here, but not by GLIDE's code on that Python.
+        vocabulary, where the attention mask is 0. Upper-case letters that are newer than the Unicode version of a
+        Python become lower case here, but not in GLIDE's code on that Python.
 
     Raises:
-        ValueError: If there is no such tokenizer, or it is none of byte pairs.
+        ValueError: If there is no such tokenizer, or it is not based on byte pairs.
     """
     vocabulary, merges = _read_files(Path(name_or_path)) or _read_tokenizer(str(name_or_path))
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
@@ -68,7 +68,7 @@ def load_glide_tokenizer(name_or_path: str | Path, max_length: int = 128) -> Pre
         pad_token=padding,
         padding_side="right",
         truncation_side="right",
-        # Whoever writes "<|endoftext|>" in a caption means these letters.
+        # "<|endoftext|>" in a caption means these characters, not the token.
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
@@ -87,7 +87,7 @@ def _read_files(folder: Path) -> tuple[Mapping[str, int], Sequence[Sequence[str]
             if not isinstance(vocabulary, dict) or any(
                 len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys() for pair in merges
             ):
-                raise ValueError(f"{' and '.join(names)} in {folder} are no vocabulary and pairs of its tokens.")
+                raise ValueError(f"{' and '.join(names)} in {folder} are not a vocabulary and pairs of its tokens.")
             return vocabulary, merges
     return None
 
@@ -107,8 +107,8 @@ def _read_tokenizer(name_or_path: str) -> tuple[Mapping[str, int], Sequence[Sequ
     model: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())["model"]
     if model.get("type") != "BPE" or any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")):
         raise ValueError(
-            f"The tokenizer in {name_or_path!r} ({type(tokenizer).__name__}) is none of byte pairs like GPT-2's, which "
-            "GLIDE reads. Name GPT-2's."
+            f"The tokenizer in {name_or_path!r} ({type(tokenizer).__name__}) is not a byte-pair tokenizer like "
+            "GPT-2's, which GLIDE needs. Pass GPT-2's."
         )
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     return model["vocab"], pairs

@@ -1,4 +1,4 @@
-"""Converts OpenAI's checkpoints into folders that `from_pretrained` loads."""
+"""Converts checkpoints of guided-diffusion and improved-diffusion into folders that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -8,39 +8,37 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
 from ..schedulers.noise_schedules import noise_schedule_of
+from .checkpoint_files import read_layout
 from .common import (
+    IMAGE_CHANNELS,
+    Component,
+    Conversion,
+    Flags,
+    Shapes,
     check_output_dir,
-    check_sums,
-    dtypes_of,
-    load_checkpoint,
-    new_folder,
-    report_unwrapping,
-    write_record,
-    write_weights,
+    differences,
+    expected_shapes,
+    format_flags,
+    write_folder,
 )
 from .openai_flags import (
     CHANNEL_MULT,
     CodeBase,
-    Flags,
     Kind,
     default_flags,
-    format_flags,
     model_config,
     parse_flags,
     possible_kinds,
     scheduler_config,
 )
 from .openai_layout import (
-    Shapes,
     channels_of_file,
-    differences,
-    expected_shapes,
+    describe_readings,
     image_channel_readings,
     kinds_of_file,
     observed_flags,
@@ -55,44 +53,43 @@ KIND_FLAGS = {
     "upsampler": "`large_size` and `small_size`, `num_channels` and so on, and not `image_size`",
     "classifier": "those that begin with `classifier_`, and `image_size`",
 }
-# Constants of both code bases: their networks are for RGB images.
-IMAGE_CHANNELS = 3
-# Input channels of inpainting networks for RGB images: x_t, the known pixels and the keep mask, and the enlarged small
-# image with some.
+# A constant of the scripts.
+NUM_CLASSES = 1000
+# Input channels of inpainting networks for RGB images: x_t, the masked image and the keep mask, and for some the
+# upsampled low-resolution image.
 INPAINTING_CHANNELS = (2 * IMAGE_CHANNELS + 1, 3 * IMAGE_CHANNELS + 1)
+# Flags that do not change what the network computes, or (`channel_mult`, `num_heads_upsample`) whose default follows
+# from other flags: not worth a warning if assumed.
+SILENT_FLAGS = frozenset(
+    ("dropout", "rescale_learned_sigmas", "timestep_respacing", "use_checkpoint", "use_fp16", "use_kl")
+    + ("classifier_use_fp16", "clip_denoised", "small_size", "num_heads_upsample", "channel_mult")
+)
 
 
 @dataclass
-class ConvertedCheckpoint:
+class ConvertedCheckpoint(Conversion):
     """
-    What `convert_openai` has done.
+    The result of `convert_openai`.
 
     Args:
         output_dir (`Path`): The folder.
-        code_base (`str`): `"guided-diffusion"` or `"improved-diffusion"`.
         kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
-        preset (`str`, *optional*): The published checkpoint that it is.
+        preset (`str`, *optional*): Name of the published checkpoint.
         recognised (`bool`): Whether `preset` was found by the layout of the file, and not given.
         flags (`dict`): All flags of network and process, by the code base's names.
-        assumed (`dict`): Those of them that neither the caller nor the file said.
-        ignored (`list[str]`): Given flags that describe a run or another network.
+        assumed (`dict`): Those of the flags that neither the caller nor the file determined.
         num_parameters (`int`), dtypes (`list[str]`): Of the network.
+        code_base (`str`): `"guided-diffusion"` or `"improved-diffusion"`.
+        ignored (`list[str]`): Given flags that describe a run or another network.
         image_channels (`int`): Channels of the images that the network denoises or classifies.
-        condition_channels (`int`): Those that it takes besides, an upsampler's small image included.
-        pipeline (`str`, *optional*): The class of the pipeline whose index was written; `None` if there is none for
-            such a network.
+        condition_channels (`int`): Further input channels, including the small image of an upsampler.
+        pipeline (`str`, *optional*): Class of the pipeline whose index was written; `None` if none takes such a
+            network.
     """
 
-    output_dir: Path
-    code_base: CodeBase
     kind: Kind
-    preset: str | None
-    recognised: bool
-    flags: Flags
-    assumed: Flags
+    code_base: CodeBase
     ignored: list[str]
-    num_parameters: int
-    dtypes: list[str]
     image_channels: int
     condition_channels: int
     pipeline: str | None
@@ -114,63 +111,58 @@ def convert_openai(
     Args:
         checkpoint (`str` or `Path`): The `.pt` file: a state dict, as their training scripts save it, or the checkpoint
             of a training loop that holds one.
-        output_dir (`str` or `Path`): Gets `unet/`, `scheduler/` and a pipeline's index, which
-            `ADMPipeline.from_pretrained` loads, for an upsampler `ADMSuperResolutionPipeline.from_pretrained`, for a
-            U-Net that takes RGB images and 4 or 7 channels more `ADMInpaintPipeline.from_pretrained`; no index for
-            other U-Nets with conditions; for a classifier `classifier/` and `scheduler/`. Each component is loadable
-            by its class. Must not exist, or be empty.
-        preset (`str`, *optional*): Name of a published checkpoint, which settles all flags (`PRESETS`).
-        model_flags (`str` or mapping, *optional*): The flags of the scripts that the network was trained with, under
-            their names (`"--image_size 64 --num_channels 128 ..."`). What they leave out the file tells as far as it
-            can (channels, blocks, attention levels); the rest has the default values of `code_base`.
+        output_dir (`str` or `Path`): Folder for the result; must not exist, or be empty. A U-Net gives `unet/`,
+            `scheduler/` and the index of an `ADMPipeline`, of an `ADMInpaintPipeline` if it takes RGB images and 4 or 7
+            further channels, and none for other conditions; an upsampler that of an `ADMSuperResolutionPipeline`; a
+            classifier `classifier/` and `scheduler/`.
+        preset (`str`, *optional*): Name of a published checkpoint, which determines all flags (`PRESETS`).
+        model_flags (`str` or mapping, *optional*): The flags of the scripts that the network was trained with
+            (`"--image_size 64 --num_channels 128 ..."`). Flags left out are read from the file as far as possible
+            (channels, blocks, attention levels); the rest has the defaults of `code_base`.
         code_base (`str`, *optional*): `"guided-diffusion"` (the default without a preset) or `"improved-diffusion"`.
-        image_channels (`int`, *optional*): Channels of the images, where the file and `--learn_sigma` do not tell: a
+        image_channels (`int`, *optional*): Channels of the images, if the file and `--learn_sigma` leave them open: a
             network with 5 channels in and 2 out can denoise images of 2 channels with a fixed variance, conditioned on
             3 more, or images of 1 channel with a learned variance, conditioned on 4 more.
-        key (`str`, *optional*): Which network, where the file holds several: keys of its dictionaries and parts of the
-            names, joined by dots (`"ema"`, `"state_dict.model"`). One network in the checkpoint of a training loop is
-            found without it, and a warning says where.
+        key (`str`, *optional*): Which network, if the file holds several: dictionary keys and parts of the tensor
+            names, joined by dots (`"ema"`, `"state_dict.model"`). A single wrapped network is found without it, and a
+            warning says where.
 
     Returns:
-        [`ConvertedCheckpoint`]: `.assumed` holds what was not told. With neither `preset` nor `model_flags` that is
-        at least the number of attention heads, unless the layout is that of a published checkpoint.
+        [`ConvertedCheckpoint`]: `.assumed` holds the flags that are defaults. With neither `preset` nor `model_flags`
+        these are at least the number of attention heads, unless the layout is that of a published checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no such checkpoint or damaged, its tensors are not exactly those that preset or
-            flags describe, its channels can mean two networks, or `output_dir` is not empty. Nothing is left behind
-            then.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not such a checkpoint or damaged, its tensors are not exactly those that preset or
+            flags describe, its channels have two meanings, or `output_dir` is not empty. No folder is left then.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
-    if preset is not None and model_flags is not None:
-        raise ValueError("`preset` and `model_flags` were both given. A preset settles all flags: leave one out.")
-    if preset is not None and code_base not in (None, get_preset(preset).code_base):
-        raise ValueError(f"`code_base` is {code_base!r}, but {preset} comes from {get_preset(preset).code_base}.")
+    if preset is not None:
+        preset = preset.removesuffix(".pt")
+        if model_flags is not None:
+            raise ValueError("`preset` and `model_flags` were both given. A preset determines all flags: omit one.")
+        if code_base not in (None, get_preset(preset).code_base):
+            raise ValueError(f"`code_base` is {code_base!r}, but {preset} comes from {get_preset(preset).code_base}.")
+        if image_channels not in (None, IMAGE_CHANNELS):
+            raise ValueError(
+                f"`image_channels` is {image_channels}, but {preset} has images of {IMAGE_CHANNELS} channels. Omit it."
+            )
     if code_base not in (None, *get_args(CodeBase)):
         raise ValueError(f"`code_base` is {code_base!r}; it must be one of {list(get_args(CodeBase))}.")
-    check_image_channels(image_channels)
-    if preset is not None and image_channels not in (None, IMAGE_CHANNELS):
-        raise ValueError(
-            f"`image_channels` is {image_channels}, but {preset} has images of {IMAGE_CHANNELS} channels. Leave it out."
-        )
     check_output_dir(output_dir)
 
-    loaded = load_checkpoint(checkpoint, key)
-    report_unwrapping(checkpoint, loaded)
-    state_dict, key = loaded.state_dict, loaded.key
-    del loaded
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    num_parameters = sum(tensor.numel() for tensor in state_dict.values())
+    # 1. flags, from the preset, the caller, the file and the defaults
+    layout = read_layout(checkpoint, key)
+    shapes = layout.shapes
     recognised = False
     if preset is None and model_flags is None and image_channels in (None, IMAGE_CHANNELS):
         preset = recognise(checkpoint.stem, shapes, code_base)
         recognised = preset is not None
     ignored: list[str] = []
     if preset is not None:
-        preset = preset.removesuffix(".pt")
         code_base = get_preset(preset).code_base
         kind, flags = get_preset(preset).settle()
-        given, assumed = flags, {}
+        small_size, assumed = flags.get("small_size"), {}
     else:
         code_base = code_base or "guided-diffusion"
         given, _, ignored = parse_flags(model_flags or {}, code_base)
@@ -178,16 +170,18 @@ def convert_openai(
         known = default_flags(code_base, kind)
         ignored += [name for name in given if name not in known]  # of the other network of `classifier_sample.py`
         given = {name: value for name, value in given.items() if name in known}
-        learn_sigma = None
+        # A file does not contain the size of its small images, and a default must not restrict anybody.
+        small_size = given.get("small_size")
+        variance: Flags = {}
         if kind == "classifier":
             check_channels_of_classifier(channels_of_file(shapes)[0], image_channels)
         else:
-            learn_sigma = _settle_variance(given, kind, shapes, code_base, image_channels)
+            variance = _settle_variance(given, kind, shapes, code_base, image_channels)
         flags, assumed = _complete(given, kind, shapes, code_base)
-        if learn_sigma is not None:
-            flags["learn_sigma"] = learn_sigma
-            assumed.pop("learn_sigma", None)
+        flags |= variance
+        assumed = {name: value for name, value in assumed.items() if name not in variance}
 
+    # 2. the network, whose tensors must be exactly those of the file
     model = build_network(flags, code_base, kind, None if preset else shapes)
     rules = tensor_rules(model, flags.get("use_new_attention_order", False))
     problems = differences(expected_shapes(model, rules), shapes)
@@ -197,32 +191,28 @@ def convert_openai(
             f"of {preset}, which has {get_preset(preset).num_parameters:,} parameters" if preset else "described"
         )
         raise ValueError(
-            f"The {num_parameters:,} parameters of {checkpoint} are not those {described}, {KIND_NAMES[kind]} of "
-            f"{code_base}:\n  {lines}\n{_contradictions(flags, kind, shapes, code_base)}"
+            f"The {layout.num_parameters:,} parameters of {checkpoint} are not those {described}, {KIND_NAMES[kind]} "
+            f"of {code_base}:\n  {lines}\n{_contradictions(flags, kind, shapes, code_base)}"
         )
-    check_sums(checkpoint)
-    dtypes = dtypes_of(state_dict)
-    record = {"code_base": code_base, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags}
-    record |= {"key": key} if key else {}
     scheduler = LearnedVarianceDDPMScheduler(**scheduler_config(flags, code_base))
     if kind == "classifier":
         model.register_to_config(noise_schedule=noise_schedule_of(scheduler))
 
+    # 3. the folder
     channels_in, channels_out = channels_of_file(shapes)
     image_channels = channels_in
     if kind != "classifier":
         image_channels = channels_out // 2 if flags["learn_sigma"] else channels_out
-
-    with new_folder(output_dir) as folder:
-        model_dir = folder / ("classifier" if kind == "classifier" else "unet")
-        model.save_config(model_dir)
-        scheduler.save_pretrained(folder / "scheduler")
-        pipeline = _make_pipeline(kind, model, scheduler, image_channels, given.get("small_size"))
-        if pipeline is not None:
-            pipeline.save_config(folder)
-        write_record(folder, record)
-        del state_dict
-        write_weights(model_dir / SAFETENSORS_WEIGHTS_NAME, checkpoint, key, rules)
+    pipeline = _make_pipeline(kind, model, scheduler, image_channels, small_size)
+    write_folder(
+        output_dir,
+        checkpoint,
+        layout.key,
+        {"classifier" if kind == "classifier" else "unet": Component(model, rules)},
+        scheduler=scheduler,
+        pipeline=pipeline,
+        record={"code_base": code_base, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags},
+    )
     return ConvertedCheckpoint(
         output_dir=output_dir,
         code_base=code_base,
@@ -232,26 +222,56 @@ def convert_openai(
         flags=flags,
         assumed=assumed,
         ignored=ignored,
-        num_parameters=num_parameters,
-        dtypes=dtypes,
+        num_parameters=layout.num_parameters,
+        dtypes=layout.dtypes,
         image_channels=image_channels,
         condition_channels=channels_in - image_channels,
         pipeline=None if pipeline is None else type(pipeline).__name__,
     )
 
 
-def check_image_channels(image_channels: int | None) -> None:
-    """Raises a `ValueError` for what is no number of channels."""
-    if image_channels is not None and (not isinstance(image_channels, int) or image_channels < 1):
-        raise ValueError(f"`image_channels` is {image_channels!r}; it must be a positive integer.")
-
-
 def check_channels_of_classifier(in_channels: int, image_channels: int | None) -> None:
-    """Raises a `ValueError` unless it takes images of so many channels."""
     if image_channels not in (None, in_channels):
         raise ValueError(
-            f"`image_channels` is {image_channels}, but the classifier takes {in_channels} channels. Leave it out."
+            f"`image_channels` is {image_channels}, but the classifier takes {in_channels} channels. Omit it."
         )
+
+
+def recognise(stem: str, shapes: Shapes, code_base: CodeBase | None) -> str | None:
+    """The published checkpoint with exactly this layout, if all checkpoints that share it mean the same network."""
+    matches: dict[str, Any] = {}
+    num_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    for name, preset in PRESETS.items():
+        if code_base not in (None, preset.code_base) or preset.num_parameters != num_parameters:
+            continue
+        kind, flags = preset.settle()
+        model = build_network(flags, preset.code_base, kind, None)
+        if not differences(expected_shapes(model, tensor_rules(model, False)), shapes):
+            matches[name] = {key: value for key, value in flags.items() if key not in ("dropout", "use_kl")}
+    if stem in matches:
+        return stem
+    meanings = list(matches.values())
+    return next(iter(matches)) if meanings and all(meaning == meanings[0] for meaning in meanings) else None
+
+
+def build_network(flags: Flags, code_base: CodeBase, kind: Kind, shapes: Shapes | None) -> Any:
+    """
+    Builds the network of these flags on the meta device, with the numbers of channels and classes of a file with these
+    shapes; with `None`, with those of the published files.
+    """
+    in_channels = IMAGE_CHANNELS * (2 if kind == "upsampler" else 1)
+    out_channels, classes = IMAGE_CHANNELS * (2 if flags["learn_sigma"] else 1), NUM_CLASSES
+    if kind == "classifier":
+        out_channels = classes
+    if shapes is not None:
+        # These numbers are constants that people change in the scripts: none of them follows from another.
+        in_channels, out_channels = channels_of_file(shapes)
+        classes = shapes.get("label_emb.weight", (classes,))[0]
+    config = model_config(
+        flags, code_base, kind, in_channels=in_channels, out_channels=out_channels, num_classes=classes
+    )
+    with torch.device("meta"):
+        return AdaGNClassifierModel(**config) if kind == "classifier" else AdaGNUNet2DModel(**config)
 
 
 def _make_pipeline(
@@ -267,33 +287,11 @@ def _make_pipeline(
     if kind == "unet" and channels_in == image_channels:
         return ADMPipeline(model, scheduler, **others)
     if kind == "upsampler" and channels_in == 2 * image_channels:
-        # The file does not tell the size of its small images, so an assumed one must not bind anybody.
         trained = {"low_res_size": small_size, "noise_schedule": noise_schedule_of(scheduler)}
         return ADMSuperResolutionPipeline(model, scheduler, **others, **trained)
     if kind == "unet" and image_channels == IMAGE_CHANNELS and channels_in in INPAINTING_CHANNELS:
         return ADMInpaintPipeline(model, scheduler, **others)
     return None
-
-
-def build_network(flags: Flags, code_base: CodeBase, kind: Kind, shapes: Shapes | None) -> Any:
-    """
-    The network of these flags, on the meta device, with the numbers of channels and classes of a file with these
-    shapes; `None`: with those of the published files.
-    """
-    in_channels, out_channels, classes = IMAGE_CHANNELS, IMAGE_CHANNELS * (2 if flags["learn_sigma"] else 1), 1000
-    if kind == "upsampler":
-        in_channels *= 2
-    elif kind == "classifier":
-        out_channels = classes
-    if shapes is not None:
-        # The scripts fix these numbers, and people change them there: neither follows from another.
-        in_channels, out_channels = channels_of_file(shapes)
-        classes = shapes.get("label_emb.weight", (classes,))[0]
-    config = model_config(
-        flags, code_base, kind, in_channels=in_channels, out_channels=out_channels, num_classes=classes
-    )
-    with torch.device("meta"):
-        return AdaGNClassifierModel(**config) if kind == "classifier" else AdaGNUNet2DModel(**config)
 
 
 def _settle_kind(given: Flags, shapes: Shapes, code_base: CodeBase, image_channels: int | None) -> Kind:
@@ -312,12 +310,12 @@ def _settle_kind(given: Flags, shapes: Shapes, code_base: CodeBase, image_channe
         )
     for kind in by_file:
         if kind in by_flags:
-            given_numbers = [f"`--learn_sigma {given['learn_sigma']}` was given"] if "learn_sigma" in given else []
-            given_numbers += [f"`image_channels` is {image_channels}"] if image_channels is not None else []
+            contradicting = [f"`--learn_sigma {given['learn_sigma']}` was given"] if "learn_sigma" in given else []
+            contradicting += [f"`image_channels` is {image_channels}"] if image_channels is not None else []
             raise ValueError(
                 f"The network takes {channels_in} channels and returns {channels_out}, which means "
-                f"{describe_readings(channels_in, channels_out, kind)}. But {' and '.join(given_numbers)}. Correct "
-                "that, or leave it out."
+                f"{describe_readings(channels_in, channels_out, kind)}. But {' and '.join(contradicting)}. Correct "
+                "or omit it."
             )
     kinds = " or ".join(KIND_NAMES[kind] for kind in by_flags)
     returned = "classes" if by_file[0] == "classifier" else "output channels"
@@ -327,32 +325,22 @@ def _settle_kind(given: Flags, shapes: Shapes, code_base: CodeBase, image_channe
     )
 
 
-def describe_readings(channels_in: int, channels_out: int, kind: Kind) -> str:
-    """All meanings that numbers of channels can have."""
-    lines = []
-    for learned, channels in image_channel_readings(channels_in, channels_out, kind).items():
-        line = f"`--learn_sigma {learned}`: images of {channels} channel{'' if channels == 1 else 's'}"
-        others = channels_in - channels
-        lines.append(line + (f", conditioned on {others} more" if others else ""))
-    return ", or ".join(lines)
-
-
 def _settle_variance(
     given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase, image_channels: int | None
-) -> bool | None:
+) -> Flags:
     """
-    `learn_sigma` of a U-Net or an upsampler; `None` if it is the default that may be assumed: for a network that takes
-    what those of the code bases take, the image (with the small one, for flags of an upsampler) and nothing else.
+    `learn_sigma` of a U-Net or an upsampler; empty if the default may be assumed: for a network with the inputs of the
+    code bases, the image (and the small one, given flags of an upsampler) and nothing else.
     """
     channels_in, channels_out = channels_of_file(shapes)
     readings = image_channel_readings(
         channels_in, channels_out, kind, learn_sigma=given.get("learn_sigma"), image_channels=image_channels
     )
     if len(readings) == 1:
-        return next(iter(readings))
+        return {"learn_sigma": next(iter(readings))}
     is_usual = channels_in == (channels_out if kind == "unet" else 2 * channels_out)
     if is_usual and (kind == "unet" or possible_kinds(given, code_base) == ["upsampler"]):
-        return None
+        return {}
     raise ValueError(
         f"The network takes {channels_in} channels and returns {channels_out}, which can mean "
         f"{describe_readings(channels_in, channels_out, kind)}. Pass `image_channels` (on the command line "
@@ -360,8 +348,27 @@ def _settle_variance(
     )
 
 
+def _complete(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> tuple[Flags, Flags]:
+    """All flags (given ones override those of the file), and those of them that are defaults."""
+    flags = default_flags(code_base, kind)
+    try:
+        observed = _observe(given, kind, shapes, code_base)
+        if given.get("image_size") in CHANNEL_MULT[code_base, kind]:
+            observed.pop("channel_mult", None)  # the size determines it, even if the file differs
+        determined = observed | given
+    except ValueError:
+        if not given:
+            raise
+        determined = given
+    silent = SILENT_FLAGS
+    if {"num_heads", "num_head_channels"} & set(determined):  # one of them suffices
+        silent |= {"num_heads", "num_head_channels"}
+    assumed = {name: value for name, value in flags.items() if name not in determined and name not in silent}
+    return flags | determined, assumed
+
+
 def _observe(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> Flags:
-    """What the file tells, seen from the image size that was given, without channels per level that the size says."""
+    """Flags that the file reveals for the given image size, without a `channel_mult` that follows from that size."""
     observed = observed_flags(shapes, code_base, kind)
     size_name = "large_size" if kind == "upsampler" else "image_size"
     usual = CHANNEL_MULT[code_base, kind].get(given.get(size_name, observed.get(size_name)), ())
@@ -369,53 +376,14 @@ def _observe(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> F
         del observed["channel_mult"]
     if size_name in given:
         name = "classifier_attention_resolutions" if kind == "classifier" else "attention_resolutions"
-        seen_from = observed.get(size_name, default_flags(code_base, kind)[size_name])
-        sizes = [int(size) * given[size_name] // seen_from for size in observed[name].split(",")]
+        size = observed.get(size_name, default_flags(code_base, kind)[size_name])
+        sizes = [int(resolution) * given[size_name] // size for resolution in observed[name].split(",")]
         observed[name] = ",".join(map(str, sizes))
     return observed
 
 
-def _complete(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> tuple[Flags, Flags]:
-    """All flags, and those of them that nobody has told: the caller's win, then the file's."""
-    flags = default_flags(code_base, kind)
-    try:
-        observed = _observe(given, kind, shapes, code_base)
-        if given.get("image_size") in CHANNEL_MULT[code_base, kind]:
-            observed.pop("channel_mult", None)  # the size settles it, even if it says otherwise than the file
-        told = observed | given
-    except ValueError:
-        if not given:
-            raise
-        told = given
-    # How it was trained does not change what the network computes, and a head count is not missed where there is one.
-    silent = {"dropout", "rescale_learned_sigmas", "timestep_respacing", "use_checkpoint", "use_fp16", "use_kl"}
-    silent |= {"classifier_use_fp16", "clip_denoised", "small_size", "num_heads_upsample", "channel_mult"}
-    if {"num_heads", "num_head_channels"} & set(told):
-        silent |= {"num_heads", "num_head_channels"}
-    assumed = {name: value for name, value in flags.items() if name not in told and name not in silent}
-    return flags | told, assumed
-
-
-def recognise(stem: str, shapes: Shapes, code_base: CodeBase | None) -> str | None:
-    """The published checkpoint with exactly this layout, if all those that have it mean the same network."""
-    matches: dict[str, Any] = {}
-    for name, preset in PRESETS.items():
-        if code_base not in (None, preset.code_base):
-            continue
-        if preset.num_parameters != sum(torch.Size(shape).numel() for shape in shapes.values()):
-            continue
-        kind, flags = preset.settle()
-        model = build_network(flags, preset.code_base, kind, None)
-        if not differences(expected_shapes(model, tensor_rules(model, False)), shapes):
-            matches[name] = {key: value for key, value in flags.items() if key not in ("dropout", "use_kl")}
-    if stem in matches:
-        return stem
-    meanings = list(matches.values())
-    return next(iter(matches)) if meanings and all(meaning == meanings[0] for meaning in meanings) else None
-
-
 def _contradictions(flags: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> str:
-    """What the file looks like instead of what was given."""
+    """Describes what the file looks like, and the flags that differ from it."""
     try:
         kinds = kinds_of_file(shapes)
         if kinds and kind not in kinds:

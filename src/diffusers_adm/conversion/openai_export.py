@@ -1,6 +1,4 @@
-"""
-Writes networks as state dicts that OpenAI's code loads, the way back from `convert_openai`.
-"""
+"""Writes networks as state dicts that OpenAI's code loads, the reverse of `convert_openai`."""
 
 from __future__ import annotations
 
@@ -19,23 +17,16 @@ from safetensors import SafetensorError, safe_open
 from ..data.repositories import check_can_be_written
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..schedulers import LearnedVarianceDDPMScheduler
-from .common import RECORD_NAME, SAFETENSORS_DTYPES
-from .openai_checkpoints import (
-    IMAGE_CHANNELS,
-    build_network,
-    check_channels_of_classifier,
-    check_image_channels,
-    describe_readings,
-)
-from .openai_flags import CHANNEL_MULT, Flags, Kind, default_flags, scheduler_config
-from .openai_layout import differences, expected_shapes, image_channel_readings, tensor_rules
+from .checkpoint_files import SAFETENSORS_DTYPES
+from .common import IMAGE_CHANNELS, RECORD_NAME, Flags, differences, expected_shapes
+from .openai_checkpoints import NUM_CLASSES, build_network, check_channels_of_classifier
+from .openai_flags import CHANNEL_MULT, Kind, default_flags, scheduler_config
+from .openai_layout import describe_readings, image_channel_readings, tensor_rules
 
 
 logger = logging.getLogger(__name__)
 
-# A constant of OpenAI's scripts.
-NUM_CLASSES = 1000
-# The functions of its script_util.py that build networks.
+# The functions of guided-diffusion's script_util.py that build networks.
 FACTORIES: dict[Kind, str] = {
     "unet": "create_model",
     "upsampler": "sr_create_model",
@@ -66,31 +57,30 @@ def export_openai(
     image_channels: int | None = None,
 ) -> Flags:
     r"""
-    Writes a network as a state dict that guided-diffusion loads (and improved-diffusion, where it has such a network).
+    Writes a network as a state dict that guided-diffusion loads (and improved-diffusion, if it has such a network).
 
     Args:
-        model ([`AdaGNUNet2DModel`], [`AdaGNClassifierModel`], `str` or `Path`): The network, or the folder of a
-            pipeline, of a conversion or of the network alone, whose dtype is kept.
+        model ([`AdaGNUNet2DModel`], [`AdaGNClassifierModel`], `str` or `Path`): The network, or a folder
+            with it: of a pipeline, of a conversion or of the network only. The dtype in the folder is kept.
         output_file (`str` or `Path`): Must not exist.
-        new_attention_order (`bool`, *optional*): The order of the rows of a `qkv`; `None`: that of the checkpoint which
-            a folder was converted from, else the older one (`--use_new_attention_order False`).
-        scheduler ([`LearnedVarianceDDPMScheduler`], *optional*): Its process goes into the flags that are returned;
-            `None`: that of the folder.
-        image_channels (`int`, *optional*): Channels of the images that a U-Net denoises, where its own numbers of
-            channels can mean two things and no scheduler tells whether half of its output is a variance.
+        new_attention_order (`bool`, *optional*): Order of the rows of a `qkv`; `None`: that of the checkpoint which a
+            folder was converted from, or else the older one (`--use_new_attention_order False`).
+        scheduler ([`LearnedVarianceDDPMScheduler`], *optional*): Determines the returned flags of the diffusion
+            process; `None`: that of the folder.
+        image_channels (`int`, *optional*): Channels of the images that a U-Net denoises, if its numbers of channels
+            have two meanings and no scheduler says whether half of its output is a variance.
 
     Returns:
-        `dict`: The flags, by guided-diffusion's names, with which its scripts build this network. The number of classes
-        (1000), the channels of an image (3) and the absence of further input channels are constants in its code, to be
-        changed there: a warning says how.
+        `dict`: The flags with which guided-diffusion's scripts build this network. The number of classes (1000), the
+        channels of an image (3) and the absence of further input channels are constants in its code: a warning says how
+        to change them.
 
     Raises:
-        ValueError: If OpenAI's code cannot build this network, the channels can mean two networks, or the file exists.
+        ValueError: If OpenAI's code cannot build this network, the channels have two meanings, or the file exists.
     """
     output_file = Path(output_file)
     if output_file.exists():
         raise ValueError(f"`output_file` {output_file} exists. Name another one, or remove it.")
-    check_image_channels(image_channels)
     check_can_be_written("output_file", output_file.parent)
     record: dict[str, Any] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -131,8 +121,8 @@ def _kind_and_variance(
     model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None, image_channels: int | None, recorded: Kind | None
 ) -> tuple[Kind, bool]:
     """
-    The kind of network that this is in OpenAI's code (`recorded`: what a folder was converted as), and whether it
-    predicts a variance; for a classifier, whether the process of its images has a learned one.
+    The kind of network that this is in OpenAI's code (`recorded`: that of the original checkpoint), and whether it
+    predicts a variance; for a classifier, whether the process of its images has a learned variance.
     """
     config = model.config
     learned = None if scheduler is None else scheduler.has_learned_variance
@@ -152,7 +142,7 @@ def _kind_and_variance(
     if len(known) > 1 and learned is not None:
         known = image_channel_readings(channels_in, channels_out, "unet", learn_sigma=learned)
     if len(known) > 1 and image_channels is None and channels_in == channels_out:
-        # As its scripts have it: an upsampler of RGB images with a learned variance, or a U-Net without one.
+        # The reading of its scripts: an upsampler of RGB images with a learned variance, or a U-Net without one.
         known = {channels_in == 2 * IMAGE_CHANNELS: readings[channels_in == 2 * IMAGE_CHANNELS]}
     meanings = describe_readings(channels_in, channels_out, "unet")
     if image_channels is not None:
@@ -160,8 +150,8 @@ def _kind_and_variance(
         if not known:
             message = f"{given}, which means {meanings}. But `image_channels` is {image_channels}"
             if scheduler is not None:
-                message += f", and the scheduler's `variance_type` is {_variance_type(scheduler)}"
-            raise ValueError(f"{message}. Correct that, or leave out `image_channels`.")
+                message += f", and the scheduler's `variance_type` is {scheduler.config.variance_type!r}"
+            raise ValueError(f"{message}. Correct or omit `image_channels`.")
     if len(known) > 1:
         raise ValueError(
             f"{given}, which can mean {meanings}. Pass `scheduler`, the folder of the pipeline instead of that of the "
@@ -175,14 +165,10 @@ def _kind_and_variance(
     return "upsampler" if has_small_image and is_known_size else "unet", learn_sigma
 
 
-def _variance_type(scheduler: LearnedVarianceDDPMScheduler) -> str:
-    return repr(scheduler.config.variance_type)
-
-
 def _notes(
     model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None, kind: Kind, learn_sigma: bool
 ) -> list[str]:
-    """What flags cannot say: to be changed in OpenAI's code, or at sampling."""
+    """Warnings about what flags cannot express: it must be changed in OpenAI's code, or at sampling."""
     config, notes = model.config, []
     is_classifier = kind == "classifier"
     classes = config.num_classes if is_classifier else config.num_class_embeds
@@ -194,7 +180,7 @@ def _notes(
     usual = IMAGE_CHANNELS * (2 if kind == "upsampler" else 1)
     usual_out = None if is_classifier else IMAGE_CHANNELS * (2 if learn_sigma else 1)
     if config.in_channels != usual or (not is_classifier and config.out_channels != usual_out):
-        # `SuperResModel` takes twice the channels that it is told.
+        # `SuperResModel` takes twice its `in_channels`.
         function, number = FACTORIES[kind], config.in_channels // (2 if kind == "upsampler" else 1)
         outputs = "" if is_classifier else f" and `out_channels` to {config.out_channels}"
         notes.append(
@@ -205,7 +191,7 @@ def _notes(
             notes[-1] += f" Its `SuperResModel` doubles `in_channels`; it must be {config.in_channels} (unet.py)."
     if scheduler is not None and not is_classifier and scheduler.has_learned_variance != learn_sigma:
         notes.append(
-            f"The scheduler's `variance_type` is {_variance_type(scheduler)}, but the network predicts "
+            f"The scheduler's `variance_type` is {scheduler.config.variance_type!r}, but the network predicts "
             f"{'a' if learn_sigma else 'no'} variance: the flags say `--learn_sigma {learn_sigma}`."
         )
     if scheduler is not None and scheduler.config.variance_type == "fixed_small":
@@ -217,7 +203,7 @@ def _notes(
 
 
 def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[str, torch.dtype]]:
-    """The network of a folder, and the dtypes that its tensors have in the file: float16 and float32 may be mixed."""
+    """Loads the network of a folder, and the dtypes of its tensors: float16 and float32 may be mixed."""
     for name in ("unet", "classifier", "."):
         if (folder / name / "config.json").is_file():
             folder = folder / name
@@ -228,7 +214,7 @@ def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[s
     cls = AdaGNClassifierModel if class_name == AdaGNClassifierModel.__name__ else AdaGNUNet2DModel
     by_name = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
     dtypes = {}
-    # One file, or `...-00001-of-00002.safetensors` and so on; not the variants beside them.
+    # One file, or `...-00001-of-00002.safetensors` and so on; without variants.
     stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
     for file in (*folder.glob(SAFETENSORS_WEIGHTS_NAME), *folder.glob(f"{stem}-*-of-*.safetensors")):
         try:
@@ -236,7 +222,7 @@ def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[s
                 dtypes |= {name: by_name[tensors.get_slice(name).get_dtype()] for name in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or cut short: {error}") from error
-    # The widest of them holds the others exactly.
+    # The widest dtype represents the others exactly.
     dtype = functools.reduce(torch.promote_types, dtypes.values(), torch.float16) if dtypes else torch.float32
     return cls.from_pretrained(folder, dtype=dtype), dtypes
 
@@ -244,11 +230,11 @@ def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[s
 def _flags_of(
     model: ModelMixin, scheduler: LearnedVarianceDDPMScheduler | None, kind: Kind, learn_sigma: bool
 ) -> Flags:
-    """The flags that come nearest to this network; whether they are it, `_check_expressible` tells."""
+    """The flags that come closest to this network; `_check_expressible` says whether they describe it."""
     config = model.config
     size = config.sample_size
     if not isinstance(size, int):
-        raise ValueError(f"`sample_size` of this network is {size}; OpenAI's code needs one number, for square images.")
+        raise ValueError(f"`sample_size` of this network is {size}; OpenAI's code needs an integer: square images.")
     is_classifier = kind == "classifier"
     prefix = "classifier_" if is_classifier else ""
 
@@ -300,21 +286,21 @@ def _flags_of(
 def _check_expressible(
     model: ModelMixin, kind: Kind, flags: Flags, scheduler: LearnedVarianceDDPMScheduler | None
 ) -> None:
-    """Raises a `ValueError` unless guided-diffusion builds `model` from `flags`, and the process of `scheduler`."""
+    """Raises a `ValueError` unless guided-diffusion builds `model` and the process of `scheduler` from `flags`."""
     problems = []
     if kind != "unet" and flags.get("use_new_attention_order"):
-        problems.append("its upsamplers and classifiers have the older attention order alone (`new_attention_order`)")
+        problems.append("its upsamplers and classifiers have only the older attention order (`new_attention_order`)")
     for name, value in FIXED_ARGUMENTS.items():
         own = model.config.get(name, value)
         if name == "attn_norm_num_groups" and own is None and model.config.resnet_time_scale_shift == "default":
             own = model.config.norm_num_groups
         if own != value and not (name == "act_fn" and own == "swish"):
-            problems.append(f"`{name}` is {own!r}; it has {value!r} alone")
+            problems.append(f"`{name}` is {own!r}; it has only {value!r}")
     if getattr(model, "mid_block", None) is None or model.mid_block.attentions[0] is None:
         problems.append("the middle block has no attention, or is missing")
     if any(float(multiple) % 1 for multiple in flags.get("channel_mult", "1").split(",")):
         problems.append(
-            f"`block_out_channels` are {flags['channel_mult']} x {flags['num_channels']}, no whole multiples"
+            f"`block_out_channels` are {flags['channel_mult']} x {flags['num_channels']}, not integer multiples"
         )
 
     if not problems:
@@ -332,7 +318,7 @@ def _check_expressible(
             if heads[0] != heads[1]:
                 problems.append(f"the numbers of attention heads {heads[0]} (in order) differ from level to level")
             if abs(twin.config.timestep_scale - model.config.timestep_scale) > 1e-12:
-                problems.append(f"`timestep_scale` is {model.config.timestep_scale}; it has 1 and 1000 / steps alone")
+                problems.append(f"`timestep_scale` is {model.config.timestep_scale}; it has only 1 and 1000 / steps")
         if scheduler is not None and not problems:
             other = LearnedVarianceDDPMScheduler(**scheduler_config(full, "guided-diffusion"))
             if (
@@ -340,9 +326,9 @@ def _check_expressible(
                 or not torch.allclose(other.betas, scheduler.betas, rtol=1e-9, atol=0)
                 or other.config.prediction_type != scheduler.config.prediction_type
             ):
-                problems.append("the betas or the prediction type of the scheduler are none of its own")
+                problems.append("it has no scheduler with these betas or this prediction type")
             if scheduler.config.variance_type == "learned_log":
-                problems.append("the scheduler's `variance_type` is 'learned_log'; it reads such channels differently")
+                problems.append("the scheduler's `variance_type` is 'learned_log'; its variance channels differ")
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"guided-diffusion cannot build this network:\n  {lines}")

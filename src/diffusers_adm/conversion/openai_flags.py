@@ -1,5 +1,5 @@
 """
-The flags of guided-diffusion's and improved-diffusion's scripts, and what networks and diffusion processes they mean.
+The flags of guided-diffusion's and improved-diffusion's scripts, and the configs of network and scheduler they mean.
 
 https://github.com/openai/guided-diffusion (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233) and
 https://github.com/openai/improved-diffusion (Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672). Both
@@ -8,18 +8,17 @@ build the same kind of network; their defaults differ.
 
 from __future__ import annotations
 
-import difflib
-import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
+
+from .common import Flags, named_flags, typed_flags
 
 
 CodeBase = Literal["guided-diffusion", "improved-diffusion"]
 Kind = Literal["unet", "upsampler", "classifier"]
-Flags = dict[str, Any]
 
 PROCESS_DEFAULTS: Flags = {
-    "clip_denoised": True,  # of the sampling scripts
+    "clip_denoised": True,  # a flag of the sampling scripts
     "learn_sigma": False,
     "diffusion_steps": 1000,
     "noise_schedule": "linear",
@@ -41,7 +40,7 @@ NETWORK_DEFAULTS: Flags = {
     "use_fp16": False,
     "use_scale_shift_norm": True,
 }
-# What guided-diffusion added.
+# Added by guided-diffusion.
 GUIDED_NETWORK_DEFAULTS: Flags = {"num_head_channels": -1, "resblock_updown": False}
 UPSAMPLER_DEFAULTS: Flags = {"large_size": 256, "small_size": 64}
 CLASSIFIER_DEFAULTS: Flags = {
@@ -54,24 +53,22 @@ CLASSIFIER_DEFAULTS: Flags = {
     "classifier_resblock_updown": True,
     "classifier_pool": "attention",
 }
-# Channels of each level by image size, as multiples of `num_channels` (or `classifier_width`): for what each kind of
-# network of either code base knows, where `channel_mult` does not say it.
+# Channels of each level by image size, as multiples of `num_channels` (or `classifier_width`), if there is no
+# `channel_mult`. A code base builds only the kinds of network that it has here.
 _MULT_512, _MULT_256, _MULT_128 = (0.5, 1, 1, 2, 2, 4, 4), (1, 1, 2, 2, 4, 4), (1, 1, 2, 3, 4)
 _MULT_64, _MULT_32 = (1, 2, 3, 4), (1, 2, 2, 2)
 _GUIDED_MULT = {64: _MULT_64, 128: _MULT_128, 256: _MULT_256, 512: _MULT_512}
 CHANNEL_MULT: dict[tuple[CodeBase, Kind], dict[int, tuple[float, ...]]] = {
     ("guided-diffusion", "unet"): _GUIDED_MULT,
     ("guided-diffusion", "classifier"): _GUIDED_MULT,
-    # The upsampler to 512x512 has the levels of a 256x256 network.
+    # Also the upsampler to 512x512 has the levels of a 256x256 network.
     ("guided-diffusion", "upsampler"): {64: _MULT_64, 256: _MULT_256, 512: _MULT_256},
     ("improved-diffusion", "unet"): {32: _MULT_32, 64: _MULT_64, 256: _MULT_256},
     ("improved-diffusion", "upsampler"): {64: _MULT_64, 256: _MULT_256},
 }
-# guided-diffusion fixes these for its classifiers.
+# A constant of guided-diffusion.
 CLASSIFIER_HEAD_CHANNELS = 64
-# What the scripts take for a boolean.
-BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
-# Flags of the scripts that describe a run and not the network, so that a whole command line can be pasted.
+# Flags that describe a run and not the network: accepted and ignored, so that a whole command line can be pasted.
 RUN_FLAGS = (
     *("anneal_lr", "base_samples", "batch_size", "classifier_path", "classifier_scale", "data_dir", "ema_rate"),
     *("eval_interval", "fp16_scale_growth", "iterations", "log_interval", "lr", "lr_anneal_steps", "microbatch"),
@@ -81,7 +78,7 @@ RUN_FLAGS = (
 
 
 def default_flags(code_base: CodeBase, kind: Kind) -> Flags:
-    """The flags that describe a network of this kind and its diffusion process, with their defaults."""
+    """Flags that describe a network of this kind and its diffusion process, with their defaults."""
     guided = code_base == "guided-diffusion"
     process = dict(PROCESS_DEFAULTS)
     if not guided:
@@ -92,14 +89,14 @@ def default_flags(code_base: CodeBase, kind: Kind) -> Flags:
     if kind == "upsampler":
         return flags | UPSAMPLER_DEFAULTS
     flags |= {"image_size": 64}
-    # Upsamplers have these at their defaults: the scripts do not pass them on.
+    # The scripts do not pass these on to upsamplers.
     return flags | ({"channel_mult": "", "use_new_attention_order": False} if guided else {"sigma_small": False})
 
 
 def possible_kinds(flags: Iterable[str], code_base: CodeBase) -> list[Kind]:
     """
-    The kinds of network that have all these flags. A U-Net and its classifier stand together on the command line of
-    `classifier_sample.py`: such flags fit both.
+    Kinds of network that have all these flags. The command line of `classifier_sample.py` has flags of a U-Net and of
+    its classifier: these match both.
     """
     own = {kind: set(default_flags(code_base, kind)) for base, kind in CHANNEL_MULT if base == code_base}
     kinds = [kind for kind in own if own[kind].issuperset(flags)]
@@ -120,16 +117,16 @@ def parse_flags(model_flags: str | Mapping[str, Any], code_base: CodeBase) -> tu
     Reads flags as the scripts do.
 
     Args:
-        model_flags (`str` or mapping): `"--image_size 64 --class_cond True"` (or `--image_size=64`), words before the
-            first flag being skipped; or a mapping from names to values, as words or as numbers.
-        code_base (`str`): Whose flags these are.
+        model_flags (`str` or mapping): `"--image_size 64 --class_cond True"` (or `--image_size=64`; words before the
+            first flag are skipped), or a mapping from names to values.
+        code_base (`str`): The code base whose flags these are.
 
     Returns:
-        `tuple`: The flags that describe network and process; the kind of network where they settle it; and the names
-        that describe a run instead (`--batch_size`, `--model_path` ...), which are left out.
+        `tuple`: The flags that describe network and process; the kind of network if they determine it; and the names
+        of flags that describe a run (`--batch_size`, `--model_path` ...), which are left out.
 
     Raises:
-        ValueError: For an unknown flag, or a value that the flag cannot take.
+        ValueError: For an unknown flag, or a value of the wrong type.
     """
     given = named_flags(model_flags)
     ignored = [name for name in given if name in RUN_FLAGS]
@@ -144,66 +141,11 @@ def parse_flags(model_flags: str | Mapping[str, Any], code_base: CodeBase) -> tu
     return given, kinds[0] if len(kinds) == 1 else None, ignored
 
 
-def named_flags(model_flags: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Values as they were given, by the names of the flags, without dashes."""
-    given = dict(model_flags) if isinstance(model_flags, Mapping) else _words(model_flags)
-    return {name.removeprefix("--"): value for name, value in given.items()}
-
-
-def typed_flags(given: Mapping[str, Any], known: Flags, code_base: str) -> Flags:
-    """
-    Given values as the types of the defaults in `known`.
-
-    Raises:
-        ValueError: For a flag that is not in `known`, or a value that the flag cannot take.
-    """
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        hints = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-        raise ValueError(
-            f"`model_flags` hold {', '.join(f'--{name}' for name in unknown)}, which {code_base} does not have."
-            + (f" Did you mean {', '.join(f'--{name}' for name in hints)}?" if hints else "")
-            + f" It has: {', '.join(sorted(known))}."
-        )
-    return {name: _convert(name, value, known[name]) for name, value in given.items()}
-
-
-def _words(text: str) -> dict[str, str]:
-    explanation = f"`model_flags` are {text!r}: every flag needs one value (`--image_size 64 --class_cond True`), but"
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ValueError(f"{explanation} this is no command line ({error}).") from None
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    # A pasted command line begins with `python scripts/image_sample.py`.
-    first = next((i for i, word in enumerate(words) if word.startswith("--")), 0)
-    flags = {}
-    for i in range(first, len(words), 2):
-        name, value = words[i], words[i + 1] if i + 1 < len(words) else "--"
-        if not name.startswith("--") or value.startswith("--"):
-            raise ValueError(f"{explanation} {name!r} does not fit that.")
-        flags[name] = value
-    return flags
-
-
-def _convert(name: str, value: Any, default: Any) -> Any:
-    """`value` as the type of `default`."""
-    try:
-        if isinstance(default, bool):
-            return BOOLEANS[str(value).lower()]
-        if isinstance(value, (tuple, list)):
-            return ",".join(str(entry) for entry in value)
-        return type(default)(str(value))
-    except (KeyError, ValueError):
-        kind = "True or False" if isinstance(default, bool) else f"a value like {default!r}"
-        raise ValueError(f"`--{name}` is {value!r}; it takes {kind}.") from None
-
-
 def channel_multiples(flags: Flags, code_base: CodeBase, kind: Kind) -> tuple[float, ...]:
     """Channels of each level, as multiples of `num_channels`."""
     if flags.get("channel_mult"):
         try:
-            # The scripts take whole numbers alone, but have one table with a half in it.
+            # The scripts accept only integers, but have one table that contains a half.
             return tuple(float(number) for number in flags["channel_mult"].split(","))
         except ValueError:
             raise ValueError(
@@ -212,7 +154,7 @@ def channel_multiples(flags: Flags, code_base: CodeBase, kind: Kind) -> tuple[fl
     name, known = "large_size" if kind == "upsampler" else "image_size", CHANNEL_MULT[code_base, kind]
     if flags[name] not in known:
         raise ValueError(
-            f"`--{name}` is {flags[name]}, for which {code_base} knows no channels per level; it does for "
+            f"`--{name}` is {flags[name]}, for which {code_base} has no channels per level; it has them for "
             f"{', '.join(map(str, known))}."
             + (" Pass `--channel_mult` (as in '1,2,3,4')." if "channel_mult" in flags else "")
         )
@@ -226,26 +168,21 @@ def model_config(
     The config of `AdaGNUNet2DModel` or `AdaGNClassifierModel` that a full set of flags describes.
 
     Args:
-        flags (`dict`): With all of `default_flags(code_base, kind)`.
-        in_channels, out_channels (`int`): Of the network; the scripts fix 3 (6) and 3 or 6 (1000 for a classifier).
-        num_classes (`int`): Rows of the class embedding; the scripts fix 1000. Of no effect without `class_cond`.
-
-    Raises:
-        ValueError: For flags that describe no network.
+        flags (`dict`): All of `default_flags(code_base, kind)`.
+        in_channels, out_channels (`int`): Of the network; in the scripts 3 (6) and 3 or 6 (1000 for a classifier).
+        num_classes (`int`): Rows of the class embedding, 1000 in the scripts. No effect without `class_cond`.
     """
     prefix = "classifier_" if kind == "classifier" else ""
     width = flags["classifier_width" if prefix else "num_channels"]
     size = flags["large_size" if kind == "upsampler" else "image_size"]
     channels = tuple(int(multiple * width) for multiple in channel_multiples(flags, code_base, kind))
-    if min(channels) < 1:
-        raise ValueError(f"The levels would have {channels} channels; each needs one at least.")
     resolutions = flags[f"{prefix}attention_resolutions"]
     try:
-        # Attention by downsampling factor, rounded as the scripts do.
+        # Attention by downsampling factor, rounded as in the scripts.
         factors = {size // int(resolution) for resolution in resolutions.split(",")}
     except (ValueError, ZeroDivisionError):
         raise ValueError(
-            f"`--{prefix}attention_resolutions` is {resolutions!r}; it takes sizes of activations, as in '32,16,8'."
+            f"`--{prefix}attention_resolutions` is {resolutions!r}; it takes sizes of feature maps, as in '32,16,8'."
         ) from None
     attends = [2**level in factors for level in range(len(channels))]
     residual = flags.get(f"{prefix}resblock_updown", False)
@@ -260,7 +197,7 @@ def model_config(
         "resnet_time_scale_shift": "scale_shift" if flags[f"{prefix}use_scale_shift_norm"] else "default",
     }
     if channels[0] != width:
-        # The time embedding keeps the width of `num_channels` where the first level is narrower or wider.
+        # The time embedding keeps the width of `num_channels` if the first level is narrower or wider.
         config |= {"time_proj_dim": width, "time_embedding_dim": 4 * width}
     if flags["rescale_timesteps"] and flags["diffusion_steps"] != 1000:
         config["timestep_scale"] = 1000.0 / flags["diffusion_steps"]
@@ -297,9 +234,9 @@ def model_config(
     return config
 
 
-def _block_types(way: str, attends: list[bool], residual: bool) -> tuple[str, ...]:
-    plain = f"Resnet{way}sampleBlock2D" if residual else f"{way}Block2D"
-    return tuple(f"Attn{way}Block2D" if attention else plain for attention in attends)
+def _block_types(direction: str, attends: list[bool], residual: bool) -> tuple[str, ...]:
+    plain = f"Resnet{direction}sampleBlock2D" if residual else f"{direction}Block2D"
+    return tuple(f"Attn{direction}Block2D" if attention else plain for attention in attends)
 
 
 def scheduler_config(flags: Flags, code_base: CodeBase) -> dict[str, Any]:
@@ -324,8 +261,3 @@ def scheduler_config(flags: Flags, code_base: CodeBase) -> dict[str, Any]:
     else:
         raise ValueError(f"`--noise_schedule` is {flags['noise_schedule']!r}; {code_base} has 'linear' and 'cosine'.")
     return config
-
-
-def format_flags(flags: Mapping[str, Any]) -> str:
-    """As they stand on a command line."""
-    return " ".join(f"--{name} {value}" for name, value in flags.items())

@@ -1,20 +1,20 @@
 """
 The checkpoints that OpenAI has published for guided-diffusion (July 2021) and improved-diffusion (March 2021).
 
-Names are those of the files without `.pt`. Flags are those that the READMEs of
-https://github.com/openai/guided-diffusion and https://github.com/openai/improved-diffusion give for them.
+Names are those of the files without `.pt`. Flags are from the READMEs of https://github.com/openai/guided-diffusion and
+https://github.com/openai/improved-diffusion.
 """
 
 from __future__ import annotations
 
-import difflib
 from typing import NamedTuple
 
-from .openai_flags import CodeBase, Flags, Kind, default_flags, parse_flags
+from .common import Flags, find_preset
+from .openai_flags import CodeBase, Kind, default_flags, parse_flags
 
 
 class Preset(NamedTuple):
-    """Where a published checkpoint comes from and how its network was built."""
+    """Origin of a published checkpoint, and the flags that its network was built with."""
 
     code_base: CodeBase
     flags: str
@@ -27,7 +27,7 @@ class Preset(NamedTuple):
     def settle(self) -> tuple[Kind, Flags]:
         """The kind of network, and all flags of network and process."""
         given, kind, _ = parse_flags(self.flags, self.code_base)
-        assert kind is not None  # every preset settles it
+        assert kind is not None  # every preset determines it
         return kind, default_flags(self.code_base, kind) | given
 
 
@@ -35,7 +35,7 @@ _ADM = "--learn_sigma True --resblock_updown True --use_scale_shift_norm True --
 _ADM_256 = f"{_ADM} --noise_schedule linear --attention_resolutions 32,16,8 --num_channels 256 --num_res_blocks 2"
 _ADM_LSUN = f"{_ADM_256} --image_size 256 --class_cond False --num_head_channels 64"
 _ADM_UPSAMPLER = f"{_ADM} --noise_schedule linear --class_cond True --num_channels 192 --num_res_blocks 2"
-# The READMEs give the classifiers no process of their own; they see the noisy images of the network that they guide.
+# The READMEs give no process for the classifiers; they see the noisy images of the network that they guide.
 _CLASSIFIER = (
     "--classifier_attention_resolutions 32,16,8 --classifier_width 128 --classifier_pool attention"
     " --classifier_resblock_updown True --classifier_use_scale_shift_norm True"
@@ -123,12 +123,5 @@ PRESETS = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of a published file, by its name with or without `.pt`; a `ValueError` names what there is."""
-    if name.removesuffix(".pt") in PRESETS:
-        return PRESETS[name.removesuffix(".pt")]
-    close = difflib.get_close_matches(name, PRESETS, n=3)
-    raise ValueError(
-        f"`preset` is {name!r}"
-        + (f"; did you mean {' or '.join(close)}? There are: " if close else "; it must be one of ")
-        + f"{', '.join(PRESETS)}."
-    )
+    """Looks up a published checkpoint by the name of its file, with or without `.pt`."""
+    return find_preset(name.removesuffix(".pt"), PRESETS)

@@ -1,0 +1,279 @@
+"""
+Files of checkpoints: finds and reads the network in a `.pt` file, and writes its tensors as safetensors.
+
+A `.pt` file is mapped into memory and its tensors are written one by one, so converting 2 GB needs little memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+
+if TYPE_CHECKING:
+    from .common import TensorRule
+
+
+logger = logging.getLogger(__name__)
+
+# First bytes of the archives that `torch.save` has written since version 1.6, which can be mapped into memory.
+ZIP_MAGIC = b"PK\x03\x04"
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# How much of a checkpoint may stay in memory while it is converted.
+MAPPED_BYTES = 2**27
+# A tensor that the U-Nets, upsamplers and classifiers of all these code bases have, and nothing else in a checkpoint.
+FIRST_TENSOR = "input_blocks.0.0.weight"
+# Nested dictionaries in a checkpoint are searched down to this depth.
+MAX_DEPTH = 8
+
+
+class Layout(NamedTuple):
+    """
+    A network in a checkpoint file, without its numbers.
+
+    Attributes:
+        key: Where it is: dictionary keys and parts of the name prefix, joined by dots; "" for the file itself.
+        shapes: By tensor name.
+        dtypes: Names without `torch.`, sorted.
+    """
+
+    key: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: list[str]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A network in a checkpoint file; `key` as in [`Layout`], and descriptions of the file's other entries."""
+
+    state_dict: dict[str, torch.Tensor]
+    key: str
+    left_aside: list[str]
+
+
+class _Place(NamedTuple):
+    """Location of a network in a checkpoint: dictionary keys, and the prefix of all its tensor names."""
+
+    path: tuple[str, ...]
+    prefix: str
+
+    @property
+    def key(self) -> str:
+        return ".".join([*self.path, *self.prefix.split(".")[:-1]])
+
+
+def read_layout(checkpoint: Path, key: str | None) -> Layout:
+    """Reads names and shapes, and logs what was unwrapped. Arguments and errors are those of `load_checkpoint`."""
+    state_dict, key, left_aside = load_checkpoint(checkpoint, key)
+    if key or left_aside:
+        others = f"; left aside: {', '.join(left_aside)}" if left_aside else ""
+        logger.warning("%s: took the network from '%s'%s.", checkpoint.name, key, others)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
+    return Layout(key, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, dtypes)
+
+
+def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoint:
+    r"""
+    Reads the network of a `.pt` file, mapped into memory if its format allows that. Never runs code from the file.
+
+    Training loops wrap networks: in a dictionary with an optimizer, in a module whose name becomes a prefix of all
+    tensor names (`module.`, `model.`, `_orig_mod.`), or in both. These are unwrapped if the file holds one network.
+
+    Args:
+        checkpoint (`Path`): The file.
+        key (`str`, *optional*): Which network, if the file holds several: as in [`Layout`], or its first parts.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be read, or holds no network, or several of which `key` does not select one.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"`checkpoint` {checkpoint} is not a file.")
+    unreadable = (
+        f"{checkpoint} ({checkpoint.stat().st_size:,} bytes) cannot be read as a file of `torch.save` that holds "
+        "only tensors. It may be damaged, cut short, or of another format."
+    )
+    try:
+        # Arguments of a script, which many checkpoints hold: creating a namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=_is_mappable(checkpoint))
+    except pickle.UnpicklingError as error:  # its message recommends executing the file
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if found is not None:
+            unreadable += (
+                f" It names an object of {found[1]}: reading that could run code. If you trust the file, save "
+                "only the state dict of the network."
+            )
+        raise ValueError(unreadable) from None
+    except Exception as error:  # arbitrary bytes lead to arbitrary errors
+        raise ValueError(unreadable) from error
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{checkpoint} holds a {type(content).__name__}, not a state dict: names with tensors.")
+
+    places = list(_find_networks(content))
+    if not places:
+        return LoadedCheckpoint(_check_state_dict(content, checkpoint), "", [])
+    place = _choose(places, key, checkpoint)
+    entries, others = content, []
+    for part in place.path:
+        others.append({name: value for name, value in entries.items() if name != part})
+        entries = entries[part]
+    # Networks nested in this one by name ("ema." next to names without a prefix) are not part of it.
+    inner = tuple(p.prefix for p in places if p.path == place.path and len(p.prefix) > len(place.prefix))
+    own = {
+        name: value
+        for name, value in entries.items()
+        if str(name).startswith(place.prefix) and not str(name).startswith(inner)
+    }
+    others.append({name: value for name, value in entries.items() if name not in own})
+    state_dict = _check_state_dict({str(name)[len(place.prefix) :]: value for name, value in own.items()}, checkpoint)
+    averages = [name for rest in others for name in _averaged_weights(rest)]
+    if key is None and averages:
+        raise ValueError(
+            f"{checkpoint} holds a network as '{place.key}', and averaged weights as '{averages[0]}', in a form "
+            f"that cannot be read. Pass `key='{place.key}'` (on the command line `--key {place.key}`) to convert "
+            "the former, or save the state dict of the latter."
+        )
+    return LoadedCheckpoint(state_dict, place.key, [line for rest in others for line in _describe(rest)])
+
+
+def _find_networks(entries: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[_Place]:
+    for name, value in entries.items():
+        if not isinstance(name, str):
+            continue
+        if torch.is_tensor(value):
+            prefix = name.removesuffix(FIRST_TENSOR)
+            if prefix != name and (not prefix or prefix.endswith(".")):
+                yield _Place(path, prefix)
+        elif isinstance(value, Mapping) and len(path) < MAX_DEPTH:
+            yield from _find_networks(value, (*path, name))
+
+
+def _choose(places: Sequence[_Place], key: str | None, checkpoint: Path) -> _Place:
+    """Returns the place that `key` selects, or the only one."""
+    chosen = list(places)
+    if key is not None:
+        chosen = [place for place in places if place.key == key]
+        chosen = chosen or [place for place in places if place.key.startswith(f"{key}.")]
+    if len(chosen) == 1:
+        return chosen[0]
+    keys = ", ".join(f"'{place.key}'" for place in chosen or places)
+    if not chosen:
+        raise ValueError(f"`key` is '{key}', under which {checkpoint} holds no network. It has: {keys}.")
+    raise ValueError(
+        f"{checkpoint} holds {len(chosen)} networks: {keys}. Name one of them with `key` (`--key` on the command line)."
+    )
+
+
+def _describe(entries: Mapping[Any, Any]) -> list[str]:
+    """Describes entries other than the network; tensors are grouped by the first part of their names."""
+    others = [f"{name} ({type(value).__name__})" for name, value in entries.items() if not torch.is_tensor(value)]
+    groups: dict[str, list[str]] = {}
+    for name, value in entries.items():
+        if torch.is_tensor(value):
+            groups.setdefault(str(name).split(".")[0], []).append(str(name))
+    return others + [
+        names[0] if len(names) == 1 else f"{first}.* ({len(names)} tensors)" for first, names in groups.items()
+    ]
+
+
+def _averaged_weights(entries: Mapping[Any, Any]) -> list[str]:
+    """Names of entries that look like an exponential moving average of weights."""
+    parts = {name: str(name).split(".")[0] for name in entries}
+    return [
+        part
+        for name, part in parts.items()
+        if "ema" in re.split("[^a-z]+", part.lower()) and _holds_weights(entries[name])
+    ]
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether `value` holds a tensor of more than one element."""
+    if torch.is_tensor(value):
+        return value.numel() > 1
+    if isinstance(value, Mapping):
+        return any(_holds_weights(entry) for entry in value.values())
+    return isinstance(value, (list, tuple)) and any(_holds_weights(entry) for entry in value)
+
+
+def _check_state_dict(entries: Mapping[Any, Any], checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Returns `entries`; raises a `ValueError` unless all of them are plain floating-point tensors."""
+    others = {str(name): type(value).__name__ for name, value in entries.items() if not torch.is_tensor(value)}
+    if others:
+        names = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:4])
+        raise ValueError(
+            f"{checkpoint} is not the state dict of a network: besides tensors it holds {names}. The scripts save "
+            "networks as model*.pt and ema_*.pt; opt*.pt is the state of an optimizer."
+        )
+    odd = [
+        str(name)
+        for name, tensor in entries.items()
+        if tensor.dtype not in SAFETENSORS_DTYPES or tensor.layout != torch.strided or tensor.is_meta
+    ]
+    if odd:
+        raise ValueError(f"{checkpoint} holds tensors that are not plain floating-point: {', '.join(odd[:4])}.")
+    return {str(name): tensor.detach() for name, tensor in entries.items()}
+
+
+def write_weights(file: Path, checkpoint: Path, key: str, rules: list[TensorRule]) -> None:
+    """
+    Writes the tensors that `rules` make of a checkpoint's network `key`, in the format of safetensors
+    (https://github.com/huggingface/safetensors#format). The library's writer needs all tensors at once, and every page
+    that was read stays in memory while the checkpoint is mapped: here it is mapped again after each `MAPPED_BYTES`.
+    """
+    state_dict = load_checkpoint(checkpoint, key).state_dict
+    # Widest dtype first, so that each tensor starts at a multiple of its item size.
+    rules = sorted(rules, key=lambda rule: -state_dict[rule.source].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for rule in rules:
+        for name, tensor in zip(rule.targets, rule.split(state_dict[rule.source].to("meta")), strict=True):
+            start, end = end, end + tensor.nbytes
+            dtype = SAFETENSORS_DTYPES[tensor.dtype]
+            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        mapped = 0
+        for rule in rules:
+            if mapped > MAPPED_BYTES and _is_mappable(checkpoint):
+                del state_dict
+                state_dict, mapped = load_checkpoint(checkpoint, key).state_dict, 0
+            source = state_dict[rule.source]
+            mapped += source.nbytes
+            for tensor in rule.split(source):
+                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _is_mappable(checkpoint: Path) -> bool:
+    with open(checkpoint, "rb") as file:
+        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+
+
+def check_sums(checkpoint: Path) -> None:
+    """Raises a `ValueError` if the checksums of an archive, which torch does not verify, do not match its bytes."""
+    if not _is_mappable(checkpoint):
+        return
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            for entry in archive.infolist():
+                if entry.CRC != 0:  # torch can be configured to write no checksums
+                    with archive.open(entry) as stream:
+                        while stream.read(2**20):
+                            pass
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{checkpoint} is damaged: {error}. Download it again.") from error
