@@ -241,7 +241,7 @@ def test_other_settings_are_refused_and_named(change, message, tmp_path):
     arguments = {"pipe": class_pipeline(), "num_images": 2, "output_dir": tmp_path, "class_labels": [0, 1]}
     draw(**arguments)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=rf"drawn otherwise: (.*; )?{message}(;|\. Repeat)"):
+    with pytest.raises(ValueError, match=rf"other settings: (.*; )?{message}(;|\. Repeat)"):
         draw(**{**arguments, "num_images": 4, **change})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     # What an option is by default may be said or left out.
@@ -278,7 +278,7 @@ def test_another_config_of_the_same_weights_is_refused(make, name, change, tmp_p
     draw(pipe, 1, tmp_path, pipeline_options={"num_inference_steps": 1})
     change(getattr(pipe, name))
     digits = "'[0-9a-f]{32}'"
-    with pytest.raises(ValueError, match=f"otherwise: `components` had {name}={digits}, now {digits}. Repeat"):
+    with pytest.raises(ValueError, match=f"settings: `components` had {name}={digits}, now {digits}. Repeat"):
         draw(pipe, 2, tmp_path, pipeline_options={"num_inference_steps": 1})
 
 
@@ -390,7 +390,7 @@ def test_transparent_images(tmp_path):
 def test_channels_that_no_png_file_holds(channels, tmp_path):
     pipe, calls = wide_pipeline(channels), []
     pipe.unet.register_forward_pre_hook(lambda *args: calls.append(args))
-    with pytest.raises(ValueError, match=f"'png', but the images have {channels} channels, .* Take 'npz'"):
+    with pytest.raises(ValueError, match=f"'png', but the images have {channels} channels, .* Use 'npz'"):
         draw(pipe, 1, tmp_path / "out")
     assert calls == []
     assert not (tmp_path / "out").exists()
@@ -562,7 +562,7 @@ def test_classes_of_the_classifier_alone(stock, tmp_path):
     assert labels(tmp_path / "one") == [3] * 6
     drawn, other = read(tmp_path / "uniform"), read(tmp_path / "one")
     assert [levels_apart(drawn[name], other[name]) <= 1 for name in drawn] == [False] * 3 + [True] + [False] * 2
-    with pytest.raises(ValueError, match="'uniform', but the network is unconditional, and nothing steers"):
+    with pytest.raises(ValueError, match="'uniform', but the network is unconditional and nothing guides"):
         run(**arguments, class_labels="uniform", output_dir=tmp_path / "unsteered")
 
 
@@ -604,7 +604,7 @@ def test_prompts_from_a_file_in_half_precision(stock, tmp_path):
         ({"class_labels": "horses"}, "`class_labels` is 'horses'. .* birds, cats, dogs, fish"),
         ({"class_labels": "data"}, "needs a `--dataset`"),
         ({"dataset": "here"}, "needs a `--dataset`"),
-        ({"class_labels": "uniform", "model": "{path}/plain"}, "no table of classes"),
+        ({"class_labels": "uniform", "model": "{path}/plain"}, "no class embedding table"),
         ({"scheduler": "DDIMSheduler"}, "`scheduler` is 'DDIMSheduler'.*DDIMScheduler"),
         ({"prompt": "a", "prompts_file": "b"}, "Pass one of them"),
         ({"prompts_file": "nowhere.txt"}, "`prompts_file` is 'nowhere.txt'"),

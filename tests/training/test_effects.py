@@ -168,7 +168,7 @@ def test_sampling(arguments, message, tmp_path):
 
 
 def test_bits_per_dim(tmp_path):
-    with pytest.raises(ValueError, match="`revision` is 'v1', but `model` is a folder"):
+    with pytest.raises(ValueError, match="`revision` is 'v1', which has no effect: `model` is a folder"):
         BoundArguments(model=str(tmp_path), dataset=["x"], revision="v1")
 
 
@@ -181,7 +181,7 @@ def test_a_configuration_of_what_has_none(source, tmp_path):
 @pytest.mark.parametrize("given", [{"split": "test"}, {"image_column": "picture"}, {"dataset_config_name": "large"}])
 def test_a_reference_that_is_no_dataset(given):
     (name,) = given
-    with pytest.raises(ValueError, match=f"`{name}` would have no effect: x.npz is no dataset"):
+    with pytest.raises(ValueError, match=f"`{name}` would have no effect: x.npz is not a dataset"):
         read_images(["x.npz"], 8, **given)
 
 

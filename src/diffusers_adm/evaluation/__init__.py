@@ -1,9 +1,14 @@
 """
-Measures of trained models, and the samples to take them of. Importing it needs the core dependencies alone; what draws
-curves or reads data imports `matplotlib` and `datasets` (the `eval` extra) when it is called.
+Measures of trained models: bits per dimension on images, and comparisons of samples with images; and the samples.
+
+To add a measure of samples: a function of features or class probabilities in `frechet/measures.py`, and its value in
+`compare_image_sets` (`frechet/comparison.py`), which `python -m diffusers_adm.evaluation.frechet` prints. A measure of
+the model itself: a package like `bits_per_dim/`, with `__main__.py` for the command.
+
+The import needs only the core dependencies; plots and data import the `eval` extra when they are used.
 """
 
-# The name is the function from here on; the sub-package of the same name, which is what `python -m` runs, is loaded.
+# From here on the name is the function, and no longer the sub-package, which `python -m` still finds.
 from .bits_per_dim import BitsPerDim, bits_per_dim
 from .frechet import (
     ClassifierFeatures,

@@ -1,4 +1,4 @@
-"""What the commands of this folder read: images from wherever they lie, and the numbers of their classes."""
+"""Reads what the commands of this folder evaluate: images from any source, class numbers, and classifiers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import os
-import random
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,10 @@ from ..data.folders import METADATA_FILES, SPLIT_FOLDERS
 from ..data.images import ImageDataset
 from ..data.labels import load_id2label
 from ..data.repositories import from_subfolder_or_root, reading
-from ..data.seeding import derive_seed
 from ..models.classifier_adagn import AdaGNClassifierModel
 from ..schedulers.noise_schedules import noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
+from .common import choose
 from .sample.images import IMAGE_NAME, NPZ_NAME, SETTINGS_NAME
 
 
@@ -35,45 +34,41 @@ def find_dataset(
     dataset: Sequence[str], dataset_config_name: str | None, split: str | None, argument: str = "dataset"
 ) -> dict[str, Any]:
     """
-    What `--dataset`, which messages call `argument`, `--dataset_config_name` and `--split` mean to
-    [`load_image_dataset`].
-
-    Raises:
-        ValueError: For several that are not all parquet files, where it is not clear which split is meant, and for a
-            configuration where there are none.
+    Translates `--dataset` (called `argument` in messages), `--dataset_config_name` and `--split` into arguments of
+    [`load_image_dataset`]. A `ValueError` says what is missing or has no effect.
     """
     is_local = any(name.lower().endswith(".parquet") for name in dataset) or _is_image_folder(dataset[0])
     if is_local and dataset_config_name is not None:
         raise ValueError(
-            f"`dataset_config_name` is {dataset_config_name!r}, but {dataset[0]} is no dataset on the Hub, and has no "
-            "configurations. Leave it out."
+            f"`dataset_config_name` is {dataset_config_name!r}, but {dataset[0]} is not a dataset on the Hub and has "
+            "no configurations. Omit it."
         )
     if any(name.lower().endswith(".parquet") for name in dataset):
         return {"data_files": dataset, "split": split or "train"}
     if len(dataset) > 1:
-        raise ValueError(f"`{argument}` is {dataset}. Several are only taken if they are parquet files.")
+        raise ValueError(f"`{argument}` is {dataset}. Several are only allowed if they are parquet files.")
     (name,) = dataset
     if is_local:
         folders = sorted(entry.name for entry in Path(name).iterdir() if entry.is_dir())
         if split is None and folders and all(folder in SPLIT_FOLDERS for folder in folders):
-            raise ValueError(f"{name} has the splits {', '.join(folders)}. Name one with `--split`.")
+            raise ValueError(f"{name} has the splits {', '.join(folders)}. Choose one with `--split`.")
         return {"train_data_dir": name, "split": split or "train"}
     if split is None:
         if os.path.exists(name):  # a local copy of a dataset, or a file
-            what = "is no folder of images and no parquet file. If it is a copy of a dataset"
+            what = "is not a folder of images and not a parquet file. If it is a copy of a dataset"
         else:
             what = "is no file or folder here. Check the path. If it is a dataset on the Hub"
-        raise ValueError(f"`{argument}` is {name!r}, which {what}, name a split with `--split`, e.g. test.")
+        raise ValueError(f"`{argument}` is {name!r}, which {what}, choose a split with `--split`, e.g. test.")
     return {"dataset_name": name, "dataset_config_name": dataset_config_name, "split": split}
 
 
 def _is_image_folder(name: str) -> bool:
-    """Not the folder of a local copy of a dataset, which holds its parquet files."""
+    """Whether this is not the folder of a local copy of a dataset, which holds its parquet files."""
     return os.path.isdir(name) and all(path.name in METADATA_FILES for path in Path(name).rglob("*.parquet"))
 
 
 def num_real_classes(config: Any) -> int | None:
-    """How many classes a U-Net has, the null class not counted; None where it has no table of them."""
+    """Number of classes of a U-Net without the null class; None if it has no class embedding table."""
     if config.num_class_embeds is None:
         return None
     return config.num_class_embeds - (config.get("null_class_id") is not None)
@@ -83,19 +78,17 @@ def load_classifier(
     argument: str, path: str, cache_dir: str | None, **kwargs: Any
 ) -> tuple[AdaGNClassifierModel, dict[int, str] | None]:
     """
-    A classifier on the Hub or in a folder, and the names of its classes, or those of its pipeline, if they were saved.
-    If its config is older than the entry `noise_schedule`, that of the scheduler in the same folder is entered.
-
-    Raises:
-        ValueError: If it cannot be read; it names `argument`.
+    Loads a classifier from the Hub or a folder, and the names of its classes or of its pipeline, if they were saved. A
+    config that predates the entry `noise_schedule` gets that of the scheduler in the same folder. Errors name
+    `argument`.
     """
     kwargs["cache_dir"] = cache_dir
     with reading(argument, path):
         classifier = from_subfolder_or_root(AdaGNClassifierModel.from_pretrained, path, "classifier", **kwargs)
-        # In that order: diffusers, too, takes what lies in a folder itself before what lies in the subfolder.
+        # In this order: diffusers, too, prefers files in a folder itself to those in the subfolder.
         names = load_id2label(path, cache_dir=cache_dir) or load_id2label(path, "classifier", cache_dir=cache_dir)
     if names is None:
-        with contextlib.suppress(OSError):  # a classifier alone, without a pipeline
+        with contextlib.suppress(OSError):  # a classifier without a pipeline
             index = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
             names = {int(number): name for number, name in (index.get("id2label") or {}).items()} or None
     if classifier.config.noise_schedule is None:
@@ -106,13 +99,10 @@ def load_classifier(
 
 
 def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """`arr_0` and `arr_1`, if they are there, and otherwise the names of what is."""
+    """Reads `arr_0` and, if it exists, `arr_1`; if there is no `arr_0`, everything."""
     try:
-        with zipfile.ZipFile(path):  # `np.load` takes anything else for a pickle, or for a single array
-            pass
-        with np.load(path) as arrays:
-            found = [name for name in ("arr_0", "arr_1") if name in arrays] if "arr_0" in arrays else list(arrays)
-            return {name: arrays[name] for name in found}
+        with zipfile.ZipFile(path), np.load(path) as arrays:  # `np.load` alone also reads pickles and single arrays
+            return {name: arrays[name] for name in arrays if "arr_0" not in arrays or name in ("arr_0", "arr_1")}
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist. Check the path.") from None
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -121,15 +111,12 @@ def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 class ArrayImages:
     """
-    Images of a `.npz` file, as guided-diffusion keeps samples and reference batches, for an [`ImageDataset`].
+    Images of a `.npz` file, the format of guided-diffusion's samples and reference batches, for an [`ImageDataset`].
 
     Args:
-        path (`str` or `os.PathLike`): With `arr_0`: uint8 of shape `(N, height, width, channels)`, 1 or 3 channels; and
-            perhaps `arr_1`: N class numbers. It is read into memory.
-        to_class (mapping, *optional*): Other numbers for the classes.
-
-    Raises:
-        ValueError: If the file holds something else.
+        path (`str` or `os.PathLike`): File with `arr_0`, uint8 of shape `(N, height, width, channels)` with 1 or 3
+            channels, and optionally `arr_1`, N class numbers. It is read into memory.
+        to_class (mapping, *optional*): From class numbers of the file to others.
     """
 
     def __init__(self, path: str | os.PathLike, to_class: Mapping[int, int] | None = None):
@@ -146,14 +133,14 @@ class ArrayImages:
         if self.labels is not None and self.labels.shape != self.pixels.shape[:1]:
             raise ValueError(
                 f"`arr_1` of {path} has shape {self.labels.shape} for {len(self.pixels)} images. It must hold one "
-                "class number for each."
+                "class number per image."
             )
         self.to_class = to_class or {}
         self.indices = np.arange(len(self.pixels))
         self.column_names = ["image"] if self.labels is None else ["image", "label"]
 
     def select(self, indices: Sequence[int]) -> ArrayImages:
-        """These images only; `self` stays as it is, as with a dataset of `datasets`."""
+        """A copy with only these images, as with a dataset of `datasets`."""
         chosen = copy.copy(self)
         chosen.indices = self.indices[list(indices)]
         return chosen
@@ -173,10 +160,8 @@ class ArrayImages:
 
 def run_of_sample(source: Sequence[str]) -> dict[str, Any] | None:
     """
-    The settings that the command `sample` has left in a folder, or beside its `samples.npz`; None for anything else.
-
-    Raises:
-        ValueError: If images are missing yet.
+    The settings that the command `sample` wrote to a folder, or next to its `samples.npz`; None for other sources. A
+    `ValueError` if the run is not finished.
     """
     path = Path(source[0])
     folder = path.parent if path.name == NPZ_NAME else path
@@ -186,8 +171,8 @@ def run_of_sample(source: Sequence[str]) -> dict[str, Any] | None:
     num_images = sum(IMAGE_NAME.fullmatch(path.name) is not None for path in folder.iterdir())
     if not (folder / NPZ_NAME).exists() and num_images != run["num_images"]:
         raise ValueError(
-            f"{source[0]!r} holds {num_images} of {run['num_images']} images. Run the command that draws them again: "
-            "it goes on where it was interrupted."
+            f"{source[0]!r} holds {num_images} of {run['num_images']} images. Run the command that generates them "
+            "again: it continues where it was interrupted."
         )
     return run
 
@@ -206,21 +191,21 @@ def read_images(
     argument: str = "dataset",
 ) -> ImageDataset:
     """
-    Images, resized and cropped at the centre; with labels where the source has class numbers beside them, which are
-    `.npz` files and folders of the command `sample`.
+    Reads images, resized and cropped at the centre; with labels if the source has class numbers, as `.npz` files and
+    folders of the command `sample` do.
 
     Args:
         source (sequence of `str`): A `.npz` file, a folder of images, the folder of a run of `sample`, parquet files,
             or a dataset on the Hub.
-        resolution (`int`, *optional*): Pixels; `None`: the shorter side of the first image.
-        to_class (mapping, *optional*): Other numbers for the classes.
-        dataset_config_name (`str`, *optional*): Of a dataset on the Hub: its configuration.
-        split (`str`, *optional*): Of a dataset that has several.
-        image_column (`str`, defaults to "image"): Of a dataset.
-        num_images (`int`, *optional*): A random choice of this size, if there are more.
-        seed (`int`, defaults to 0): Of that choice.
-        cache_dir (`str`, *optional*): Where `datasets` keeps what it prepares.
-        argument (`str`, defaults to "dataset"): What messages call `source`.
+        resolution (`int`, *optional*): Image size in pixels; `None`: the shorter side of the first image.
+        to_class (mapping, *optional*): From class numbers of the source to others.
+        dataset_config_name (`str`, *optional*): Configuration of a dataset on the Hub.
+        split (`str`, *optional*): Split of the dataset, if it has several.
+        image_column (`str`, defaults to "image"): Column of the images.
+        num_images (`int`, *optional*): Size of a random choice, if there are more.
+        seed (`int`, defaults to 0): Random seed of that choice.
+        cache_dir (`str`, *optional*): Cache folder of `datasets`.
+        argument (`str`, defaults to "dataset"): Name of `source` in messages.
 
     Raises:
         ValueError: If the images cannot be read, or belong to a run of `sample` that is not finished.
@@ -230,17 +215,18 @@ def read_images(
     if run is not None and (Path(source[0]) / NPZ_NAME).exists():
         source = [str(Path(source[0]) / NPZ_NAME)]
     is_array = len(source) == 1 and source[0].endswith(".npz")
-    if is_array or (run is not None and run["settings"]["class_labels"] is not None):
-        columns = {"dataset_config_name": dataset_config_name, "split": split}
-        columns["image_column"] = None if image_column == "image" else image_column
-        given = [f"`{name}`" for name, value in columns.items() if value is not None]
-        if given:
-            raise ValueError(f"{' and '.join(given)} would have no effect: {source[0]} is no dataset. Leave it out.")
+    is_labelled_run = run is not None and run["settings"]["class_labels"] is not None
+    if is_array or is_labelled_run:
+        given = {"dataset_config_name": dataset_config_name, "split": split}
+        given["image_column"] = None if image_column == "image" else image_column
+        names = [f"`{name}`" for name, value in given.items() if value is not None]
+        if names:
+            raise ValueError(f"{' and '.join(names)} would have no effect: {source[0]} is not a dataset. Omit it.")
     if is_array:
         images = ArrayImages(source[0], to_class)
-    elif run is not None and run["settings"]["class_labels"] is not None:
+    elif is_labelled_run:
         images, id2label = load_image_dataset(train_data_dir=source[0], label_column="label", cache_dir=cache_dir)
-        # Numbers that do not occur have been left out of the count.
+        # `datasets` numbers only the classes that occur.
         numbers = {label: int(name) for label, name in id2label.items()}
         labels = [(to_class or {}).get(numbers[label], numbers[label]) for label in images["label"][:]]
         images = images.remove_columns("label").add_column("label", labels)
@@ -248,11 +234,10 @@ def read_images(
         where = find_dataset(source, dataset_config_name, split, argument)
         try:
             images, _ = load_image_dataset(**where, image_column=image_column, cache_dir=cache_dir)
-        except ValueError as error:  # which calls it by the arguments of the training scripts
+        except ValueError as error:  # which uses the argument names of the training scripts
             raise ValueError(f"`{argument}` cannot be read: {error}") from error
     if num_images is not None and num_images < len(images):
-        chosen = random.Random(derive_seed(seed, "num_images")).sample(range(len(images)), num_images)
-        images = images.select(sorted(chosen))
+        images = images.select(choose(len(images), num_images, seed))
     if resolution is None:
         resolution = min(decode_rgb(images[0]["image"]).size)
     if not isinstance(images, ArrayImages):

@@ -1,8 +1,8 @@
 """
 Bits per dimension: the variational bound of a diffusion model on images, term by term.
 
-A package, not a module, because the function and the command have one name: `diffusers_adm.evaluation` binds it to the
-function, and `python -m diffusers_adm.evaluation.bits_per_dim` runs `__main__.py`, which nothing imports.
+A package, because function and command have the same name: `diffusers_adm.evaluation.bits_per_dim` is the function, and
+`python -m diffusers_adm.evaluation.bits_per_dim` runs `__main__.py`, which nothing imports.
 """
 
 from .bound import BitsPerDim, bits_per_dim

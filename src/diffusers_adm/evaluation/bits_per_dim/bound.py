@@ -1,8 +1,8 @@
 """
-The variational bound of a diffusion model on images: prior, decoder, and one KL divergence a timestep.
+The variational bound of a diffusion model on images: prior, decoder, and one KL divergence per timestep.
 
 Ho et al. 2020 (https://huggingface.co/papers/2006.11239, eqs. 5 and 13), Nichol & Dhariwal 2021
-(https://huggingface.co/papers/2102.09672, eqs. 4 to 7). The network runs once for every image and every timestep.
+(https://huggingface.co/papers/2102.09672, eqs. 4 to 7). The network runs once per image and timestep.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import itertools
 import logging
 import math
 import os
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import DistributedType
-from tqdm.auto import tqdm
 
 from ...commands.errors import CommandError
 from ...data.labels import UNLABELLED
@@ -33,34 +30,35 @@ from ...schedulers.scheduling_ddpm_learned_variance import (
     mean_per_example,
     respaced_timesteps,
 )
+from ..common import choose, make_bar
 
 
 logger = logging.getLogger(__name__)
 
-# How far, in steps of 1/255 of the range, a value may lie from its 8-bit level before it counts as something else.
+# How far a value may be from its 8-bit level without a warning, in levels.
 LEVEL_TOLERANCE = 0.01
-# Of the plot: timesteps up to which each gets a marker, and how far down the logarithmic axes reach.
+# Plot: up to so many timesteps each has a marker; and the range of the logarithmic axes.
 MAX_MARKERS = 60
 SHOWN_RANGE = 1e6
-# Kinds of Accelerate's processes that hold a part of the weights each.
+# Kinds of distributed training in which each process holds only a part of the weights.
 SHARDED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass
 class BitsPerDim:
     r"""
-    The bound of N images under a chain of T timesteps. All tensors are on the CPU and, but for `timesteps`, float64.
+    The bound of N images for T timesteps. All tensors are on the CPU and, except `timesteps`, float64.
 
     Attributes:
         timesteps (`torch.LongTensor` of shape `(T,)`): Ascending numbers of the full chain; 0 is one step of noise.
-        prior (`torch.Tensor` of shape `(N,)`): KL(q(x_T | x_0) || N(0, I)) in bits per dimension; no network
-            changes it.
+        prior (`torch.Tensor` of shape `(N,)`): KL(q(x_T | x_0) || N(0, I)) in bits per dimension, which does not
+            depend on the network.
         terms (`torch.Tensor` of shape `(N, T)`): Bits per dimension: at the first timestep the decoder's
             -log p(x_0 | x_1), elsewhere KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)).
-        x0_mse (`torch.Tensor` of shape `(N, T)`): Mean squared error of the predicted x_0, clipped where the bound
-            clips it; the range of x_0 is [-1, 1].
-        epsilon_mse (`torch.Tensor` of shape `(N, T)`): Mean squared error of the noise that this x_0 implies; a
-            prediction of no noise at all scores 1.
+        x0_mse (`torch.Tensor` of shape `(N, T)`): Mean squared error of the predicted x_0 in [-1, 1], clipped if the
+            bound clips it.
+        epsilon_mse (`torch.Tensor` of shape `(N, T)`): Mean squared error of the noise that this x_0 implies; 1 for a
+            prediction of no noise.
     """
 
     timesteps: torch.Tensor
@@ -91,7 +89,7 @@ class BitsPerDim:
 
     @property
     def standard_error(self) -> float:
-        """The standard error of `bits_per_dim`, from the spread over the images; NaN for a single one."""
+        """The standard error of `bits_per_dim` over the images; NaN for a single one."""
         return _standard_error(self.total).item()
 
     def __str__(self) -> str:
@@ -103,9 +101,8 @@ class BitsPerDim:
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Means over the images and their standard errors, in plain numbers and lists that `json` takes: `bits_per_dim`,
-        the parts `prior`, `decoder` and `kl`, and `by_timestep`, whose lists go along `timestep`. A standard error is
-        None where there is one image only.
+        Means over the images and their standard errors (None for a single image), as plain values for `json`:
+        `bits_per_dim`, its parts `prior`, `decoder` and `kl`, and `by_timestep`, with lists parallel to `timestep`.
         """
         values: dict[str, Any] = {"num_images": len(self.total), "num_timesteps": len(self.timesteps)}
         parts = {"bits_per_dim": self.total, "prior": self.prior, "decoder": self.decoder, "kl": self.kl}
@@ -121,13 +118,12 @@ class BitsPerDim:
 
     def plot(self, path: str | os.PathLike) -> str:
         """
-        Draws the terms over t, the bound as it adds up from t = 0, and both squared errors, as a PNG at `path`.
+        Plots the terms over t, their cumulative sum from t = 0, and both squared errors, as a PNG file at `path`.
 
-        Bands are two standard errors. The horizontal axis is logarithmic, since most bits lie at the smallest
-        timesteps; it counts steps of noise, t + 1, because 0 has no place on it.
+        Bands are two standard errors. The horizontal axis is logarithmic, since most bits are at the smallest
+        timesteps; it shows steps of noise, t + 1, to include t = 0.
         """
-        # matplotlib comes with the `train` extra. Figure and canvas are used directly: pyplot keeps global state, and
-        # would choose a window backend where there is a display.
+        # Of the `eval` extra. Not pyplot: it keeps global state and may choose a window backend.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -165,7 +161,7 @@ class BitsPerDim:
             largest = values.mean(dim=0).max().item()
             if largest > 0:
                 axes.set_yscale("log", nonpositive="clip")
-                # Of what is smaller, only that it is small can be seen; the cosine schedule ends at 1e-9.
+                # The cosine schedule ends at 1e-9, which would compress the rest.
                 axes.set_ylim(bottom=max(axes.get_ylim()[0], largest / SHOWN_RANGE))
         for axes in (left, middle, right):
             axes.legend(fontsize="small")
@@ -174,7 +170,7 @@ class BitsPerDim:
 
 
 def _standard_error(values: torch.Tensor) -> torch.Tensor:
-    """Of the mean over the first dimension; NaN where that has one entry."""
+    """Standard error of the mean over the first dimension; NaN if that has one entry."""
     if len(values) < 2:
         return torch.full_like(values.mean(dim=0), math.nan)
     return values.std(dim=0) / math.sqrt(len(values))
@@ -200,38 +196,38 @@ def bits_per_dim(
     progress_bar: bool = True,
 ) -> BitsPerDim:
     r"""
-    Evaluates the whole variational bound, one sample of x_t for each image and timestep (Improved DDPM, eqs. 4 to 7).
+    Evaluates the variational bound with one sample of x_t per image and timestep (Improved DDPM, eqs. 4 to 7).
 
-    The noise depends on `seed`, on the image's position in the data and on the timestep, and on nothing else. So batch
-    size and number of processes change the result by rounding only, and two models, or two chains, are compared on the
-    same noise. A term is computed in the images' dtype, at least float32; from there on, all is float64.
+    The noise depends only on `seed`, the position of the image in the data and the timestep. So batch size and number
+    of processes change the result only by rounding, and two models are compared on the same noise. A term is computed
+    in the dtype of the images, at least float32, and then converted to float64.
 
     Args:
-        unet: Called as `unet(noisy_samples, timesteps)`, or with `class_labels=` where it has classes; returns an
-            output with `.sample`, a tuple, or a tensor. A module is put into eval mode meanwhile.
-        scheduler ([`LearnedVarianceDDPMScheduler`], or a scheduler of diffusers whose config it takes): The full chain.
-        data: x_0: 8-bit values scaled to [-1, 1], `2 * k / 255 - 1`. Something with a length and an index, such as an
-            `ImageDataset` or a tensor `(N, channels, height, width)`, whose items are one example each; or an iterable
-            of batches, such as a `DataLoader` (which every process reads whole, so that it must not be prepared). An
-            example or batch is a tensor, a pair of images and labels, or a dict of `images` and `class_labels`. Labels
-            are not used for a network without classes; -1 stands for its null class, and so does having no labels.
+        unet: Called as `unet(noisy_samples, timesteps)`, with `class_labels=` if it has classes; returns an output with
+            `.sample`, a tuple, or a tensor. A module is in eval mode meanwhile.
+        scheduler ([`LearnedVarianceDDPMScheduler`], or a scheduler of diffusers with a compatible config): The process.
+        data: x_0: 8-bit values scaled to [-1, 1], `2 * k / 255 - 1`. Either a sequence of examples, such as an
+            `ImageDataset` or a tensor `(N, channels, height, width)`; or an iterable of batches, such as a `DataLoader`
+            (which must not be prepared: every process reads it completely). An example or batch is a tensor, a pair of
+            images and labels, or a dict of `images` and `class_labels`. Labels are ignored by a network without
+            classes; -1 is the null class, and so are missing labels.
         batch_size (`int`, defaults to 64): Noisy images per forward pass and process. Timesteps of one image share
-            a pass, so that a few images suffice to fill it.
-        timestep_respacing (`str`, `int` or list of `int`, *optional*): Of a shorter chain; see [`respaced_timesteps`].
-        clip_sample (`bool`, *optional*): Clip the predicted x_0; `None`: as the scheduler's config says.
-        num_images (`int`, *optional*): Evaluate this many at most: a random choice (by `seed`) of data with an index,
-            the first ones of an iterable.
-        seed (`int`, defaults to 0): Of the noise and of that choice.
-        accelerator (`accelerate.Accelerator`, *optional*): Shares the images between its processes, runs the network in
-            its precision. Every process must call; each gets the whole result.
-        progress_bar (`bool`, defaults to `True`): Show one, on the main process.
+            a pass, so a few images suffice to fill it.
+        timestep_respacing (`str`, `int` or list of `int`, *optional*): For fewer steps; see [`respaced_timesteps`].
+        clip_sample (`bool`, *optional*): Clip the predicted x_0; `None`: as in the scheduler's config.
+        num_images (`int`, *optional*): Maximum number of images: a random choice (by `seed`) from a sequence, the first
+            ones of an iterable.
+        seed (`int`, defaults to 0): Random seed of the noise and of that choice.
+        accelerator (`accelerate.Accelerator`, *optional*): Shares the images between its processes, and runs the
+            network in its precision. Every process must call this function; each gets the whole result.
+        progress_bar (`bool`, defaults to `True`): Show a progress bar in the main process.
 
     Returns:
         [`BitsPerDim`]: Per image, in the order of the data.
 
     Raises:
         ValueError: For images outside [-1, 1], a class-conditional network without labels or null class, labels out of
-            range, no images, an option out of range, or a network whose output does not fit the scheduler.
+            range, no images, an option out of range, or an incompatible scheduler.
         RuntimeError: If a term is not finite.
     """
     # 1. check
@@ -250,14 +246,14 @@ def bits_per_dim(
         if accelerator.distributed_type in SHARDED_TYPES:
             raise ValueError(
                 f"Accelerate is configured for {accelerator.distributed_type.value}, which splits the weights over "
-                "processes, so that they would wait for each other at every pass. Use `multi_gpu`."
+                "processes: they would wait for each other in every forward pass. Use `multi_gpu`."
             )
-        # Processes make different numbers of passes, at which a DDP wrapper would have them wait for each other.
+        # Processes make different numbers of forward passes, in which a DDP wrapper would synchronise them.
         unet = accelerator.unwrap_model(unet) if isinstance(unet, torch.nn.Module) else unet
     if num_processes > 1 and isinstance(data, (DataLoaderShard, DataLoaderDispatcher)):
         raise ValueError(
-            "`data` is a prepared data loader, which repeats examples to give every process as many. Pass the loader "
-            "as it was before `accelerator.prepare`, or its dataset."
+            "`data` is a prepared data loader, which repeats examples so that all processes have equally many. Pass "
+            "the loader before `accelerator.prepare`, or its dataset."
         )
     device, network_dtype = _device_and_dtype(unet)
     autocast = contextlib.nullcontext
@@ -267,15 +263,9 @@ def bits_per_dim(
     # 2. every image at every timestep
     timesteps = torch.tensor(kept).to(device)
     examples, num_local = _local_examples(data, num_images, seed, rank, num_processes)
-    bar = tqdm(
-        total=num_local * len(kept) if num_local is not None else None,
-        desc="Bits per dimension",
-        unit="forward",
-        unit_scale=True,
-        disable=not progress_bar or rank > 0,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file keeps every update
-    )
-    local = [torch.zeros(0, 1 + 2 * len(kept), dtype=torch.float64)]  # one row an image: prior, terms, x0_mse
+    total = None if num_local is None else num_local * len(kept)
+    bar = make_bar(total, "Bits per dimension", "forward", progress_bar and rank == 0, unit_scale=True)
+    local = [torch.zeros(0, 1 + 2 * len(kept), dtype=torch.float64)]  # one row per image: prior, terms, x0_mse
     num_done, sum_of_bits = 0, 0.0
     with bar, _eval_mode(unet):
         while chunk := list(itertools.islice(examples, batch_size)):
@@ -287,8 +277,8 @@ def bits_per_dim(
             if class_labels is not None:
                 class_labels = class_labels.to(device)
 
-            # Pairs of image and timestep, image by image at one timestep and then at the next. The host does not wait
-            # for the device until the chunk is done.
+            # Pairs of image and timestep: all images at one timestep, then at the next. The host does not wait for the
+            # device until the chunk is done.
             terms, x0_mse = [], []
             for start in range(0, len(chunk) * len(kept), batch_size):
                 stop = min(start + batch_size, len(chunk) * len(kept))
@@ -328,7 +318,7 @@ def bits_per_dim(
     if len(gathered) == 0:
         raise ValueError("`data` holds no images. Pass at least one.")
     prior, terms, x0_mse = gathered.split([1, len(kept), len(kept)], dim=1)
-    # x_t = sqrt(A) x_0 + sqrt(1 - A) e makes an error in x_0 one in e of A / (1 - A) times its square.
+    # x_t = sqrt(A) x_0 + sqrt(1 - A) e: a squared error in x_0 is one of A / (1 - A) times that in e.
     alphas_cumprod = scheduler.alphas_cumprod[kept]
     return BitsPerDim(
         timesteps=torch.tensor(kept),
@@ -340,11 +330,11 @@ def bits_per_dim(
 
 
 def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:
-    """Of what the network takes; a plain function is taken for one on the CPU in float32."""
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    if parameter is None:
-        parameter = torch.zeros(0)
-    # Of a model of diffusers, whose weights may be stored in another dtype than they are used in.
+    """Device and dtype of a network's input; for a plain function, CPU and float32."""
+    parameter = torch.zeros(0)
+    if isinstance(model, torch.nn.Module):
+        parameter = next(model.parameters(), parameter)
+    # A model of diffusers may store its weights in another dtype than it computes in.
     return getattr(model, "device", parameter.device), getattr(model, "dtype", parameter.dtype)
 
 
@@ -363,10 +353,9 @@ def _eval_mode(model: Any) -> Iterator[None]:
 def _learned_variance_scheduler(scheduler: Any) -> LearnedVarianceDDPMScheduler:
     if isinstance(scheduler, LearnedVarianceDDPMScheduler):
         return scheduler
-    known = LearnedVarianceDDPMScheduler._compatibles
-    if type(scheduler).__name__ not in known:
+    if type(scheduler).__name__ not in LearnedVarianceDDPMScheduler._compatibles:
         raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}, whose process has no such bound here. Pass a "
+            f"`scheduler` is a {type(scheduler).__name__}, for which the bound is not implemented. Pass a "
             "`LearnedVarianceDDPMScheduler` or a `DDPMScheduler`."
         )
     return LearnedVarianceDDPMScheduler.from_config(scheduler.config)
@@ -376,8 +365,8 @@ def _local_examples(
     data: Any, num_images: int | None, seed: int, rank: int, num_processes: int
 ) -> tuple[Iterator[tuple[int, torch.Tensor, Any]], int | None]:
     """
-    Every `num_processes`-th example, from number `rank` on: position in the data, image, label or None. And how many
-    these are, None where only the end of an iterable tells.
+    Every `num_processes`-th example, starting with number `rank`: position in the data, image, and label or None. And
+    their number; None for an iterable.
     """
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         batches = (_images_and_labels(batch, ndim=4) for batch in data)
@@ -388,63 +377,53 @@ def _local_examples(
         )
         numbered = ((index, *row) for index, row in enumerate(rows))
         return itertools.islice(numbered, rank, num_images, num_processes), None
-    chosen: Sequence[int] = range(len(data))
-    if num_images is not None and num_images < len(data):
-        # Not the first ones: data in folders are sorted by class.
-        chosen = sorted(random.Random(derive_seed(seed, "num_images")).sample(chosen, num_images))
-    mine = chosen[rank::num_processes]
+    mine = choose(len(data), num_images, seed)[rank::num_processes]
     return ((index, *_images_and_labels(data[index], ndim=3)) for index in mine), len(mine)
 
 
 def _images_and_labels(item: Any, ndim: int) -> tuple[torch.Tensor, Any]:
     if isinstance(item, Mapping):
-        if "images" not in item:
-            raise ValueError(
-                f"An item of `data` has the keys {', '.join(map(str, item))}, but no `images`. Name it so."
-            )
         images, labels = item["images"], item.get("class_labels")
     elif isinstance(item, (tuple, list)):
-        if not 1 <= len(item) <= 2:
-            raise ValueError(f"An item of `data` has {len(item)} entries. Pass images, or images and labels.")
-        images, labels = item if len(item) == 2 else (item[0], None)
+        images, labels = item if len(item) > 1 else (*item, None)
     else:
         images, labels = item, None
     if not torch.is_tensor(images) or images.ndim != ndim:
         found = f"shape {tuple(images.shape)}" if torch.is_tensor(images) else f"type {type(images).__name__}"
         raise ValueError(
-            f"The images in an item of `data` have {found}. Data with a length and an index hold tensors (channels, "
-            "height, width); an iterable, such as a `DataLoader`, gives tensors (batch_size, channels, height, width)."
+            f"The images in an item of `data` have {found}. A sequence must hold tensors (channels, height, width); an "
+            "iterable, such as a `DataLoader`, tensors (batch_size, channels, height, width)."
         )
     return images, labels
 
 
 def _check_images(images: torch.Tensor, first: int, warn: bool) -> None:
-    if not (images.abs() <= 1).all():  # NaN fails, too
+    if not (images.abs() <= 1).all():  # also for NaN
         low, high = images.min().item(), images.max().item()
         raise ValueError(
-            f"Images from number {first} on hold values from {low:.6g} to {high:.6g}, but the bound is that of 8-bit "
-            "values scaled to [-1, 1]. Pass `images / 127.5 - 1` for 0..255, `2 * images - 1` for [0, 1]."
+            f"Images from number {first} on hold values from {low:.6g} to {high:.6g}, but the bound is defined for "
+            "8-bit values scaled to [-1, 1]. Pass `images / 127.5 - 1` for 0..255, `2 * images - 1` for [0, 1]."
         )
     levels = (images.double() + 1) * 127.5
     if warn and (levels - levels.round()).abs().max() > LEVEL_TOLERANCE:
         logger.warning(
-            "The images do not lie on the 256 levels 2 * k / 255 - 1. The bound counts the bits of 8-bit values; of "
-            "others it says nothing comparable."
+            "The images are not on the 256 levels 2 * k / 255 - 1. The bound is that of 8-bit values; for other values "
+            "it is not comparable."
         )
 
 
 def _class_labels(unet: Any, labels: Sequence[Any]) -> torch.Tensor | None:
-    """One label for each image, as the network takes them; None for a network without classes."""
+    """One label per image, -1 replaced by the null class; None for a network without classes."""
     config = getattr(unet, "config", {})
     num_classes, null_class_id = config.get("num_class_embeds"), config.get("null_class_id")
     if config and num_classes is None and config.get("class_embed_type") is None:
         return None
     if any(label is None for label in labels):
-        if not config:  # a function: it knows what it was made from
+        if not config:  # a function
             return None
         if null_class_id is None:
             raise ValueError(
-                "The network is class-conditional and has no null class (`null_class_id` in its config), but the data "
+                "The network is class-conditional without a null class (`null_class_id` in its config), but the data "
                 "have no labels. Pass pairs of images and labels, or dicts with `class_labels`."
             )
         return torch.full((len(labels),), null_class_id)
@@ -455,7 +434,7 @@ def _class_labels(unet: Any, labels: Sequence[Any]) -> torch.Tensor | None:
         low, high = int(class_labels.min()), int(class_labels.max())
         if low < 0 or high >= num_classes:
             raise ValueError(
-                f"The class labels reach from {low} to {high}; the network has the classes 0 to {num_classes - 1}"
+                f"The class labels range from {low} to {high}; the network has the classes 0 to {num_classes - 1}"
                 + (" and no null class for -1." if null_class_id is None else ", and -1 for its null class.")
             )
     return class_labels
@@ -464,8 +443,8 @@ def _class_labels(unet: Any, labels: Sequence[Any]) -> torch.Tensor | None:
 def _draw_noise(
     shape: Sequence[int], seed: int, places: Sequence[tuple[int, int]], device: torch.device
 ) -> torch.Tensor:
-    """Standard normal noise, float32, for each (position of the image, timestep): the same in whatever batch."""
-    # On the CPU, so that it is the same for every device, too. Pinned memory is copied without waiting for the device.
+    """Standard normal noise, float32, that depends on (position of the image, timestep) and not on the batch."""
+    # On the CPU, to be the same for every device. Pinned memory is copied without waiting for the device.
     noise = torch.empty(len(places), *shape, pin_memory=device.type == "cuda")
     generator = torch.Generator()
     for row, (index, timestep) in zip(noise, places, strict=True):
@@ -476,8 +455,8 @@ def _draw_noise(
 
 def _gather_interleaved(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
     """
-    The rows of all processes, on the CPU. Row k of process p is row `k * num_processes + p` of the result; a process
-    may hold one row more than those after it. Collective: every process calls it, and gets the same.
+    Gathers the rows of all processes on the CPU: row k of process p becomes row `k * num_processes + p`. A process may
+    have one row more than those after it. Collective: every process must call it; all get the same result.
     """
     counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), rows.shape[1])])

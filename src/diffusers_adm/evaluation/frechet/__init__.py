@@ -1,5 +1,5 @@
 """
-How near a set of samples is to a set of images, by the features of a network: the measures, the networks, and
+Compares samples with images by the features of a network: measures, networks and the command
 `python -m diffusers_adm.evaluation.frechet`.
 """
 

@@ -1,5 +1,5 @@
 """
-Measures how near samples are to images: Frechet distance, inception score, precision, recall, diversity, accuracy.
+Compares samples with images: Frechet distance, inception score, precision, recall, diversity, accuracy.
 
     python -m diffusers_adm.evaluation.frechet --samples samples --reference path/to/images \\
       --features classifier:runs/classifier
@@ -9,19 +9,17 @@ Samples are a folder of `python -m diffusers_adm.evaluation.sample`, or any othe
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import diffusers
 import torch
 
-from ... import __version__
 from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.errors import run_command
 from ...data.labels import match_classes
+from ..common import require, versions
 from ..data import load_classifier, read_images, run_of_sample
 from .comparison import compare_image_sets
 from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
@@ -31,28 +29,28 @@ from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
 class Arguments:
     samples: list[str] = field(
         metadata={
-            "help": "A folder that the command `sample` has drawn into, or any folder of images; a .npz file with "
-            "`arr_0` (and `arr_1`, the classes); or parquet files."
+            "help": "Samples: a folder of the command `sample` or any folder of images; a .npz file with `arr_0` (and "
+            "`arr_1`, the classes); or parquet files."
         }
     )
-    reference: list[str] = field(metadata={"help": "The images to compare with: the same, or a dataset on the Hub."})
+    reference: list[str] = field(metadata={"help": "Images to compare with: as the samples, or a dataset on the Hub."})
     features: str = field(
         metadata={
-            "help": "classifier:PATH, an `AdaGNClassifierModel` that had no part in making the samples, in a folder or "
-            "on the Hub: one must be named, since none comes with this package; inception, or inception:FILE with "
-            "weights in torch-fidelity's format."
+            "help": "Feature network: classifier:PATH, an `AdaGNClassifierModel` in a folder or on the Hub that was "
+            "not used for sampling (none comes with this package); inception; or inception:FILE with weights in "
+            "torch-fidelity's format."
         }
     )
-    dataset_config_name: str | None = arg(None, "Of a reference on the Hub: its configuration. Never of the samples.")
-    split: str | None = arg(None, "Of the reference, where it has several. Never of the samples.")
-    image_column: str = arg("image", "Of the reference: the column of the images. Never of the samples.")
-    resolution: int | None = arg(None, "Pixels; none: what the classifier takes, or the samples have.")
-    num_images: int | None = arg(None, "Take a random choice of this size from both.")
-    k: int = arg(3, "Of precision and recall: which nearest neighbour a ball reaches to.")
-    splits: int = arg(10, "Of the inception score.")
+    dataset_config_name: str | None = arg(None, "Configuration of a reference on the Hub. Not for the samples.")
+    split: str | None = arg(None, "Split of the reference, if it has several. Not for the samples.")
+    image_column: str = arg("image", "Image column of the reference. Not for the samples.")
+    resolution: int | None = arg(None, "Image size in pixels. None: that of the classifier, or of the samples.")
+    num_images: int | None = arg(None, "Size of a random choice from either set. None: all images.")
+    k: int = arg(3, "k of the k-nearest-neighbour manifold, for precision and recall.")
+    splits: int = arg(10, "Splits of the inception score.")
     batch_size: int = arg(64, "Images per forward pass.")
-    seed: int = arg(0, "Of the choices, and of the order of the samples for the inception score.")
-    cache_dir: str | None = arg(None, "Where datasets and models are cached.")
+    seed: int = arg(0, "Random seed of the choices, and of the order of the samples for the inception score.")
+    cache_dir: str | None = arg(None, "Cache folder of datasets and models.")
     json: bool = arg(False, "Print JSON, with the settings and versions.")
 
     def __post_init__(self) -> None:
@@ -62,7 +60,7 @@ class Arguments:
 def load_features(
     features: str, cache_dir: str | None, device: torch.device
 ) -> tuple[FeatureNetwork, dict[int, str] | None]:
-    """The network, and the names of its classes as far as they are known."""
+    """Loads the network, and the names of its classes if they are known."""
     kind, _, path = features.partition(":")
     if kind == "inception":
         return InceptionFeatures(path or None, device), None
@@ -75,14 +73,14 @@ def load_features(
 def renumber_classes(
     samples: Sequence[str], network: FeatureNetwork, id2label: dict[int, str] | None
 ) -> dict[int, int]:
-    """From the classes that the samples were drawn for to the classifier's of the same names; empty: as they are."""
+    """From classes of the samples to the classifier's classes of the same names; empty: no change."""
     run = run_of_sample(samples)
     if run is None or run["settings"]["class_labels"] is None or run["id2label"] is None:
         return {}
     if not isinstance(network, ClassifierFeatures):
         return {}
     names = {int(number): name for number, name in run["id2label"].items()}
-    # A model may have more classes than were sampled, and than the classifier knows.
+    # A model may have more classes than were sampled, and than the classifier has.
     sampled = set(run["settings"]["class_labels"][: run["num_images"]])
     if all(names.get(number) in (id2label or {}).values() for number in sampled):
         names = {number: names[number] for number in sorted(sampled)}
@@ -91,8 +89,7 @@ def renumber_classes(
 
 def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_args(Arguments, argv, description=__doc__)
-    if importlib.util.find_spec("datasets") is None:
-        raise ImportError("This command needs datasets. Install the extra: `pip install diffusers-adm[eval]`.")
+    require("datasets")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
@@ -127,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(result)
         return
     settings = vars(args) | {"resolution": samples.resolution}
-    versions = {"diffusers_adm": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
-    print(json.dumps({**result.to_dict(), "settings": settings, "versions": versions}, indent=1, allow_nan=False))
+    print(json.dumps({**result.to_dict(), "settings": settings, "versions": versions()}, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

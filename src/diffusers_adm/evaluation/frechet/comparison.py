@@ -1,20 +1,19 @@
-"""Samples against images: features of both, and all measures of them."""
+"""Compares samples with images: the features of both, and all measures of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ...data.labels import UNLABELLED
 from ...data.seeding import derive_seed
 from ...ops.finiteness import explain_not_finite, not_finite
+from ..common import make_bar
 from .features import FeatureNetwork
 from .measures import GaussianStatistics, frechet_distance, inception_score, mean_pairwise_distance, precision_recall
 
@@ -25,19 +24,19 @@ logger = logging.getLogger(__name__)
 @dataclass
 class ImageSetComparison:
     """
-    What [`compare_image_sets`] measured.
+    The result of [`compare_image_sets`].
 
     Attributes:
         num_samples, num_reference (`int`): Images in both sets.
         feature_dim (`int`): Width of the features.
-        frechet_distance (`float`): Of Gaussians with the means and covariances of the features; 0 is best.
-        precision, recall (`float`): Shares of the samples near the images, and of the images near the samples.
+        frechet_distance (`float`): Distance of Gaussians with the means and covariances of the features; 0 is best.
+        precision, recall (`float`): Fraction of the samples near the images, and of the images near the samples.
         diversity, diversity_standard_error (`float`): Mean distance of the features of two samples.
-        reference_diversity (`float`): The same of the images.
+        reference_diversity (`float`): Mean distance of the features of two images.
         inception_score, inception_score_std (`float`, *optional*): Mean and standard deviation over the splits; `None`
             if the network gives no logits.
-        accuracy, accuracy_standard_error (`float`, *optional*): Share of the labelled samples that the network finds
-            to be of their class; `None` without labels or logits.
+        accuracy, accuracy_standard_error (`float`, *optional*): Fraction of the labelled samples that the network
+            assigns to their class; `None` without labels or logits.
     """
 
     num_samples: int
@@ -55,7 +54,7 @@ class ImageSetComparison:
     accuracy_standard_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `json`, which has no NaN: None in its place."""
+        """Plain values for `json`, with None instead of NaN."""
         values = dataclasses.asdict(self)
         return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
@@ -91,136 +90,128 @@ def compare_image_sets(
     progress_bar: bool = True,
 ) -> ImageSetComparison:
     r"""
-    Measures samples against images.
+    Compares samples with images by all measures.
 
     Args:
-        network ([`FeatureNetwork`]): Such as a [`ClassifierFeatures`].
-        samples, reference (datasets): Something with a length and an index, such as an `ImageDataset`, whose items are
-            dicts of `images`, 8-bit values scaled to [-1, 1], `(3, height, width)`; and for `samples`, perhaps
-            `class_labels`, the network's numbers of the classes they were drawn for; -1 counts as unlabelled.
-        k (`int`, defaults to 3): Of [`precision_recall`].
-        splits (`int`, defaults to 10): Of [`inception_score`], which takes the samples in random order.
+        network ([`FeatureNetwork`]): For example a [`ClassifierFeatures`].
+        samples, reference (datasets): Sequences such as an `ImageDataset`, whose items are dicts of `images`, 8-bit
+            values scaled to [-1, 1], `(3, height, width)`. Items of `samples` may have `class_labels`, the classes of
+            the network that they were generated for; -1 is unlabelled.
+        k (`int`, defaults to 3): k of [`precision_recall`].
+        splits (`int`, defaults to 10): Splits of [`inception_score`], which takes the samples in random order.
         batch_size (`int`, defaults to 64): Images per forward pass.
-        seed (`int`, defaults to 0): Of that order.
-        progress_bar (`bool`, defaults to `True`): Show one.
+        seed (`int`, defaults to 0): Random seed of that order.
+        progress_bar (`bool`, defaults to `True`): Show a progress bar.
 
     Raises:
         ValueError: For sets too small for `k` or `splits`, features that are not finite, and labels that the network
-            does not know.
+            does not have.
     """
-    sets = {"samples": samples, "reference": reference}
-    for name, images in sets.items():
+    # 1. features of both sets
+    for name, images in {"samples": samples, "reference": reference}.items():
         number = len(images)  # type: ignore[arg-type]
-        if number == 0:
-            raise ValueError(f"`{name}` holds no images. Pass some.")
         if not 1 <= k < number:
-            raise ValueError(f"`k` is {k} and `{name}` holds {number} images; there must be more, and `k` at least 1.")
-    features, logits, labels, statistics = [], None, None, []
-    for name, images in sets.items():
-        vectors, set_logits, set_labels, gaussian = _extract(
-            network, images, batch_size, name, progress_bar, splits=splits if name == "samples" else None
-        )
-        if name == "samples":
-            logits, labels = set_logits, set_labels
-        if len(vectors) <= vectors.shape[1]:
-            logger.warning(
-                f"`{name}` holds {len(vectors)} images for {vectors.shape[1]} features: their covariance is singular, "
-                "and the Frechet distance mostly that of chance. Compare only figures of the same numbers of images."
-            )
-        features.append(vectors)
-        statistics.append(gaussian)
-    of_samples, of_reference = features
-    if len(of_samples) != len(of_reference):
-        logger.warning(
-            f"There are {len(of_samples)} samples and {len(of_reference)} images. Precision and recall compare "
-            "balls that are the smaller the more points there are: take as many of both (`num_images`)."
-        )
-    (sample_mean, sample_cov), (mean, cov) = ((gaussian.mean, gaussian.covariance) for gaussian in statistics)
-    precision, recall = precision_recall(of_reference, of_samples, k)
-    diversity, diversity_standard_error = mean_pairwise_distance(of_samples)
+            raise ValueError(f"`k` is {k} and `{name}` holds {number} images; `k` must be at least 1 and below that.")
+    fake, logits, labels = _extract(network, samples, "samples", batch_size, progress_bar, splits)
+    real, _, _ = _extract(network, reference, "reference", batch_size, progress_bar)
+
+    # 2. measures; a further one has a field in the result and a line in `__str__`
+    precision, recall = precision_recall(real, fake, k)
+    diversity, diversity_standard_error = mean_pairwise_distance(fake)
     result = ImageSetComparison(
-        num_samples=len(of_samples),
-        num_reference=len(of_reference),
-        feature_dim=of_samples.shape[1],
-        frechet_distance=frechet_distance(sample_mean, sample_cov, mean, cov),
+        num_samples=len(fake),
+        num_reference=len(real),
+        feature_dim=fake.shape[1],
+        frechet_distance=frechet_distance(*_gaussian(fake, batch_size), *_gaussian(real, batch_size)),
         precision=precision,
         recall=recall,
         diversity=diversity,
         diversity_standard_error=diversity_standard_error,
-        reference_diversity=mean_pairwise_distance(of_reference)[0],
+        reference_diversity=mean_pairwise_distance(real)[0],
     )
     if logits is not None:
         generator = torch.Generator().manual_seed(derive_seed(seed, "inception score"))
-        # Samples that are sorted by class would have splits of one class each.
+        # In the order of sorted samples, each split would hold a single class.
         probabilities = logits.double().softmax(dim=1)[torch.randperm(len(logits), generator=generator)]
         result.inception_score, result.inception_score_std = inception_score(probabilities, splits)
-    if logits is not None and labels is not None and (labels != UNLABELLED).any():
-        result.accuracy, result.accuracy_standard_error = _accuracy(logits, labels)
+        if labels is not None and (labels != UNLABELLED).any():
+            result.accuracy, result.accuracy_standard_error = _accuracy(logits, labels)
+
+    # 3. warnings
+    for name, features in (("samples", fake), ("reference", real)):
+        if len(features) <= features.shape[1]:
+            logger.warning(
+                f"`{name}` holds {len(features)} images for {features.shape[1]} features: their covariance is "
+                "singular, and the Frechet distance is dominated by sampling noise. Compare only results with the same "
+                "numbers of images."
+            )
+    if len(fake) != len(real):
+        logger.warning(
+            f"There are {len(fake)} samples and {len(real)} images. Precision and recall compare balls that shrink "
+            "with the number of points: use equal numbers (`num_images`)."
+        )
     return result
 
 
+def _gaussian(features: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance."""
+    statistics = GaussianStatistics()
+    for chunk in features.split(chunk_size):
+        statistics.update(chunk)
+    return statistics.mean, statistics.covariance
+
+
 def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """And its binomial standard error."""
+    """Accuracy on the labelled images, and its binomial standard error."""
     labelled = labels != UNLABELLED
-    logits, labels = logits[labelled], labels[labelled]
-    accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
-    return accuracy, math.sqrt(accuracy * (1 - accuracy) / len(labels))
+    accuracy = (logits[labelled].argmax(dim=1) == labels[labelled]).double().mean().item()
+    return accuracy, math.sqrt(accuracy * (1 - accuracy) / int(labelled.sum()))
 
 
 def _extract(
     network: FeatureNetwork,
     images: torch.utils.data.Dataset,
-    batch_size: int,
     name: str,
+    batch_size: int,
     progress_bar: bool,
-    splits: int | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, GaussianStatistics]:
+    splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
-    Features, logits and labels, on the CPU, and the statistics of the features. With `splits` it raises a `ValueError`
-    as soon as it sees that the logits are of no use for that many, or for the labels.
+    Features, logits and labels, on the CPU. With `splits`, the first batch is enough to find that there are too many of
+    them, and each batch that its labels are not classes of the network.
     """
-    statistics = GaussianStatistics()
-    collected: dict[str, list[torch.Tensor]] = {"features": [], "logits": [], "labels": []}
-    bar = tqdm(
-        total=len(images),  # type: ignore[arg-type]
-        desc=f"Features of the {name}",
-        unit="image",
-        disable=not progress_bar,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file keeps every update
-    )
-    with bar:
+    all_features, all_logits, all_labels = [], [], []
+    number = len(images)  # type: ignore[arg-type]
+    with make_bar(number, f"Features of the {name}", "image", show=progress_bar) as bar:
         for batch in torch.utils.data.DataLoader(images, batch_size=batch_size):
             pixels = ((batch["images"] + 1) * 127.5).round().to(torch.uint8)
             features, logits = network(pixels)
-            features = features.float().cpu()
+            features, labels = features.float().cpu(), batch.get("class_labels")
             bad = not_finite(features if logits is None else torch.cat([features, logits.float().cpu()], dim=1))
             if bad:
-                number = sum(map(len, collected["features"])) + bad[0]
                 networks = {name: part for name, part in vars(network).items() if isinstance(part, torch.nn.Module)}
                 raise ValueError(
-                    f"Features or logits of image {number} of the `{name}` are not finite. "
-                    f"{explain_not_finite(networks)}"
+                    f"Features or logits of image {batch_size * len(all_features) + bad[0]} of the `{name}` are not "
+                    f"finite. {explain_not_finite(networks)}"
                 )
-            statistics.update(features)
-            collected["features"].append(features)
+            all_features.append(features)
             if logits is not None:
-                collected["logits"].append(logits.float().cpu())
-            if "class_labels" in batch:
-                collected["labels"].append(batch["class_labels"])
-            if splits is not None and logits is not None:
-                _check_logits(logits, batch.get("class_labels"), len(images), splits)  # type: ignore[arg-type]
+                all_logits.append(logits.float().cpu())
+                if splits is not None:
+                    _check_samples(labels, logits.shape[1], number, splits)
+            if labels is not None:
+                all_labels.append(labels)
             bar.update(len(pixels))
-    features, logits, labels = (torch.cat(parts) if parts else None for parts in collected.values())
-    return features, logits, labels, statistics
+    logits, labels = (torch.cat(parts) if parts else None for parts in (all_logits, all_labels))
+    return torch.cat(all_features), logits, labels
 
 
-def _check_logits(logits: torch.Tensor, labels: torch.Tensor | None, num_images: int, splits: int) -> None:
-    """Raises a `ValueError` for logits of a batch that neither score nor accuracy could be computed from."""
-    if not 1 <= splits <= num_images:
-        raise ValueError(f"`splits` is {splits}; it must lie between 1 and {num_images}, the number of samples.")
-    known = None if labels is None else labels[labels != UNLABELLED]
-    if known is not None and len(known) and (known.min() < 0 or known.max() >= logits.shape[1]):
+def _check_samples(labels: torch.Tensor | None, num_classes: int, number: int, splits: int) -> None:
+    if not 1 <= splits <= number:
+        raise ValueError(f"`splits` is {splits}; it must be between 1 and {number}, the number of samples.")
+    labels = labels[labels != UNLABELLED] if labels is not None else torch.tensor([])
+    if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
         raise ValueError(
-            f"The labels of the samples reach from {known.min()} to {known.max()}, but the network tells "
-            f"{logits.shape[1]} classes apart. Take a classifier of the same classes."
+            f"The labels of the samples range from {labels.min()} to {labels.max()}, but the network has {num_classes} "
+            "classes. Use a classifier of the same classes."
         )

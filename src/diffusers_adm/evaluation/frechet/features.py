@@ -1,8 +1,8 @@
 """
-Networks whose features samples are compared by. Any function of images that returns features serves.
+Feature networks for the comparison of samples with images. Any function from images to features can be used.
 
-The usual one is a classifier of the same kind of images that had no part in making the samples. Inception is for
-figures that shall be compared with published ones.
+The usual choice is a classifier of the same kind of images that was not used for sampling. Inception is for comparison
+with published results.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ...models.classifier_adagn import AdaGNClassifierModel
 
 class FeatureNetwork(Protocol):
     """
-    What features come from.
+    A function from images to features.
 
     Attributes:
-        resolution (`int`, *optional*): Height and width of the images that it takes; `None`: any.
+        resolution (`int`, *optional*): Height and width of the images in pixels; `None`: any.
     """
 
     resolution: int | None
@@ -36,24 +36,20 @@ class FeatureNetwork(Protocol):
 
 class ClassifierFeatures:
     """
-    What the last layer of a classifier reads, and its logits, for images as they are at t = 0.
-
-    t = 0 is one step of noise, of which these images have none; so little that it makes no difference.
+    The input of a classifier's last layer, and its logits, at t = 0. That is one step of noise, a negligible amount,
+    although these images have none.
 
     Args:
-        classifier ([`AdaGNClassifierModel`]): Of RGB images. It is used on the device and in the dtype that it is in,
+        classifier ([`AdaGNClassifierModel`]): A classifier of square RGB images; used on its device and in its dtype,
             and put into eval mode.
-
-    Raises:
-        ValueError: If it does not take square RGB images.
     """
 
     def __init__(self, classifier: AdaGNClassifierModel):
         config = classifier.config
         if config.in_channels != 3 or not isinstance(config.sample_size, int):
             raise ValueError(
-                f"The classifier takes {config.in_channels} channels and a `sample_size` of {config.sample_size}. "
-                "Features are those of RGB images, 3 channels, of a square size."
+                f"The classifier takes {config.in_channels} channels and a `sample_size` of {config.sample_size}. It "
+                "must take RGB images, 3 channels, of a square size."
             )
         self.classifier = classifier.eval()
         self.resolution: int | None = config.sample_size
@@ -67,17 +63,13 @@ class ClassifierFeatures:
 
 class InceptionFeatures:
     """
-    The 2048 features that FID is defined by, from the network of torch-fidelity, which equals TensorFlow's of 2015, and
-    its logits without bias, for the inception score.
+    The 2048 features of FID, from torch-fidelity's port of TensorFlow's 2015 network, and its logits without bias, for
+    the inception score.
 
     Args:
-        weights (`str`, *optional*): A file of weights in torch-fidelity's format. `None`: downloaded from its release,
-            or found in the cache of `torch.hub`.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where it runs.
-
-    Raises:
-        ImportError: If torch-fidelity is not installed.
-        ValueError: If the weights cannot be had.
+        weights (`str`, *optional*): File of weights in torch-fidelity's format. `None`: downloaded from its release, or
+            found in the cache of `torch.hub`.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device of the network.
     """
 
     resolution: int | None = None  # it resizes to 299 itself
@@ -93,10 +85,10 @@ class InceptionFeatures:
         self.device = device
         try:
             network: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
-        except OSError as error:  # that of an unreachable address is one, too
+        except OSError as error:  # also for an unreachable address
             raise ValueError(
                 f"The weights of Inception cannot be read from {weights or URL_INCEPTION_V3}: {error}. Download them "
-                "where there is a network, and name the file: `--features inception:FILE.pth`."
+                "elsewhere and pass the file: `--features inception:FILE.pth`."
             ) from error
         self.network = network.to(device)
 

@@ -1,5 +1,5 @@
 """
-Measures of sets of samples, from feature vectors or class probabilities alone. All is computed in float64.
+Measures of sets of samples, computed in float64 from feature vectors or class probabilities.
 
 Frechet distance (Heusel et al. 2017, https://huggingface.co/papers/1706.08500, eq. 6; Dowson & Landau 1982), inception
 score (Salimans et al. 2016, https://huggingface.co/papers/1606.03498, section 4), improved precision and recall
@@ -17,7 +17,7 @@ import torch
 
 # Distances in memory at a time: 128 MB in float64.
 MAX_DISTANCES = 2**24
-# How far a row of probabilities may be from adding up to 1: what float16 does to a thousand classes.
+# Maximum deviation of a sum of probabilities from 1: the rounding of float16 for a thousand classes.
 PROBABILITY_TOLERANCE = 1e-2
 
 ArrayLike = torch.Tensor | np.ndarray
@@ -25,11 +25,11 @@ ArrayLike = torch.Tensor | np.ndarray
 
 class GaussianStatistics:
     """
-    Mean and covariance of vectors that arrive in chunks, without keeping them (Chan et al. 1979, eq. 2.1): the result
-    does not suffer where the mean is large against the spread, as that of sums of squares would.
+    Mean and covariance of vectors that arrive in chunks and are not kept (Chan et al. 1979, eq. 2.1). Unlike sums of
+    squares, it stays accurate if the mean is large compared with the spread.
 
     Attributes:
-        count (`int`): Vectors so far.
+        count (`int`): Number of vectors so far.
     """
 
     def __init__(self) -> None:
@@ -38,12 +38,7 @@ class GaussianStatistics:
         self._scatter: torch.Tensor | None = None
 
     def update(self, vectors: ArrayLike) -> None:
-        """
-        Adds vectors, `(n, dim)`.
-
-        Raises:
-            ValueError: If they are no such matrix, or not as long as those before.
-        """
+        """Adds vectors, `(n, dim)`."""
         vectors = _matrix("vectors", vectors)
         if self.count and vectors.shape[1] != len(self._mean):
             raise ValueError(f"`vectors` have {vectors.shape[1]} entries; those before had {len(self._mean)}.")
@@ -69,32 +64,32 @@ class GaussianStatistics:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """`(dim, dim)`, float64; unbiased: divided by the number of vectors less 1."""
+        """`(dim, dim)`, float64; unbiased: divided by the number of vectors minus 1."""
         self._check_count(2)
         return self._scatter / (self.count - 1)
 
     def _check_count(self, minimum: int) -> None:
         if self.count < minimum:
-            raise ValueError(f"There are {self.count} vectors; {minimum} at least are needed.")
+            raise ValueError(f"There are {self.count} vectors; {minimum} or more are needed.")
 
 
 def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike) -> float:
     r"""
     Squared Frechet (2-Wasserstein) distance of two Gaussians: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
 
-    The trace of the root is the sum of the singular values of `C1^(1/2) C2^(1/2)`. So nothing needs to be inverted, and
-    covariances of fewer samples than dimensions, which are singular, do no harm.
+    The trace of the root is the sum of the singular values of `C1^(1/2) C2^(1/2)`: nothing is inverted, so the singular
+    covariances of fewer samples than dimensions are handled.
 
     Args:
-        mean1, cov1 (`torch.Tensor` or `np.ndarray` of shape `(dim,)` and `(dim, dim)`): Mean and covariance of one of
-            them; the covariance symmetric, without negative eigenvalues.
-        mean2, cov2 (`torch.Tensor` or `np.ndarray` of shape `(dim,)` and `(dim, dim)`): Of the other.
+        mean1, cov1 (`torch.Tensor` or `np.ndarray` of shape `(dim,)` and `(dim, dim)`): Mean and covariance of one
+            Gaussian; the covariance is symmetric without negative eigenvalues.
+        mean2, cov2 (`torch.Tensor` or `np.ndarray` of shape `(dim,)` and `(dim, dim)`): Those of the other.
 
     Returns:
-        `float`: At least 0. FID is this number for Inception features; not its root.
+        `float`: At least 0. FID is this number (not its root) for Inception features.
 
     Raises:
-        ValueError: For shapes that do not fit, values that are not finite, and matrices that are no covariances.
+        ValueError: For mismatched shapes, values that are not finite, and matrices that are not covariances.
     """
     means = [_float64(mean) for mean in (mean1, mean2)]
     covariances = [_float64(cov) for cov in (cov1, cov2)]
@@ -106,25 +101,25 @@ def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: 
         ("cov2", covariances[1], (dim, dim)),
     ):
         if tuple(value.shape) != shape:
-            raise ValueError(f"`{name}` has shape {tuple(value.shape)}; it must be {shape}, after `mean1`.")
+            raise ValueError(f"`{name}` has shape {tuple(value.shape)}; it must be {shape}, given `mean1`.")
         if not value.isfinite().all():
             raise ValueError(f"`{name}` holds values that are not finite.")
     roots = [_matrix_root(name, cov) for name, cov in zip(("cov1", "cov2"), covariances, strict=True)]
     trace_of_root = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
     traces = covariances[0].trace() + covariances[1].trace()
     distance = (means[0] - means[1]).square().sum() + traces - 2 * trace_of_root
-    return max(distance.item(), 0.0)  # of equal Gaussians, rounding leaves a little on either side
+    return max(distance.item(), 0.0)  # rounding may give a small negative number
 
 
 def _matrix_root(name: str, covariance: torch.Tensor) -> torch.Tensor:
     eigenvalues, vectors = torch.linalg.eigh(covariance)
-    # Rounding of a singular matrix gives eigenvalues of about this size in place of 0, whose roots are not so small.
+    # Rounding turns the eigenvalues 0 of a singular matrix into about this size, whose roots are not as small.
     rounding = len(covariance) * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
     asymmetry = (covariance - covariance.T).abs().max()
     scale = covariance.abs().max()
     if asymmetry > 1e-6 * scale or eigenvalues[0] < -1e-6 * scale:
         raise ValueError(
-            f"`{name}` is no covariance: it differs from its transpose by up to {asymmetry:.3g}, and its smallest "
+            f"`{name}` is not a covariance: it differs from its transpose by up to {asymmetry:.3g}, and its smallest "
             f"eigenvalue is {eigenvalues[0]:.3g}."
         )
     roots = torch.where(eigenvalues > rounding, eigenvalues, 0).sqrt()
@@ -133,24 +128,24 @@ def _matrix_root(name: str, covariance: torch.Tensor) -> torch.Tensor:
 
 def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, float]:
     r"""
-    `exp(mean of KL(p(y | x) || p(y)))`: from 1, if all images look alike to the classifier, to the number of classes,
-    if it is sure of each image and finds all classes equally often.
+    `exp(mean of KL(p(y | x) || p(y)))`: from 1, if the classifier does not distinguish the images, to the number of
+    classes, if it is certain of each image and finds all classes equally often.
 
     Args:
-        probabilities (`torch.Tensor` or `np.ndarray` of shape `(num_images, num_classes)`): Of the classes, for each
-            image: after the softmax. In random order, since each split is a run of neighbours.
-        splits (`int`, defaults to 10): Parts, as equal as can be, that are scored one by one; p(y) is the mean over a
-            part.
+        probabilities (`torch.Tensor` or `np.ndarray` of shape `(num_images, num_classes)`): Class probabilities of each
+            image, after the softmax; in random order, since splits are consecutive.
+        splits (`int`, defaults to 10): Number of parts of about equal size that are scored separately; p(y) is the mean
+            over a part.
 
     Returns:
-        `tuple[float, float]`: Mean and standard deviation over the parts; the latter is 0 for one.
+        `tuple[float, float]`: Mean and standard deviation over the parts; the latter is 0 for one part.
 
     Raises:
-        ValueError: If there are fewer images than parts, or rows do not add up to 1.
+        ValueError: If there are fewer images than parts, or the rows do not sum to 1.
     """
     probabilities = _matrix("probabilities", probabilities)
     if not 1 <= splits <= len(probabilities):
-        raise ValueError(f"`splits` is {splits}; it must lie between 1 and {len(probabilities)}, the number of images.")
+        raise ValueError(f"`splits` is {splits}; it must be between 1 and {len(probabilities)}, the number of images.")
     sums = probabilities.sum(dim=1)
     if (probabilities < 0).any() or (sums - 1).abs().max() > PROBABILITY_TOLERANCE:
         raise ValueError(
@@ -168,28 +163,22 @@ def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, 
 
 def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[float, float]:
     r"""
-    Improved precision and recall: a set is taken for the union of balls around its points, each of which reaches to the
-    point's k-th nearest neighbour in the set.
-
-    Both depend on the numbers of points (more points, smaller balls) and on k: compare figures of the same numbers
-    only.
+    Improved precision and recall: the manifold of a set is the union of balls around its points, whose radii reach to
+    the k-th nearest neighbour in the set. Both depend on k and on the numbers of points (more points, smaller balls):
+    compare only results with the same numbers.
 
     Args:
         real, fake (`torch.Tensor` or `np.ndarray` of shape `(num, dim)`): Features of images and of samples.
-        k (`int`, defaults to 3): As in the paper.
+        k (`int`, defaults to 3): k of the k-nearest-neighbour manifold; 3 in the paper.
 
     Returns:
-        `tuple[float, float]`: Precision, the share of `fake` within the balls of `real`; and recall, the share of
-        `real` within the balls of `fake`.
+        `tuple[float, float]`: Precision, the fraction of `fake` in the manifold of `real`; and recall, the fraction of
+        `real` in the manifold of `fake`.
 
     Raises:
-        ValueError: For features of different widths, and sets of no more than k points.
+        ValueError: For sets of k or fewer points.
     """
     real, fake = _matrix("real", real), _matrix("fake", fake)
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(
-            f"`real` has {real.shape[1]} features and `fake` {fake.shape[1]}. They must come from one network."
-        )
     for name, points in (("real", real), ("fake", fake)):
         if not 1 <= k < len(points):
             raise ValueError(
@@ -201,7 +190,7 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[floa
 
 
 def _neighbour_radii(points: torch.Tensor, k: int) -> torch.Tensor:
-    # The nearest of all points is the point itself, so the k-th neighbour is number k + 1.
+    # The nearest point is the point itself, so the k-th neighbour is number k + 1.
     return torch.cat([rows.kthvalue(k + 1, dim=1).values for _, rows in _distances(points, points)])
 
 
@@ -212,25 +201,21 @@ def _share_covered(points: torch.Tensor, centres: torch.Tensor, radii: torch.Ten
 
 def mean_pairwise_distance(features: ArrayLike) -> tuple[float, float]:
     r"""
-    Mean Euclidean distance of all pairs of different points, a measure of diversity; and its standard error.
+    Mean Euclidean distance of all pairs of points, a measure of diversity; and its standard error.
 
-    The standard error is the jackknife's. Leaving point i out changes the mean by an amount that is linear in r_i, the
-    sum of the distances from i, so that it needs no further pass. It holds for independent points; of samples that take
-    their classes in turn it is, if anything, too large.
+    The standard error is the jackknife's: omitting point i changes the mean linearly in r_i, the sum of the distances
+    from i. It assumes independent points; for samples with balanced classes it is rather too large.
 
     Args:
-        features (`torch.Tensor` or `np.ndarray` of shape `(num, dim)`): At least 2; with 2 the error is NaN.
+        features (`torch.Tensor` or `np.ndarray` of shape `(num, dim)`): 2 or more points; with 2 the error is NaN.
 
     Returns:
         `tuple[float, float]`: Mean and standard error.
-
-    Raises:
-        ValueError: For fewer than 2 points.
     """
     features = _matrix("features", features)
     n = len(features)
     if n < 2:
-        raise ValueError(f"`features` has {n} points; pairs need 2 at least.")
+        raise ValueError(f"`features` has {n} points; pairs need 2 or more.")
     sums = []
     for start, rows in _distances(features, features):
         rows.diagonal(start).zero_()  # the distance to itself is not 0 after rounding
@@ -246,7 +231,7 @@ def mean_pairwise_distance(features: ArrayLike) -> tuple[float, float]:
 
 
 def _distances(points: torch.Tensor, others: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Rows of the matrix of distances, some at a time: number of the first, and `(rows, len(others))`."""
+    """Yields the matrix of distances in blocks: number of the first row, and `(rows, len(others))`."""
     size = max(1, MAX_DISTANCES // len(others))
     for start in range(0, len(points), size):
         yield start, torch.cdist(points[start : start + size], others)
@@ -255,7 +240,7 @@ def _distances(points: torch.Tensor, others: torch.Tensor) -> Iterator[tuple[int
 def _matrix(name: str, values: ArrayLike) -> torch.Tensor:
     values = _float64(values)
     if values.ndim != 2:
-        raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be a matrix, one row for each image.")
+        raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be a matrix with one row per image.")
     if not values.isfinite().all():
         raise ValueError(f"`{name}` holds values that are not finite.")
     return values

@@ -1,4 +1,4 @@
-"""Many images from one pipeline: `sample_images`, and `python -m diffusers_adm.evaluation.sample`."""
+"""Generates many images with one pipeline: `sample_images`, and `python -m diffusers_adm.evaluation.sample`."""
 
 from .images import sample_images
 

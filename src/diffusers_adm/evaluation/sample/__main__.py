@@ -1,19 +1,17 @@
 """
-Draws many images from a saved model into a folder, or a `.npz` file.
+Generates many images with a saved model into a folder, or a `.npz` file.
 
     python -m diffusers_adm.evaluation.sample --model runs/mine --num_images 1000 --output_dir samples \\
       --class_labels uniform --guidance_scale 2
 
-`accelerate launch -m diffusers_adm.evaluation.sample ...` shares the images between processes. The same command goes on
-where it was interrupted. Images depend on the seed and on their number alone, not on batches and processes.
+`accelerate launch -m diffusers_adm.evaluation.sample ...` shares the images between processes. The same command
+continues an interrupted run. Images depend only on the seed and on their number, not on batches and processes.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import logging
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,13 +30,14 @@ from ...data.labels import UNLABELLED, match_classes
 from ...data.repositories import check_can_be_written, reading
 from ...data.seeding import derive_seed
 from ...pipelines import ADMPipeline
+from ..common import REVISION_RULE, require
 from ..data import find_dataset, load_classifier
 from .images import OutputFormat, sample_images
 
 
 logger = logging.getLogger(__name__)
 
-# Arguments of the command that are handed to the pipeline as they are; None: its own default.
+# Arguments that are passed to the pipeline unchanged; None: its own default.
 PIPELINE_OPTIONS = (
     "negative_prompt",
     "num_inference_steps",
@@ -54,7 +53,7 @@ RULES = (
     Rule(
         ("dataset_config_name", "split", "label_column"),
         lambda given: given["dataset"] is not None,
-        "it belongs to a `dataset`, and none was named",
+        "it belongs to a `dataset`, and none was passed",
         refused=True,
     ),
     Rule(
@@ -75,56 +74,49 @@ RULES = (
         "nothing is guided by it without `classifier_guidance_scale`",
         refused=True,
     ),
-    Rule(
-        ("revision",),
-        lambda given: not os.path.isdir(given["model"]),
-        "`model` is a folder, which has no revisions",
-        refused=True,
-    ),
+    REVISION_RULE,
 )
 
 
 @dataclass
 class Arguments:
-    model: str = field(metadata={"help": "A pipeline, on the Hub or in a folder."})
-    num_images: int = field(metadata={"help": "In all, over all processes."})
-    output_dir: str = field(metadata={"help": "Where they go; of a run that was interrupted, to go on with it."})
-    output_format: OutputFormat = arg("png", "Single files, or samples.npz as guided-diffusion's scripts expect it.")
-    seed: int = arg(0, "Of the noise of all images.")
-    batch_size: int = arg(32, "Images per process at a time.")
+    model: str = field(metadata={"help": "Pipeline, on the Hub or in a folder."})
+    num_images: int = field(metadata={"help": "Number of images, over all processes."})
+    output_dir: str = field(metadata={"help": "Folder for the images; that of an interrupted run to continue it."})
+    output_format: OutputFormat = arg("png", "Single files, or samples.npz as expected by guided-diffusion's scripts.")
+    seed: int = arg(0, "Random seed of the noise.")
+    batch_size: int = arg(32, "Images per process and batch.")
 
     class_labels: str | None = arg(
         None,
-        "uniform: all classes in turn; data: as often as in `--dataset`; or the number or name of one. None: no label, "
-        "for which the network needs a null class if it has any.",
+        "Classes of the images: uniform, all in turn; data, as frequent as in `--dataset`; or the number or name of "
+        "one. None: no labels, which is the null class of a network with classes.",
     )
     dataset: list[str] | None = arg(
-        None, "For `--class_labels data`: a folder of images, parquet files, or a dataset on the Hub."
+        None, "Dataset for `--class_labels data`: a folder of images, parquet files, or a dataset on the Hub."
     )
-    dataset_config_name: str | None = arg(None, "Of a dataset on the Hub: its configuration.")
-    split: str | None = arg(None, "Of the dataset, where it has several.")
-    label_column: str = arg("label", "Of the dataset: the column of the labels.")
-    prompt: list[str] | None = arg(None, "One or more, in turn.")
-    prompts_file: str | None = arg(None, "Or a text file, one prompt a line, in turn; blank lines are passed over.")
-    negative_prompt: str | None = arg(None, "To be guided away from, in place of the empty prompt.")
+    dataset_config_name: str | None = arg(None, "Configuration of a dataset on the Hub.")
+    split: str | None = arg(None, "Split of the dataset, if it has several.")
+    label_column: str = arg("label", "Label column of the dataset.")
+    prompt: list[str] | None = arg(None, "Prompts, used in turn.")
+    prompts_file: str | None = arg(None, "Or a text file with one prompt per line; blank lines are skipped.")
+    negative_prompt: str | None = arg(None, "Prompt to guide away from, instead of the empty one.")
 
-    num_inference_steps: int | None = arg(None, "None: the pipeline's default.")
-    timestep_respacing: str | None = arg(None, "In its place: 250, ddim50, or 10,10,15.")
+    num_inference_steps: int | None = arg(None, "Number of steps. None: the pipeline's default.")
+    timestep_respacing: str | None = arg(None, "Instead of the number of steps: 250, ddim50, or 10,10,15.")
     eta: float | None = arg(None, "Noise of DDIM steps, 0 to 1. None: ancestral steps with the model's own scheduler.")
-    scheduler: str | None = arg(
-        None, "Name of another scheduler of diffusers, made from the config of the model's own."
-    )
-    guidance_scale: float | None = arg(None, "Classifier-free guidance; 1 is off.")
-    guidance_start: float | None = arg(None, "Fraction of the steps from which on it acts.")
-    guidance_end: float | None = arg(None, "Fraction of the steps up to which it acts.")
-    guidance_rescale: float | None = arg(None, "0 to 1: against overexposure by it.")
-    classifier_guidance_scale: float | None = arg(None, "Guidance by a classifier; 0 is off.")
-    classifier: str | None = arg(None, "Which one, on the Hub or in a folder. None: the one saved with the model.")
+    scheduler: str | None = arg(None, "Name of another scheduler of diffusers, made from the model's scheduler config.")
+    guidance_scale: float | None = arg(None, "Scale of classifier-free guidance; 1 is off.")
+    guidance_start: float | None = arg(None, "Fraction of the steps at which guidance starts.")
+    guidance_end: float | None = arg(None, "Fraction of the steps at which guidance ends.")
+    guidance_rescale: float | None = arg(None, "0 to 1: reduces overexposure by guidance.")
+    classifier_guidance_scale: float | None = arg(None, "Scale of classifier guidance; 0 is off.")
+    classifier: str | None = arg(None, "Classifier, on the Hub or in a folder. None: the one saved with the model.")
 
-    revision: str | None = arg(None, "Of the model: a branch, a tag or a commit.")
-    variant: str | None = arg(None, "Of its weights, e.g. fp16.")
-    cache_dir: str | None = arg(None, "Where models and datasets are cached.")
-    dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "What the weights are held in.")
+    revision: str | None = arg(None, "Branch, tag or commit of the model.")
+    variant: str | None = arg(None, "Variant of the weights, e.g. fp16.")
+    cache_dir: str | None = arg(None, "Cache folder of models and datasets.")
+    dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Dtype of the weights.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "None: as configured for Accelerate.")
 
     def __post_init__(self) -> None:
@@ -136,15 +128,15 @@ class Arguments:
         if (self.class_labels == "data") != (self.dataset is not None):
             raise ValueError(
                 f"`class_labels` is {self.class_labels!r} and `dataset` is {self.dataset}. `--class_labels data` needs "
-                "a `--dataset` to count the classes of, and nothing else does."
+                "a `--dataset`, whose classes are counted; nothing else does."
             )
-        if self.dataset is not None and importlib.util.find_spec("datasets") is None:
-            raise ImportError("`--dataset` needs datasets. Install the extra: `pip install diffusers-adm[eval]`.")
+        if self.dataset is not None:
+            require("datasets")
         known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
         if self.scheduler is not None and self.scheduler not in known:
             close = difflib.get_close_matches(self.scheduler, known)
             raise ValueError(
-                f"`scheduler` is {self.scheduler!r}, which diffusers does not know. Pass the name of a class, e.g. "
+                f"`scheduler` is {self.scheduler!r}, which diffusers does not have. Pass the name of a class, e.g. "
                 f"{' or '.join(close) or 'DPMSolverMultistepScheduler'}."
             )
         check_effects(self, rules=RULES)
@@ -152,53 +144,48 @@ class Arguments:
 
 def load_pipeline(args: Arguments) -> ADMPipeline:
     dtype = getattr(torch, args.dtype)
-    given, its_names = {}, None
+    given, names = {}, None
     if args.classifier is not None:
-        given["classifier"], its_names = load_classifier("classifier", args.classifier, args.cache_dir, dtype=dtype)
+        given["classifier"], names = load_classifier("classifier", args.classifier, args.cache_dir, dtype=dtype)
     with reading("model", args.model):
         pipe = ADMPipeline.from_pretrained(
-            args.model,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            dtype=dtype,
-            **given,
+            args.model, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir, dtype=dtype, **given
         )
-    if its_names is not None and pipe.id2label is None:
-        pipe.register_to_config(id2label={str(number): name for number, name in its_names.items()})
-    elif its_names is not None:
-        check_same_classes(args, pipe.id2label, its_names)
+    if names is not None and pipe.id2label is None:
+        pipe.register_to_config(id2label={str(number): name for number, name in names.items()})
+    elif names is not None:
+        check_same_classes(args, pipe.id2label, names)
     if args.scheduler is not None:
         pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
     return pipe
 
 
-def check_same_classes(args: Arguments, names: Mapping[int, str], its_names: Mapping[int, str]) -> None:
-    """Raises a `ValueError` if the classifier would steer towards other classes than those that are asked for."""
-    other = [number for number in sorted(names) if its_names.get(number, names[number]) != names[number]]
-    if other:
-        raise ValueError(
-            f"Class {other[0]} of `classifier` {args.classifier!r} is {its_names[other[0]]!r}, but that of `model` "
-            f"{args.model!r} is {names[other[0]]!r}. Train the classifier on the same classes, in the same order."
-        )
+def check_same_classes(args: Arguments, names: Mapping[int, str], classifier_names: Mapping[int, str]) -> None:
+    """Raises a `ValueError` if the classifier would guide towards other classes than the requested ones."""
+    for number in sorted(names):
+        if classifier_names.get(number, names[number]) != names[number]:
+            raise ValueError(
+                f"Class {number} of `classifier` {args.classifier!r} is {classifier_names[number]!r}, but that of "
+                f"`model` {args.model!r} is {names[number]!r}. Train the classifier on the same classes in this order."
+            )
 
 
 def choose_classes(args: Arguments, pipe: ADMPipeline) -> list[int] | None:
-    """The classes that the images take in turn; None for no labels."""
+    """The classes of the images, which take them in turn; None for no labels."""
     if args.class_labels is None:
         return None
     classes = known_classes(pipe)
     if args.class_labels in ("uniform", "data") and classes is None:
         raise ValueError(
-            f"`class_labels` is {args.class_labels!r}, but the network has no table of classes. Leave `--class_labels` "
-            "out, or steer with a `--classifier`."
+            f"`class_labels` is {args.class_labels!r}, but the network has no class embedding table. Omit it, or guide "
+            "with a `--classifier`."
         )
     config = pipe.unet.config
     is_unconditional = config.get("class_embed_type") is None and config.num_class_embeds is None
     if is_unconditional and pipe.classifier is not None and not args.classifier_guidance_scale:
         raise ValueError(
-            f"`class_labels` is {args.class_labels!r}, but the network is unconditional, and nothing steers towards "
-            "them. Pass `--classifier_guidance_scale`, or leave `--class_labels` out."
+            f"`class_labels` is {args.class_labels!r}, but the network is unconditional and nothing guides towards "
+            "them. Pass `--classifier_guidance_scale`, or omit `--class_labels`."
         )
     if args.class_labels == "uniform":
         return classes
@@ -216,7 +203,7 @@ def choose_classes(args: Arguments, pipe: ADMPipeline) -> list[int] | None:
 
 
 def known_classes(pipe: ADMPipeline) -> list[int] | None:
-    """All classes of the network, or of the classifier that steers an unconditional one; None for neither."""
+    """All classes of the network, or of the classifier that guides an unconditional one; None for neither."""
     config = pipe.unet.config
     if config.get("class_embed_type") is not None:
         return None
@@ -227,8 +214,8 @@ def known_classes(pipe: ADMPipeline) -> list[int] | None:
 
 def shuffled_data_classes(args: Arguments, pipe: ADMPipeline, num_classes: int) -> list[int]:
     """
-    The classes of the images of a dataset, in random order by the seed. Each lends its class once before any does so
-    twice: as many images as the dataset has are of exactly its proportions.
+    The classes of all images of a dataset, in random order: as many samples as the dataset has images have exactly its
+    class frequencies.
     """
     images, id2label = load_image_dataset(
         **find_dataset(args.dataset, args.dataset_config_name, args.split),
@@ -248,7 +235,7 @@ def read_prompts(args: Arguments) -> list[str] | None:
         lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"`prompts_file` {args.prompts_file!r} holds no prompts. Write one a line.")
+        raise ValueError(f"`prompts_file` {args.prompts_file!r} holds no prompts. Write one per line.")
     return prompts
 
 
@@ -257,7 +244,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_can_be_written("output_dir", args.output_dir)
     prompts = read_prompts(args)
     accelerator = join_processes(args.mixed_precision)
-    # The bars of diffusers and transformers while they load would be one more set of lines per process.
     diffusers.utils.logging.disable_progress_bar()
 
     with accelerator.main_process_first():  # the others find downloads in the cache

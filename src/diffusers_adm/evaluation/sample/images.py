@@ -1,8 +1,7 @@
 """
-Many images from one pipeline, over processes and interruptions, each the same whatever it is drawn together with.
+Generates many images with one pipeline, in several processes, and continues interrupted runs.
 
-Every image has a seed of its own. What is finished is on the disk at once, so that a run that was killed goes on where
-it stood.
+Every image has its own seed, and is written as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -19,30 +18,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from tqdm.auto import tqdm
 
-from ... import __version__
 from ...commands.errors import CommandError
 from ...data.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
 from ...data.seeding import derive_seed
 from ...ops.finiteness import explain_not_finite, not_finite
 from ...pipelines.pipeline_adm import PIL_OUTPUT_MODES
+from ..common import make_bar, versions
 
 
 OutputFormat = Literal["png", "npz"]
 
-# What the settings, the labels and the finished arrays are called in the folder of the images.
+# Files next to the images: settings, labels, and all images in one file.
 SETTINGS_NAME, METADATA_NAME, NPZ_NAME = "sampling.json", "metadata.jsonl", "samples.npz"
-IMAGE_NAME = re.compile(r"(\d{6,})\.(png|npy)")  # .npy: on the way to a `.npz`, for what no PNG file can hold
-# A file under this name is not finished; a hidden one, for whoever reads the folder meanwhile.
+IMAGE_NAME = re.compile(r"(\d{6,})\.(png|npy)")  # .npy: before they are packed, for channels that PNG lacks
+# Prefix of unfinished files; hidden from readers of the folder.
 WRITING_PREFIX = ".writing-"
-# Arguments of the pipeline that are not options of a run: they are made for each batch, or differ in nothing but form.
+# Arguments of the pipeline that are not settings of a run: made for each batch, or without effect on the images.
 RESERVED = (
     "prompt",
     "class_labels",
@@ -55,7 +52,7 @@ RESERVED = (
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
 )
-# Characters of a value that an error message shows.
+# Maximum length of a value in an error message.
 SHOWN_LENGTH = 80
 
 
@@ -74,41 +71,39 @@ def sample_images(
     progress_bar: bool = True,
 ) -> Path:
     r"""
-    Draws images into a folder, in as many processes as Accelerate has joined, and goes on where a run was interrupted.
+    Generates images into a folder, in the processes of Accelerate, and continues an interrupted run.
 
-    All noise of image i comes from a generator on the CPU that is seeded with a hash of `seed` and i. So neither the
-    batch size nor the number of processes, nor which images were there before, changes an image (but by rounding, where
-    the device computes batches of another size in another order), and a larger `num_images` adds to the smaller set.
+    All noise of image i comes from a CPU generator seeded with a hash of `seed` and i. So an image does not depend on
+    batch size, number of processes and earlier runs (except for rounding, if the device computes batches of another
+    size in another order), and a larger `num_images` extends a smaller set.
 
     Args:
-        pipe ([`ADMPipeline`]): On the device it shall run on; in each process.
-        num_images (`int`): In all.
-        output_dir (`str` or `os.PathLike`): The same for all processes. Images are `000000.png` and so on, each there
-            as soon as it is finished. At the end there is `metadata.jsonl`, if there are labels or prompts: `file_name`
-            and, as far as they are there, `label`, `label_name` and `text` of each image, as the `imagefolder` of
-            `datasets` reads it. `sampling.json` holds the settings.
+        pipe ([`ADMPipeline`]): The pipeline, on its device; in each process.
+        num_images (`int`): Number of images, over all processes.
+        output_dir (`str` or `os.PathLike`): Folder for `000000.png` and so on, the same for all processes. With labels
+            or prompts, it also gets `metadata.jsonl` at the end: `file_name` and, if there are, `label`, `label_name`
+            and `text` of each image, as read by the `imagefolder` of `datasets`. `sampling.json` holds the settings.
         class_labels (sequence of `int`, *optional*): Image i is of class `class_labels[i % len(class_labels)]`.
-        prompts (sequence of `str`, *optional*): Image i is drawn for `prompts[i % len(prompts)]`.
-        batch_size (`int`, defaults to 32): Images that a process draws at a time.
-        seed (`int`, defaults to 0): Of the noise.
-        output_format (`str`, defaults to `"png"`): `"npz"`: at the end the images are put into `samples.npz`, as
-            guided-diffusion's scripts expect (`arr_0`: uint8 of shape `(num_images, height, width, channels)`, of any
-            number of channels; `arr_1`: the class labels, if any), and the single files are deleted.
+        prompts (sequence of `str`, *optional*): Image i is generated for `prompts[i % len(prompts)]`.
+        batch_size (`int`, defaults to 32): Images per process and batch.
+        seed (`int`, defaults to 0): Random seed of the noise.
+        output_format (`str`, defaults to `"png"`): `"npz"`: at the end the images are moved into `samples.npz`, as
+            expected by guided-diffusion's scripts (`arr_0`: uint8 of shape `(num_images, height, width, channels)`,
+            with any number of channels; `arr_1`: the class labels, if any).
         pipeline_options (mapping, *optional*): Further arguments of the pipeline's call, the same for all images; plain
             values.
-        accelerator (`accelerate.Accelerator`, *optional*): Whose processes share the images, and whose precision the
-            networks run in. Every process must call.
-        progress_bar (`bool`, defaults to `True`): Show one on the main process, of its share of the images.
+        accelerator (`accelerate.Accelerator`, *optional*): Shares the images between its processes, and runs the
+            networks in its precision. Every process must call this function.
+        progress_bar (`bool`, defaults to `True`): Show a progress bar in the main process, for its share of the images.
 
     Returns:
         `Path`: The folder, or the `.npz` file in it.
 
     Raises:
-        ValueError: If the folder holds images of other settings (what differs is named) or more than `num_images`; for
-            arguments out of range, and images of other than 1, 3 or 4 channels as PNG files; and whatever the pipeline
-            does not take. Nothing is written then.
-        TypeError: For `pipeline_options` that are no plain values.
-        OSError: If the folder cannot be made, read or written; in all processes, if it is so in the first.
+        ValueError: If the folder holds images of other settings (the message lists the differences) or more than
+            `num_images`; for arguments out of range, and images of other than 1, 3 or 4 channels as PNG files.
+        TypeError: For `pipeline_options` that are not plain values.
+        OSError: If the folder cannot be created, read or written; in all processes, if it is so in the first.
         RuntimeError: If an image holds a value that is not a number.
     """
     # 1. check
@@ -119,7 +114,7 @@ def sample_images(
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         autocast = accelerator.autocast
 
-    # 2. which images are missing; one process looks, before any draws
+    # 2. which images are missing; one process looks, before any image is generated
     folder = Path(output_dir)
     plan: list[Any] = [None, None]
     if rank == 0:
@@ -132,27 +127,21 @@ def sample_images(
                 "mixed_precision": "no" if accelerator is None else accelerator.mixed_precision,
                 **_pipeline_settings(pipe, options),
             }
-            # As they come back from the file: tuples are lists there.
+            # As read back from the file, where tuples are lists.
             plan[0] = _plan(folder, num_images, json.loads(json.dumps(settings)), pipe)
         except (OSError, TypeError, ValueError) as error:
-            plan[1] = error  # else the other processes would wait for a plan
+            plan[1] = error  # raised in all processes: the others wait for the plan
     if num_processes > 1:
         broadcast_object_list(plan)
     (missing, record), refusal = plan[0] or ([], None), plan[1]
     if refusal is not None:
         raise refusal
 
-    # 3. draw
+    # 3. generate
     mine = missing[rank::num_processes]
-    quiet = rank > 0 or not progress_bar
-    bar = tqdm(
-        total=len(mine),
-        desc="Sampling" if num_processes == 1 else f"Sampling (process 1 of {num_processes})",
-        unit="image",
-        disable=quiet,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file keeps every update
-    )
-    with bar, _bar_of_steps(pipe, show=not quiet and sys.stderr.isatty()):
+    show = rank == 0 and progress_bar
+    title = "Sampling" if num_processes == 1 else f"Sampling (process 1 of {num_processes})"
+    with make_bar(len(mine), title, "image", show) as bar, _bar_of_steps(pipe, show and sys.stderr.isatty()):
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]
             inputs: dict[str, Any] = {
@@ -170,16 +159,16 @@ def sample_images(
                 if bad:
                     reason = explain_not_finite(_networks(pipe))
                     raise CommandError(f"Image {indices[bad[0]]} holds values that are not finite. {reason}", 1)
-            _check_channels(images.shape[-1], output_format)  # of pipelines that do not tell it before
+            _check_channels(images.shape[-1], output_format)  # of pipelines without `image_channels`
             if start == 0:
-                # Only now: settings that the pipeline refuses leave nothing behind. Whichever process is the first.
-                (folder / METADATA_NAME).unlink(missing_ok=True)  # it would name files that are not there, or lack some
+                # Only now: settings that the pipeline refuses leave nothing behind.
+                (folder / METADATA_NAME).unlink(missing_ok=True)  # of the smaller set
                 _write_file(folder / SETTINGS_NAME, record, suffix=f".{rank}")
             for index, pixels in zip(indices, (images * 255).round().astype(np.uint8), strict=True):
                 _write_image(folder, index, pixels)
             bar.update(len(indices))
 
-    # 4. what belongs to all images
+    # 4. files about all images
     if accelerator is not None:
         accelerator.wait_for_everyone()
     labels = None if class_labels is None else [int(class_labels[i % len(class_labels)]) for i in range(num_images)]
@@ -229,7 +218,7 @@ def _check_channels(channels: int, output_format: str) -> None:
     if output_format == "png" and channels not in PIL_OUTPUT_MODES:
         raise ValueError(
             f"`output_format` is 'png', but the images have {channels} channels, and PNG files have "
-            f"{', '.join(map(str, PIL_OUTPUT_MODES))}. Take 'npz', which holds any number."
+            f"{', '.join(map(str, PIL_OUTPUT_MODES))}. Use 'npz', which holds any number."
         )
 
 
@@ -237,7 +226,7 @@ def _check_channels(channels: int, output_format: str) -> None:
 
 
 def _pipeline_settings(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What an image depends on beside its seed, label and prompt: arguments, scheduler, configs, tokenizer, weights."""
+    """What an image depends on besides seed, label and prompt: arguments, scheduler, configs, tokenizer, weights."""
     parameters = inspect.signature(pipe.__call__).parameters
     call = {
         name: options.get(name, parameter.default) for name, parameter in parameters.items() if name not in RESERVED
@@ -252,21 +241,21 @@ def _pipeline_settings(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "scheduler": {name: value for name, value in scheduler.items() if name != "_diffusers_version"},
         "components": components,
-        # A model that was trained on under the same name has other ones.
+        # They differ for a model of the same name that was trained further.
         "weights": hash_plain({name: hash_tensors(network.state_dict()) for name, network in networks.items()}),
     }
 
 
 def _networks(pipe: Any) -> dict[str, torch.nn.Module]:
-    """Below what `torch.compile` wraps around them, which gives their weights other names."""
+    """All networks, without the wrapper of `torch.compile`, which renames weights."""
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {name: getattr(network, "_orig_mod", network) for name, network in networks.items()}
 
 
 def _plan(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) -> tuple[list[int], bytes]:
     """
-    The numbers of the images to be drawn, and the record of the settings, to be written once there are any. The folder
-    is made, or found to be of a run with the same settings.
+    The numbers of the missing images, and the content of the settings file. Creates the folder, or checks that it is of
+    a run with the same settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{WRITING_PREFIX}*"):
@@ -277,8 +266,8 @@ def _plan(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) ->
     if existing or packed:
         if not (folder / SETTINGS_NAME).exists():
             raise ValueError(
-                f"`output_dir` {str(folder)!r} holds images, but no {SETTINGS_NAME} that tells how they were drawn. "
-                "Choose another folder."
+                f"`output_dir` {str(folder)!r} holds images, but no {SETTINGS_NAME} with their settings. Choose "
+                "another folder."
             )
         stored = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
         _check_same_settings(folder, stored["settings"], settings)
@@ -301,7 +290,7 @@ def _plan(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) ->
         "settings": settings,
         "model": None if model is None else os.fspath(model),
         "id2label": getattr(pipe, "id2label", None),
-        "versions": {"diffusers_adm": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
+        "versions": versions(),
     }
     return missing, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -319,8 +308,8 @@ def _check_same_settings(folder: Path, stored: Mapping[str, Any], settings: Mapp
         else:
             differences.append(f"`{name}` was {_short(before)} and is now {_short(now)}")
     raise ValueError(
-        f"`output_dir` {str(folder)!r} holds images that were drawn otherwise: {'; '.join(differences)}. Repeat the "
-        "earlier settings to go on with them, or choose another folder."
+        f"`output_dir` {str(folder)!r} holds images of other settings: {'; '.join(differences)}. Repeat the earlier "
+        "settings to continue, or choose another folder."
     )
 
 
@@ -329,12 +318,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 3]}..."
 
 
-# 2. Drawing
+# 2. Generating
 
 
 @contextlib.contextmanager
 def _bar_of_steps(pipe: Any, show: bool) -> Iterator[None]:
-    """The pipeline's own progress bar goes below that of the images, or is hidden; as before afterwards."""
+    """Shows the pipeline's progress bar below that of the images, or hides it, and restores it afterwards."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     hidden = before.get("disable", False) or not show
     pipe.set_progress_bar_config(**{**before, "disable": hidden, "desc": "Steps", "position": 1, "leave": False})
@@ -372,15 +361,12 @@ def _read_image(folder: Path, index: int) -> np.ndarray:
 
 
 def _write_file(path: Path, content: bytes, suffix: str = "") -> None:
-    """
-    Whole or not at all: killed at any point, there is no half file under this name. Processes that may write the same
-    file at the same time have a `suffix` each.
-    """
+    """Writes a file atomically. Processes that may write the same file at the same time have different suffixes."""
     writing = path.with_name(f"{WRITING_PREFIX}{path.name}{suffix}")
     with open(writing, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())  # else a machine that loses power may keep the name and lose the content
+        os.fsync(file.fileno())  # or a power loss may keep the name and lose the content
     os.replace(writing, path)
 
 
@@ -405,12 +391,12 @@ def _write_metadata(
 
 
 def _pack(folder: Path, num_images: int, labels: Sequence[int] | None) -> None:
-    """Puts the images into one `.npz` file, one at a time: together they may be larger than the memory."""
+    """Moves the images into one `.npz` file, one at a time: together they may not fit into memory."""
     path = folder / NPZ_NAME
     if not path.exists():
         shape = (num_images, *_read_image(folder, 0).shape)
         writing = path.with_name(f"{WRITING_PREFIX}{path.name}")
-        with zipfile.ZipFile(writing, "w") as archive:  # not compressed, like that of `numpy.savez`
+        with zipfile.ZipFile(writing, "w") as archive:  # not compressed, as by `numpy.savez`
             with archive.open("arr_0.npy", "w", force_zip64=True) as array:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(array, header)
