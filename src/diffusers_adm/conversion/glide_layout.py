@@ -82,7 +82,9 @@ def observed_glide_flags(shapes: Shapes) -> Flags:
             f"{', '.join(list(shapes)[:4])} ... Convert networks without text with `python -m "
             "diffusers_adm.conversion.openai`."
         )
-    flags = observed_flags(unet_shapes(shapes), "guided-diffusion", "unet")
+    unet = unet_shapes(shapes)
+    # The code requires this size if there is a `channel_mult`, and its own levels follow the same rule.
+    size = 2 ** (len(observed_flags(unet, "guided-diffusion", "unet")["channel_mult"].split(",")) + 2)
     channels, image_channels = shapes["input_blocks.0.0.weight"][1], image_channels_of(shapes)
     inputs = {images * image_channels + masks: kind for (images, masks), kind in INPUTS.items()}
     if channels not in inputs:
@@ -90,19 +92,14 @@ def observed_glide_flags(shapes: Shapes) -> Flags:
             f"The U-Net takes {channels} channels; GLIDE's take {', '.join(map(str, inputs))} for images of "
             f"{image_channels} channels, half of the {2 * image_channels} that it returns."
         )
-    # The code requires this size if there is a `channel_mult`, and its own levels follow the same rule.
-    multiples = flags["channel_mult"].split(",")
-    size = 2 ** (len(multiples) + 2)
-    # They refer to the image size that these levels have in guided-diffusion, or else to 64.
-    guided_size = flags.get("image_size", 64)
-    resolutions = [int(resolution) * size // guided_size for resolution in flags["attention_resolutions"].split(",")]
+    flags = observed_flags(unet, "guided-diffusion", "unet", image_size=size)
     text_ctx, width = shapes["positional_embedding"]
     layers = {name.split(".")[2] for name in shapes if name.startswith("transformer.resblocks.")}
     network = ("num_channels", "num_res_blocks", "channel_mult", "use_scale_shift_norm", "resblock_updown")
     return {
         **{name: flags[name] for name in network},
         "image_size": size,
-        "attention_resolutions": ",".join(map(str, resolutions)),
+        "attention_resolutions": flags["attention_resolutions"],
         "text_ctx": text_ctx,
         "xf_width": width,
         "xf_layers": len(layers),

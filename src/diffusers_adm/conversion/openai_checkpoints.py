@@ -35,6 +35,7 @@ from .openai_flags import (
     parse_flags,
     possible_kinds,
     scheduler_config,
+    size_flag,
 )
 from .openai_layout import (
     channels_of_file,
@@ -369,16 +370,11 @@ def _complete(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> 
 
 def _observe(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> Flags:
     """Flags that the file reveals for the given image size, without a `channel_mult` that follows from that size."""
-    observed = observed_flags(shapes, code_base, kind)
-    size_name = "large_size" if kind == "upsampler" else "image_size"
-    usual = CHANNEL_MULT[code_base, kind].get(given.get(size_name, observed.get(size_name)), ())
+    size = given.get(size_flag(kind))
+    observed = observed_flags(shapes, code_base, kind, size)
+    usual = CHANNEL_MULT[code_base, kind].get(size or observed.get(size_flag(kind)), ())
     if observed.get("channel_mult") == ",".join(f"{multiple:g}" for multiple in usual):
         del observed["channel_mult"]
-    if size_name in given:
-        name = "classifier_attention_resolutions" if kind == "classifier" else "attention_resolutions"
-        size = observed.get(size_name, default_flags(code_base, kind)[size_name])
-        sizes = [int(resolution) * given[size_name] // size for resolution in observed[name].split(",")]
-        observed[name] = ",".join(map(str, sizes))
     return observed
 
 

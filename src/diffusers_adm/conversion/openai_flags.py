@@ -93,6 +93,11 @@ def default_flags(code_base: CodeBase, kind: Kind) -> Flags:
     return flags | ({"channel_mult": "", "use_new_attention_order": False} if guided else {"sigma_small": False})
 
 
+def size_flag(kind: Kind) -> str:
+    """The flag of the size of generated or classified images."""
+    return "large_size" if kind == "upsampler" else "image_size"
+
+
 def possible_kinds(flags: Iterable[str], code_base: CodeBase) -> list[Kind]:
     """
     Kinds of network that have all these flags. The command line of `classifier_sample.py` has flags of a U-Net and of
@@ -151,7 +156,7 @@ def channel_multiples(flags: Flags, code_base: CodeBase, kind: Kind) -> tuple[fl
             raise ValueError(
                 f"`--channel_mult` is {flags['channel_mult']!r}; it takes one number for each level, as in '1,2,3,4'."
             ) from None
-    name, known = "large_size" if kind == "upsampler" else "image_size", CHANNEL_MULT[code_base, kind]
+    name, known = size_flag(kind), CHANNEL_MULT[code_base, kind]
     if flags[name] not in known:
         raise ValueError(
             f"`--{name}` is {flags[name]}, for which {code_base} has no channels per level; it has them for "
@@ -174,7 +179,7 @@ def model_config(
     """
     prefix = "classifier_" if kind == "classifier" else ""
     width = flags["classifier_width" if prefix else "num_channels"]
-    size = flags["large_size" if kind == "upsampler" else "image_size"]
+    size = flags[size_flag(kind)]
     channels = tuple(int(multiple * width) for multiple in channel_multiples(flags, code_base, kind))
     resolutions = flags[f"{prefix}attention_resolutions"]
     try:

@@ -17,7 +17,7 @@ from diffusers import ModelMixin
 
 from ..models import AdaGNClassifierModel
 from .common import Flags, Shapes, TensorRule, fused_rules, kept, module_rules
-from .openai_flags import CHANNEL_MULT, CodeBase, Kind, default_flags
+from .openai_flags import CHANNEL_MULT, CodeBase, Kind, default_flags, size_flag
 
 
 # Tensors from which the flags are read, and their numbers of dimensions.
@@ -216,10 +216,11 @@ def kinds_of_file(shapes: Shapes, learn_sigma: bool | None = None, image_channel
     return ["unet", "upsampler"]
 
 
-def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind) -> Flags:
+def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind, image_size: int | None = None) -> Flags:
     r"""
     Reads the flags that names and shapes of the tensors reveal: everything but the number of attention heads, their
-    order and the diffusion process; of the latter only `learn_sigma`, if the channels have one reading.
+    order and the diffusion process; of the latter only `learn_sigma`, if the channels have one reading. The attention
+    resolutions are those for `image_size`; `None`: for the size that the file reveals, or else the default.
 
     Raises:
         ValueError: If this is not a network of the two code bases.
@@ -228,8 +229,7 @@ def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind) -> Flags:
     encoder = _read_encoder(shapes, has_decoder=kind != "classifier")
     width = shapes["time_embed.0.weight"][1]
     multiples = tuple(channels / width for channels in encoder.channels)
-    prefix = "classifier_" if kind == "classifier" else ""
-    size_name = "large_size" if kind == "upsampler" else "image_size"
+    prefix, size_name = ("classifier_" if kind == "classifier" else ""), size_flag(kind)
     flags: Flags = {
         f"{prefix}use_scale_shift_norm": 2 * shapes["input_blocks.1.0.out_layers.3.bias"][0]
         == shapes["input_blocks.1.0.emb_layers.1.bias"][0],
@@ -253,7 +253,7 @@ def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind) -> Flags:
         flags[f"{prefix}resblock_updown"] = encoder.residual
         if kind == "unet":
             flags["channel_mult"] = ",".join(f"{multiple:g}" for multiple in multiples)
-    size = flags.get(size_name, default_flags(code_base, kind)[size_name])
+    size = image_size or flags.get(size_name, default_flags(code_base, kind)[size_name])
     attending = [f"{size // 2**level}" for level, attends in enumerate(encoder.attends) if attends]
     # Attention in the middle block only: a size that no level has.
     flags[f"{prefix}attention_resolutions"] = ",".join(attending) or str(2 * size)
