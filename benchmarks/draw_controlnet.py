@@ -1,16 +1,16 @@
 """
-Pictures of what a ControlNet that was trained on edges makes of drawings: prompts beside one drawing, scales, seeds.
+Figure of samples of a ControlNet trained on edges, for line drawings: several prompts, scales and seeds.
 
     python benchmarks/draw_controlnet.py --pipeline DIR --controlnet DIR --output controlnet.png
 
-Along a row: the drawing (lines one pixel wide, made here), samples from the same noise at several scales, and samples
-from other noise at scale 1. `--pipeline` is a base that reads text.
+Each row: the drawing (lines one pixel wide, made here), samples from the same noise at several scales, and samples from
+other noise at scale 1. `--pipeline` is a text-conditional base.
 """
 
-import argparse
 import math
 
 import torch
+from measuring import make_parser, quiet
 from PIL import Image, ImageDraw
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
@@ -30,7 +30,7 @@ def ellipse(x: float, y: float, width: float, height: float) -> Curve:
 
 
 def arc(x: float, y: float, width: float, height: float, bend: float) -> Curve:
-    """From left to right; a positive `bend` hangs down, like a smile."""
+    """From left to right; a positive `bend` curves down, like a smile."""
     steps = [2 * i / POINTS - 1 for i in range(POINTS + 1)]
     return [(x + width / 2 * s, y + bend * height * (1 - s * s)) for s in steps]
 
@@ -80,23 +80,23 @@ def draw_lines(curves: list[Curve], size: int) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="the base")
-    parser.add_argument("--controlnet", required=True, help="the branch")
+    parser = make_parser(__doc__)
+    parser.add_argument("--pipeline", required=True, help="base pipeline")
+    parser.add_argument("--controlnet", required=True, help="ControlNet")
     parser.add_argument("--output", required=True)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=int, default=2, help="side of the square that a pixel becomes")
+    parser.add_argument("--scale", type=int, default=2, help="magnification")
     args = parser.parse_args()
 
     pipe = ADMControlNetPipeline.from_pretrained(
         args.pipeline, controlnet=AdaGNControlNetModel.from_pretrained(args.controlnet)
     )
-    pipe.set_progress_bar_config(disable=True)
+    quiet(pipe)
     drawings = [draw_lines(curves, pipe.unet.config.sample_size) for curves, _, _ in ROWS]
-    known = set((pipe.id2label or {}).values())
-    classes = {"class_labels": [name for *_, name in ROWS]} if {name for *_, name in ROWS} <= known else {}
+    names = [name for *_, name in ROWS]
+    classes = {"class_labels": names} if set(names) <= set((pipe.id2label or {}).values()) else {}
     columns = {"drawing": drawings}
     settings = [(scale, 0) for scale in SCALES] + [(1.0, seed) for seed in range(1, OTHER_SEEDS + 1)]
     for scale, seed in settings:

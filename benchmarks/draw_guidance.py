@@ -1,16 +1,16 @@
 """
-Pictures of what guidance does, each from the same noise along a row: prompts, classes, and an interval of the steps.
+Figures of the effect of guidance, with the same noise in each row: prompts, classes, and an interval of the steps.
 
     python benchmarks/draw_guidance.py prompts --model DIR --output prompts.png
     python benchmarks/draw_guidance.py classes --model DIR --classifier DIR --output classes.png
     python benchmarks/draw_guidance.py interval --model DIR --output interval.png
 
-`--model` is a pipeline: trained on captions for `prompts`, on classes with a null class for the others.
+`--model` is a pipeline: text-conditional for `prompts`, class-conditional with a null class for the others.
 """
 
 import argparse
 
-import torch
+from measuring import make_parser, quiet, seeded
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
@@ -26,22 +26,15 @@ INTERVAL_SCALE = 4.0
 INTERVAL_IMAGES = 9
 
 
-def generators(seeds: range) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def draw_prompts(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
     prompts = args.prompts or list(PROMPTS)
-    rows: list[list[Image.Image]] = [[] for _ in prompts]
-    for scale in SCALES:
-        seeds = range(args.seed, args.seed + len(prompts))
-        images = pipe(
-            prompts, guidance_scale=scale, num_inference_steps=args.num_inference_steps, generator=generators(seeds)
-        ).images
-        for row, image in zip(rows, images, strict=True):
-            row.append(image)
+    options = {"num_inference_steps": args.num_inference_steps}
+    columns = [
+        pipe(prompts, guidance_scale=scale, generator=seeded(args.seed, len(prompts)), **options).images
+        for scale in SCALES
+    ]
     return labelled_grid(
-        [image for row in rows for image in row],
+        [image for row in zip(*columns, strict=True) for image in row],
         len(prompts),
         len(SCALES),
         row_labels=prompts,
@@ -59,7 +52,7 @@ def draw_classes(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
                 guidance_scale=scale,
                 classifier_guidance_scale=classifier_scale,
                 num_inference_steps=args.num_inference_steps,
-                generator=generators(range(args.seed, args.seed + len(CLASSES))),
+                generator=seeded(args.seed, len(CLASSES)),
             ).images
             cells.append(labelled_grid(images, 1, len(images), padding=1))
     return labelled_grid(
@@ -82,7 +75,7 @@ def draw_interval(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
             guidance_start=start,
             guidance_end=end,
             num_inference_steps=args.num_inference_steps,
-            generator=generators(range(args.seed, args.seed + INTERVAL_IMAGES)),
+            generator=seeded(args.seed, INTERVAL_IMAGES),
         ).images
     labels = ["off", *(f"steps {start:.0%} to {end:.0%}" for start, end in INTERVALS)]
     return labelled_grid(
@@ -94,22 +87,21 @@ DRAWINGS = {"prompts": draw_prompts, "classes": draw_classes, "interval": draw_i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("what", choices=DRAWINGS)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--classifier", help="For `classes`: a folder with the subfolder `classifier`.")
-    parser.add_argument("--prompts", nargs="+", help="In place of the ones here.")
+    parser.add_argument("--classifier", help="For `classes`: folder with the subfolder `classifier`.")
+    parser.add_argument("--prompts", nargs="+", help="Prompts for `prompts`.")
     parser.add_argument("--output", required=True)
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="Of the first picture; the others follow.")
-    parser.add_argument("--scale", type=int, default=2, help="Side of the square that a pixel becomes.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of the first image; the others follow.")
+    parser.add_argument("--scale", type=int, default=2, help="Magnification.")
     args = parser.parse_args()
 
     components = {}
     if args.classifier is not None:
         components["classifier"] = AdaGNClassifierModel.from_pretrained(args.classifier, subfolder="classifier")
-    pipe = ADMPipeline.from_pretrained(args.model, **components)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(ADMPipeline.from_pretrained(args.model, **components))
     DRAWINGS[args.what](pipe, args).save(args.output)
 
 

@@ -1,13 +1,12 @@
 """
-Pictures of samples: prompts by seed, samples and what an upsampler makes of them, and samples beside the training
-images that are nearest to them.
+Figures of samples: prompts by seed, samples with their upsampled versions, samples with the nearest training images.
 
     python benchmarks/draw_samples.py seeds --model DIR --output seeds.png
     python benchmarks/draw_samples.py cascade --model DIR --upsampler DIR --output cascade.png
     python benchmarks/draw_samples.py nearest --model DIR --output nearest.png
 
-`nearest` also prints how far samples lie from the nearest training image (root mean square over pixels, 0 to 255), and
-how far held-out images do: a model that copies has samples much nearer than that.
+`nearest` also prints the distances of samples and of held-out images to the nearest training image (root mean square
+over pixels, 0 to 255): samples of a model that copies are much nearer than held-out images.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from __future__ import annotations
 import argparse
 
 import datasets
-import numpy as np
 import torch
+from measuring import make_parser, pixels_of, quiet, sample_in_batches, seeded
 from PIL import Image
 
 from diffusers_adm import ADMPipeline, ADMSuperResolutionPipeline
@@ -39,25 +38,18 @@ NUM_NEAREST = 4
 
 
 def vectors(images: list[Image.Image]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).flatten(1).double()
+    return pixels_of(images).flatten(1).double()
 
 
 def draw_seeds(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
-    generators = [
-        torch.Generator().manual_seed(args.seed + i % NUM_SEEDS) for i in range(NUM_SEEDS * len(args.prompts))
-    ]
-    images = sample(pipe, [prompt for prompt in args.prompts for _ in range(NUM_SEEDS)], generators, args)
+    images, _ = sample(pipe, args, NUM_SEEDS)
     columns = [f"seed {args.seed + i}" for i in range(NUM_SEEDS)]
     return labelled_grid(images, len(args.prompts), NUM_SEEDS, args.prompts, columns, scale=args.scale)
 
 
 def draw_cascade(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
-    upsampler = ADMSuperResolutionPipeline.from_pretrained(args.upsampler)
-    upsampler.set_progress_bar_config(disable=True)
-    generators = [
-        torch.Generator().manual_seed(args.seed + i % NUM_CASCADES) for i in range(NUM_CASCADES * len(args.prompts))
-    ]
-    small = sample(pipe, [prompt for prompt in args.prompts for _ in range(NUM_CASCADES)], generators, args)
+    upsampler = quiet(ADMSuperResolutionPipeline.from_pretrained(args.upsampler))
+    small, generators = sample(pipe, args, NUM_CASCADES)
     large = upsampler(
         small,
         noise_level=args.noise_level,
@@ -66,7 +58,7 @@ def draw_cascade(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
     ).images
     small = [image.resize(large[0].size, Image.Resampling.NEAREST) for image in small]
     pairs = [image for pair in zip(small, large, strict=True) for image in pair]
-    columns = [name for i in range(NUM_CASCADES) for name in (f"seed {args.seed + i}", "enlarged")]
+    columns = [name for i in range(NUM_CASCADES) for name in (f"seed {args.seed + i}", "upsampled")]
     return labelled_grid(pairs, len(args.prompts), len(columns), args.prompts, columns)
 
 
@@ -74,10 +66,11 @@ def draw_nearest(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
     files = {"train": args.train_file, "test": args.test_file}
     data = datasets.load_dataset("parquet", data_files=files)
     train = vectors(data["train"]["image"])
-    # Held-out captions after the ones that are shown, for the numbers.
+    # The shown captions, and held-out ones for the numbers.
     prompts = [*args.prompts, *data["test"]["text"]]
-    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
-    images = sample(pipe, prompts, generators, args)
+    options = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    generators = seeded(args.seed, len(prompts))
+    images = sample_in_batches(pipe, {"prompt": prompts}, generators, args.batch_size, **options)
 
     per_pixel = train.shape[1] ** 0.5
     distances = torch.cdist(vectors(images), train) / per_pixel
@@ -97,30 +90,23 @@ def draw_nearest(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
     return labelled_grid(cells, len(args.prompts), 1 + NUM_NEAREST, args.prompts, columns, scale=args.scale)
 
 
-def sample(
-    pipe: ADMPipeline, prompts: list[str], generators: list[torch.Generator], args: argparse.Namespace
-) -> list[Image.Image]:
-    images: list[Image.Image] = []
-    for start in range(0, len(prompts), args.batch_size):
-        part = slice(start, start + args.batch_size)
-        images += pipe(
-            prompts[part],
-            generator=generators[part],
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=args.num_inference_steps,
-        ).images
-    return images
+def sample(pipe: ADMPipeline, args: argparse.Namespace, num_seeds: int) -> tuple[list[Image.Image], list]:
+    """Samples of each prompt with the same seeds, and their generators."""
+    prompts = [prompt for prompt in args.prompts for _ in range(num_seeds)]
+    generators = [generator for _ in args.prompts for generator in seeded(args.seed, num_seeds)]
+    options = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    return sample_in_batches(pipe, {"prompt": prompts}, generators, args.batch_size, **options), generators
 
 
 DRAWINGS = {"seeds": draw_seeds, "cascade": draw_cascade, "nearest": draw_nearest}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("what", choices=DRAWINGS)
-    parser.add_argument("--model", required=True, help="A pipeline that reads captions.")
-    parser.add_argument("--upsampler", help="For `cascade`.")
-    parser.add_argument("--noise_level", type=int, default=20, help="Of the upsampler.")
+    parser.add_argument("--model", required=True, help="Text-conditional pipeline.")
+    parser.add_argument("--upsampler", help="Pipeline for `cascade`.")
+    parser.add_argument("--noise_level", type=int, default=20, help="Noise level of the upsampler.")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
     parser.add_argument("--train_file", default="data/noto-emoji-32/train.parquet")
     parser.add_argument("--test_file", default="data/noto-emoji-32/test.parquet")
@@ -129,11 +115,10 @@ def main() -> None:
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=int, default=2, help="Side of the square that a pixel becomes.")
+    parser.add_argument("--scale", type=int, default=2, help="Magnification.")
     args = parser.parse_args()
 
-    pipe = ADMPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(ADMPipeline.from_pretrained(args.model))
     DRAWINGS[args.what](pipe, args).save(args.output)
 
 

@@ -1,37 +1,35 @@
 """
-Whether images follow the edges that a ControlNet was shown.
+Whether samples follow the edges that a ControlNet is conditioned on.
 
     python benchmarks/measure_controlnet.py --pipeline DIR --controlnet DIR \\
         --data_files data/noto-emoji-32/test.parquet --label_column label --caption_column text --output_dir DIR
 
-`--pipeline` is the base, `--controlnet` a branch of it that was trained with `--condition edges`. Each held-out picture
-is drawn anew, with its caption and class as far as the base takes them, from its own edges (Canny's, of
-`diffusers_adm.conditioning.control_images`), at each of several `controlnet_conditioning_scale`s, with the same noise;
-0 is the base alone. The edges of the samples are compared with those that were asked for:
+`--pipeline` is the base, `--controlnet` a ControlNet for it that was trained with `--condition edges`. For each image,
+all of them held out, samples are generated from its own edges (Canny's, of `diffusers_adm.conditioning.control_images`)
+with its caption and class if the base takes them, at several values of `controlnet_conditioning_scale` with the same
+noise; 0 is the base without ControlNet. The edges of the samples are compared with the condition:
 
-- precision: the share of the sample's edge pixels with an edge pixel of the condition at most 1 pixel away, diagonals
-  included (Chebyshev distance); 0 if the sample has none;
-- recall: the share of the condition's edge pixels with one of the sample as near; 0 if the condition has none;
-- F1: their harmonic mean, for each image; 0 if both are 0, but 1 if neither image has an edge. "F1 at 0 px" is that
-  without tolerance.
+- precision: the fraction of the sample's edge pixels with an edge pixel of the condition at most 1 pixel away
+  (Chebyshev distance); 0 if the sample has none;
+- recall: the fraction of the condition's edge pixels with one of the sample at most 1 pixel away; 0 if there are none;
+- F1: their harmonic mean per image; 0 if both are 0, but 1 if neither image has an edge. "F1 at 0 px" is without
+  tolerance.
 
-Means over images with standard errors; differences between scales are paired, image by image. `chance` is what real
-pictures of other captions score against the condition, all of them on average: small pictures are so full of edges that
-it is far above 0. Written to `--output_dir`: all numbers (`controlnet.json`) and a picture of some images
-(`controlnet.png`).
+Means over images with standard errors; differences between scales are paired by image. `chance` is the mean score of
+real images of other captions against the condition, far above 0 since small images have many edges. `--output_dir` gets
+all numbers (`controlnet.json`) and some images (`controlnet.png`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import class_labels_for, describe_machine, mean_and_error
+from measuring import class_labels_for, make_parser, mean_and_error, quiet, sample_in_batches, seeded, write_report
 from PIL import Image
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
@@ -47,12 +45,12 @@ def edge_agreement(
     samples: torch.Tensor, conditions: torch.Tensor, tolerance: int = TOLERANCE
 ) -> dict[str, torch.Tensor]:
     """
-    `precision`, `recall` and `f1`, as the docstring above says, of each sample against each condition: each `(N, M)`.
+    `precision`, `recall` and `f1`, as defined above, of each sample against each condition: each `(N, M)`.
 
     Args:
         samples (`torch.BoolTensor` of shape `(N, height, width)`), conditions (of shape `(M, height, width)`): `True`
             on edges.
-        tolerance (`int`): In pixels.
+        tolerance (`int`): Chebyshev distance in pixels.
     """
     samples, conditions = samples.double(), conditions.double()
     near_samples, near_conditions = (
@@ -66,41 +64,19 @@ def edge_agreement(
 
 
 def measure(samples: torch.Tensor, conditions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """All of `MEASURES`; arguments and shapes as of `edge_agreement`."""
+    """All of `MEASURES`; arguments and shapes as for `edge_agreement`."""
     exact = edge_agreement(samples, conditions, tolerance=0)["f1"]
     return {**edge_agreement(samples, conditions), "f1_exact": exact}
 
 
-def edges_of(pictures: list[Image.Image]) -> torch.Tensor:
+def edges_of(images: list[Image.Image]) -> torch.Tensor:
     """`(N, height, width)`, `True` on edges."""
-    return torch.stack([torch.from_numpy(np.array(make_condition(p, "edges"))[..., 0] > 0) for p in pictures])
-
-
-def draw(
-    pipeline: ADMControlNetPipeline,
-    edges: list[Image.Image],
-    given: dict[str, list],
-    args: argparse.Namespace,
-    scale: float,
-) -> list[Image.Image]:
-    drawn = []
-    for start in range(0, len(edges), args.batch_size):
-        batch = slice(start, start + args.batch_size)
-        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(edges))[batch]]
-        drawn += pipeline(
-            image=edges[batch],
-            **{name: values[batch] for name, values in given.items()},
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            controlnet_conditioning_scale=scale,
-            generator=generators,
-        ).images
-    return drawn
+    return torch.stack([torch.from_numpy(np.array(make_condition(p, "edges"))[..., 0] > 0) for p in images])
 
 
 def report_rows(cells: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table; standard errors in parentheses."""
-    columns = {**MEASURES, "minus_first": "F1 minus the first", "minus_previous": "F1 minus the one before"}
+    """A Markdown table with standard errors in parentheses."""
+    columns = {**MEASURES, "minus_first": "F1 minus the first", "minus_previous": "F1 minus the previous"}
     lines = [f"| scale | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
     for name, cell in cells.items():
         texts = [f"{cell[c]:.3f} ({cell[f'{c}_error']:.3f})" if c in cell else "" for c in columns]
@@ -109,21 +85,21 @@ def report_rows(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="the base: a folder or a Hub repository")
-    parser.add_argument("--controlnet", required=True, help="the branch, likewise")
+    parser = make_parser(__doc__)
+    parser.add_argument("--pipeline", required=True, help="base pipeline: a folder or a Hub repository")
+    parser.add_argument("--controlnet", required=True, help="ControlNet: a folder or a Hub repository")
     parser.add_argument("--data_files", required=True, nargs="+", help="held-out images: Parquet files")
     parser.add_argument("--label_column")
-    parser.add_argument("--caption_column", help="for models that read text")
+    parser.add_argument("--caption_column", help="for text-conditional models")
     parser.add_argument("--output_dir", required=True, type=Path)
-    parser.add_argument("--num_images", type=int, help="none: all")
+    parser.add_argument("--num_images", type=int, help="number of images; default: all")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=41)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_shown", type=int, default=12, help="images in the picture")
-    parser.add_argument("--threads", type=int, help="of PyTorch, on the CPU")
+    parser.add_argument("--num_shown", type=int, default=12, help="images in `controlnet.png`")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     args = parser.parse_args()
     if args.num_images is not None and args.num_images < 2:
         parser.error("`--num_images` must be at least 2")
@@ -136,8 +112,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     controlnet = AdaGNControlNetModel.from_pretrained(args.controlnet)
-    pipeline = ADMControlNetPipeline.from_pretrained(args.pipeline, controlnet=controlnet).to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = quiet(ADMControlNetPipeline.from_pretrained(args.pipeline, controlnet=controlnet).to(device))
     size = pipeline.unet.config.sample_size
 
     data, id2label = load_image_dataset(
@@ -157,9 +132,17 @@ def main() -> None:
     cells: dict[str, dict[str, Any]] = {}
     columns = {"edges": edges}
     for scale in args.scales:
-        drawn = draw(pipeline, edges, given, args, scale)
-        columns[f"scale {scale:g}"] = drawn
-        found = edges_of(drawn)
+        samples = sample_in_batches(
+            pipeline,
+            {"image": edges, **given},
+            seeded(args.seed, number),
+            args.batch_size,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            controlnet_conditioning_scale=scale,
+        )
+        columns[f"scale {scale:g}"] = samples
+        found = edges_of(samples)
         own = {name: values.diagonal().tolist() for name, values in measure(found, wanted).items()}
         cell: dict[str, Any] = {"f1_of_each": own["f1"], "without_edges": int((~found.any(dim=(1, 2))).sum())}
         for name in MEASURES:
@@ -172,22 +155,19 @@ def main() -> None:
         cells[f"{scale:g}"] = cell
         print(f"scale {scale:g}: F1 {cell['f1']:.3f} ({cell['f1_error']:.3f})", flush=True)
     names = data["caption"][:] if args.caption_column else range(number)
-    is_other = torch.tensor([[name != other for other in names] for name in names]).double()  # (pictures, conditions)
+    is_other = torch.tensor([[name != other for other in names] for name in names]).double()  # (images, conditions)
     by_chance = {}
     for name, values in measure(wanted, wanted).items():
-        means = (values * is_other).sum(dim=0) / is_other.sum(dim=0)  # over the other pictures, for each condition
+        means = (values * is_other).sum(dim=0) / is_other.sum(dim=0)  # over the other images, for each condition
         by_chance[name], by_chance[f"{name}_error"] = mean_and_error(means.numpy())
     cells["chance"] = by_chance
     print(f"\n{number} images, guidance {args.guidance_scale:g}, {args.num_inference_steps} steps\n")
     print(report_rows(cells))
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    report = {"machine": describe_machine(device), "arguments": settings, "cells": cells}
-    (args.output_dir / "controlnet.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.output_dir / "controlnet.json", args, device, cells=cells)
     columns["target"] = targets
     shown = range(0, number, max(1, number // args.num_shown))[: args.num_shown]
-    strips = {name: [pictures[i] for i in shown] for name, pictures in columns.items()}
+    strips = {name: [images[i] for i in shown] for name, images in columns.items()}
     labelled_strips(strips, scale=max(1, 96 // size)).save(args.output_dir / "controlnet.png")
 
 

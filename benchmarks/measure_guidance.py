@@ -1,28 +1,24 @@
 """
-What guidance does to samples, in numbers: accuracy and diversity against its scale, for both kinds.
+Effect of guidance on samples: accuracy and diversity as functions of the scale, for both kinds.
 
     python benchmarks/measure_guidance.py --model DIR --classifier DIR --judge DIR --output_dir DIR
 
-`--model` is a class-conditional pipeline with a null class, `--classifier` the noisy-image classifier that steers, and
-`--judge` a classifier that was trained by itself (other seed, other width) and never steers: it tells how often a
-sample shows its class, and its penultimate layer how far samples lie apart, over all samples and within a class.
-Classes are drawn in turn, so uniformly, and every cell starts from the same noise. Samples are kept in `--output_dir`,
-where an interrupted run goes on, beside the table (`guidance.json`), the curves (`guidance.png`) and a picture of some
-samples (`samples.png`).
+`--model` is a class-conditional pipeline with a null class, `--classifier` the noisy-image classifier that guides, and
+`--judge` an independently trained classifier (another seed and width) that does not guide: its accuracy measures how
+often a sample shows its class, and its penultimate layer the distance between samples, over all of them and within a
+class. Classes are uniform, and every cell starts from the same noise. `--output_dir` gets the samples, so that an
+interrupted run continues, a table (`guidance.json`), curves (`guidance.png`) and some samples (`samples.png`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from measuring import describe_machine
+from measuring import make_parser, pixels_of, quiet, write_report
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
@@ -33,7 +29,7 @@ from diffusers_adm.training import labelled_grid, load_id2label
 
 KINDS = ("classifier-free", "classifier", "middle")
 OFF = "off"
-# Of the steps, between which "middle" guides (classifier-free).
+# Fractions of the steps between which "middle" applies classifier-free guidance.
 INTERVAL = {"guidance_start": 0.2, "guidance_end": 0.8}
 STYLES = {"classifier-free": ("#1f77b4", "o"), "classifier": ("#d62728", "s"), "middle": ("#2ca02c", "^")}
 NAMES = {
@@ -56,8 +52,7 @@ def options_of(kind: str, scale: float) -> dict[str, float]:
 
 def measure(folder: Path, labels: torch.Tensor, judge: ClassifierFeatures) -> dict[str, float]:
     paths = [folder / f"{i:06d}.png" for i in range(len(labels))]
-    images = torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths])
-    outputs = [judge(batch) for batch in images.permute(0, 3, 1, 2).split(64)]
+    outputs = [judge(batch) for batch in pixels_of([Image.open(path) for path in paths]).split(64)]
     features, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
     diversity, diversity_error = mean_pairwise_distance(features)
@@ -80,7 +75,7 @@ def plot(cells: dict[str, dict[str, float]], scales: list[float], kinds: list[st
         for kind in kinds:
             color, marker = STYLES[kind]
             rows = [cells[OFF]] + [cells[f"{kind}-{scale:g}"] for scale in scales]
-            # Off is a scale of 1 for the one, and of 0 for the other.
+            # Off is a scale of 1 or 0.
             positions = [0 if kind == "classifier" else 1, *scales]
             values = [row[measure_name] for row in rows]
             errors = [2 * row[f"{measure_name}_error"] for row in rows]
@@ -92,10 +87,10 @@ def plot(cells: dict[str, dict[str, float]], scales: list[float], kinds: list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--classifier", required=True, help="A folder with the subfolder `classifier`.")
-    parser.add_argument("--judge", required=True, help="The same.")
+    parser.add_argument("--classifier", required=True, help="Folder with the subfolder `classifier`.")
+    parser.add_argument("--judge", required=True, help="Folder with the subfolder `classifier`.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0, 4.0, 8.0])
@@ -105,9 +100,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    pipe = ADMPipeline.from_pretrained(args.model)
+    pipe = quiet(ADMPipeline.from_pretrained(args.model))
     pipe.register_modules(classifier=AdaGNClassifierModel.from_pretrained(args.classifier, subfolder="classifier"))
-    pipe.set_progress_bar_config(disable=True)
     judge = ClassifierFeatures(AdaGNClassifierModel.from_pretrained(args.judge, subfolder="classifier"))
     for name in (args.classifier, args.judge):
         if load_id2label(name, "classifier") != pipe.id2label:
@@ -144,9 +138,7 @@ def main() -> None:
             changes[key] = (results[name][key] - results[OFF][key]) / error
         print(f"{name:20}", *(f"{key} {change:+.1f}" for key, change in changes.items()))
 
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report = {"settings": settings, "machine": describe_machine("cpu"), "cells": results}
-    (args.output_dir / "guidance.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.output_dir / "guidance.json", args, "cpu", cells=results)
     plot(results, args.scales, args.kinds, args.output_dir / "guidance.png")
     images = [Image.open(args.output_dir / name / f"{i:06d}.png") for i in range(num_classes) for name in cells]
     grid = labelled_grid(

@@ -1,15 +1,15 @@
 """
-How well repainted parts join what is known: the step of colour across the border of the mask.
+How well inpainted parts fit the rest of the image: the colour step across the border of the mask.
 
     python benchmarks/measure_inpainting.py --inpainter DIR --model DIR --data_files data/noto-emoji-32/test.parquet \\
         --label_column label --caption_column text --output_dir DIR
 
-`--inpainter` is a pipeline that was trained to inpaint, `--model` one that was not (by replacement and resampling);
-either may be left out. For the first held-out images and four kinds of masks: how many 8-bit values of known pixels
-differ from the image (none may), and the mean absolute difference of 8-bit values over all pairs of neighbouring
-pixels on either side of the border; of the real image as well, and of a plain paste: the known part laid over an
-unconditional sample of the same model and seed. The smooth join asked for is at most half of the paste's step. Written
-to `--output_dir`: the table (`inpainting.json`) and a picture of some of them (`inpainting.png`).
+`--inpainter` is a pipeline that was trained to inpaint, `--model` one that was not (replacement with resampling);
+either may be omitted. For held-out images and four kinds of masks: the number of 8-bit values of kept pixels that
+differ from the image (must be 0), and the mean absolute difference of 8-bit values over all pairs of neighbours across
+the border; also for the real image, and for a paste of the kept part over an unconditional sample of the same model and
+seed. The aim is at most half of the paste's step. `--output_dir` gets the table (`inpainting.json`) and some images
+(`inpainting.png`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import class_labels_for, describe_machine, mean_and_error
+from measuring import class_labels_for, make_parser, mean_and_error, quiet, sample_in_batches, seeded, write_report
 from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline
@@ -32,71 +32,67 @@ from diffusers_adm.training import decode_rgb, labelled_grid, load_image_dataset
 
 KINDS = ("box", "boxes", "strokes", "half")
 MAX_SHOWN = 6
-GREY = 128  # of what is not known, in the picture
+GREY = 128  # of masked pixels in the figure
 
 
 def make_mask(kind: str, size: int, generator: random.Random) -> np.ndarray:
-    """`(size, size)` of `bool`, `True` where the image is known; "box" is the middle quarter of the image."""
+    """Keep mask, `(size, size)` of `bool`, `True` = kept; "box" masks the middle quarter of the image."""
     if kind != "box":
         return random_keep_mask(size, generator, kind)[0].numpy() == 1
-    known = np.ones((size, size), dtype=bool)
-    known[size // 4 : size - size // 4, size // 4 : size - size // 4] = False
-    return known
+    keep_mask = np.ones((size, size), dtype=bool)
+    keep_mask[size // 4 : size - size // 4, size // 4 : size - size // 4] = False
+    return keep_mask
 
 
-def border_step(image: np.ndarray, known: np.ndarray) -> float:
+def border_step(image: np.ndarray, keep_mask: np.ndarray) -> float:
     """Mean absolute difference of neighbours across the border: `image` `(height, width, 3)` in 0 to 255."""
     pixels, steps = image.astype(np.float64), []
     for axis in (0, 1):
         differences = np.abs(np.diff(pixels, axis=axis)).mean(axis=2)
-        steps.append(differences[np.diff(known, axis=axis)])
+        steps.append(differences[np.diff(keep_mask, axis=axis)])
     return float(np.concatenate(steps).mean())
 
 
 def ratio_and_error(values: list[float], others: list[float]) -> tuple[float, float]:
-    """Of the means, over pairs: by the spread of `value - ratio * other` (the delta method)."""
+    """Ratio of the means of paired values, and its standard error by the delta method."""
     ratio = float(np.mean(values) / np.mean(others))
     rest = np.array(values) - ratio * np.array(others)
     return ratio, float(np.std(rest, ddof=1) / math.sqrt(len(rest)) / np.mean(others))
 
 
-def draw(
+def inpaint(
     pipeline: ADMInpaintPipeline,
     images: list[Image.Image],
-    masks: list[np.ndarray],
+    keep_masks: list[np.ndarray],
     conditions: dict[str, list],
     args: argparse.Namespace,
     **options: Any,
 ) -> list[np.ndarray]:
-    drawn = []
-    for start in range(0, len(images), args.batch_size):
-        batch = slice(start, start + args.batch_size)
-        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(images))[batch]]
-        drawn += pipeline(
-            images[batch],
-            [~known for known in masks[batch]],
-            **{name: values[batch] for name, values in conditions.items()},
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale if conditions else 1.0,
-            generator=generators,
-            **options,
-        ).images
-    return [np.array(image) for image in drawn]
+    samples = sample_in_batches(
+        pipeline,
+        {"image": images, "mask_image": [~mask for mask in keep_masks], **conditions},
+        seeded(args.seed, len(images)),
+        args.batch_size,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale if conditions else 1.0,
+        **options,
+    )
+    return [np.array(image) for image in samples]
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inpainter", help="a pipeline that was trained to inpaint: a folder or a Hub repository")
-    parser.add_argument("--model", help="a pipeline that was not")
+    parser = make_parser(__doc__)
+    parser.add_argument("--inpainter", help="inpainting pipeline: a folder or a Hub repository")
+    parser.add_argument("--model", help="other pipeline: a folder or a Hub repository")
     parser.add_argument("--data_files", required=True, nargs="+", help="held-out images: Parquet files")
     parser.add_argument("--label_column")
-    parser.add_argument("--caption_column", help="for models that read text")
+    parser.add_argument("--caption_column", help="for text-conditional models")
     parser.add_argument("--output_dir", required=True, type=Path)
-    parser.add_argument("--num_images", type=int, default=32, help="for each kind of mask")
+    parser.add_argument("--num_images", type=int, default=32, help="images per kind of mask")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--jump_length", type=int, nargs="+", help="of `--model`; none: the pipeline's default")
-    parser.add_argument("--jump_n_sample", type=int, nargs="+", help="of `--model`: one method for each")
+    parser.add_argument("--jump_length", type=int, nargs="+", help="for `--model`; default: the pipeline's")
+    parser.add_argument("--jump_n_sample", type=int, nargs="+", help="for `--model`: one method per value")
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -120,9 +116,9 @@ def main() -> None:
                 options = {name: value for name, value in options.items() if value is not None}
                 name = "resampled" + "".join(f" {value}" for value in options.values())
                 methods.append((name, model, options))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for _, pipeline, _ in methods:
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        quiet(pipeline).to(device)
     size = methods[0][1].unet.config.sample_size
 
     data, id2label = load_image_dataset(
@@ -143,21 +139,21 @@ def main() -> None:
         real = [border_step(*pair) for pair in zip(arrays, masks, strict=True)]
         mean, error = mean_and_error(real)
         cells[f"{kind}/real"] = {"step": mean, "step_error": error}
-        rows = [[image, np.where(known[..., None], image, GREY)] for image, known in zip(arrays, masks, strict=True)]
+        rows = [[image, np.where(mask[..., None], image, GREY)] for image, mask in zip(arrays, masks, strict=True)]
         for name, pipeline, options in methods:
             conditions = dict(given) if pipeline.has_cross_attention else {}
             if id2label and pipeline.unet.config.num_class_embeds is not None:
                 conditions["class_labels"] = class_labels_for(pipeline, data, id2label)
             if id(pipeline) not in free:
-                nothing = [np.zeros_like(known) for known in masks]
-                free[id(pipeline)] = draw(pipeline, images, nothing, {}, args)
-            drawn = draw(pipeline, images, masks, conditions, args, **options)
+                nothing = [np.zeros_like(mask) for mask in masks]
+                free[id(pipeline)] = inpaint(pipeline, images, nothing, {}, args)
+            samples = inpaint(pipeline, images, masks, conditions, args, **options)
             pasted = [np.where(m[..., None], i, f) for m, i, f in zip(masks, arrays, free[id(pipeline)], strict=True)]
-            ours, paste = ([border_step(*pair) for pair in zip(x, masks, strict=True)] for x in (drawn, pasted))
+            ours, paste = ([border_step(*pair) for pair in zip(x, masks, strict=True)] for x in (samples, pasted))
             ratio, ratio_error = ratio_and_error(ours, paste)
             cells[f"{kind}/{name}"] = {
                 "differing_known_values": int(
-                    sum((d != i)[m].sum() for d, i, m in zip(drawn, arrays, masks, strict=True))
+                    sum((d != i)[m].sum() for d, i, m in zip(samples, arrays, masks, strict=True))
                 ),
                 "step": mean_and_error(ours)[0],
                 "step_error": mean_and_error(ours)[1],
@@ -170,16 +166,12 @@ def main() -> None:
             }
             print(f"{kind}/{name}: {json.dumps(cells[f'{kind}/{name}'])}", flush=True)
             is_first = next(other for other, p, _ in methods if p is pipeline) == name  # their pastes are the same
-            for row, paste_image, image in zip(rows, pasted, drawn, strict=True):
+            for row, paste_image, image in zip(rows, pasted, samples, strict=True):
                 row += [paste_image, image] if is_first else [image]
         shown += rows[:: max(1, len(rows) // MAX_SHOWN)][: MAX_SHOWN // 2]
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
-    report = {"machine": machine, "arguments": settings, "cells": cells}
-    (args.output_dir / "inpainting.json").write_text(json.dumps(report, indent=2) + "\n")
-    columns, pipelines = ["image", "known"], []
+    write_report(args.output_dir / "inpainting.json", args, device, cells=cells)
+    columns, pipelines = ["image", "kept"], []
     for name, pipeline, _ in methods:
         columns += [name] if pipeline in pipelines else ["paste", name]
         pipelines.append(pipeline)

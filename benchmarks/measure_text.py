@@ -1,29 +1,27 @@
 """
-Whether pictures show what their captions say, for captions of the training set and held-out ones.
+Whether images match their captions, for captions of the training set and held-out ones.
 
     python benchmarks/measure_text.py --model DIR --judge DIR --output_dir DIR
 
-`--model` is a pipeline that reads captions, `--judge` a classifier that was trained by itself on the categories of the
-real pictures. Each caption is drawn once, without its class. Two measures, each beside what shuffled captions would
-give, that is the mean over all other captions of the set in place of the right one:
+`--model` is a text-conditional pipeline, `--judge` an independently trained classifier of the categories of the real
+images. One sample is generated for each caption, without its class. Two measures, each also for shuffled captions (the
+mean over all other captions of the set):
 
-- category: the judge sees in the sample the category that the caption's picture has;
-- picture: of all real pictures of the set, the caption's own is the nearest to the sample (Euclidean, in pixels).
+- category: the judge assigns the sample to the category of the caption's image;
+- picture: of all real images of the set, the caption's is nearest to the sample (Euclidean distance of pixels).
 
-The training captions are chosen with as many of each category as the held-out set has.
+The training captions have the same number of each category as the held-out set.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from measuring import describe_machine
+from measuring import make_parser, pixels_of, quiet, write_report
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
@@ -43,13 +41,9 @@ def same_categories(dataset: datasets.Dataset, reference: datasets.Dataset, seed
     return dataset.select(np.concatenate(chosen))
 
 
-def pixels_of(images: list[Image.Image]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
-
-
 def compare(is_match: torch.Tensor) -> dict[str, float]:
     """
-    The share of matches, what shuffling leaves of it, and the difference with its standard error.
+    The fraction of matches, that of shuffled captions, and the difference in standard errors.
 
     Args:
         is_match (`torch.Tensor` of shape `(n, n)`): Whether sample i matches caption j.
@@ -67,9 +61,9 @@ def compare(is_match: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--judge", required=True, help="A folder with the subfolder `classifier`.")
+    parser.add_argument("--judge", required=True, help="Folder with the subfolder `classifier`.")
     parser.add_argument("--train_file", default="data/noto-emoji-32/train.parquet")
     parser.add_argument("--test_file", default="data/noto-emoji-32/test.parquet")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -79,8 +73,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    pipe = ADMPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(ADMPipeline.from_pretrained(args.model))
     judge = ClassifierFeatures(AdaGNClassifierModel.from_pretrained(args.judge, subfolder="classifier"))
     files = {"train": args.train_file, "test": args.test_file}
     data = datasets.load_dataset("parquet", data_files=files)
@@ -100,9 +93,9 @@ def main() -> None:
                 seed=args.seed,
                 pipeline_options={"num_inference_steps": args.num_inference_steps, "guidance_scale": scale},
             )
-            drawn = [Image.open(folder / f"{i:06d}.png") for i in range(len(examples))]
-            cells += [drawn[i] for i in shown]
-            samples = pixels_of(drawn)
+            images = [Image.open(folder / f"{i:06d}.png") for i in range(len(examples))]
+            cells += [images[i] for i in shown]
+            samples = pixels_of(images)
             predicted = torch.cat([judge(batch)[1] for batch in samples.split(64)]).argmax(dim=1)
             distances = torch.cdist(samples.flatten(1).double(), real.flatten(1).double())
             row = {
@@ -127,10 +120,8 @@ def main() -> None:
         )
         grid.save(args.output_dir / f"{name}.png")
     predicted = torch.cat([judge(batch)[1] for batch in real.split(64)]).argmax(dim=1)
-    print(f"the judge on the held-out pictures themselves: {(predicted == labels).double().mean():.3f}")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report = {"settings": settings, "machine": describe_machine("cpu"), "results": results}
-    (args.output_dir / "text.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"the judge on the held-out images: {(predicted == labels).double().mean():.3f}")
+    write_report(args.output_dir / "text.json", args, "cpu", results=results)
 
 
 if __name__ == "__main__":

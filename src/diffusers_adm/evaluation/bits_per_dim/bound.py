@@ -130,31 +130,26 @@ class BitsPerDim:
         figure = Figure(figsize=(14, 4.2), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(str(self))
-        left, middle, right = figure.subplots(1, 3)
-        for axes, heading, unit in (
-            (left, "Terms of the bound", "bits/dim"),
-            (middle, "Bound, added up from t = 0", "bits/dim"),
-            (right, "Squared errors of the prediction", "mean squared error"),
-        ):
-            axes.set_title(heading)
-            axes.set_xlabel("steps of noise (t + 1)")
-            axes.set_ylabel(unit)
-            axes.set_xscale("log")
-            axes.grid(True, which="major", alpha=0.3)
-
+        panels = {
+            "Terms of the bound": ("bits/dim", {"KL": self.terms[:, 1:]}),
+            "Bound, added up from t = 0": ("bits/dim", {"decoder and KL up to here": self.terms.cumsum(dim=1)}),
+            "Squared errors of the prediction": (
+                "mean squared error",
+                {"of $x_0$": self.x0_mse, "of the noise": self.epsilon_mse},
+            ),
+        }
         steps = (self.timesteps + 1).numpy()
-        for axes, label, values, first in (
-            (left, "KL", self.terms[:, 1:], 1),
-            (middle, "decoder and KL up to here", self.terms.cumsum(dim=1), 0),
-            (right, "of $x_0$", self.x0_mse, 0),
-            (right, "of the noise", self.epsilon_mse, 0),
-        ):
-            if len(steps) == first:  # one timestep: a decoder, and no KL
-                continue
-            mean, band = values.mean(dim=0).numpy(), 2 * _standard_error(values).numpy()
-            marker = "." if len(steps) <= MAX_MARKERS else None
-            (line,) = axes.plot(steps[first:], mean, linewidth=1.5, marker=marker, label=label)
-            axes.fill_between(steps[first:], mean - band, mean + band, alpha=0.25, color=line.get_color(), linewidth=0)
+        marker = "." if len(steps) <= MAX_MARKERS else None
+        left, middle, right = figure.subplots(1, 3)
+        for axes, (heading, (unit, curves)) in zip((left, middle, right), panels.items(), strict=True):
+            axes.set(title=heading, xlabel="steps of noise (t + 1)", ylabel=unit, xscale="log")
+            axes.grid(True, which="major", alpha=0.3)
+            for label, values in curves.items():
+                mean, band = values.mean(dim=0).numpy(), 2 * _standard_error(values).numpy()
+                x = steps[len(steps) - len(mean) :]  # of the KL, without the decoder
+                if len(x) > 0:
+                    (line,) = axes.plot(x, mean, linewidth=1.5, marker=marker, label=label)
+                    axes.fill_between(x, mean - band, mean + band, alpha=0.25, color=line.get_color(), linewidth=0)
         left.plot(steps[:1], [self.decoder.mean().item()], "o", label="decoder")
         left.plot(steps[-1:], [self.prior.mean().item()], "s", label="prior")
         for axes, values in ((left, self.terms), (right, torch.cat([self.x0_mse, self.epsilon_mse], dim=1))):
