@@ -124,7 +124,7 @@ def test_wrong_use(arguments, message, capsys):
 
 MEASURE = """
 import json, sys
-from diffusers_adm.conversion import checkpoint_files, convert_openai
+from diffusers_adm.conversion import common, convert_openai
 
 def memory(kind):
     (line,) = [line for line in open("/proc/self/status") if line.startswith(kind)]
@@ -132,7 +132,7 @@ def memory(kind):
 
 warm_up, warm_up_flags, *files = sys.argv[1:]
 convert_openai(warm_up, warm_up + "-out", model_flags=warm_up_flags)  # for what is imported late
-checkpoint_files.MAPPED_BYTES = 2**24  # a tenth of these files, as 2**27 is of the published ones
+common.MAPPED_BYTES = 2**24  # a tenth of these files, as 2**27 is of the published ones
 for file in files:
     before = memory("VmRSS")
     result = convert_openai(file, file + "-out")

@@ -10,7 +10,7 @@ from docstrings import check_documented_arguments
 from openai_networks import NETWORKS
 
 from diffusers_adm import AdaGNUNet2DModel
-from diffusers_adm.conversion import ConvertedCheckpoint, checkpoint_files, convert_openai, openai_checkpoints
+from diffusers_adm.conversion import ConvertedCheckpoint, common, convert_openai, openai_checkpoints
 
 
 NETWORK = NETWORKS["defaults"]
@@ -88,7 +88,7 @@ def test_a_mapping_is_made_anew_without_a_change(tmp_path, monkeypatch):
     """Large files are mapped into memory in several turns."""
     file = NETWORK.save(tmp_path)
     convert_openai(file, tmp_path / "once", model_flags=NETWORK.flags)
-    monkeypatch.setattr(checkpoint_files, "MAPPED_BYTES", 1000)
+    monkeypatch.setattr(common, "MAPPED_BYTES", 1000)
     convert_openai(file, tmp_path / "often", model_flags=NETWORK.flags)
     once, often = (AdaGNUNet2DModel.from_pretrained(tmp_path / name, subfolder="unet") for name in ("once", "often"))
     for ours, theirs in zip(once.parameters(), often.parameters(), strict=True):

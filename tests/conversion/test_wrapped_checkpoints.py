@@ -9,7 +9,7 @@ import torch
 from glide_networks import GLIDE_NETWORKS
 from openai_networks import NETWORKS
 
-from diffusers_adm.conversion import checkpoint_files, convert_glide, convert_openai, glide, openai
+from diffusers_adm.conversion import common, convert_glide, convert_openai, glide, openai
 
 
 NETWORK, OTHER = NETWORKS["residual"], NETWORKS["adaptive-pool"]
@@ -255,6 +255,6 @@ def test_command_line(tmp_path, plain):
 
 
 def test_large_files_are_mapped_in_several_turns(tmp_path, plain, monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "MAPPED_BYTES", 1000)
+    monkeypatch.setattr(common, "MAPPED_BYTES", 1000)
     content = {"model": prefixed("module.", weights()), "ema": averaged()}
     assert written(convert(content, tmp_path, key="model").output_dir) == plain()

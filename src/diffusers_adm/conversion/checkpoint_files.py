@@ -1,26 +1,19 @@
 """
-Files of checkpoints: finds and reads the network in a `.pt` file, and writes its tensors as safetensors.
-
-A `.pt` file is mapped into memory and its tensors are written one by one, so converting 2 GB needs little memory.
+Finds and reads the network in a `.pt` file, which training loops wrap in several ways. Runs no code from the file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-
-
-if TYPE_CHECKING:
-    from .common import TensorRule
 
 
 logger = logging.getLogger(__name__)
@@ -28,8 +21,6 @@ logger = logging.getLogger(__name__)
 # First bytes of the archives that `torch.save` has written since version 1.6, which can be mapped into memory.
 ZIP_MAGIC = b"PK\x03\x04"
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# How much of a checkpoint may stay in memory while it is converted.
-MAPPED_BYTES = 2**27
 # A tensor that the U-Nets, upsamplers and classifiers of all these code bases have, and nothing else in a checkpoint.
 FIRST_TENSOR = "input_blocks.0.0.weight"
 # Nested dictionaries in a checkpoint are searched down to this depth.
@@ -108,7 +99,7 @@ def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoin
     try:
         # Arguments of a script, which many checkpoints hold: creating a namespace runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=_is_mappable(checkpoint))
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=is_mappable(checkpoint))
     except pickle.UnpicklingError as error:  # its message recommends executing the file
         found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if found is not None:
@@ -227,46 +218,15 @@ def _check_state_dict(entries: Mapping[Any, Any], checkpoint: Path) -> dict[str,
     return {str(name): tensor.detach() for name, tensor in entries.items()}
 
 
-def write_weights(file: Path, checkpoint: Path, key: str, rules: list[TensorRule]) -> None:
-    """
-    Writes the tensors that `rules` make of a checkpoint's network `key`, in the format of safetensors
-    (https://github.com/huggingface/safetensors#format). The library's writer needs all tensors at once, and every page
-    that was read stays in memory while the checkpoint is mapped: here it is mapped again after each `MAPPED_BYTES`.
-    """
-    state_dict = load_checkpoint(checkpoint, key).state_dict
-    # Widest dtype first, so that each tensor starts at a multiple of its item size.
-    rules = sorted(rules, key=lambda rule: -state_dict[rule.source].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for rule in rules:
-        for name, tensor in zip(rule.targets, rule.split(state_dict[rule.source].to("meta")), strict=True):
-            start, end = end, end + tensor.nbytes
-            dtype = SAFETENSORS_DTYPES[tensor.dtype]
-            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        mapped = 0
-        for rule in rules:
-            if mapped > MAPPED_BYTES and _is_mappable(checkpoint):
-                del state_dict
-                state_dict, mapped = load_checkpoint(checkpoint, key).state_dict, 0
-            source = state_dict[rule.source]
-            mapped += source.nbytes
-            for tensor in rule.split(source):
-                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _is_mappable(checkpoint: Path) -> bool:
+def is_mappable(checkpoint: Path) -> bool:
+    """Whether torch can map the file into memory, so that only the tensors that are used are read."""
     with open(checkpoint, "rb") as file:
         return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
 def check_sums(checkpoint: Path) -> None:
     """Raises a `ValueError` if the checksums of an archive, which torch does not verify, do not match its bytes."""
-    if not _is_mappable(checkpoint):
+    if not is_mappable(checkpoint):
         return
     try:
         with zipfile.ZipFile(checkpoint) as archive:

@@ -1,7 +1,7 @@
 """
 What conversions of all code bases share: rules for tensors, flags, the folder that is written, and the command line.
 
-(Files of checkpoints are read and written by `checkpoint_files.py`.) To add a family, see `__init__.py`.
+(`checkpoint_files.py` reads the files of checkpoints.) To add a family, see `__init__.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..commands.errors import add_debug_argument
 from ..data.repositories import check_can_be_written
 from ..pipelines import ADMPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
-from .checkpoint_files import check_sums, write_weights
+from .checkpoint_files import SAFETENSORS_DTYPES, check_sums, is_mappable, load_checkpoint
 
 
 Shapes = Mapping[str, Sequence[int]]
@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 # Both code bases and GLIDE are written for RGB images; people change that in the code.
 IMAGE_CHANNELS = 3
+# Bytes of a checkpoint that may stay in memory while its tensors are written one by one.
+MAPPED_BYTES = 2**27
 # Next to the components: what a folder was converted from, so that it can be written back in the same order.
 RECORD_NAME = "openai_checkpoint.json"
 # The words that the scripts read as a boolean.
@@ -292,6 +294,38 @@ def write_folder(
         unfinished.replace(output_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_weights(file: Path, checkpoint: Path, key: str, rules: list[TensorRule]) -> None:
+    """
+    Writes the tensors that `rules` make of a checkpoint's network `key`, in the format of safetensors
+    (https://github.com/huggingface/safetensors#format). The library's writer needs all tensors at once, and every page
+    that was read stays in memory while the checkpoint is mapped: here it is mapped again after each `MAPPED_BYTES`.
+    """
+    state_dict = load_checkpoint(checkpoint, key).state_dict
+    # Widest dtype first, so that each tensor starts at a multiple of its item size.
+    rules = sorted(rules, key=lambda rule: -state_dict[rule.source].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for rule in rules:
+        for name, tensor in zip(rule.targets, rule.split(state_dict[rule.source].to("meta")), strict=True):
+            start, end = end, end + tensor.nbytes
+            dtype = SAFETENSORS_DTYPES[tensor.dtype]
+            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        mapped = 0
+        for rule in rules:
+            if mapped > MAPPED_BYTES and is_mappable(checkpoint):
+                del state_dict
+                state_dict, mapped = load_checkpoint(checkpoint, key).state_dict, 0
+            source = state_dict[rule.source]
+            mapped += source.nbytes
+            for tensor in rule.split(source):
+                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 # 4. The command line

@@ -1,4 +1,8 @@
-"""Converts GLIDE's checkpoints into folders that `from_pretrained` loads."""
+"""
+Converts GLIDE's checkpoints into folders that `from_pretrained` loads.
+
+GLIDE's U-Nets are guided-diffusion's with text added, so `tensor_rules` of `openai_layout.py` describes them.
+"""
 
 from __future__ import annotations
 
