@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from typing import get_args
 
 import diffusers
 import numpy as np
@@ -12,9 +13,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
 from diffusers_adm.schedulers.noise_schedules import (
+    BETA_SCHEDULE_ALIASES,
+    BetaSchedule,
+    BetaScheduleName,
     alphas_cumprod_of,
     check_same_noise,
     describe_noise_schedule,
+    make_betas,
     noise_schedule_of,
 )
 
@@ -93,6 +98,14 @@ class TestEntries:
             check_same_noise("It", "cosine", ours())
 
 
+def test_names():
+    """Every alias is an accepted name, stands for a name, and gives its betas."""
+    assert set(get_args(BetaScheduleName)) == {*get_args(BetaSchedule), *BETA_SCHEDULE_ALIASES}
+    for alias, name in BETA_SCHEDULE_ALIASES.items():
+        assert name in get_args(BetaSchedule)
+        np.testing.assert_array_equal(make_betas(alias, 10, 1e-4, 0.02), make_betas(name, 10, 1e-4, 0.02))
+
+
 class TestSame:
     """Tables are compared, not names."""
 
@@ -136,7 +149,7 @@ class TestSame:
             (ours(), "LearnedVarianceDDPMScheduler, has the noise schedule linear from 0.0001 to 0.02 with 1000"),
             (DDIMScheduler(), "DDIMScheduler, has the noise schedule linear from 0.0001 to 0.02 with 1000 timesteps"),
             (ours(beta_schedule="cosine", num_train_timesteps=999), "squaredcos_cap_v2 with 999 timesteps."),
-            (ours(beta_schedule="cosine", **ZERO_SNR), "1000 timesteps, rescaled to no signal at the end. At timestep"),
+            (ours(beta_schedule="cosine", **ZERO_SNR), "1000 timesteps, rescaled to zero terminal SNR. At timestep"),
             (ours(trained_betas=[0.01] * 1000), "of 1000 trained betas"),
         ],
         ids=lambda value: None if isinstance(value, str) else type(value).__name__,
@@ -155,7 +168,7 @@ class TestSame:
         cosine = (np.cos((t / 1000 + 0.009) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2
         linear = np.exp(np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, 1000))))
         most = int(np.abs(cosine - linear).argmax())
-        expected = f"timestep {most}, `alphas_cumprod` is {cosine[most]:.4g} there and {linear[most]:.4g} here"
+        expected = f"timestep {most}, `alphas_cumprod` is {cosine[most]:.6g} there and {linear[most]:.6g} here"
         assert expected in str(error.value)
 
     @pytest.mark.parametrize("change", [{"beta_end": 0.02002}, {"beta_start": 0.00011}, {"num_train_timesteps": 1001}])

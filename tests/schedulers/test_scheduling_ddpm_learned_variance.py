@@ -20,15 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
 from diffusers_adm.schedulers import respaced_timesteps
+from diffusers_adm.schedulers.noise_schedules import BetaSchedule, make_betas
 from diffusers_adm.schedulers.scheduling_ddpm_learned_variance import (
-    BetaSchedule,
     PredictionType,
-    TimestepSpacing,
     VarianceType,
     discretized_gaussian_log_likelihood,
-    make_betas,
     normal_kl,
 )
+from diffusers_adm.schedulers.timestep_spacing import TimestepSpacing, spaced_timesteps
 
 
 T = 1000
@@ -100,18 +99,18 @@ class TestSchedules:
         assert len(scheduler) == scheduler.config.num_train_timesteps == 2
         assert scheduler.timesteps.tolist() == [1, 0]
         scheduler.set_timesteps(2)
-        with pytest.raises(ValueError, match="timesteps are numbers of the full chain, 0 to 1"):
+        with pytest.raises(ValueError, match="`timestep` is 2; training timesteps go from 0 to 1"):
             scheduler.add_noise(randn(*SHAPE), randn(*SHAPE), 2)
 
     @pytest.mark.parametrize("betas", [0.1, [], [[0.1, 0.2]]])
     def test_trained_betas_that_are_no_list(self, betas):
-        with pytest.raises(ValueError, match=r"`trained_betas` has shape .*; pass a list"):
+        with pytest.raises(ValueError, match=r"The betas are .*; they must be a list .*`trained_betas`"):
             LearnedVarianceDDPMScheduler(trained_betas=betas)
 
     @pytest.mark.parametrize("bad", [0.0, -0.1, 1.0, 1.5, math.nan])
     def test_betas_that_are_no_variances(self, bad):
         """1 among them: all later tables would be 0 / 0."""
-        with pytest.raises(ValueError, match="between 0 and 1"):
+        with pytest.raises(ValueError, match=r"The betas are \[.*; they must be .* between 0 and 1"):
             LearnedVarianceDDPMScheduler(3, trained_betas=[0.1, bad, 0.2])
 
     @pytest.mark.parametrize("name", get_args(BetaSchedule))
@@ -156,6 +155,22 @@ class TestConstruction:
             assert LearnedVarianceDDPMScheduler(**{name: value}).config[name] == value
         with pytest.raises(ValueError, match=f"`{name}` is 'other'; it must be one of .*{get_args(choices)[0]}"):
             LearnedVarianceDDPMScheduler(**{name: "other"})
+
+    @pytest.mark.parametrize("name", ["cosin", "other", None])
+    def test_unknown_words_below_the_constructor(self, name):
+        """An unknown schedule was once taken for the cosine, an unknown prediction for the velocity."""
+        with pytest.raises(ValueError, match=rf"`beta_schedule` is {name!r}; it must be one of .*'sigmoid', 'cosine'"):
+            make_betas(name, 10, 1e-4, 0.02)
+        with pytest.raises(ValueError, match=rf"`timestep_spacing` is {name!r}; it must be one of .*'leading'"):
+            spaced_timesteps(1000, 10, name)
+        scheduler, sample = LearnedVarianceDDPMScheduler(), torch.zeros(2, 3, 4, 4)
+        scheduler.register_to_config(prediction_type=name)  # which checks nothing
+        with pytest.raises(ValueError, match=rf"`prediction_type` is {name!r}; it must be one of .*'v_prediction'"):
+            scheduler.step(torch.zeros(2, 6, 4, 4), 3, sample)
+        scheduler = LearnedVarianceDDPMScheduler(variance_type="fixed_small")
+        scheduler.register_to_config(variance_type=name)
+        with pytest.raises(ValueError, match=rf"`variance_type` is {name!r}; it must be one of .*'fixed_large'"):
+            scheduler.step(sample, 3, sample)
 
     def test_learned_is_refused_because_it_has_two_meanings(self):
         with pytest.raises(ValueError, match=r"log-variance.*'learned_log'.*'learned_range'"):
@@ -441,7 +456,7 @@ class TestTimesteps:
             with pytest.raises(ValueError, match=rf"`num_inference_steps` is {steps}; .* between 1 and .* 1000"):
                 scheduler.set_timesteps(steps)
 
-        with pytest.raises(ValueError, match=r"`timesteps` is \[2.5, 1\]; it must hold integers"):
+        with pytest.raises(ValueError, match=r"`timesteps` asks for the timesteps \[2.5, 1\]; they must be integers"):
             scheduler.set_timesteps(timesteps=[2.5, 1])
         scheduler.set_timesteps(10.0)
         assert (type(scheduler.num_inference_steps), scheduler.num_inference_steps) == (int, 10)
@@ -1046,7 +1061,7 @@ class TestNoSynchronisation:
         """What a device does with a timestep that the chain does not keep, here on the CPU, behind the check."""
         scheduler = LearnedVarianceDDPMScheduler()
         scheduler.set_timesteps(timestep_respacing="25")
-        for values in scheduler._chain.lookup(torch.tensor([0, 1, 999, 2]), randn(*SHAPE), torch.float64):
+        for values in scheduler._process.lookup(torch.tensor([0, 1, 999, 2]), randn(*SHAPE)):
             assert values.shape == (4, 1, 1, 1)
             assert values.flatten().isnan().tolist() == [False, True, False, True]
 
@@ -1148,7 +1163,7 @@ def test_what_names_no_timestep_is_refused():
         with pytest.raises(ValueError, match="integers"):
             scheduler.step(output, timestep, sample)
     assert torch.equal(scheduler.predicted_distribution(output, 3.0, sample)[0], torch.zeros_like(sample))
-    with pytest.raises(ValueError, match="`num_train_timesteps` is 0"):
+    with pytest.raises(ValueError, match=r"The betas are \[\]; .*`num_train_timesteps`"):
         LearnedVarianceDDPMScheduler(num_train_timesteps=0)
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from toy_models import CONDITIONAL, random_unet
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
-from diffusers_adm.training import TrainingLosses, training_losses
+from diffusers_adm.training import TrainingLosses, min_snr_weights, training_losses
 from diffusers_adm.training.losses import warn_of_range
 
 
@@ -474,6 +474,18 @@ def test_output_channels_that_do_not_fit_are_refused(objective, variance_type, c
     arguments = (Fixed(torch.zeros(6, channels, 4, 4)), make_scheduler(variance_type=variance_type), x_0, timesteps)
     with pytest.raises(ValueError, match=message):
         training_losses(*arguments, noise=noise, objective=objective)
+
+
+def test_an_unknown_prediction_type_has_no_target():
+    """The constructor refuses one; `register_to_config` checks nothing."""
+    scheduler = make_scheduler()
+    x_0, _, noise, timesteps = make_batch()
+    model = Fixed(make_output(x_0, noise, scheduler, timesteps))
+    scheduler.register_to_config(prediction_type="other")
+    with pytest.raises(KeyError, match="other"):
+        training_losses(model, scheduler, x_0, timesteps, noise=noise)
+    with pytest.raises(KeyError, match="other"):
+        min_snr_weights(scheduler, timesteps, 5.0)
 
 
 def test_timesteps_outside_of_the_chain_are_refused():

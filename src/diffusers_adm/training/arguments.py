@@ -10,9 +10,10 @@ import torch
 from huggingface_hub.utils import validate_repo_id
 
 from ..commands.arguments import HUB_TOKEN, arg, check_at_least
-from ..schedulers.noise_schedules import BetaSchedule
+from ..schedulers.noise_schedules import BetaScheduleName
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
 from .losses import Objective
+from .timestep_samplers import TimestepSamplerName
 
 
 class Verdict(enum.Enum):
@@ -148,7 +149,7 @@ class NoiseArguments:
     """The noise schedule. None: that of the pretrained scheduler, or the default in parentheses."""
 
     ddpm_num_steps: int | None = arg(None, "Number of timesteps of the noise schedule (1000).", resume=PROCESS)
-    ddpm_beta_schedule: Literal[BetaSchedule, "cosine"] | None = arg(
+    ddpm_beta_schedule: BetaScheduleName | None = arg(
         None, "Noise schedule (linear); cosine and squaredcos_cap_v2 are the same.", resume=PROCESS
     )
     beta_start: float | None = arg(None, "First beta of the schedule (0.0001).", resume=PROCESS)
@@ -182,7 +183,7 @@ class DiffusionArguments(NoiseArguments):
     snr_gamma: float | None = arg(
         None, "Gamma of the Min-SNR weighting of the squared error, usually 5.0; none: no weighting.", resume=PROCESS
     )
-    timestep_sampler: Literal["uniform", "loss-second-moment"] = arg(
+    timestep_sampler: TimestepSamplerName = arg(
         "uniform", "Distribution of the training timesteps; loss-second-moment is meant for vlb.", resume=PROCESS
     )
 

@@ -1,11 +1,16 @@
 """
-Which timesteps to train on, and the weights that keep the loss unbiased.
+Timestep samplers: which timesteps to train on, and the weights that keep the loss unbiased.
 
 Nichol & Dhariwal 2021 (https://huggingface.co/papers/2102.09672), section 3.3 and eq. 18: timesteps drawn in proportion
-to the root mean square of their recent losses, so that the variance of L_vlb's gradient falls.
+to the root mean square of their recent losses, which reduces the variance of L_vlb's gradient.
+
+To add a timestep sampler, write a subclass of `TimestepSampler` and extend `TimestepSamplerName` and
+`TIMESTEP_SAMPLERS`.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -13,7 +18,7 @@ from accelerate.utils import gather, pad_across_processes
 
 
 def _uniform(batch_size: int, device: str | torch.device | None, generator: torch.Generator | None) -> torch.Tensor:
-    """Numbers in [0, 1), drawn where the generator lives and left there, in float64 where there is such a type."""
+    """Numbers in [0, 1), on the device of the generator, in float64 if the devices have it."""
     source = generator.device if generator is not None else torch.device(device or "cpu")
     dtype = torch.float32 if "mps" in (source.type, torch.device(device or "cpu").type) else torch.float64
     return torch.rand(batch_size, generator=generator, device=source, dtype=dtype)
@@ -21,17 +26,15 @@ def _uniform(batch_size: int, device: str | torch.device | None, generator: torc
 
 class TimestepSampler:
     """
-    Draws timesteps with probability p_t = w_t / sum(w) and gives each the weight 1 / (T p_t): the expectation of
-    `weight * loss(t)` is the mean of the loss over uniform timesteps, whatever the w are.
+    Base class: draws timesteps with probability p_t = w_t / sum(w) and gives each the weight 1 / (T p_t), so that the
+    expectation of `weight * loss(t)` is the mean of the loss over uniform timesteps for all w.
     """
 
     def __init__(self, num_train_timesteps: int):
-        if num_train_timesteps < 1:
-            raise ValueError(f"`num_train_timesteps` is {num_train_timesteps}; it must be positive.")
         self.num_train_timesteps = num_train_timesteps
 
     def weights(self) -> torch.Tensor:
-        """`(num_train_timesteps,)`, float64, positive; need not sum to 1."""
+        """The w_t: `(num_train_timesteps,)`, float64, positive; need not sum to 1."""
         raise NotImplementedError
 
     def sample(
@@ -41,19 +44,21 @@ class TimestepSampler:
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
+        Draws timesteps.
+
         Args:
             batch_size (`int`): Number of timesteps.
-            device (`torch.device`, *optional*): Where the results shall lie.
-            generator (`torch.Generator`, *optional*): On any device: the same state draws the same timesteps
-                everywhere. `None`: the global one of `device`.
+            device (`torch.device`, *optional*): Device of the results.
+            generator (`torch.Generator`, *optional*): On any device; the timesteps do not depend on `device`. `None`:
+                the global one of `device`.
 
         Returns:
-            `tuple` of `torch.Tensor`: Timesteps in `[0, num_train_timesteps)` (int64), and the weights that the losses
-            there are to be multiplied by (float32); both `(batch_size,)`.
+            `tuple` of `torch.Tensor`: Timesteps in `[0, num_train_timesteps)` (int64), and the weights by which to
+            multiply their losses (float32); both `(batch_size,)`.
         """
         cumulative = self.weights().cumsum(0)
         cumulative = cumulative / cumulative[-1]
-        # By inversion of one uniform number each; `torch.multinomial` would bind the generator to the device.
+        # Inverts the distribution function at uniform numbers; `torch.multinomial` needs a generator on the device.
         uniform = _uniform(batch_size, cumulative.device if device is None else device, generator)
         uniform = uniform.to(cumulative.device).to(cumulative.dtype)
         timesteps = torch.searchsorted(cumulative, uniform, right=True)
@@ -63,7 +68,7 @@ class TimestepSampler:
         return timesteps.to(device), weights.to(device)
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Tells the sampler the *unweighted* losses `(batch_size,)` at `timesteps`. Called by every process."""
+        """Learns from the *unweighted* losses `(batch_size,)` at `timesteps`. Every process must call it."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}
@@ -73,7 +78,7 @@ class TimestepSampler:
 
 
 class UniformTimestepSampler(TimestepSampler):
-    """Every timestep with the same probability; all weights are 1."""
+    """Draws every timestep with the same probability; all weights are 1."""
 
     def weights(self) -> torch.Tensor:
         return torch.ones(self.num_train_timesteps, dtype=torch.float64)
@@ -84,20 +89,20 @@ class UniformTimestepSampler(TimestepSampler):
         device: str | torch.device | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the base class does it, without its table."""
+        """The same as in the base class, without its table."""
         timesteps = (_uniform(batch_size, device, generator) * self.num_train_timesteps).long().to(device)
         return timesteps.clamp(max=self.num_train_timesteps - 1), torch.ones(batch_size, device=timesteps.device)
 
 
 class LossSecondMomentTimestepSampler(TimestepSampler):
     r"""
-    p_t proportional to sqrt(E[L_t^2]) over the last `history_per_term` losses at t, mixed with a little of the uniform
-    distribution; uniform until every timestep has a full history.
+    Draws timesteps with p_t proportional to sqrt(E[L_t^2]) over the last `history_per_term` losses at t, mixed with a
+    small share of the uniform distribution; uniform until every timestep has a full history.
 
     Args:
-        num_train_timesteps (`int`): T.
+        num_train_timesteps (`int`): Number T of training timesteps.
         history_per_term (`int`, defaults to 10): Losses remembered per timestep.
-        uniform_prob (`float`, defaults to 0.001): Share of the uniform distribution, so that no timestep is forgotten.
+        uniform_prob (`float`, defaults to 0.001): Share of the uniform distribution, so that every timestep can occur.
     """
 
     def __init__(self, num_train_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):
@@ -106,12 +111,12 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
             raise ValueError(f"`history_per_term` is {history_per_term}; it must be positive.")
         if not 0 < uniform_prob <= 1:
             raise ValueError(
-                f"`uniform_prob` is {uniform_prob}; it must lie in (0, 1]: at 0 a timestep whose losses were 0 would "
-                "never be drawn again."
+                f"`uniform_prob` is {uniform_prob}; it must lie in (0, 1]. At 0, a timestep whose losses were 0 would "
+                "never occur again."
             )
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
-        # Entry `counts[t] % history_per_term` of a row is the next to be written; beyond that their order is no matter.
+        # Entry `counts[t] % history_per_term` of row t is the next to be overwritten.
         self.history = torch.zeros(num_train_timesteps, history_per_term, dtype=torch.float64)
         self.counts = torch.zeros(num_train_timesteps, dtype=torch.long)
 
@@ -119,19 +124,19 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
         root_mean_square = self.history.square().mean(dim=1).sqrt()
         total = root_mean_square.sum()
         weights = (1 - self.uniform_prob) * root_mean_square / total + self.uniform_prob / self.num_train_timesteps
-        # Chosen on the device: asking whether the history is full would wait for it.
+        # Chosen on the device, because reading whether the history is full would wait for it.
         usable = (self.counts >= self.history_per_term).all() & (total > 0)
         return torch.where(usable, weights, torch.ones_like(weights))
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         r"""
         Remembers the losses of all processes, in the order of their ranks, so that every process draws from the same
-        distribution. It is a collective call: each process must make it, with batches of any size.
+        distribution. This is a collective call: every process must make it, with a batch of any size.
 
         Args:
-            timesteps (`torch.LongTensor` of shape `(batch_size,)`): As drawn.
-            losses (`torch.Tensor` of shape `(batch_size,)`): Unweighted; with weights the sampler would learn from
-                itself.
+            timesteps (`torch.LongTensor` of shape `(batch_size,)`): Those of [`~TimestepSampler.sample`].
+            losses (`torch.Tensor` of shape `(batch_size,)`): Unweighted, or the sampler would learn from its own
+                weights.
 
         Raises:
             ValueError: If the two differ in shape.
@@ -142,20 +147,20 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
                 "(batch_size,): one loss per example."
             )
         timesteps, losses = timesteps.detach(), losses.detach().float()
-        # Padding compares the sizes on the host, even if there is just one: a process alone must not wait for that.
+        # Padding compares sizes on the host even for a single process, which should not wait for that.
         if PartialState().num_processes > 1:
-            # In one collective: float32 holds every timestep. Padding, where batches differ in size, is timestep -1.
+            # One collective for both: float32 holds every timestep. Batches of different sizes are padded with -1.
             both = gather(pad_across_processes(torch.stack([timesteps.float(), losses], dim=1), pad_index=-1))
             timesteps, losses = both[:, 0].long(), both[:, 1]
         if losses.device.type == "mps":  # which has no float64
             timesteps, losses = timesteps.cpu(), losses.cpu()
         self.history, self.counts = self.history.to(losses.device), self.counts.to(losses.device)
-        # A loss that is not finite (an fp16 overflow, say) would poison the distribution for good.
+        # A single non-finite loss (e.g. an fp16 overflow) would spoil the distribution for good.
         valid = (timesteps >= 0) & losses.isfinite()
 
-        # In place of a loop over the examples, which would read each timestep on the host: the n-th occurrence of a
-        # timestep in the batch goes n places further; of more occurrences than places, the last ones stay. What shall
-        # not be kept goes to a spare row below the table.
+        # Replaces a loop over the examples, which would read each timestep on the host. The n-th occurrence of a
+        # timestep in the batch goes n places further; if there are more occurrences than places, the last ones are
+        # kept. The others are written to a spare row below the table.
         same = (timesteps[:, None] == timesteps[None, :]) & valid[:, None] & valid[None, :]
         earlier = same.tril(-1).sum(dim=1)
         kept = valid & (earlier >= same.sum(dim=1) - self.history_per_term)
@@ -171,21 +176,17 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
         return {"history": self.history.cpu().clone(), "counts": self.counts.cpu().clone()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Raises `ValueError` for the state of another kind of sampler, number of timesteps or length of history."""
-        if "history" not in state_dict:
+        """Restores a state. Raises a `ValueError` for that of another sampler or other arguments."""
+        saved = state_dict.get("history", torch.empty(0))
+        if saved.shape != self.history.shape:
             raise ValueError(
-                f"The saved state holds {sorted(state_dict)} but no 'history': it belongs to another timestep sampler. "
-                "Resume with the one it was saved with."
+                f"The saved state has a history of shape {tuple(saved.shape)}; this sampler's is "
+                f"{tuple(self.history.shape)} (timesteps, losses per timestep). Resume with the sampler and the values "
+                "that the state was saved with."
             )
-        if state_dict["history"].shape != self.history.shape:
-            raise ValueError(
-                f"The saved history has shape {tuple(state_dict['history'].shape)}, this sampler's is "
-                f"{tuple(self.history.shape)} (timesteps, losses per timestep). Resume with the values that it was "
-                "saved with."
-            )
-        self.history = state_dict["history"].to(self.history)
+        self.history = saved.to(self.history)
         self.counts = state_dict["counts"].to(self.counts)
 
 
-# The choices of `DiffusionArguments.timestep_sampler`.
+TimestepSamplerName = Literal["uniform", "loss-second-moment"]
 TIMESTEP_SAMPLERS = {"uniform": UniformTimestepSampler, "loss-second-moment": LossSecondMomentTimestepSampler}

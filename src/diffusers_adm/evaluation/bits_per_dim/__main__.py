@@ -28,7 +28,8 @@ from ...data.images import ImageDataset
 from ...data.labels import match_classes, renumber_labels
 from ...data.repositories import check_can_be_written, from_subfolder_or_root, reading
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
-from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, respaced_timesteps
+from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, VarianceType
+from ...schedulers.timestep_spacing import respaced_timesteps
 from ..common import REVISION_RULE, require, versions
 from ..data import find_dataset, num_real_classes
 from .bound import bits_per_dim
@@ -59,7 +60,7 @@ class Arguments:
     num_images: int | None = arg(None, "Size of a random subset to evaluate. None: all images.")
     batch_size: int = arg(64, "Noisy images per process and forward pass.")
     timestep_respacing: str | None = arg(None, "Fewer timesteps: 250, ddim50, or 10,10,15. None: all.")
-    variance_type: Literal["learned_range", "learned_log", "fixed_small", "fixed_large"] | None = arg(
+    variance_type: VarianceType | None = arg(
         None, "Variance of the reverse process. None: that of the model's scheduler."
     )
     clip_sample: bool | None = arg(None, "Clip the predicted image. None: as in the model's scheduler.")
