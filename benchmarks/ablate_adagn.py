@@ -1,17 +1,17 @@
 """
-What adaptive group normalisation is worth: the network of training/configs/emoji_32.yaml, trained with it and without,
-on held-out images.
+Effect of adaptive group normalisation (AdaGN): the network of training/configs/emoji_32.yaml, trained with and without
+it, on held-out images.
 
     python benchmarks/ablate_adagn.py [--seeds 0 1 2] [--output_dir outputs/adagn_ablation] [--json results.json]
 
-The networks differ in `resnet_time_scale_shift` alone: "scale_shift" is AdaGN, "default" adds the time embedding before
-the second norm of a residual block, as DDPM does. Everything else, data, steps and seeds, is the recipe
-`training/configs/emoji_32.yaml`; training is the real script. A folder that holds a finished run is not trained again,
-whatever it was trained with.
+The networks differ only in `resnet_time_scale_shift`: "scale_shift" is AdaGN, "default" adds the time embedding before
+the second norm of a residual block, as in DDPM. Data, steps and seeds are those of the recipe
+`training/configs/emoji_32.yaml`, and training runs the script itself. A folder that holds a finished run is not trained
+again, however it was trained.
 
-Reported for the averaged weights on the test images, with their classes: the hybrid loss (uniform t), and the bound in
-bits per dimension over the whole chain. Both are sums over t; each image gets one random t out of every stratum of
-timesteps, so the estimate is unbiased, and all networks see the same images, timesteps and noise.
+Reported for the EMA weights on the test images, with their classes: the hybrid loss (uniform t), and the bound in bits
+per dimension over all timesteps. Both are sums over t; each image gets one random t from every stratum of timesteps, so
+the estimate is unbiased, and all networks see the same images, timesteps and noise.
 """
 
 import argparse
@@ -42,16 +42,16 @@ def train(folder: Path, injection: str, seed: int, arguments: list[str]) -> None
     config = json.loads((REPOSITORY / NETWORK).read_text()) | {"resnet_time_scale_shift": injection}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "unet.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(REPOSITORY / "training/configs/accelerate_single_process.yaml")]
-    command += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
-    command += [str(REPOSITORY / "training/train_adm.py"), "--config", RECIPE, "--output_dir", str(folder.resolve())]
-    command += ["--model_config_name_or_path", str((folder / "unet.json").resolve()), "--seed", str(seed), *arguments]
-    subprocess.run(command, check=True, cwd=REPOSITORY)
+    command = ["-m", "accelerate.commands.launch"]
+    command += ["--config_file", REPOSITORY / "training/configs/accelerate_single_process.yaml"]
+    command += ["--num_cpu_threads_per_process", torch.get_num_threads()]
+    command += [REPOSITORY / "training/train_adm.py", "--config", RECIPE, "--output_dir", folder.resolve()]
+    command += ["--model_config_name_or_path", (folder / "unet.json").resolve(), "--seed", seed, *arguments]
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=REPOSITORY)
 
 
 def strata(num_timesteps: int) -> list[tuple[int, int]]:
-    """Ranges of timesteps `[start, end)`: single ones where most of the bound lies, wide ones at the noisy end."""
+    """Ranges of timesteps `[start, end)`: single ones where most of the bound is, wide ones at the noisy end."""
     edges = sorted({round(math.expm1(i / NUM_STRATA * math.log1p(num_timesteps))) for i in range(NUM_STRATA + 1)})
     return list(zip(edges, edges[1:], strict=False))
 
@@ -72,7 +72,7 @@ def evaluate(folder: Path) -> dict[str, float]:
         noise = torch.randn(pixels.shape, generator=generator)
         noisy = scheduler.add_noise(pixels, noise, timesteps)
         output = unet(noisy, timesteps, class_labels=labels)
-        # Both from one pass: in the bound the predicted image is clipped, as when sampling; in the loss it is not.
+        # Both from one pass. The bound clips the predicted image, as sampling does; the loss does not.
         terms = training_losses(lambda *_, output=output: output, scheduler, pixels, timesteps, noise=noise)
         bound = scheduler.variational_bound(output.sample, pixels, noisy, timesteps)
         bits += (end - start) * bound.double().mean().item()
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/adagn_ablation"))
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--json", type=Path, help="Write all numbers to this file.")
     args, training_arguments = parser.parse_known_args()
 
     results: dict[str, dict[int, dict[str, float]]] = {}

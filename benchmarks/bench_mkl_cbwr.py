@@ -1,25 +1,23 @@
 """
-What the environment variable MKL_CBWR costs: time of a training step and of a sampling step for each of its values.
+Time of a training step and of a sampling step for each value of the environment variable MKL_CBWR.
 
     python benchmarks/bench_mkl_cbwr.py [--rounds 8] [--steps 8] [--threads 1] [--json results.json]
 
-MKL reads the variable when it is loaded, so each value has a process of its own. In each round every value has its
-turn; a row gives the median over the rounds of the time relative to the process without the variable, with a 95%
-bootstrap interval. Times are those that the processor spent, so other programs disturb them little. The network is
-that of `training/configs/unet_emoji_32.json`, at batch size 16. docs/reproducibility.md says what the variable is for.
+MKL reads the variable when it is loaded, so each value needs a process of its own. Each round runs every value once; a
+row gives the median over the rounds of the time relative to the process without the variable, with a 95% bootstrap
+interval. Times are CPU times, which other programs disturb little. The network is that of
+`training/configs/unet_emoji_32.json`, with batch size 16. docs/reproducibility.md explains the variable.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
-from measuring import bootstrap_interval
+from measuring import bootstrap_interval, run_python
 
 from diffusers_adm import AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import training_losses
@@ -71,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8, help="Processes for each value.")
     parser.add_argument("--steps", type=int, default=8, help="Timed steps of each kind in a process.")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="Threads of torch.")
     parser.add_argument("--json", help="Write all numbers to this file.")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -80,17 +78,15 @@ def main() -> None:
         return
 
     found = {value: [] for value in VALUES}
-    command = [sys.executable, __file__, "--measure", "--steps", str(args.steps), "--threads", str(args.threads)]
     for turn in range(args.rounds):
         for value in VALUES if turn % 2 else reversed(VALUES):
             environment = {name: content for name, content in os.environ.items() if name != "MKL_CBWR"}
             environment |= {} if value is None else {"MKL_CBWR": value}
-            output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-            found[value].append(json.loads(output.splitlines()[-1]))
+            options = ("--measure", "--steps", args.steps, "--threads", args.threads)
+            found[value].append(json.loads(run_python(__file__, *options, env=environment).splitlines()[-1]))
 
-    print(
-        f"{describe_machine()}; measured with {args.threads} threads, batch size {BATCH_SIZE}, {args.rounds} rounds\n"
-    )
+    machine = describe_machine()
+    print(f"{machine}; measured with {args.threads} threads, batch size {BATCH_SIZE}, {args.rounds} rounds\n")
     print("time relative to the process without MKL_CBWR [95% interval]")
     rows = []
     for kind in found[None][0]:
@@ -101,7 +97,7 @@ def main() -> None:
             rows.append({"kind": kind, "value": value, "ratio": statistics.median(pairs), "low": low, "high": high})
             print(f"  {value:14} {statistics.median(pairs):.3f} [{low:.3f}, {high:.3f}]")
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

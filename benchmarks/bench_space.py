@@ -1,13 +1,13 @@
 """
-How long a visitor of the Space waits: `python spaces/app.py` as a process of its own, asked over its API.
+Waiting times of a visitor of the Space: `python spaces/app.py` in a process of its own, called through its API.
 
     python benchmarks/bench_space.py [--models spaces/model] [--calls 5] [--json results.json]
 
 From the start of the process, with empty caches: until the page answers, until the first preview of the first visitor
-(4 pictures of a prompt at 25 steps) and until the pictures are there; the examples are drawn meanwhile, as on a new
-machine. Then, when they are cached, the same call again and again, how long the page takes to answer while it draws, a
-plain call of the pipeline for comparison, in a process of its own, and `from_pretrained` after the imports, in a fresh
-process each. Seconds, of this machine as it is: close other programs. Nothing is required of them here.
+(4 images of a prompt with 25 steps) and until the images are ready, while the examples are generated, as on a new
+machine. Then, with cached examples: the same call repeatedly, how long the page takes to answer meanwhile, a plain call
+of the pipeline in a process of its own for comparison, and `from_pretrained` after the imports, in fresh processes.
+Results in seconds, without limits; other programs disturb them.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import gradio_client
-from measuring import describe_machine
+from measuring import describe_machine, run_python
 
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ REQUEST = {
     "num_images": NUM_IMAGES,
     "upscale": False,
 }
-# What the Space does with them, less the page: the same solver around the same networks.
+# What the Space does without the page: the same solver with the same networks.
 PLAIN_CALLS = f"""
 import json, sys, time
 import torch
@@ -68,7 +68,7 @@ print(json.dumps(times))
 
 @contextmanager
 def app(models: Path, home: Path) -> Iterator[str]:
-    """The app with caches of its own in `home`; its address, at which nothing may answer yet."""
+    """Runs the app with its own caches in `home`; yields its address, which may not answer yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -89,9 +89,9 @@ def app(models: Path, home: Path) -> Iterator[str]:
         process.wait(30)
 
 
-def wait_for(what: str, seconds: float, is_there) -> None:
+def wait_for(what: str, seconds: float, is_ready: Callable[[], bool]) -> None:
     end = time.monotonic() + seconds
-    while not is_there():
+    while not is_ready():
         if time.monotonic() > end:
             raise TimeoutError(f"No {what} within {seconds:.0f} s.")
         time.sleep(0.05)
@@ -105,8 +105,8 @@ def answers(address: str) -> bool:
     return True
 
 
-def draw(client: gradio_client.Client) -> tuple[float, float]:
-    """Times of the first preview and of the pictures, by the clock."""
+def generate(client: gradio_client.Client) -> tuple[float, float]:
+    """Clock readings at the first preview and at the final images."""
     first = None
     job = client.submit(**REQUEST, api_name="/generate")
     for _ in job:
@@ -116,7 +116,7 @@ def draw(client: gradio_client.Client) -> tuple[float, float]:
 
 
 def latencies(address: str, until: threading.Event) -> list[float]:
-    """Of requests for the page, one after the other, five a second."""
+    """Times of requests for the page, one after another, 0.2 s apart."""
     times = []
     while not until.wait(0.2):
         start = time.monotonic()
@@ -132,17 +132,16 @@ def measure_app(models: Path, calls: int) -> Iterator[tuple[str, float]]:
             wait_for("page", START_SECONDS, lambda: answers(address))
             yield "page answers", time.monotonic() - start
             client = gradio_client.Client(address, verbose=False, download_files=str(home / "downloads"))
-            preview, pictures = draw(client)
+            preview, images = generate(client)
             yield "first preview", preview - start
-            yield "first pictures", pictures - start
+            yield "first images", images - start
             examples = next(part["props"] for part in client.config["components"] if part["type"] == "dataset")
 
-            def examples_are_drawn() -> bool:
-                return sum(len(path.read_text().split()) for path in home.rglob("indices.csv")) == len(
-                    examples["samples"]
-                )
+            def examples_are_cached() -> bool:
+                indices = [index for path in home.rglob("indices.csv") for index in path.read_text().split()]
+                return len(indices) == len(examples["samples"])
 
-            wait_for("examples", EXAMPLES_SECONDS, examples_are_drawn)
+            wait_for("examples", EXAMPLES_SECONDS, examples_are_cached)
             yield "examples are cached", time.monotonic() - start
 
             times, done, answered = [], threading.Event(), []
@@ -150,21 +149,19 @@ def measure_app(models: Path, calls: int) -> Iterator[tuple[str, float]]:
             watcher.start()
             for _ in range(calls):
                 start = time.monotonic()
-                times.append(draw(client)[1] - start)
+                times.append(generate(client)[1] - start)
             done.set()
             watcher.join()
     yield "call", statistics.median(times)
-    yield "page while drawing", statistics.median(answered)
-    yield "page while drawing, slowest", max(answered)
+    yield "page during a call", statistics.median(answered)
+    yield "page during a call, slowest", max(answered)
 
 
 def measure_pipeline(models: Path, calls: int) -> Iterator[tuple[str, float]]:
     variant = "fp16" if any((models / "base").rglob("*.fp16.safetensors")) else ""
-    command = [sys.executable, "-c", PLAIN_CALLS, str(models / "base"), variant]
 
     def run(calls: int) -> list[float]:
-        output = subprocess.run([*command, str(calls)], check=True, stdout=subprocess.PIPE, text=True).stdout
-        return json.loads(output.splitlines()[-1])
+        return json.loads(run_python("-c", PLAIN_CALLS, models / "base", variant, calls).splitlines()[-1])
 
     loads = [run(0)[0] for _ in range(2)]
     load, *times = run(calls)
@@ -174,14 +171,14 @@ def measure_pipeline(models: Path, calls: int) -> Iterator[tuple[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / "spaces" / "model", help="The folder of the models.")
-    parser.add_argument("--calls", type=int, default=5, help="Of which the median is taken.")
-    parser.add_argument("--json", type=Path, help="Write the results to this file as well.")
+    parser.add_argument("--models", type=Path, default=ROOT / "spaces" / "model", help="Folder of the models.")
+    parser.add_argument("--calls", type=int, default=5, help="Timed calls; the median counts.")
+    parser.add_argument("--json", type=Path, help="Write all numbers to this file.")
     args = parser.parse_args()
 
     machine = describe_machine("cpu")
     print(machine)
-    print(f"{NUM_IMAGES} pictures at {NUM_STEPS} steps, guidance; medians of {args.calls} calls; seconds")
+    print(f"{NUM_IMAGES} images, {NUM_STEPS} steps, guidance; medians of {args.calls} calls; seconds")
     results = {}
     for measure in (measure_app, measure_pipeline):
         for name, value in measure(args.models, args.calls):

@@ -1,26 +1,31 @@
 """
-Time and memory of `AdaGNUNet2DModel` against diffusers' `UNet2DModel` with the same weights, in one run.
+Time and memory of `AdaGNUNet2DModel` relative to diffusers' `UNet2DModel` with the same weights.
 
     python benchmarks/bench_unet.py [--device cuda] [--pairs 15] [--only 64x64 float32] [--json results.json]
 
-Each row times both networks in turn, `--pairs` times, and gives the median of the pairwise ratios ours / theirs with a
-95% bootstrap interval: what disturbs the machine meets both. A row fails if its whole interval lies above the limit.
-Peak memory is the resident size (on CUDA: allocated memory) of a process that runs one network alone.
+Each row times both networks in turn, `--pairs` times, so that disturbances of the machine affect both, and gives the
+median of the pairwise ratios ours / theirs with a 95% bootstrap interval. A row fails if its whole interval lies above
+the limit. Peak memory is the resident size (on CUDA: allocated memory) of a process that runs one of the networks.
 """
 
 import argparse
 import itertools
-import json
-import resource
-import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from measuring import alternate, describe_machine, ratios, seconds
+from measuring import (
+    alternate,
+    argument_parser,
+    compare_peaks,
+    describe_machine,
+    finish,
+    peak_bytes,
+    print_row,
+    ratios,
+    seconds,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_adm import AdaGNUNet2DModel
@@ -107,15 +112,12 @@ def convolution_rate(dtype: str, device: str) -> float:
 def bench_row(
     network: str, dtype: str, memory_format: str, backward: bool, args: argparse.Namespace, rates: dict[str, float]
 ) -> dict:
-    models = {which: build(which, network, dtype, memory_format, args.device) for which in ("ours", "theirs")}
+    ours, theirs = (build(which, network, dtype, memory_format, args.device) for which in ("ours", "theirs"))
     arguments = inputs(network, args.batch_size, dtype, memory_format, args.device)
     with FlopCounterMode(display=False) as counter:
-        run(models["ours"], arguments, backward)
+        run(ours, arguments, backward)
     times = alternate(
-        lambda: run(models["ours"], arguments, backward),
-        lambda: run(models["theirs"], arguments, backward),
-        args.pairs,
-        args.device,
+        lambda: run(ours, arguments, backward), lambda: run(theirs, arguments, backward), args.pairs, args.device
     )
     row = ratios(times)
     flops = counter.get_total_flops()
@@ -131,60 +133,25 @@ def bench_row(
     }
 
 
-def peak_resident_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not `ru_maxrss`: on Linux a new process starts with the peak of the one that started it.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def measure_memory(args: argparse.Namespace) -> None:
-    """What a child process prints: its peak in bytes after three training steps of one network."""
-    which, network, dtype, memory_format = args.memory_of
+def print_peak(which: str, network: str, dtype: str, memory_format: str, args: argparse.Namespace) -> None:
+    """The task of a child process: prints its peak in bytes after three training steps of one network."""
     model = build(which, network, dtype, memory_format, args.device)
     arguments = inputs(network, args.batch_size, dtype, memory_format, args.device)
     for _ in range(3):
         run(model, arguments, backward=True)
-    if args.device == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(peak_resident_bytes())
-
-
-def memory_row(network: str, dtype: str, memory_format: str, args: argparse.Namespace) -> dict:
-    peaks = {}
-    for which in ("ours", "theirs"):
-        command = [sys.executable, __file__, "--device", args.device, "--batch_size", str(args.batch_size)]
-        command += ["--memory_of", which, network, dtype, memory_format]
-        runs = range(args.memory_runs)
-        outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in runs]
-        peaks[which] = statistics.median(int(output.split()[-1]) for output in outputs)
-    ratio = peaks["ours"] / peaks["theirs"]
-    return {
-        "network": network,
-        "dtype": dtype,
-        "format": memory_format,
-        "ours_mib": peaks["ours"] / 2**20,
-        "theirs_mib": peaks["theirs"] / 2**20,
-        "ratio": ratio,
-        "passed": ratio <= MEMORY_LIMIT,
-    }
+    print(peak_bytes(args.device))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=15, help="Timed pairs per row; 0: memory only.")
-    parser.add_argument("--only", nargs="*", default=[], help="Words that a row must all have, e.g. `64x64 float32`.")
+    parser = argument_parser(__doc__, batch_size=4, pairs=15, only="64x64 float32")
     parser.add_argument("--memory_runs", type=int, default=3, help="Processes per peak; the median counts. 0: skip.")
-    parser.add_argument("--json", help="Write all numbers to this file.")
+    parser.add_argument("--threads", type=int, help="Threads of torch; default: its own choice.")
     parser.add_argument("--memory_of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.memory_of:
-        measure_memory(args)
+        print_peak(*args.memory_of, args)
         return 0
 
     machine = describe_machine(args.device)
@@ -195,34 +162,21 @@ def main() -> int:
     rows, memory_rows = [], []
     for network, dtype, memory_format, backward in itertools.product(NETWORKS, DTYPES, FORMATS, (False, True)):
         words = {network, dtype, memory_format, "forward+backward" if backward else "forward"}
-        if not args.pairs or not set(args.only) <= words:
-            continue
-        row = bench_row(network, dtype, memory_format, backward, args, rates)
-        rows.append(row)
-        print(
-            f"{row['network']} {row['dtype']:8} {row['format']:13} {row['mode']:16} "
-            f"{row['ours_ms']:8.1f} / {row['theirs_ms']:8.1f} ms = {row['ratio']:.3f} "
-            f"[{row['low']:.3f}, {row['high']:.3f}] (limit {TIME_LIMITS[dtype]})  "
-            f"{row['ours_of_conv_rate']:.2f}, {row['theirs_of_conv_rate']:.2f}  {'ok' if row['passed'] else 'FAILED'}",
-            flush=True,
-        )
+        if args.pairs and set(args.only) <= words:
+            rows.append(row := bench_row(network, dtype, memory_format, backward, args, rates))
+            label = f"{network} {dtype:8} {memory_format:13} {row['mode']:16}"
+            shares = f"{row['ours_of_conv_rate']:.2f}, {row['theirs_of_conv_rate']:.2f}  "
+            print_row(label, row, "ms", TIME_LIMITS[dtype], shares)
     if args.memory_runs:
-        print("\nPeak memory of three training steps, each network alone in a process")
+        print("\nPeak memory of three training steps, each network in a process of its own")
         for network, dtype, memory_format in itertools.product(NETWORKS, DTYPES, FORMATS):
-            if not set(args.only) <= {network, dtype, memory_format}:
-                continue
-            row = memory_row(network, dtype, memory_format, args)
-            memory_rows.append(row)
-            print(
-                f"{row['network']} {row['dtype']:8} {row['format']:13} {row['ours_mib']:7.0f} / "
-                f"{row['theirs_mib']:7.0f} MiB = {row['ratio']:.3f} (limit {MEMORY_LIMIT})  "
-                f"{'ok' if row['passed'] else 'FAILED'}",
-                flush=True,
-            )
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "time": rows, "memory": memory_rows}, file, indent=2)
-    return 0 if all(row["passed"] for row in rows + memory_rows) else 1
+            words = (network, dtype, memory_format)
+            if set(args.only) <= set(words):
+                row = compare_peaks(__file__, args, ("ours", *words), ("theirs", *words))
+                row |= dict(zip(("network", "dtype", "format"), words, strict=True))
+                memory_rows.append(row | {"passed": row["ratio"] <= MEMORY_LIMIT})
+                print_row(f"{network} {dtype:8} {memory_format:13}", memory_rows[-1], "mib", MEMORY_LIMIT)
+    return finish(args, machine, time=rows, memory=memory_rows)
 
 
 if __name__ == "__main__":

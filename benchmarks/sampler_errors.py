@@ -1,15 +1,15 @@
 """
-How far from the data do the samplers land, with how many steps? Prints the tables of docs/samplers.md.
+Distance of the samplers' results from the data, by number of steps. Prints the tables of docs/samplers.md.
 
     python benchmarks/sampler_errors.py [--schedules linear cosine] [--samples 65536] [--plot errors.png]
 
-The network is perfect, so that what is measured is the sampler's error alone: every pixel is drawn from one mixture of
-two Gaussians, for which the best prediction and its variance are known in closed form. Each sampler is plugged into
-`ADMPipeline` with `from_config`. The error is the 2-Wasserstein distance between the pixels drawn and the mixture, in
-one dimension the root mean square of the differences of their quantiles; images have the range [-1, 1].
+The network is perfect, so only the sampler's error is measured: every pixel follows the same mixture of two Gaussians,
+for which the optimal prediction and its variance are known in closed form. Each sampler is set on `ADMPipeline` with
+`from_config`. The error is the 2-Wasserstein distance between the generated pixels and the mixture, in one dimension
+the root mean square of the differences of their quantiles; images have the range [-1, 1].
 
 Deterministic samplers start from the quantiles of the normal distribution and have no random error. The others are
-limited by the number of samples: the noise floor is the distance of as many exact draws (mean and largest of 20).
+limited by the number of samples: the noise floor is the distance of as many exact samples (mean and largest of 20).
 """
 
 import argparse
@@ -27,65 +27,57 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 
 
-# A broad mode and a narrow one, with no gap between them: across a gap a handful of samples on the wrong side would
-# hide all else.
+# A broad mode and a narrow one, with no gap between them: across a gap, a handful of samples on the wrong side would
+# dominate the distance.
 WEIGHTS, MEANS, STDS = torch.tensor([[0.35, 0.65], [-0.45, 0.35], [0.25, 0.15]], dtype=torch.float64)[..., None]
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 STEPS = (5, 10, 20, 50, 100, 250)
 SPACING_STEPS = 20
 GRID = 2**14  # samples of a deterministic sampler
 KARRAS = {"use_karras_sigmas": True}
-# Their "leading" leaves out the upper timesteps, up to a quarter of them.
-BETTER_WITH_LINSPACE = (
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "SASolverScheduler",
-)
+OURS = "LearnedVarianceDDPM"
+# Their "leading" spacing omits up to a quarter of the upper timesteps.
+BETTER_WITH_LINSPACE = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver")
 
 
 @dataclass(frozen=True)
 class Sampler:
-    label: str
-    scheduler: str
+    label: str  # starts with the name of the scheduler class, without "Scheduler"
     deterministic: bool
     config: dict = field(default_factory=dict)  # for `from_config`
     call: dict = field(default_factory=dict)  # for the pipeline
 
+    @property
+    def scheduler(self) -> str:
+        return self.label.partition(",")[0]
 
-OURS = "LearnedVarianceDDPMScheduler"
+
 SAMPLERS = [
-    Sampler("LearnedVarianceDDPM", OURS, False),
-    Sampler("DDPM, fixed_small", "DDPMScheduler", False, {"variance_type": "fixed_small"}),
-    Sampler("DDPM, fixed_large", "DDPMScheduler", False, {"variance_type": "fixed_large"}),
-    Sampler("DDIM", "DDIMScheduler", True),
-    Sampler("PNDM", "PNDMScheduler", True),
-    Sampler("PNDM, skip_prk_steps", "PNDMScheduler", True, {"skip_prk_steps": True}),
-    Sampler("LMSDiscrete", "LMSDiscreteScheduler", True),
-    Sampler("EulerDiscrete", "EulerDiscreteScheduler", True),
-    Sampler("EulerAncestralDiscrete", "EulerAncestralDiscreteScheduler", False),
-    Sampler("HeunDiscrete", "HeunDiscreteScheduler", True),
-    Sampler("KDPM2Discrete", "KDPM2DiscreteScheduler", True),
-    Sampler("KDPM2AncestralDiscrete", "KDPM2AncestralDiscreteScheduler", False),
-    Sampler("DPMSolverMultistep", "DPMSolverMultistepScheduler", True),
-    Sampler(
-        "DPMSolverMultistep, sde-dpmsolver++",
-        "DPMSolverMultistepScheduler",
-        False,
-        {"algorithm_type": "sde-dpmsolver++"},
-    ),
-    Sampler("DPMSolverSinglestep", "DPMSolverSinglestepScheduler", True),
-    Sampler("DPMSolverSDE", "DPMSolverSDEScheduler", False),
-    Sampler("UniPCMultistep", "UniPCMultistepScheduler", True),
-    Sampler("DEISMultistep", "DEISMultistepScheduler", True),
-    Sampler("SASolver", "SASolverScheduler", False),
-    # Its own limit is 50 steps, those that its networks are distilled with.
-    Sampler("TCD", "TCDScheduler", False, {"original_inference_steps": 1000}),
-    Sampler("TCD, eta=0", "TCDScheduler", True, {"original_inference_steps": 1000}, {"eta": 0.0}),
+    Sampler(OURS, False),
+    Sampler("DDPM, fixed_small", False, {"variance_type": "fixed_small"}),
+    Sampler("DDPM, fixed_large", False, {"variance_type": "fixed_large"}),
+    Sampler("DDIM", True),
+    Sampler("PNDM", True),
+    Sampler("PNDM, skip_prk_steps", True, {"skip_prk_steps": True}),
+    Sampler("LMSDiscrete", True),
+    Sampler("EulerDiscrete", True),
+    Sampler("EulerAncestralDiscrete", False),
+    Sampler("HeunDiscrete", True),
+    Sampler("KDPM2Discrete", True),
+    Sampler("KDPM2AncestralDiscrete", False),
+    Sampler("DPMSolverMultistep", True),
+    Sampler("DPMSolverMultistep, sde-dpmsolver++", False, {"algorithm_type": "sde-dpmsolver++"}),
+    Sampler("DPMSolverSinglestep", True),
+    Sampler("DPMSolverSDE", False),
+    Sampler("UniPCMultistep", True),
+    Sampler("DEISMultistep", True),
+    Sampler("SASolver", False),
+    # Its own limit is 50 steps, with which its networks are distilled.
+    Sampler("TCD", False, {"original_inference_steps": 1000}),
+    Sampler("TCD, eta=0", True, {"original_inference_steps": 1000}, {"eta": 0.0}),
 ]
 PLOTTED = (
-    "LearnedVarianceDDPM",
+    OURS,
     "DDPM, fixed_small",
     "DDIM",
     "PNDM, skip_prk_steps",
@@ -107,15 +99,15 @@ class PerfectUNet(ModelMixin, ConfigMixin):
         self.dummy = torch.nn.Parameter(torch.zeros(1))  # tells the pipeline the dtype
         self.calls = 0
 
-    def prepare(self, alphas_cumprod: torch.Tensor, chain: list[int]) -> None:
-        """`chain`: descending timesteps of a sampler that uses the variance."""
+    def prepare(self, alphas_cumprod: torch.Tensor, timesteps: list[int]) -> None:
+        """`timesteps`: descending ones of a sampler that uses the variance, else empty."""
         self.alphas_cumprod = alphas_cumprod.double()
-        self.following = dict(itertools.pairwise(chain))
+        self.following = dict(itertools.pairwise(timesteps))
         self.calls = 0
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: None = None) -> UNet2DOutput:
         self.calls += 1
-        # Some solvers ask between two timesteps; they expect log(sigma) to be linear there.
+        # Some solvers evaluate between two timesteps and expect log(sigma) to be linear there.
         t = float(timestep)
         low = min(int(t), len(self.alphas_cumprod) - 2)
         log_snr = torch.logit(self.alphas_cumprod[low : low + 2])
@@ -142,7 +134,7 @@ class PerfectUNet(ModelMixin, ConfigMixin):
 
 
 def quantiles(number: int) -> torch.Tensor:
-    """The mixture's quantiles (i + 1/2) / number, by bisection."""
+    """Quantiles (i + 1/2) / number of the mixture, by bisection."""
     wanted = (torch.arange(number, dtype=torch.float64) + 0.5) / number
     low, high = torch.full_like(wanted, -10.0), torch.full_like(wanted, 10.0)
     for _ in range(60):
@@ -157,7 +149,7 @@ def wasserstein(samples: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def noise_floor(expected: torch.Tensor, draws: int = 20) -> tuple[float, float]:
-    """Mean and largest distance of exact draws."""
+    """Mean and largest distance of exact samples, over `draws` repetitions."""
     generator = torch.Generator().manual_seed(0)
     number, distances = len(expected), []
     for _ in range(draws):
@@ -168,7 +160,7 @@ def noise_floor(expected: torch.Tensor, draws: int = 20) -> tuple[float, float]:
 
 
 class Measurement:
-    """Runs samplers on one schedule, and remembers what their samples are compared with."""
+    """Runs samplers on one noise schedule, and keeps the quantiles to compare their samples with."""
 
     def __init__(self, schedule: str, samples: int):
         self.schedule = SCHEDULES[schedule]
@@ -176,7 +168,7 @@ class Measurement:
         self.samples = samples
 
     def error(self, sampler: Sampler, steps: int, spacing: str, extra: dict | None = None) -> tuple[float, int]:
-        """2-Wasserstein distance and calls of the network; NaN if the sampler cannot take these steps."""
+        """2-Wasserstein distance and network calls; NaN if the sampler cannot take so many steps."""
         number = GRID if sampler.deterministic else self.samples
         side = math.isqrt(number)
         ours = LearnedVarianceDDPMScheduler(beta_schedule=self.schedule, timestep_spacing=spacing, clip_sample=False)
@@ -185,7 +177,7 @@ class Measurement:
         ours.set_timesteps(steps)
         pipe.unet.prepare(ours.alphas_cumprod, ours.timesteps.tolist() if sampler.scheduler == OURS else [])
         if sampler.scheduler != OURS:
-            cls = getattr(diffusers, sampler.scheduler)
+            cls = getattr(diffusers, f"{sampler.scheduler}Scheduler")
             pipe.scheduler = cls.from_config(ours.config, **sampler.config, **(extra or {}))
 
         grid = torch.special.ndtri((torch.arange(number, dtype=torch.float64) + 0.5) / number).float()
@@ -203,7 +195,7 @@ class Measurement:
 
 
 def cell(error: float) -> str:
-    """In thousandths."""
+    """An error in thousandths."""
     if not math.isfinite(error):
         return "fails"
     return f"{1000 * error:.1f}" if error < 0.01 else f"{1000 * error:.0f}" if error < 10 else "> 9999"
@@ -218,11 +210,11 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def steps_table(measurement: Measurement, samplers: list[Sampler]) -> dict[str, list[tuple[int, float]]]:
-    """Prints steps against error; returns (calls of the network, error) by sampler."""
+    """Prints errors by number of steps; returns (network calls, error) by sampler."""
     rows, curves = [], {}
     for sampler in samplers:
         variants = [(sampler.label, {})]
-        if sampler.scheduler in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        if sampler.scheduler in ("DPMSolverMultistep", "UniPCMultistep"):
             variants.append((f"{sampler.label}, karras", KARRAS))
         spacing = "linspace" if sampler.scheduler in BETTER_WITH_LINSPACE else "leading"
         for label, extra in variants:
@@ -239,11 +231,11 @@ def steps_table(measurement: Measurement, samplers: list[Sampler]) -> dict[str, 
 def spacing_table(measurement: Measurement, samplers: list[Sampler]) -> None:
     rows = []
     for sampler in samplers:
-        cls = diffusers.DDPMScheduler if sampler.scheduler == OURS else getattr(diffusers, sampler.scheduler)
+        cls = getattr(diffusers, "DDPMScheduler" if sampler.scheduler == OURS else f"{sampler.scheduler}Scheduler")
         options = cls._get_init_keys(cls)
         row = [sampler.label]
         for spacing in ("leading", "linspace", "trailing"):
-            takes = "timestep_spacing" in options and sampler.scheduler != "TCDScheduler"
+            takes = "timestep_spacing" in options and sampler.scheduler != "TCD"
             row.append(cell(measurement.error(sampler, SPACING_STEPS, spacing)[0]) if takes else "")
         karras = measurement.error(sampler, SPACING_STEPS, "linspace", KARRAS)[0] if KARRAS.keys() <= options else None
         row.append("" if karras is None else cell(karras))
@@ -265,8 +257,8 @@ def plot(curves: dict[str, dict[str, list[tuple[int, float]]]], floor: float, pa
             stochastic = label.startswith(("DDPM", "Learned"))
             axes.plot(calls, errors, "--o" if stochastic else "-o", label=label, markersize=3.5, linewidth=1.3)
         axes.axhspan(1e-4, floor, color="0.9", zorder=0)
-        axes.text(5, floor * 0.9, "noise floor of the stochastic ones", fontsize=7, va="top", color="0.4")
-        axes.set(xscale="log", yscale="log", title=f"{schedule} schedule", xlabel="calls of the network")
+        axes.text(5, floor * 0.9, "noise floor of stochastic samplers", fontsize=7, va="top", color="0.4")
+        axes.set(xscale="log", yscale="log", title=f"{schedule} schedule", xlabel="network calls")
         axes.set_ylim(3e-4, 0.5)
         axes.set_xticks(STEPS, [str(n) for n in STEPS])
         axes.minorticks_off()
@@ -280,20 +272,20 @@ def plot(curves: dict[str, dict[str, list[tuple[int, float]]]], floor: float, pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
-    parser.add_argument("--samples", type=int, default=2**16, help="of the stochastic samplers; a square number")
-    parser.add_argument("--only", nargs="+", help="labels of samplers, as the tables name them")
-    parser.add_argument("--plot", help="file to draw the first tables into")
+    parser.add_argument("--samples", type=int, default=2**16, help="Samples of a stochastic sampler; a square.")
+    parser.add_argument("--only", nargs="+", help="Samplers by their labels in the tables.")
+    parser.add_argument("--plot", help="File for a plot of the first tables.")
     args = parser.parse_args()
     if math.isqrt(args.samples) ** 2 != args.samples:
         parser.error(f"--samples is {args.samples}; it must be a square number, such as {2**16}")
 
-    warnings.filterwarnings("ignore")  # deprecations inside of dependencies
+    warnings.filterwarnings("ignore")  # deprecations inside dependencies
     diffusers.utils.logging.set_verbosity_error()
     torch.set_grad_enabled(False)
     samplers = [sampler for sampler in SAMPLERS if not args.only or sampler.label in args.only]
     if not diffusers.utils.is_torchsde_available():
-        print("DPMSolverSDE is left out: it needs torchsde.\n")
-        samplers = [sampler for sampler in samplers if sampler.scheduler != "DPMSolverSDEScheduler"]
+        print("DPMSolverSDE is skipped: it needs torchsde.\n")
+        samplers = [sampler for sampler in samplers if sampler.scheduler != "DPMSolverSDE"]
 
     mean_floor, floor = noise_floor(quantiles(args.samples))
     print("2-Wasserstein distance to the data, in thousandths.")
