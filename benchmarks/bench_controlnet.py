@@ -22,16 +22,7 @@ from pathlib import Path
 
 import torch
 from bench_unet import NETWORKS
-from measuring import (
-    alternate,
-    argument_parser,
-    compare_peaks,
-    describe_machine,
-    finish,
-    peak_bytes,
-    print_row,
-    ratios,
-)
+from measuring import alternate, argument_parser, compare_peaks, describe_machine, finish, peak_bytes, print_row, ratios
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_adm import AdaGNControlNetModel, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler

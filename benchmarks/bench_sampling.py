@@ -18,16 +18,7 @@ import sys
 import torch
 from bench_unet import build
 from diffusers import DDIMScheduler, DDPMScheduler
-from measuring import (
-    alternate,
-    argument_parser,
-    bootstrap_interval,
-    clock,
-    describe_machine,
-    finish,
-    print_row,
-    ratios,
-)
+from measuring import alternate, argument_parser, bootstrap_interval, clock, describe_machine, finish, print_row, ratios
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 

@@ -54,17 +54,13 @@ NETWORKS = {
         "sample_size": 32,
         "block_out_channels": (128, 256, 256, 256),
         "layers_per_block": 2,
-        "down_block_types": (
-            "ResnetDownsampleBlock2D",
-            "AttnDownBlock2D",
-            "AttnDownBlock2D",
-            "ResnetDownsampleBlock2D",
-        ),
-        "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "down_block_types": ("ResnetDownsampleBlock2D", *("AttnDownBlock2D",) * 2, "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", *("AttnUpBlock2D",) * 2, "ResnetUpsampleBlock2D"),
     },
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MODES = {False: "forward", True: "forward+backward"}
 TIME_LIMITS = {"float32": 1.02, "bfloat16": 1.15}
 MEMORY_LIMIT = 1.02
 
@@ -119,18 +115,10 @@ def bench_row(
     times = alternate(
         lambda: run(ours, arguments, backward), lambda: run(theirs, arguments, backward), args.pairs, args.device
     )
-    row = ratios(times)
-    flops = counter.get_total_flops()
-    return {
-        "network": network,
-        "dtype": dtype,
-        "format": memory_format,
-        "mode": "forward+backward" if backward else "forward",
-        **row,
-        "ours_of_conv_rate": 1000 * flops / row["ours_ms"] / rates[dtype],
-        "theirs_of_conv_rate": 1000 * flops / row["theirs_ms"] / rates[dtype],
-        "passed": row["low"] <= TIME_LIMITS[dtype],
-    }
+    row = {"network": network, "dtype": dtype, "format": memory_format, "mode": MODES[backward], **ratios(times)}
+    for which in ("ours", "theirs"):
+        row[f"{which}_of_conv_rate"] = 1000 * counter.get_total_flops() / row[f"{which}_ms"] / rates[dtype]
+    return row | {"passed": row["low"] <= TIME_LIMITS[dtype]}
 
 
 def print_peak(which: str, network: str, dtype: str, memory_format: str, args: argparse.Namespace) -> None:
@@ -161,8 +149,7 @@ def main() -> int:
     print("\nratio = ours / theirs [95% interval]; then the share of that convolution rate reached by ours and theirs")
     rows, memory_rows = [], []
     for network, dtype, memory_format, backward in itertools.product(NETWORKS, DTYPES, FORMATS, (False, True)):
-        words = {network, dtype, memory_format, "forward+backward" if backward else "forward"}
-        if args.pairs and set(args.only) <= words:
+        if args.pairs and set(args.only) <= {network, dtype, memory_format, MODES[backward]}:
             rows.append(row := bench_row(network, dtype, memory_format, backward, args, rates))
             label = f"{network} {dtype:8} {memory_format:13} {row['mode']:16}"
             shares = f"{row['ours_of_conv_rate']:.2f}, {row['theirs_of_conv_rate']:.2f}  "

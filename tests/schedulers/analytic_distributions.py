@@ -11,7 +11,7 @@ a mixture has one such pair a component, weighed with the component's probabilit
     E[e | x_t] = (x_t - sqrt(A) E[x_0 | x_t]) / sqrt(1 - A),
     Var[x_{t-1} | x_t] = beta_tilde + c^2 Var[x_0 | x_t]        (c: factor of x_0 in the mean of q(x_{t-1} | x_t, x_0)),
 
-for any chain, a respaced one with its own beta_tilde and c. All in float64, and none of it imported from the package.
+for any process, a respaced one with its own beta_tilde and c. All in float64, and none of it imported from the package.
 """
 
 import math
@@ -91,7 +91,7 @@ class OptimalNetwork:
     """
     What a perfectly trained network gives: E[e | x_t], and Var[x_{t-1} | x_t] as `variance_type` wants it.
 
-    `timesteps` are those of the chain that shall be reversed, ascending. Samples are (batch, coordinates, 1, 1).
+    `timesteps` are those of the process to be reversed, ascending. Samples are (batch, coordinates, 1, 1).
     `first_variance_offset` is added to the variance at the first timestep.
     """
 

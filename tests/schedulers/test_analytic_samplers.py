@@ -1,7 +1,7 @@
 """
 Each sampler of diffusers reaches the data distribution, where that is known: in `ADMPipeline`, with a perfect network.
 
-Every pixel is an independent draw from one mixture of two Gaussians. The error is the 2-Wasserstein distance to it,
+Every pixel is an independent sample of one mixture of two Gaussians. The error is the 2-Wasserstein distance to it,
 in one dimension the root mean square of the differences of the quantiles. Deterministic samplers start from the
 quantiles of the normal distribution; one-dimensional flows keep their order, so nothing about them is random.
 """
@@ -22,14 +22,14 @@ from diffusers_adm.schedulers.diffusers_schedulers import SCHEDULERS_WITHOUT_SAM
 
 # A broad mode and a narrow one, with no gap between them: a few samples on the wrong side of one would hide all else.
 DATA = Mixture(weights=[0.35, 0.65], means=[[-0.45], [0.35]], stds=[0.25, 0.15])
-CHAINS = {
+PROCESSES = {
     "cosine": (cosine_betas(1000), {"beta_schedule": "cosine"}),
     "linear": (
         linear_betas(4000, 0.000025, 0.005),
         {"num_train_timesteps": 4000, "beta_start": 0.000025, "beta_end": 0.005},
     ),
 }
-# Their "leading" leaves out the upper timesteps, up to a quarter of them.
+# Their "leading" spacing omits up to a quarter of the upper timesteps.
 LINSPACE = (
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
@@ -41,7 +41,7 @@ OURS, TCD = "LearnedVarianceDDPMScheduler", "TCDScheduler"  # the latter has a t
 FEW, ENOUGH = 5, 50
 # Of the error after 50 steps. Deterministic: the first-order ones (DDIM, Euler) have 0.012 (cosine) and 0.023 (linear),
 # of order 1 / steps; the others less. Stochastic: 0.021 and 0.038 for steps with the variance beta_tilde (Euler
-# ancestral), and 4096 samples add 0.01, the distance of as many exact draws. 5 steps have at least 1.4 times as much.
+# ancestral), and 4096 samples add 0.01, the distance of as many exact samples. 5 steps have at least 1.4 times as much.
 LIMITS = {"cosine": (0.015, 0.035), "linear": (0.03, 0.055)}
 
 
@@ -91,24 +91,24 @@ def is_deterministic(name, options):
     return name not in (OURS, *STOCHASTIC) and not options.get("algorithm_type", "").startswith("sde")
 
 
-def pipeline(chain: str, name: str, options: dict, **config) -> ADMPipeline:
+def pipeline(process: str, name: str, options: dict, **config) -> ADMPipeline:
     ours = LearnedVarianceDDPMScheduler(
-        **{"timestep_spacing": "linspace" if name in LINSPACE else "leading", **CHAINS[chain][1], **config},
+        **{"timestep_spacing": "linspace" if name in LINSPACE else "leading", **PROCESSES[process][1], **config},
         clip_sample=False,
     )
     unet = OptimalUNet(1, 2, (16, 16 if is_deterministic(name, options) else 256))
-    unet.bar_alphas = torch.tensor(cumulative_alphas(CHAINS[chain][0]), dtype=torch.float64)
+    unet.bar_alphas = torch.tensor(cumulative_alphas(PROCESSES[process][0]), dtype=torch.float64)
     unet.prediction_type = ours.config.prediction_type
     pipe = ADMPipeline(unet, ours, vae=None, text_encoder=None, tokenizer=None, classifier=None)
     pipe.set_progress_bar_config(disable=True)
     if name != OURS:
         pipe.scheduler = getattr(diffusers, name).from_config(ours.config, **options)
-    pipe.chain = chain
+    pipe.process = process
     return pipe
 
 
 def error(pipe: ADMPipeline, steps: int, **kwargs) -> float:
-    """2-Wasserstein distance to `DATA` of what the sampler draws."""
+    """2-Wasserstein distance to `DATA` of the sampler's results."""
     size = pipe.unet.config.sample_size
     number = size[0] * size[1]
     if (
@@ -117,7 +117,7 @@ def error(pipe: ADMPipeline, steps: int, **kwargs) -> float:
     ):
         pipe.scheduler.set_timesteps(steps)
         kept = pipe.scheduler.timesteps.tolist()[::-1]
-        pipe.unet.network = OptimalNetwork(DATA, CHAINS[pipe.chain][0], kept)
+        pipe.unet.network = OptimalNetwork(DATA, PROCESSES[pipe.process][0], kept)
     start = torch.special.ndtri((torch.arange(number, dtype=torch.float64) + 0.5) / number)
     images = pipe(
         num_inference_steps=steps,
@@ -131,14 +131,14 @@ def error(pipe: ADMPipeline, steps: int, **kwargs) -> float:
 
 def reaches_the_data(pipe: ADMPipeline, limit: float) -> None:
     assert error(pipe, ENOUGH) < limit
-    assert error(pipe, FEW) > 1.4 * limit  # so the limit tells something
+    assert error(pipe, FEW) > 1.4 * limit  # so that the limit means something
 
 
-@pytest.mark.parametrize("chain", list(CHAINS))
+@pytest.mark.parametrize("process", list(PROCESSES))
 @pytest.mark.parametrize("name, options", as_parameters([(OURS, {}), *(c for c in SAMPLERS if c[0] != TCD)]))
-def test_reaches_the_data(chain, name, options):
-    pipe = pipeline(chain, name, options)
-    reaches_the_data(pipe, LIMITS[chain][0 if is_deterministic(name, options) else 1])
+def test_reaches_the_data(process, name, options):
+    pipe = pipeline(process, name, options)
+    reaches_the_data(pipe, LIMITS[process][0 if is_deterministic(name, options) else 1])
 
 
 def test_tcd():
@@ -170,7 +170,7 @@ def test_the_betas_of_another_network_are_told_apart():
 
 
 def with_fixed_variance(names: list[str]) -> list:
-    """`OptimalNetwork` knows a learned variance for predicted noise alone."""
+    """`OptimalNetwork` has a learned variance for predicted noise only."""
     return as_parameters(
         [(name, {"variance_type": "fixed_large"} if name.startswith("DDPM") else {}) for name in names if name != TCD]
     )

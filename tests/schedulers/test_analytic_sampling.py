@@ -1,7 +1,7 @@
 """
 Sampling and the bound where the truth is known: the scheduler gets the *optimal* network of an analytic distribution.
 
-For Gaussian data the reverse of any chain, respaced or not, is Gaussian again, so ancestral sampling with the optimal
+For Gaussian data the reverse of any process, respaced or not, is Gaussian again, so ancestral sampling with the optimal
 mean and variance has no discretisation error. What remains, in closed form (V_t = bar alpha_t s^2 + 1 - bar alpha_t):
 - sampling starts from N(0, 1) instead of N(sqrt(bar alpha_T) m, V_T): m is missed by bar alpha_T s^2 m / V_T;
 - the last step adds no noise: the variance lacks Var[x_0 | x_first] = s^2 (1 - bar alpha_first) / V_first.
@@ -27,7 +27,7 @@ MIXTURE = Mixture(weights=[0.3, 0.7], means=[[-0.8, -0.4], [0.5, 0.6]], stds=[0.
 
 
 def scheduler_and_network(data, schedule, steps, variance_type="learned_range"):
-    """Both reverse the same chain, which holds the first and the last of 1000 timesteps."""
+    """Both reverse the same process, with the first and the last of 1000 timesteps."""
     scheduler = LearnedVarianceDDPMScheduler(
         beta_schedule=schedule, variance_type=variance_type, clip_sample=False, num_train_timesteps=1000
     )
@@ -39,7 +39,7 @@ def scheduler_and_network(data, schedule, steps, variance_type="learned_range"):
     return scheduler, OptimalNetwork(data, BETAS[schedule](1000), kept, variance_type)
 
 
-def draw(scheduler, network, number, eta=None, dtype=torch.float32):
+def generate(scheduler, network, number, eta=None, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     shape = (number, len(network.data.mean), 1, 1)
     sample = torch.randn(shape, generator=generator, dtype=dtype)
@@ -69,7 +69,7 @@ def ancestral_truth(data, schedule):
     """Mean and variance at the end of exact ancestral sampling: the data's, but for the two effects named above."""
     bar_alphas = cumulative_alphas(BETAS[schedule](1000))
     noisy_first, noisy_last = (b * data.std**2 + 1 - b for b in (bar_alphas[0], bar_alphas[-1]))
-    # Each step's gain is the covariance of neighbours over V_t; the product over the chain telescopes.
+    # Each step's gain is the covariance of neighbours over V_t; the product over all timesteps telescopes.
     gain = math.sqrt(bar_alphas[-1]) * data.std**2 / noisy_last
     mean = data.mean - gain * math.sqrt(bar_alphas[-1]) * data.mean
     variance = data.std**2 - data.std**2 * (1 - bar_alphas[0]) / noisy_first + gain**2 * (1 - noisy_last)
@@ -77,7 +77,7 @@ def ancestral_truth(data, schedule):
 
 
 def assert_within_errors(samples, mean, covariance, mean_bias=0.0, covariance_bias=0.0):
-    """Mean and covariance within 5 standard errors, which the samples themselves tell, plus a stated bias."""
+    """Mean and covariance within 5 standard errors, estimated from the samples, plus a stated bias."""
     number = len(samples)
     products = (samples - mean)[:, :, None] * (samples - mean)[:, None, :]
     mean_error, covariance_error = (samples.mean(0) - mean).abs(), (products.mean(0) - covariance).abs()
@@ -101,7 +101,7 @@ class TestGaussian:
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_ancestral_samples_have_the_mean_and_covariance_of_the_data(self, schedule, steps):
         scheduler, network = scheduler_and_network(GAUSSIAN, schedule, steps)
-        samples = draw(scheduler, network, NUMBER[steps])
+        samples = generate(scheduler, network, NUMBER[steps])
         # The last step's missing noise is 1e-4 at most (beta_0); the rest comes to less than that.
         assert_within_errors(samples, GAUSSIAN.mean, GAUSSIAN.covariance, mean_bias=1e-4, covariance_bias=1e-4)
 
@@ -109,7 +109,7 @@ class TestGaussian:
     def test_the_wrong_variance_is_told_apart_at_25_steps(self, variance_type):
         """Known wrong: a fixed variance, however good the network. The checks above would be worthless if it passed."""
         scheduler, network = scheduler_and_network(GAUSSIAN, "squaredcos_cap_v2", 25, variance_type)
-        samples = draw(scheduler, network, NUMBER[25])
+        samples = generate(scheduler, network, NUMBER[25])
         with pytest.raises(AssertionError):
             assert_within_errors(samples, GAUSSIAN.mean, GAUSSIAN.covariance, mean_bias=1e-4, covariance_bias=1e-4)
         ratio = samples.var(0) / GAUSSIAN.std**2
@@ -165,7 +165,7 @@ class TestGaussian:
     @pytest.mark.parametrize("steps", STEPS)
     def test_ddim_samples_have_the_mean_and_covariance_of_the_data(self, steps):
         scheduler, network = scheduler_and_network(GAUSSIAN, "squaredcos_cap_v2", steps)
-        samples = draw(scheduler, network, NUMBER[steps], eta=0.0)
+        samples = generate(scheduler, network, NUMBER[steps], eta=0.0)
         shrinkage, _ = self.squared_cosines(GAUSSIAN, "squaredcos_cap_v2", scheduler.timesteps.tolist()[::-1])
         bias = torch.diag(GAUSSIAN.std**2 * (1 - shrinkage))
         # The mean is approached from 0: sqrt(bar alpha_T) = 5e-5 of it is missing.
@@ -192,21 +192,21 @@ class TestMixture:
     @pytest.mark.parametrize("steps", STEPS)
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_ancestral_sampling(self, schedule, steps):
-        samples = draw(*scheduler_and_network(MIXTURE, schedule, steps), NUMBER[steps])
+        samples = generate(*scheduler_and_network(MIXTURE, schedule, steps), NUMBER[steps])
         assert_within_errors(
             samples, MIXTURE.mean, MIXTURE.covariance, mean_bias=0.5 / steps, covariance_bias=0.5 / steps
         )
 
     @pytest.mark.parametrize("steps", STEPS)
     def test_deterministic_ddim(self, steps):
-        samples = draw(*scheduler_and_network(MIXTURE, "squaredcos_cap_v2", steps), NUMBER[steps], eta=0.0)
+        samples = generate(*scheduler_and_network(MIXTURE, "squaredcos_cap_v2", steps), NUMBER[steps], eta=0.0)
         # What a Gaussian loses with this schedule (above), of the largest variance.
         bias = (math.pi / 2) ** 2 / steps * MIXTURE.covariance.max().item()
         assert_within_errors(samples, MIXTURE.mean, MIXTURE.covariance, mean_bias=bias, covariance_bias=bias)
 
     def test_a_variance_that_is_too_small_is_told_apart_at_25_steps(self):
         """Known wrong. (Too large a one hardly shows here: most of the covariance is the distance of the modes.)"""
-        samples = draw(*scheduler_and_network(MIXTURE, "squaredcos_cap_v2", 25, "fixed_small"), NUMBER[25])
+        samples = generate(*scheduler_and_network(MIXTURE, "squaredcos_cap_v2", 25, "fixed_small"), NUMBER[25])
         with pytest.raises(AssertionError):
             assert_within_errors(samples, MIXTURE.mean, MIXTURE.covariance, mean_bias=0.02, covariance_bias=0.02)
 
@@ -214,7 +214,7 @@ class TestMixture:
 class TestBound:
     """
     Gaussian data, snapped to the 256 levels of 8-bit images: the bound of the optimal network is the true number of
-    bits, because the reverse process is Gaussian and its variance is learned. So it is for a respaced chain.
+    bits, because the reverse process is Gaussian and its variance is learned. The same holds for a respaced process.
     """
 
     levels = 2 * torch.arange(256, dtype=torch.float64) / 255 - 1
@@ -229,7 +229,7 @@ class TestBound:
     @staticmethod
     def bound(std, variance_type, respacing=None):
         """
-        Prior plus the terms at all timesteps of the chain, one example a timestep.
+        Prior plus the terms at all timesteps, one example per timestep.
 
         An example holds many independent pixels, a low-discrepancy set of (x_0, noise) instead of a random one: the
         sum over a thousand timesteps then has an error of 0.003 bits (against four times as many), random ones 0.03.

@@ -1,4 +1,4 @@
-"""Noise schedules: what a part carries, and which schedules count as the same."""
+"""Noise schedules: what a network's config holds, and which schedules count as the same."""
 
 import json
 import math
@@ -44,7 +44,7 @@ class TestEntries:
                 {"num_train_timesteps": 40, "beta_schedule": "sigmoid", "beta_end": 0.3},
                 {"num_train_timesteps": 40, "beta_schedule": "sigmoid", "beta_start": 0.0001, "beta_end": 0.3},
             ),
-            # First and last beta mean nothing here, nor does what is not the schedule's.
+            # First and last beta have no effect here, nor do arguments that do not concern the schedule.
             (
                 {"beta_schedule": "cosine", "beta_end": 0.3, "clip_sample": False, "timestep_spacing": "trailing"},
                 {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"},
@@ -73,7 +73,7 @@ class TestEntries:
         scheduler = EulerDiscreteScheduler(200, beta_schedule="scaled_linear", beta_end=0.1)
         expected = {"num_train_timesteps": 200, "beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.1}
         assert noise_schedule_of(scheduler) == expected
-        # One of theirs that has no name here is told by its betas; from float32, six digits of them.
+        # One of theirs without a name here is described by its betas, of which float32 gives six digits.
         scheduler = DDPMScheduler(100, beta_schedule="laplace")
         schedule = noise_schedule_of(scheduler)
         np.testing.assert_allclose(schedule["trained_betas"], scheduler.betas, rtol=1e-3)
@@ -160,7 +160,7 @@ class TestSame:
         message = "`part` was trained on the noise schedule squaredcos_cap_v2 with 1000 timesteps, but `scheduler`, a "
         assert str(error.value).startswith(message)
 
-    def test_the_message_tells_where_they_differ_most(self):
+    def test_the_message_says_where_they_differ_most(self):
         with pytest.raises(ValueError, match="At timestep") as error:
             check_same_noise("`part`", self.COSINE, ours())
         # By hand: bar alpha of both, without their betas.
@@ -183,7 +183,7 @@ class TestSame:
         assert describe_noise_schedule({}) == "of clean images"
 
 
-def test_a_part_without_a_schedule_says_so_once(caplog):
+def test_a_network_without_a_schedule_is_reported_once(caplog):
     parts = [torch.nn.Linear(1, 1) for _ in range(2)]
     for part in (*parts, *parts):
         check_same_noise("`classifier`", None, ours(), part)
@@ -191,9 +191,9 @@ def test_a_part_without_a_schedule_says_so_once(caplog):
     assert "record it with `register_to_config(noise_schedule=noise_schedule_of(scheduler))`" in caplog.text
 
 
-def test_every_schedule_of_diffusers_schedulers_is_told():
-    """By name, or else by its betas: no scheduler with `alphas_cumprod` is left out."""
-    told = []
+def test_every_diffusers_scheduler_has_a_schedule():
+    """By name, or else by its betas, for every scheduler with `alphas_cumprod`."""
+    compared = []
     for name in dir(diffusers):
         cls = getattr(diffusers, name)
         if name.endswith("Scheduler") and not name.startswith("Flax") and isinstance(cls, type):
@@ -203,5 +203,5 @@ def test_every_schedule_of_diffusers_schedulers_is_told():
                 continue
             if torch.is_tensor(getattr(scheduler, "alphas_cumprod", None)) and hasattr(scheduler, "config"):
                 check_same_noise(name, noise_schedule_of(scheduler), scheduler)
-                told.append(name)
-    assert len(told) > 20
+                compared.append(name)
+    assert len(compared) > 20

@@ -32,7 +32,7 @@ from diffusers_adm.schedulers.timestep_spacing import TimestepSpacing, spaced_ti
 
 T = 1000
 SHAPE = (4, 3, 5, 2)
-# Both ends of the chain, both neighbours of an end, and the middle.
+# The first and the last timestep, the ones next to them, and the middle.
 TIMESTEPS = [0, 1, T // 2, T - 1]
 
 
@@ -44,8 +44,8 @@ def full(value):
     return torch.full(SHAPE, value, dtype=torch.float64)
 
 
-def chain(betas=None, kept=range(T)):
-    """bar alpha, beta and beta_tilde of the chain that keeps the timesteps `kept`, as dictionaries by timestep."""
+def process(betas=None, kept=range(T)):
+    """bar alpha, beta and beta_tilde of the process that keeps the timesteps `kept`, as dictionaries by timestep."""
     products = cumulative_alphas(linear_betas(T) if betas is None else betas)
     bar_alpha, beta, tilde, previous = {}, {}, {}, 1.0
     for t in kept:
@@ -93,7 +93,7 @@ class TestSchedules:
         assert scheduler.betas.tolist() == betas
         assert_close(scheduler.alphas_cumprod.tolist(), [0.9, 0.9 * 0.7, 0.9 * 0.7 * 0.8], rtol=1e-15, atol=0)
 
-    def test_number_of_trained_betas_is_the_length_of_the_chain(self):
+    def test_number_of_trained_betas_is_that_of_the_timesteps(self):
         """diffusers' schedulers accept any number of them next to the default of 1000 timesteps, too."""
         scheduler = LearnedVarianceDDPMScheduler(trained_betas=np.array([0.1, 0.3]))
         assert len(scheduler) == scheduler.config.num_train_timesteps == 2
@@ -150,14 +150,14 @@ class TestConstruction:
             ("timestep_spacing", TimestepSpacing),
         ],
     )
-    def test_unknown_words(self, name, choices):
+    def test_unknown_choices(self, name, choices):
         for value in get_args(choices):
             assert LearnedVarianceDDPMScheduler(**{name: value}).config[name] == value
         with pytest.raises(ValueError, match=f"`{name}` is 'other'; it must be one of .*{get_args(choices)[0]}"):
             LearnedVarianceDDPMScheduler(**{name: "other"})
 
     @pytest.mark.parametrize("name", ["cosin", "other", None])
-    def test_unknown_words_below_the_constructor(self, name):
+    def test_unknown_choices_below_the_constructor(self, name):
         """An unknown schedule was once taken for the cosine, an unknown prediction for the velocity."""
         with pytest.raises(ValueError, match=rf"`beta_schedule` is {name!r}; it must be one of .*'sigmoid', 'cosine'"):
             make_betas(name, 10, 1e-4, 0.02)
@@ -456,7 +456,7 @@ class TestTimesteps:
             with pytest.raises(ValueError, match=rf"`num_inference_steps` is {steps}; .* between 1 and .* 1000"):
                 scheduler.set_timesteps(steps)
 
-        with pytest.raises(ValueError, match=r"`timesteps` asks for the timesteps \[2.5, 1\]; they must be integers"):
+        with pytest.raises(ValueError, match=r"`timesteps` asks for the timesteps \[2.5, 1.0\]; they must be integers"):
             scheduler.set_timesteps(timesteps=[2.5, 1])
         scheduler.set_timesteps(10.0)
         assert (type(scheduler.num_inference_steps), scheduler.num_inference_steps) == (int, 10)
@@ -509,7 +509,7 @@ class TestForwardProcess:
         """Salimans & Ho 2022, app. D: x_t = cos(a) x_0 + sin(a) eps, and v is its derivative by the angle a."""
         x, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
         scheduler = LearnedVarianceDDPMScheduler()
-        angle = math.acos(math.sqrt(chain()[0][t]))
+        angle = math.acos(math.sqrt(process()[0][t]))
         v = scheduler.get_velocity(x, noise, t)
         assert_close(v, math.cos(angle) * noise - math.sin(angle) * x, rtol=0, atol=1e-12)
         # What it is for: x_0 and the noise come back from x_t and v.
@@ -519,8 +519,8 @@ class TestForwardProcess:
 
     def test_signal_to_noise_ratio(self):
         scheduler = LearnedVarianceDDPMScheduler()
-        scheduler.set_timesteps(timestep_respacing="25")  # of the full chain all the same
-        bar_alpha = chain()[0]
+        scheduler.set_timesteps(timestep_respacing="25")  # has no effect here
+        bar_alpha = process()[0]
         expected = torch.tensor([bar_alpha[t] / (1 - bar_alpha[t]) for t in TIMESTEPS])
         assert_close(scheduler.signal_to_noise_ratio(torch.tensor(TIMESTEPS)), expected, rtol=1e-6, atol=0)
 
@@ -529,7 +529,7 @@ class TestForwardProcess:
         """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add."""
         scheduler = LearnedVarianceDDPMScheduler()
         kept = respaced_timesteps(T, respacing or "1000")
-        bar_alpha, beta, _ = chain(kept=kept)
+        bar_alpha, beta, _ = process(kept=kept)
         x_0, x_t = randn(*SHAPE), randn(*SHAPE, seed=1)
         for position in (1, 2, len(kept) // 2, len(kept) - 1):
             t, previous = kept[position], kept[position - 1]
@@ -547,7 +547,7 @@ class TestForwardProcess:
         x_0, x_t = randn(*SHAPE), randn(*SHAPE, seed=1)
         mean, log_variance = LearnedVarianceDDPMScheduler().posterior_distribution(x_0, x_t, 0)
         assert_close(mean, x_0, rtol=0, atol=1e-15)
-        assert_close(log_variance, full(math.log(chain()[2][1])), rtol=0, atol=1e-10)
+        assert_close(log_variance, full(math.log(process()[2][1])), rtol=0, atol=1e-10)
 
 
 class TestReverseDistribution:
@@ -557,7 +557,7 @@ class TestReverseDistribution:
     def test_log_variance(self, variance_type, position, respacing):
         kept = respaced_timesteps(T, respacing or "1000")
         t = kept[position]
-        _, beta, tilde = chain(kept=kept)
+        _, beta, tilde = process(kept=kept)
         smallest = math.log(tilde[t] if t > 0 else tilde[kept[1]])
         scheduler = LearnedVarianceDDPMScheduler(variance_type=variance_type)
         x, output = randn(*SHAPE), randn(4, 6, 5, 2, seed=1)
@@ -582,7 +582,7 @@ class TestReverseDistribution:
         if respacing and t == 1:
             t = 42
         x, eps = randn(*SHAPE), randn(*SHAPE, seed=1)
-        bar_alpha = chain()[0][t]
+        bar_alpha = process()[0][t]
         x_0 = (x - math.sqrt(1 - bar_alpha) * eps) / math.sqrt(bar_alpha)
         mean, _, predicted = scheduler.predicted_distribution(eps, t, x, timestep_respacing=respacing)
         assert_close(predicted, x_0, rtol=1e-9, atol=1e-9)
@@ -595,7 +595,7 @@ class TestReverseDistribution:
     @pytest.mark.parametrize("t", TIMESTEPS)
     def test_prediction_types_agree(self, t):
         x_0, eps = randn(*SHAPE), randn(*SHAPE, seed=1)
-        angle = math.acos(math.sqrt(chain()[0][t]))
+        angle = math.acos(math.sqrt(process()[0][t]))
         x = math.cos(angle) * x_0 + math.sin(angle) * eps
         outputs = {"epsilon": eps, "sample": x_0, "v_prediction": math.cos(angle) * eps - math.sin(angle) * x_0}
         values = randn(*SHAPE, seed=2)
@@ -699,7 +699,7 @@ class TestStep:
 
     @pytest.mark.parametrize("eta", [None, 1.0])
     def test_last_step_adds_no_noise_but_draws_it(self, eta):
-        """On a device the host does not know that it is the last step; a generator must not tell the two apart."""
+        """On a device the host does not know which step is the last; the generator must end in one state either way."""
         scheduler = LearnedVarianceDDPMScheduler()
         x, output = randn(*SHAPE), outputs_for(scheduler)
         states, samples = [], []
@@ -720,7 +720,7 @@ class TestStep:
         scheduler.step(outputs_for(scheduler), 500, randn(*SHAPE), generator=generator, eta=0.0)
         assert torch.equal(generator.get_state(), before)
 
-    def test_last_step_of_a_chain_need_not_be_0(self):
+    def test_last_timestep_need_not_be_0(self):
         scheduler = LearnedVarianceDDPMScheduler()
         x, output = randn(*SHAPE), outputs_for(scheduler)
         scheduler.set_timesteps(timesteps=[500, 100])
@@ -736,7 +736,7 @@ class TestStep:
     def test_as_ddpm_scheduler(self, steps, variance_type, prediction_type, clip_sample):
         """
         1e-4: diffusers computes its tables in float32, where the log of beta_tilde is off by up to 4e-4 at small t; x_0
-        from epsilon at the end of the chain, magnified by sqrt(1 / bar alpha) = 157, is compared relative to its size.
+        from epsilon at the last timestep, magnified by sqrt(1 / bar alpha) = 157, is compared relative to its size.
         """
         config = {"variance_type": variance_type, "prediction_type": prediction_type, "clip_sample": clip_sample}
         ours, theirs = LearnedVarianceDDPMScheduler(**config), DDPMScheduler(**config)
@@ -774,10 +774,10 @@ class TestStep:
 
     @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
     def test_ddim_formula(self, eta):
-        """DDIM, eqs. 12 and 16, in float64, on an uneven chain."""
+        """DDIM, eqs. 12 and 16, in float64, with uneven timesteps."""
         scheduler = LearnedVarianceDDPMScheduler(variance_type="learned_range")
         scheduler.set_timesteps(timesteps=[999, 400, 30])
-        bar_alpha = chain()[0] | {-1: 1.0}
+        bar_alpha = process()[0] | {-1: 1.0}
         x, output, noise = randn(*SHAPE), outputs_for(scheduler), randn(*SHAPE, seed=9)
         for t, previous in ((999, 400), (400, 30), (30, -1)):
             a, b = bar_alpha[t], bar_alpha[previous]
@@ -804,7 +804,7 @@ class TestStep:
         noise = randn(*SHAPE, seed=8)
         for t in TIMESTEPS:
             mean, log_variance, x_0 = scheduler.predicted_distribution(output, t, x)
-            variance = full(chain()[2][t]) if variance_type == "fixed_small" else log_variance.exp()
+            variance = full(process()[2][t]) if variance_type == "fixed_small" else log_variance.exp()
             expected = mean + variance * gradient + (t > 0) * (0.5 * log_variance).exp() * noise
             step = scheduler.step(output, t, x, guidance_gradient=gradient, variance_noise=noise)
             assert_close(step.prev_sample, expected, rtol=0, atol=1e-12)
@@ -817,7 +817,7 @@ class TestStep:
         scheduler.set_timesteps(timesteps=[600, 400, 30])
         x, output, gradient = randn(*SHAPE), outputs_for(scheduler), randn(*SHAPE, seed=7)
         noise = randn(*SHAPE, seed=8)
-        bar_alpha = chain()[0] | {-1: 1.0}
+        bar_alpha = process()[0] | {-1: 1.0}
         for t, previous in ((600, 400), (400, 30), (30, -1)):
             a, b = bar_alpha[t], bar_alpha[previous]
             clipped = ((x - math.sqrt(1 - a) * output[:, :3]) / math.sqrt(a)).clamp(-1, 1)
@@ -835,13 +835,13 @@ class TestStep:
     def test_guided_ddim_rounds_like_the_formulas_in_float32(self, eta, form):
         """
         ADM, algorithm 2, and DDIM, eqs. 12 and 16, word by word in float32, as the papers' code computes them. At the
-        end of a long cosine chain 1 - bar alpha has few digits left in float32. Coefficients computed in float64 and
+        end of a long cosine schedule 1 - bar alpha has few digits left in float32. Coefficients computed in float64 and
         rounded afterwards are nearer to the truth and end far from the samples of that code: known wrong.
         """
         scheduler = LearnedVarianceDDPMScheduler(4000, beta_schedule="cosine", prediction_type="sample")
         scheduler.set_timesteps(timestep_respacing="25")
         kept = scheduler.timesteps.tolist()
-        bar_alpha = chain(cosine_betas(4000), range(4000))[0] | {-1: 1.0}
+        bar_alpha = process(cosine_betas(4000), range(4000))[0] | {-1: 1.0}
         variance_output = randn(*SHAPE, seed=1, dtype=torch.float32)
 
         def network(x):
@@ -977,7 +977,7 @@ class TestTimestepForms:
             assert_close(scheduler.add_noise(x, noise, t), scheduler.add_noise(x, noise, 500), rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("t", [-1, 1000, 1, torch.tensor(1), torch.tensor([0, 999, 1, 0])])
-    def test_outside_of_the_chain(self, t):
+    def test_not_among_the_timesteps(self, t):
         scheduler = LearnedVarianceDDPMScheduler()
         scheduler.set_timesteps(timestep_respacing="25")
         x, output = randn(*SHAPE), outputs_for(scheduler)
@@ -1058,7 +1058,7 @@ class TestNoSynchronisation:
         assert copies.number == 1
 
     def test_a_timestep_that_cannot_be_checked_gives_nan(self):
-        """What a device does with a timestep that the chain does not keep, here on the CPU, behind the check."""
+        """What a device does with a timestep that is not kept, here on the CPU, after the check."""
         scheduler = LearnedVarianceDDPMScheduler()
         scheduler.set_timesteps(timestep_respacing="25")
         for values in scheduler._process.lookup(torch.tensor([0, 1, 999, 2]), randn(*SHAPE)):
@@ -1145,7 +1145,7 @@ class TestBound:
         assert_close(scheduler.prior_bits_per_dim(x_0), expected, rtol=1e-9, atol=1e-12)
 
     def test_gradients_reach_mean_and_variance(self):
-        """Every term trains both; none is NaN, the branch not taken (`torch.where`) included."""
+        """Every term trains both; none is NaN, not even where `torch.where` took the other value."""
         scheduler = LearnedVarianceDDPMScheduler()
         x_0, t = randn(*SHAPE, dtype=torch.float32).clamp(-1, 1), torch.tensor(TIMESTEPS)
         x_t = scheduler.add_noise(x_0, randn(*SHAPE, seed=5, dtype=torch.float32), t)
@@ -1156,7 +1156,7 @@ class TestBound:
         assert (output.grad[:, 3:].abs().flatten(1).amax(dim=1) > 0).all()
 
 
-def test_what_names_no_timestep_is_refused():
+def test_values_that_are_no_timesteps_is_refused():
     scheduler = LearnedVarianceDDPMScheduler()
     sample, output = torch.zeros(2, 3, 4, 4), torch.zeros(2, 6, 4, 4)
     for timestep in (3.7, torch.tensor(3.0), torch.tensor([3.0, 4.0])):
@@ -1175,7 +1175,7 @@ def test_guided_ddim_is_refused_where_it_has_no_x0():
     assert scheduler.step(output, 999, sample, guidance_gradient=sample).prev_sample.isfinite().all()
 
 
-def test_prior_of_a_shorter_chain_ends_where_the_chain_ends():
+def test_prior_of_respaced_timesteps_is_that_of_the_last_one():
     scheduler = LearnedVarianceDDPMScheduler()
     original = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(1, 3, 4, 4)
     last = 980  # of "ddim50" out of 1000: every twentieth timestep

@@ -129,17 +129,17 @@ def make_output(original_samples, noise, scheduler, timesteps, size=0.3):
     """Not far from the truth, so that no decoder probability hits its floor; variances around the useful ones."""
     generator = torch.Generator().manual_seed(1)
 
-    def draw():
+    def randn():
         return torch.randn(noise.shape, generator=generator, dtype=torch.float64)
 
     prediction = {
         "epsilon": noise,
         "sample": original_samples,
         "v_prediction": scheduler.get_velocity(original_samples, noise, timesteps),
-    }[scheduler.config.prediction_type].double() + size * draw()
+    }[scheduler.config.prediction_type].double() + size * randn()
     if not scheduler.has_learned_variance:
         return prediction
-    variance = draw()
+    variance = randn()
     if scheduler.config.variance_type == "learned_log":
         log_betas = scheduler.betas.log()[timesteps][:, None, None, None]
         variance = log_betas + 0.5 * variance
@@ -242,7 +242,7 @@ def test_in_a_hybrid_the_bound_does_not_move_the_mean(objective, variance_type, 
         assert not losses.mse.requires_grad
         return
     assert torch.equal(grad[:, :3], torch.zeros_like(grad[:, :3]))
-    # So the mean has the gradient of the squared error alone, and the variance that of the bound alone.
+    # So the mean has only the gradient of the squared error, and the variance only that of the bound.
     (loss_grad,) = torch.autograd.grad(losses.loss.sum(), output, retain_graph=True)
     (mse_grad,) = torch.autograd.grad(losses.mse.sum(), output)
     assert torch.equal(mse_grad[:, 3:], torch.zeros_like(mse_grad[:, 3:]))
@@ -295,7 +295,7 @@ def test_min_snr_weights(prediction_type, gamma, schedule):
     weighted = training_losses(*arguments, noise=noise, objective="hybrid", snr_gamma=gamma)
     snr = compute_snr(scheduler, timesteps).double()
     clamped = snr.clamp(max=gamma)
-    # diffusers' training examples; for x_0 the paper's own weight (section 3.4: all three are this one in other words).
+    # diffusers' training examples; for x_0 the paper's own weight (section 3.4: all three are equivalent).
     weights = {"epsilon": clamped / snr, "sample": clamped, "v_prediction": clamped / (snr + 1)}[prediction_type]
     # Both compute the ratio in float32.
     assert_close(weighted.mse, plain.mse * weights, rtol=1e-5, atol=0)
@@ -412,7 +412,7 @@ def test_extra_channels_reach_the_network_alone(objective):
     """The losses compare the images, as they do without extra channels, for a network that gives the same."""
     scheduler = make_scheduler()
     x_0, _, noise, timesteps = make_batch()
-    extra = torch.linspace(-3, 3, 6 * 4 * 16).view(6, 4, 4, 4)  # float32, beside float64
+    extra = torch.linspace(-3, 3, 6 * 4 * 16).view(6, 4, 4, 4)  # float32, with images of float64
     model = Fixed(make_output(x_0, noise, scheduler, timesteps))
     options = {"noise": noise, "objective": objective, "model_kwargs": {"class_labels": "labels"}}
     plain = training_losses(model, scheduler, x_0, timesteps, **options)
@@ -488,7 +488,7 @@ def test_an_unknown_prediction_type_has_no_target():
         min_snr_weights(scheduler, timesteps, 5.0)
 
 
-def test_timesteps_outside_of_the_chain_are_refused():
+def test_unknown_timesteps_are_refused():
     x_0, _, noise, _ = make_batch()
     with pytest.raises(ValueError, match="`timestep` is 50; .* 0 to 49"):
         training_losses(Fixed(None), make_scheduler(), x_0, torch.full((6,), T), noise=noise)

@@ -49,7 +49,7 @@ def probabilities(sampler):
 
 
 def warm_sampler(num_train_timesteps=20, seed=0, **kwargs):
-    """Losses that fall by two orders of magnitude over the chain, as those of the bound do."""
+    """Losses that fall by two orders of magnitude over the timesteps, as those of the bound do."""
     sampler = LossSecondMomentTimestepSampler(num_train_timesteps, **kwargs)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(sampler.history_per_term):

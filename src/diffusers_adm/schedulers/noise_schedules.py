@@ -108,21 +108,20 @@ def noise_schedule_of(scheduler: SchedulerMixin) -> dict[str, Any]:
             f"`scheduler` is a {type(scheduler).__name__}, which has no `alphas_cumprod` and so no noise schedule of "
             "this kind. Pass the scheduler that the model was trained with."
         )
-    rescales = {"rescale_betas_zero_snr": True} if config.get("rescale_betas_zero_snr", False) else {}
     name = BETA_SCHEDULE_ALIASES.get(config.get("beta_schedule"), config.get("beta_schedule"))
-    schedule = None
+    schedule: dict[str, Any] = {"num_train_timesteps": len(table)}
     if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], dtype=np.float64).tolist()
-        schedule = {"num_train_timesteps": len(betas), "trained_betas": betas, **rescales}
+        schedule["trained_betas"] = np.asarray(config["trained_betas"], dtype=np.float64).tolist()
     elif name in get_args(BetaSchedule):
-        schedule = {"num_train_timesteps": config["num_train_timesteps"], "beta_schedule": name, **rescales}
+        schedule["beta_schedule"] = name
         if name != "squaredcos_cap_v2":
             schedule |= {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}
-    if schedule is None or not is_same_noise(alphas_cumprod_of(schedule), table):
-        # A schedule that has no name here, or a scheduler that modifies its betas.
-        betas = (1 - table / np.append(1.0, table[:-1])).tolist()
-        schedule = {"num_train_timesteps": len(betas), "trained_betas": betas}
-    return schedule
+    if config.get("rescale_betas_zero_snr"):
+        schedule["rescale_betas_zero_snr"] = True
+    if {"trained_betas", "beta_schedule"} & set(schedule) and is_same_noise(alphas_cumprod_of(schedule), table):
+        return schedule
+    # A schedule that has no name here, or a scheduler that modifies its betas.
+    return {"num_train_timesteps": len(table), "trained_betas": (1 - table / np.append(1.0, table[:-1])).tolist()}
 
 
 def alphas_cumprod_of(noise_schedule: Mapping[str, Any]) -> np.ndarray:

@@ -275,7 +275,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         if timestep_respacing is not None:
             chosen = respaced_timesteps(total, timestep_respacing)
         elif timesteps is not None:
-            chosen = list(reversed(list(timesteps)))
+            chosen = list(timesteps)[::-1]
         else:
             if not 1 <= num_inference_steps <= total or num_inference_steps != int(num_inference_steps):
                 raise ValueError(
@@ -284,11 +284,12 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                 )
             spacing, offset = self.config.timestep_spacing, self.config.steps_offset
             chosen = spaced_timesteps(total, int(num_inference_steps), spacing, offset)
-        ascending = np.asarray(chosen, dtype=np.int64)
-        is_sequence = len(ascending) > 0 and (ascending == np.asarray(chosen)).all() and (np.diff(ascending) > 0).all()
+        chosen = np.asarray(chosen)
+        ascending = chosen.astype(np.int64)
+        is_sequence = len(chosen) > 0 and (ascending == chosen).all() and (np.diff(ascending) > 0).all()
         if not is_sequence or ascending[0] < 0 or ascending[-1] >= total:
             raise ValueError(
-                f"`{names[0]}` asks for the timesteps {list(chosen)[::-1]}; they must be integers that descend, "
+                f"`{names[0]}` asks for the timesteps {chosen[::-1].tolist()}; they must be integers that descend, "
                 f"without repetition, within 0 and {total - 1}."
             )
         self._process = DiffusionProcess(self._alphas_cumprod, ascending)
