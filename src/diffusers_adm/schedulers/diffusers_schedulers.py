@@ -9,10 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import DDIMParallelScheduler, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
+
+from .scheduling_ddpm_learned_variance import PredictionType
 
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -33,7 +35,7 @@ UNSUITABLE_SCHEDULERS = {
     "CogVideoXDPMScheduler": "it shifts the betas for CogVideoX. Use `DPMSolverMultistepScheduler`.",
 }
 # What diffusers' schedulers do not support: some raise an error in the middle of a step, and some none at all.
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES = get_args(PredictionType)
 SCHEDULERS_WITHOUT_SAMPLE_PREDICTION = (
     "PNDMScheduler",
     "EulerAncestralDiscreteScheduler",
