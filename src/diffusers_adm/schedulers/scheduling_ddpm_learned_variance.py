@@ -284,12 +284,12 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                 )
             spacing, offset = self.config.timestep_spacing, self.config.steps_offset
             chosen = spaced_timesteps(total, int(num_inference_steps), spacing, offset)
-        chosen = np.asarray(chosen)
-        ascending = chosen.astype(np.int64)
-        is_sequence = len(chosen) > 0 and (ascending == chosen).all() and (np.diff(ascending) > 0).all()
+        wanted = np.asarray(chosen)
+        ascending = wanted.astype(np.int64)
+        is_sequence = len(wanted) > 0 and (ascending == wanted).all() and (np.diff(ascending) > 0).all()
         if not is_sequence or ascending[0] < 0 or ascending[-1] >= total:
             raise ValueError(
-                f"`{names[0]}` asks for the timesteps {chosen[::-1].tolist()}; they must be integers that descend, "
+                f"`{names[0]}` asks for the timesteps {wanted[::-1].tolist()}; they must be integers that descend, "
                 f"without repetition, within 0 and {total - 1}."
             )
         self._process = DiffusionProcess(self._alphas_cumprod, ascending)
