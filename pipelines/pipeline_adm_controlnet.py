@@ -144,8 +144,7 @@ class ADMControlNetPipeline(ADMPipeline):
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
 
         Raises:
-            ValueError: For arguments that are incompatible with each other, the model or the scheduler; before any work
-                is done.
+            ValueError: For arguments that are incompatible with each other, the model or the scheduler.
         """
         self._check_components()
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)

@@ -193,8 +193,7 @@ class ADMInpaintPipeline(ADMPipeline):
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
 
         Raises:
-            ValueError: For arguments that are incompatible with each other, the model or the scheduler; before any work
-                is done.
+            ValueError: For arguments that are incompatible with each other, the model or the scheduler.
         """
         self._check_components()
         inpainting = InpaintingCondition(self.unet.config, self.vae).read(image, mask_image, low_res_image)

@@ -226,7 +226,7 @@ class MergedConditions:
     All conditions of one call, as its sampling loop uses them.
 
     Args:
-        conditions (sequence of `Condition`): After `read` and `check`; they are prepared here, in this order.
+        conditions (sequence of `Condition`): After `read`; they are prepared here, in this order.
         call (`SamplingCall`): The call.
 
     Attributes:

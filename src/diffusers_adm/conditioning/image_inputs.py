@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..deprecations import renamed
+
 
 OneImage = Image.Image | np.ndarray | torch.Tensor
 ImageInput = OneImage | list[OneImage] | tuple[OneImage, ...]
@@ -191,3 +193,6 @@ def _read_one(image: OneImage, name: str, channels: int, background: str) -> tor
             "1 take `x / 2 + 0.5`."
         )
     return tensor if tensor.ndim == 4 else tensor[None]
+
+
+__getattr__ = renamed(__name__, {"read_conditions": "read_control_images"})
