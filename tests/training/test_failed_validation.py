@@ -235,7 +235,7 @@ def test_conditions_of_zeros_and_ones(tmp_path, monkeypatch, caplog):
         LOADED.clear()
     assert saved(name, tmp_path / "run")
     assert saved(name, tmp_path / "dark")
-    assert "8 of 8 conditions in `conditioning_image_column` hold no 8-bit value above 1" in caplog.text
+    assert "8 of 8 images in `conditioning_image_column` hold no 8-bit value above 1" in caplog.text
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

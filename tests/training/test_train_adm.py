@@ -204,7 +204,7 @@ class TestLaunched:
         assert output.count("Machine: ") == 1
         assert "25 images in 2 classes at 8 x 8, 16 per optimizer step; steps 0 to 11, 2 an epoch" in output
         assert output.count("3 of 28 images are left out: 2 unreadable, 1 too small.") == 1  # on one process
-        assert "1 of the remaining images have no label and are kept as unlabelled." in output
+        assert "1 of the remaining images have no label and stay unlabelled." in output
         assert "11/11" in output
         assert re.search(r"loss=\d\.\d{4}, images_per_s=\d+\.\d", output)
         assert f"Saved the pipeline to {folder}" in output
