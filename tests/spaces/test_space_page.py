@@ -19,7 +19,7 @@ import httpx
 import pytest
 from app import EXAMPLES, Space
 from PIL import Image, ImageDraw
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from space_models import Models, Recipe
 
 
@@ -269,8 +269,9 @@ def wait_for_value(page, value):
     )
 
 
-def count_images(page):
-    return page.locator(".pixels img:visible").count()
+def wait_for_images(page, number):
+    """They load after the text around them."""
+    expect(page.locator(".pixels img:visible")).to_have_count(number, timeout=PATIENCE_MS)
 
 
 def draw(page, element_id):
@@ -298,7 +299,7 @@ def test_page_loads_and_its_example_is_there(visit, home):
     page.get_by_role("button", name=EXAMPLES[0].prompt, exact=True).click()
     wait_for_value(page, "Done.")
     page.get_by_text("Link to these images").wait_for()
-    assert count_images(page) == EXAMPLES[0].num_images
+    wait_for_images(page, EXAMPLES[0].num_images)
 
 
 def test_generate_in_the_browser(visit):
@@ -308,7 +309,7 @@ def test_generate_in_the_browser(visit):
     page.get_by_role("option", name="dogs").click()
     button(page, "Generate").click()
     page.get_by_text("Link to these images").wait_for()
-    assert count_images(page) == 2
+    wait_for_images(page, 2)
     page.get_by_text("Reproduce").click()
     recipe, _ = Recipe.from_json(page.locator("#recipe textarea").input_value())
     assert recipe == Recipe("red cat", "dogs", steps=4, num_images=2)
@@ -324,7 +325,7 @@ def test_edit_in_the_browser(visit):
     draw(page, "edit-drawing")
     button(page, "Inpaint").click()
     wait_for_value(page, "Done.")
-    assert count_images(page) == 2
+    wait_for_images(page, 2)
 
 
 def test_sketch_in_the_browser(visit):
@@ -333,7 +334,7 @@ def test_sketch_in_the_browser(visit):
     draw(page, "sketch-drawing")
     button(page, "Generate from sketch").click()
     wait_for_value(page, "Done.")
-    assert count_images(page) == 3  # two, and the input of the ControlNet
+    wait_for_images(page, 3)  # two, and the input of the ControlNet
 
 
 def test_look_inside_in_the_browser(visit):
@@ -341,7 +342,7 @@ def test_look_inside_in_the_browser(visit):
     page.get_by_role("tab", name="Look inside").click()
     button(page, "Look inside").click()
     page.get_by_text("bits per dimension for this image").wait_for()
-    assert count_images(page) == 3
+    wait_for_images(page, 3)
 
 
 def test_bad_input_in_the_browser(visit):
