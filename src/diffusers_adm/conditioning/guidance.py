@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from diffusers import ModelMixin, SchedulerMixin
 
 from ..schedulers.diffusers_schedulers import takes_gradient
-from ..schedulers.noise_schedules import check_same_noise
+from ..schedulers.noise_schedules import check_same_noise, unknown_choice
+from ..schedulers.scheduling_ddpm_learned_variance import PredictionType
 from .condition import Condition, Step, check_interval, warn_of_interval
 
 
@@ -98,7 +99,11 @@ def signal_and_std(
 
 
 def shift_prediction(
-    prediction: torch.Tensor, score: torch.Tensor, signal: torch.Tensor, std: torch.Tensor, prediction_type: str
+    prediction: torch.Tensor,
+    score: torch.Tensor,
+    signal: torch.Tensor,
+    std: torch.Tensor,
+    prediction_type: PredictionType,
 ) -> torch.Tensor:
     r"""
     Adds `score` to the score, the gradient of log p(x_t), that a prediction stands for (ADM, algorithm 2).
@@ -114,7 +119,9 @@ def shift_prediction(
         return prediction - std * score
     if prediction_type == "sample":
         return prediction + std**2 / signal * score
-    return prediction - std / signal * score
+    if prediction_type == "v_prediction":
+        return prediction - std / signal * score
+    raise unknown_choice("prediction_type", prediction_type, PredictionType)
 
 
 def exact_prediction(
@@ -122,7 +129,7 @@ def exact_prediction(
     original_sample: torch.Tensor,
     signal: torch.Tensor,
     std: torch.Tensor,
-    prediction_type: str,
+    prediction_type: PredictionType,
 ) -> torch.Tensor:
     r"""
     The prediction that an ideal network would make for a given x_0.
@@ -136,7 +143,11 @@ def exact_prediction(
     if prediction_type == "sample":
         return original_sample
     epsilon = (sample - signal * original_sample) / std
-    return epsilon if prediction_type == "epsilon" else signal * epsilon - std * original_sample
+    if prediction_type == "epsilon":
+        return epsilon
+    if prediction_type == "v_prediction":
+        return signal * epsilon - std * original_sample
+    raise unknown_choice("prediction_type", prediction_type, PredictionType)
 
 
 @dataclass
