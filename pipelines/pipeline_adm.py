@@ -578,7 +578,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         for condition in conditions:
             condition.check_size((height, width))
         classes = next(condition for condition in conditions if isinstance(condition, ClassCondition))
-        guidance.check_classifier(self.classifier, classes.labels, self.scheduler, steps.eta)
+        guidance.check_classifier(self.classifier, classes, self.scheduler, steps.eta, size)
 
         # 2. timesteps, noise, conditions
         state = self._latest_call = CallState(guidance.scale)

@@ -1,6 +1,7 @@
 """ADMPipeline against loops written out by hand, against diffusers' own pipelines, and against wrong input."""
 
 import inspect
+import math
 import re
 
 import numpy as np
@@ -541,6 +542,7 @@ class TestBadInput:
             ({"batch_size": 0}, "`batch_size` is 0"),
             ({"batch_size": 2.0}, "`batch_size` is 2.0"),
             ({"class_labels": 1}, "this model is unconditional"),
+            ({"guidance_scale": math.inf}, "`guidance_scale` is inf; it must be a finite number"),
             ({"guidance_scale": 2.0}, "has no null class (`null_class_id` in its config) and no cross-attention"),
             ({"prompt": "a cat"}, "`prompt` was given, but this model is not conditioned on text"),
             (

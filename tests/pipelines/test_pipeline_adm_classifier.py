@@ -394,6 +394,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "unet, classifier, message",
         [
+            ({}, {"sample_size": 16}, "`sample_size=16`, but `unet` has `sample_size=8`"),
             (CONDITIONAL, {"num_classes": 5}, "`num_classes=5`, but `unet` has 4 classes"),
             ({"num_class_embeds": 5}, {"num_classes": 4}, "`num_classes=4`, but `unet` has 5 classes"),
             (
@@ -413,6 +414,12 @@ class TestBadInput:
             (CONDITIONAL, {"class_labels": None}, "there are no `class_labels` to guide towards"),
             (CONDITIONAL, {"class_labels": 4}, "hold 4, and the classifier has the classes 0 to 3"),
             ({}, {"class_labels": 5}, "reach from 5 to 5; this model has the classes 0 to 4"),
+            (
+                {},
+                {"class_labels": 1, "width": 16},
+                "trained on samples of 8 x 8, and `height` and `width` ask for 8 x 16",
+            ),
+            ({"class_embed_type": "timestep"}, {"class_labels": 1}, "are not class numbers"),
         ],
         ids=str,
     )

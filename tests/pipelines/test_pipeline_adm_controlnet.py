@@ -785,6 +785,7 @@ class TestBadInput:
                 {"controlnet_conditioning_scale": [1.0, 0.5]},
                 "`controlnet_conditioning_scale` holds 2 entries, but this",
             ),
+            ({"controlnet_conditioning_scale": float("nan")}, "`controlnet_conditioning_scale` is nan"),
             ({"controlnet_conditioning_scale": []}, "holds 0 entries, but this pipeline has 1 ControlNet. Pass a list"),
             ({"control_guidance_start": [0.0, 0.5]}, "`control_guidance_start` holds 2 entries, but this pipeline has"),
             ({"control_guidance_end": (0.5, 0.5)}, "`control_guidance_end` holds 2 entries, but this pipeline has 1 C"),

@@ -167,6 +167,8 @@ class TestGenerator:
         assert rounding_errors(default, same) <= SAMPLING
         assert rounding_errors(default, zero) > SAMPLING
         assert rounding_errors(zero, pipe(generator=seeded(2), eta=0.0, **kwargs).images) <= SAMPLING
+        with pytest.raises(ValueError, match=r"`eta` is 1\.5; a TCDScheduler takes 0 .* to 1"):
+            pipe(eta=1.5, **kwargs)
 
 
 class TestConfigs:

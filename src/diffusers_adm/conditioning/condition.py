@@ -9,6 +9,7 @@ arguments of a pipeline's call belong to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -91,6 +92,13 @@ def warn_of_interval(subject: str, prefix: str, start: float, end: float, num_st
         f"{subject} has no effect: none of the {num_steps} steps lies within `{prefix}_start` {start} and "
         f"`{prefix}_end` {end}. Make the interval longer, or ask for more steps."
     ]
+
+
+def check_finite(name: str, scales: Sequence[float]) -> None:
+    """Raises a `ValueError` for a scale that would make samples NaN, which only "pil" and "np" outputs warn of."""
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise ValueError(f"`{name}` is {scale}; it must be a finite number.")
 
 
 def check_interval(prefix: str, start: float, end: float) -> None:

@@ -23,6 +23,7 @@ from .condition import (
     SamplingCall,
     Step,
     UNetInputs,
+    check_finite,
     check_interval,
     warn_of_interval,
 )
@@ -131,6 +132,7 @@ class ControlNetCondition(Condition):
         self.scales = self._numbers(scale, "controlnet_conditioning_scale")
         self.starts = self._numbers(start, "control_guidance_start")
         self.ends = self._numbers(end, "control_guidance_end")
+        check_finite("controlnet_conditioning_scale", self.scales)
         for first, last in zip(self.starts, self.ends, strict=True):
             check_interval("control_guidance", first, last)
         # Pooled residuals were trained to be left out of the unconditional pass, as in diffusers.

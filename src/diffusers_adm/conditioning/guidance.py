@@ -19,7 +19,8 @@ from diffusers import ModelMixin, SchedulerMixin
 from ..schedulers.diffusers_schedulers import takes_gradient
 from ..schedulers.noise_schedules import check_same_noise, unknown_choice
 from ..schedulers.scheduling_ddpm_learned_variance import PredictionType
-from .condition import Condition, Step, check_interval, warn_of_interval
+from .class_labels import ClassCondition
+from .condition import Condition, Step, check_finite, check_interval, warn_of_interval
 
 
 # Multiplies a classifier's log-probability before its gradient is taken, and divides the gradient, which is around 1e-5
@@ -174,6 +175,8 @@ class Guidance:
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """Raises a `ValueError` for numbers out of range, and for guidance without a condition."""
+        check_finite("guidance_scale", [self.scale])
+        check_finite("classifier_guidance_scale", [self.classifier_scale])
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"`guidance_rescale` is {self.rescale}; it must lie in [0, 1].")
         check_interval("guidance", self.start, self.end)
@@ -196,11 +199,12 @@ class Guidance:
     def check_classifier(
         self,
         classifier: ModelMixin | None,
-        class_labels: torch.Tensor | None,
+        classes: ClassCondition,
         scheduler: SchedulerMixin,
         eta: float | None,
+        size: tuple[int, int],
     ) -> None:
-        """Raises a `ValueError` if classifier guidance is on but impossible."""
+        """Raises a `ValueError` if classifier guidance is on but impossible. `size`: height, width of samples."""
         if self.classifier_scale == 0.0:
             return
         given = f"`classifier_guidance_scale` is {self.classifier_scale}"
@@ -209,12 +213,23 @@ class Guidance:
                 f"{given}, but this pipeline has no classifier. Leave it at 0.0, or make the pipeline with one "
                 "(training/train_classifier.py trains it)."
             )
-        if class_labels is None:
+        if classes.labels is None:
             raise ValueError(
                 f"{given}, but there are no `class_labels` to guide towards. Pass them, or leave it at 0.0."
             )
+        if classes.embed_type is not None:
+            raise ValueError(
+                f"{given}, but the `class_labels` of this U-Net are not class numbers (`class_embed_type="
+                f"{classes.embed_type!r}`). Leave it at 0.0."
+            )
         check_noise_of_classifier(classifier, scheduler)
-        num_classes, highest = classifier.config.num_classes, int(class_labels.max())
+        # Most poolings would take another size without an error.
+        if size != (expected := _pair(classifier.config.sample_size)):
+            raise ValueError(
+                f"{given}, but the classifier was trained on samples of {expected[0]} x {expected[1]}, and `height` "
+                f"and `width` ask for {size[0]} x {size[1]}. Pass its size, or leave it at 0.0."
+            )
+        num_classes, highest = classifier.config.num_classes, int(classes.labels.max())
         if highest >= num_classes:
             raise ValueError(
                 f"{given}, but `class_labels` hold {highest}, and the classifier has the classes 0 to "
@@ -285,8 +300,18 @@ class ClassifierGuidance:
         return torch.cat([mean, model_output[:, channels:]], dim=1), {}
 
 
+def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def check_classifier(classifier: ModelMixin, unet_config: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` for a classifier of other classes than the U-Net's."""
+    """Raises a `ValueError` for a classifier of other classes or samples than the U-Net's."""
+    sizes = classifier.config.sample_size, unet_config.get("sample_size")
+    if sizes[1] is not None and _pair(sizes[0]) != _pair(sizes[1]):
+        raise ValueError(
+            f"`classifier` has `sample_size={sizes[0]}`, but `unet` has `sample_size={sizes[1]}`. Train the classifier "
+            "on samples of that size."
+        )
     rows, null_class_id = unet_config.get("num_class_embeds"), unet_config.get("null_class_id")
     if rows is None:
         return

@@ -187,6 +187,8 @@ class Steps:
             raise ValueError(
                 f"`eta` is {self.eta}; it must be a number of at least 0 (0: deterministic, 1: as much noise as DDPM)."
             )
+        if self.eta is not None and self.eta > 1 and name == "TCDScheduler":  # it would step to negative timesteps
+            raise ValueError(f"`eta` is {self.eta}; a TCDScheduler takes 0 (deterministic) to 1 (all noise is new).")
 
     def set_timesteps(self, scheduler: SchedulerMixin, device: torch.device) -> torch.Tensor:
         """
