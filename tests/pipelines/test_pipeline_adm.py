@@ -592,7 +592,7 @@ class TestBadInput:
         self.refused(conditional_pipe, message, **kwargs)
 
     def test_missing_labels_without_a_null_class(self):
-        with pytest.raises(ValueError, match="`class_labels` are missing"):  # by the network
+        with pytest.raises(ValueError, match="`class_labels` is missing"):  # by the network
             make_pipeline(num_class_embeds=5)()
 
     def test_guidance_without_a_null_class(self):
