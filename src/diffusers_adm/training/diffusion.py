@@ -190,6 +190,7 @@ def load_diffusion(
     keeps: str | None = None,
     upsampler_args: Any = None,
     conditioning_image_column: str | None = None,
+    tensor_columns: Mapping[str, str] | None = None,
 ) -> Diffusion:
     """
     Loads noise schedule, networks and data of a run, checks that they are compatible with each other and with the
@@ -204,7 +205,8 @@ def load_diffusion(
             refused.
         upsampler_args (`SuperResolutionArguments`, *optional*): Of an upsampler. Upsampled images would train it to
             blur, so that images below the resolution are skipped.
-        conditioning_image_column (`str`, *optional*): As for `load_image_dataset`.
+        conditioning_image_column (`str`, *optional*), tensor_columns (mapping, *optional*): As for
+            `load_image_dataset`.
     """
     model_args, data_args, diffusion_args, training_args, text_args = args
     seed, has_text = training_args.seed, text_args.caption_column is not None
@@ -224,6 +226,7 @@ def load_diffusion(
             **data_args.source(),
             caption_column=text_args.caption_column,
             conditioning_image_column=conditioning_image_column,
+            tensor_columns=tensor_columns,
             seed=seed,
         )
         record.check_classes(id2label)
