@@ -307,7 +307,7 @@ class TestBadInput:
             ({"model_flags": "--resblock_updown False"}, "resample in residual blocks"),
             ({"model_flags": "--noise_schedule quadratic"}, "'quadratic'; it must be one of linear, squaredcos"),
             ({"model_flags": "--image_size 32 --channel_mult ''"}, "for which GLIDE has no channels per level"),
-            ({"model_flags": "--xf_heads 5"}, "does not divide"),
+            ({"model_flags": "--xf_heads 5"}, "it must divide `hidden_size`"),
         ],
     )
     def test_flags(self, tmp_path, kwargs, message):

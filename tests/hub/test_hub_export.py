@@ -155,7 +155,8 @@ class TestFile:
         text = export_model_file(AdaGNUNet2DModel, tmp_path).read_text()
         header = [line for line in text.splitlines()[:4] if line.startswith("#")]
         assert f"diffusers-adm {diffusers_adm.__version__}" in header[0]
-        modules = ("ops.adagn", "ops.conv", "models.unet_2d_adagn", "hub.publishing")
+        models = ("models.config_checks", "models.input_checks", "models.unet_2d_adagn")
+        modules = ("ops.adagn", "ops.conv", *models, "hub.publishing")
         assert header[1] == "# " + ", ".join(f"diffusers_adm.{module}" for module in modules)
         assert header[2] == "# SPDX-License-Identifier: Apache-2.0"
 

@@ -176,7 +176,7 @@ class TestLatents:
         )
         assert steered.shape == (2, 3, 16, 16)
         assert (steered - plain).abs().max() > 1e-3
-        with pytest.raises(ValueError, match="`sample` is 12 x 8, but the attention pool"):
+        with pytest.raises(ValueError, match="on samples of 8 x 8, and `height` and `width` ask for 12 x 8"):
             pipe(class_labels=1, classifier_guidance_scale=1.0, height=24)
 
     def test_another_number_of_channels(self):

@@ -133,6 +133,9 @@ class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         use_final_layer_norm: bool = True,
     ):
         super().__init__()
+        for name in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if self.config[name] < 1:  # torch builds a network without them
+                raise ValueError(f"`{name}` is {self.config[name]}; it must be at least 1.")
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"`num_attention_heads` is {num_attention_heads}; it must divide `hidden_size`, {hidden_size}."
