@@ -25,9 +25,13 @@ from diffusers_adm import AdaGNUNet2DModel, ADMInpaintPipeline, ADMPipeline, ADM
 from diffusers_adm.commands.errors import CommandError
 from diffusers_adm.conversion import GLIDE_PRESETS, convert_glide, export_openai, glide, load_glide_tokenizer
 from diffusers_adm.conversion.common import expected_shapes
-from diffusers_adm.conversion.glide_checkpoints import build_glide, recognise_glide
-from diffusers_adm.conversion.glide_flags import default_flags, glide_scheduler_config, parse_glide_flags
-from diffusers_adm.conversion.glide_layout import observed_glide_flags, text_rules
+from diffusers_adm.conversion.glide_checkpoints import build_glide, recognise_glide, text_rules
+from diffusers_adm.conversion.glide_flags import (
+    default_flags,
+    glide_scheduler_config,
+    observed_glide_flags,
+    parse_glide_flags,
+)
 from diffusers_adm.conversion.openai_layout import tensor_rules
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 
@@ -293,20 +297,23 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"preset": "bass"}, "did you mean base"),
+            ({"preset": "bass"}, "Did you mean `base`"),
             ({"preset": "base", "model_flags": ""}, "A preset determines all flags"),
             ({"preset": "base"}, r"(?s)859,886 parameters of .* not those of base, .*looks like: .*--num_channels 32"),
             (
                 {"model_flags": "--xf_widht 24"},
-                "--xf_widht, which glide-text2im does not have. Did you mean --xf_width",
+                "--xf_widht, which glide-text2im does not have. Did you mean `xf_width`",
             ),
             ({"model_flags": "--xf_layers two"}, "`--xf_layers` is 'two'"),
             ({"model_flags": "--xf_layers 3"}, "missing: transformer.resblocks.2"),
             ({"model_flags": "--inpaint True"}, r"input_blocks.0.0.weight: has shape \(32, 3, 3, 3\), expected"),
             ({"model_flags": "--xf_width 0"}, "a network without text"),
             ({"model_flags": "--resblock_updown False"}, "resample in residual blocks"),
-            ({"model_flags": "--noise_schedule quadratic"}, "'quadratic'; it must be one of linear, squaredcos"),
-            ({"model_flags": "--image_size 32 --channel_mult ''"}, "for which GLIDE has no channels per level"),
+            ({"model_flags": "--noise_schedule quadratic"}, "'quadratic'; it must be one of .'linear', 'squaredcos"),
+            (
+                {"model_flags": "--image_size 32 --channel_mult ''"},
+                "without `--channel_mult` .* must be one of 64, 128, 256",
+            ),
             ({"model_flags": "--xf_heads 5"}, "it must divide `hidden_size`"),
         ],
     )

@@ -106,7 +106,7 @@ def test_a_damaged_file_is_refused(tmp_path, refused):
     """torch itself does not look at the checksums of an archive."""
     content = bytearray(archive(tmp_path))
     content[len(content) // 2] ^= 1
-    refused(bytes(content), "model.pt is damaged: Bad CRC-32")
+    refused(bytes(content), r"model.pt is damaged in .*data/")
 
 
 def test_an_archive_without_checksums_is_converted(tmp_path, convert):
@@ -217,7 +217,7 @@ def test_a_wrong_preset_is_refused(refused):
     "arguments, message",
     [
         ({"preset": "lsun_cat"}, "`preset` and `model_flags` were both given"),
-        ({"preset": "lsun_dog", "model_flags": None}, "`preset` is 'lsun_dog'; did you mean"),
+        ({"preset": "lsun_dog", "model_flags": None}, "`preset` is 'lsun_dog'; .* Did you mean"),
         ({"preset": "lsun_cat", "model_flags": None, "code_base": "improved-diffusion"}, "comes from guided-diffusion"),
         ({"code_base": "edm"}, "`code_base` is 'edm'; it must be one of"),
         ({"model_flags": "--large_size 64"}, "describe an upsampler of guided-diffusion, but the file holds a U-Net"),
@@ -317,5 +317,5 @@ def test_an_interruption_leaves_nothing_behind(error, tmp_path, monkeypatch):
 
 
 def test_documented_arguments():
-    for function in (convert_openai, ConvertedCheckpoint):
-        check_documented_arguments(function.__doc__, function)
+    check_documented_arguments(convert_openai.__doc__, convert_openai)
+    check_documented_arguments(common.Conversion.__doc__ + ConvertedCheckpoint.__doc__, ConvertedCheckpoint)

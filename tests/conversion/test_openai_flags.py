@@ -5,6 +5,7 @@ import torch
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
 from diffusers_adm.conversion import PRESETS
+from diffusers_adm.conversion.common import find_preset
 from diffusers_adm.conversion.openai_flags import (
     default_flags,
     model_config,
@@ -12,7 +13,6 @@ from diffusers_adm.conversion.openai_flags import (
     possible_kinds,
     scheduler_config,
 )
-from diffusers_adm.conversion.openai_presets import get_preset
 
 
 # From guided-diffusion's README, the variables put in.
@@ -40,7 +40,7 @@ def config_of(flags, kind="unet", code_base="guided-diffusion", out_channels=3):
 
 def process_of(flags, code_base="guided-diffusion"):
     given, _, _ = parse_flags(flags, code_base)
-    return LearnedVarianceDDPMScheduler(**scheduler_config(default_flags(code_base, "unet") | given, code_base))
+    return LearnedVarianceDDPMScheduler(**scheduler_config(default_flags(code_base, "unet") | given))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_kind_of_network_follows_from_the_flags(flags, kinds):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--image_sise 64", r"hold --image_sise, which guided-diffusion does not have. Did you mean --image_size\?"),
+        ("--image_sise 64", r"hold --image_sise, which guided-diffusion does not have. Did you mean `image_size`\?"),
         ("--image_size", "every flag needs one value .* '--image_size' does not fit"),
         ("--image_size --class_cond True", "'--image_size' does not fit"),
         ("--image_size 64 $DIFFUSION_FLAGS", r"'\$DIFFUSION_FLAGS' does not fit"),
@@ -190,7 +190,7 @@ def test_the_diffusion_process(flags, code_base, expected):
 
 
 def test_a_process_that_does_not_exist():
-    with pytest.raises(ValueError, match="'quadratic'; guided-diffusion has 'linear' and 'cosine'"):
+    with pytest.raises(ValueError, match="'quadratic'; it must be one of .'linear', 'cosine'"):
         process_of("--noise_schedule quadratic")
     with pytest.raises(ValueError, match="`--diffusion_steps` is 0"):
         process_of("--diffusion_steps 0")
@@ -214,13 +214,13 @@ def test_rescaled_timesteps(flags, code_base, scale):
 
 def test_presets():
     assert len(PRESETS) == 23
-    assert get_preset("lsun_cat.pt") is PRESETS["lsun_cat"]
+    assert find_preset("lsun_cat.pt", PRESETS) is PRESETS["lsun_cat"]
     assert PRESETS["lsun_cat"].url("lsun_cat").endswith("/diffusion/jul-2021/lsun_cat.pt")
     assert PRESETS["upsample_cond_500K"].url("upsample_cond_500K").endswith("/march-2021/upsample_cond_500K.pt")
-    with pytest.raises(ValueError, match="`preset` is 'lsun_cats'; did you mean lsun_cat"):
-        get_preset("lsun_cats")
+    with pytest.raises(ValueError, match="`preset` is 'lsun_cats'; .* Did you mean `lsun_cat`"):
+        find_preset("lsun_cats", PRESETS)
     with pytest.raises(ValueError, match="must be one of 64x64_diffusion"):
-        get_preset("?")
+        find_preset("?", PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_processes_of_the_published_checkpoints(name, kind, steps, schedule, tim
     preset = PRESETS[name]
     found_kind, flags = preset.settle()
     assert found_kind == kind
-    config = scheduler_config(flags, preset.code_base)
+    config = scheduler_config(flags)
     assert config["variance_type"] == "learned_range"
     assert (config["num_train_timesteps"], config["beta_schedule"]) == (steps, schedule)
     network = model_config(flags, preset.code_base, kind, in_channels=3, out_channels=3, num_classes=1000)

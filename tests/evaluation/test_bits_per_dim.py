@@ -590,8 +590,8 @@ class TestErrors:
             ({"data": iter(random_images(2))}, r"shape \(3, 8, 8\)"),
             ({"data": [np.zeros((3, 8, 8))]}, "type ndarray"),
             ({"unet": random_unet(num_class_embeds=5)}, "no labels"),
-            ({"unet": random_unet(num_class_embeds=5), "data": pairs(random_images(2), [1, -1])}, "range from -1 to 1"),
-            ({"unet": random_unet(**CONDITIONAL), "data": pairs(random_images(2), [1, 5])}, "range from 1 to 5"),
+            ({"unet": random_unet(num_class_embeds=5), "data": pairs(random_images(2), [1, -1])}, "reach from -1 to 1"),
+            ({"unet": random_unet(**CONDITIONAL), "data": pairs(random_images(2), [1, 5])}, "reach from 1 to 5"),
         ],
     )
     def test_bad_arguments(self, options, message):
@@ -747,7 +747,7 @@ class TestCommand:
             ({"split": "test"}, "has no such split"),
             ({"resolution": 9}, "divisible by 2"),
             ({"batch_size": 0}, "`batch_size` is 0"),
-            ({"variance_type": "fixed_small"}, "6 output channels"),
+            ({"variance_type": "fixed_small"}, "'fixed_small'` takes 3 channels"),
             ({"timestep_respacing": "ddim5"}, "no integer stride"),
             ({"timestep_respacing": "ddim5", "dataset": "nowhere/at/all"}, "no integer stride"),
             (
@@ -756,12 +756,12 @@ class TestCommand:
             ),
             ({"model": "{path}/conditional", "label_column": "colour"}, "`label_column` is 'colour'"),
             ({"label_column": "label"}, "no class embedding"),
-            ({"model": "{path}/conditional"}, "no `label_column` was passed"),
+            ({"model": "{path}/conditional"}, "the data have no labels"),
             (
                 {"model": "{path}/conditional", "label_column": "label"},
                 "2 classes and the network 5, .* names no classes",
             ),
-            ({"model": "{path}/grey"}, "takes 1 channels"),
+            ({"model": "{path}/grey"}, r"this model takes \(batch_size, 1"),
             ({"model": "{path}/flow"}, "FlowMatchEulerDiscreteScheduler"),
         ],
     )

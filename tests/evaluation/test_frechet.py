@@ -243,8 +243,8 @@ class TestPrecisionRecall:
     @pytest.mark.parametrize(
         "real,fake,k,message",
         [
-            (normal(3, 2), normal(5, 2), 3, "`k` is 3 and `real` has 3 points"),
-            (normal(5, 2), normal(2, 2), 3, "`k` is 3 and `fake` has 2 points"),
+            (normal(3, 2), normal(5, 2), 3, "`k` is 3 and `real` holds 3 images"),
+            (normal(5, 2), normal(2, 2), 3, "`k` is 3 and `fake` holds 2 images"),
             (normal(5, 2), normal(5, 2), 0, "`k` is 0"),
             (normal(5, 2), math.nan * normal(5, 2), 3, "`fake` holds values that are not finite"),
         ],

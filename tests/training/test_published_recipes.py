@@ -60,7 +60,7 @@ def test_the_training_script_takes_it(name, monkeypatch):
     arguments = parse_args(SCRIPTS[kind].ARGUMENT_TYPES, ["--config", str(CONFIGS / f"{name}.yaml")])
     model, data, diffusion, training, *rest = arguments
     assert (data.label_column is not None) == (kind == "classifier" or flags["class_cond"])
-    process = LearnedVarianceDDPMScheduler(**scheduler_config(flags, preset.code_base))
+    process = LearnedVarianceDDPMScheduler(**scheduler_config(flags))
     scheduler = load_noise_scheduler(model, data, diffusion)
     torch.testing.assert_close(scheduler.betas, process.betas, rtol=1e-9, atol=0)
     if kind != "classifier":

@@ -2,10 +2,10 @@
 Converts checkpoints of other code bases into folders that `from_pretrained` loads, and back.
 
 To add a family NAME of checkpoints, follow GLIDE's files; `common.py` has what they share:
-- `NAME_flags.py`: its flags with their defaults, the configs of networks and scheduler they mean, its published models;
-- `NAME_layout.py`: a `TensorRule` for every tensor of a checkpoint, and the flags that names and shapes reveal;
+- `NAME_flags.py`: its flags with their defaults, the configs of networks and scheduler they mean, its published models,
+  and the flags that names and shapes of a checkpoint's tensors reveal;
 - `NAME_checkpoints.py`: `convert_NAME`, which reads the layout of the file, builds the networks of the flags on the
-  meta device, compares their `expected_shapes` with the file's and calls `write_folder`;
+  meta device, with a `TensorRule` for every tensor, lists `differences` from the file and calls `write_folder`;
 - `NAME.py`: the command line, `python -m diffusers_adm.conversion.NAME`.
 """
 
@@ -14,7 +14,7 @@ from .glide_flags import GLIDE_PRESETS
 from .glide_tokenizer import load_glide_tokenizer
 from .openai_checkpoints import ConvertedCheckpoint, convert_openai
 from .openai_export import export_openai
-from .openai_presets import PRESETS
+from .openai_flags import PRESETS
 
 
 __all__ = [

@@ -9,6 +9,7 @@ import logging
 import pickle
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,6 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# First bytes of the archives that `torch.save` has written since version 1.6, which can be mapped into memory.
-ZIP_MAGIC = b"PK\x03\x04"
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # A tensor that the U-Nets, upsamplers and classifiers of all these code bases have, and nothing else in a checkpoint.
 FIRST_TENSOR = "input_blocks.0.0.weight"
@@ -27,31 +26,32 @@ FIRST_TENSOR = "input_blocks.0.0.weight"
 MAX_DEPTH = 8
 
 
-class Layout(NamedTuple):
+class LoadedCheckpoint(NamedTuple):
     """
-    A network in a checkpoint file, without its numbers.
+    A network in a checkpoint file.
 
     Attributes:
+        state_dict: Its tensors.
         key: Where it is: dictionary keys and parts of the name prefix, joined by dots; "" for the file itself.
-        shapes: By tensor name.
-        dtypes: Names without `torch.`, sorted.
+        left_aside: Descriptions of the file's other entries.
     """
-
-    key: str
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: list[str]
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
-
-
-class LoadedCheckpoint(NamedTuple):
-    """A network in a checkpoint file; `key` as in [`Layout`], and descriptions of the file's other entries."""
 
     state_dict: dict[str, torch.Tensor]
     key: str
     left_aside: list[str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.state_dict.items()}
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Names without `torch.`, sorted."""
+        return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.state_dict.values()})
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.state_dict.values())
 
 
 class _Place(NamedTuple):
@@ -65,30 +65,23 @@ class _Place(NamedTuple):
         return ".".join([*self.path, *self.prefix.split(".")[:-1]])
 
 
-def read_layout(checkpoint: Path, key: str | None) -> Layout:
-    """Reads names and shapes, and logs what was unwrapped. Arguments and errors are those of `load_checkpoint`."""
-    state_dict, key, left_aside = load_checkpoint(checkpoint, key)
-    if key or left_aside:
-        others = f"; left aside: {', '.join(left_aside)}" if left_aside else ""
-        logger.warning("%s: took the network from '%s'%s.", checkpoint.name, key, others)
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values()})
-    return Layout(key, {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, dtypes)
+def read_layout(checkpoint: Path, key: str | None) -> LoadedCheckpoint:
+    """Loads names, shapes and dtypes as tensors on the meta device, and logs what was unwrapped."""
+    loaded = load_checkpoint(checkpoint, key)
+    if loaded.key or loaded.left_aside:
+        others = f"; left aside: {', '.join(loaded.left_aside)}" if loaded.left_aside else ""
+        logger.warning("%s: took the network from '%s'%s.", checkpoint.name, loaded.key, others)
+    return loaded._replace(state_dict={name: tensor.to("meta") for name, tensor in loaded.state_dict.items()})
 
 
 def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoint:
-    r"""
+    """
     Reads the network of a `.pt` file, mapped into memory if its format allows that. Never runs code from the file.
 
     Training loops wrap networks: in a dictionary with an optimizer, in a module whose name becomes a prefix of all
     tensor names (`module.`, `model.`, `_orig_mod.`), or in both. These are unwrapped if the file holds one network.
-
-    Args:
-        checkpoint (`Path`): The file.
-        key (`str`, *optional*): Which network, if the file holds several: as in [`Layout`], or its first parts.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it cannot be read, or holds no network, or several of which `key` does not select one.
+    If it holds several, `key` selects one: a `LoadedCheckpoint.key`, or its first parts. A `ValueError` if the file
+    cannot be read, or holds no network or several of which `key` does not select one.
     """
     if not checkpoint.is_file():
         raise FileNotFoundError(f"`checkpoint` {checkpoint} is not a file.")
@@ -101,12 +94,9 @@ def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoin
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=is_mappable(checkpoint))
     except pickle.UnpicklingError as error:  # its message recommends executing the file
-        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if found is not None:
-            unreadable += (
-                f" It names an object of {found[1]}: reading that could run code. If you trust the file, save "
-                "only the state dict of the network."
-            )
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            unreadable += f" It names an object of {found[1]}: reading that could run code. If you trust the file, save"
+            unreadable += " only the state dict of the network."
         raise ValueError(unreadable) from None
     except Exception as error:  # arbitrary bytes lead to arbitrary errors
         raise ValueError(unreadable) from error
@@ -123,19 +113,14 @@ def load_checkpoint(checkpoint: Path, key: str | None = None) -> LoadedCheckpoin
         entries = entries[part]
     # Networks nested in this one by name ("ema." next to names without a prefix) are not part of it.
     inner = tuple(p.prefix for p in places if p.path == place.path and len(p.prefix) > len(place.prefix))
-    own = {
-        name: value
-        for name, value in entries.items()
-        if str(name).startswith(place.prefix) and not str(name).startswith(inner)
-    }
+    own = [name for name in entries if str(name).startswith(place.prefix) and not str(name).startswith(inner)]
     others.append({name: value for name, value in entries.items() if name not in own})
-    state_dict = _check_state_dict({str(name)[len(place.prefix) :]: value for name, value in own.items()}, checkpoint)
+    state_dict = _check_state_dict({str(name)[len(place.prefix) :]: entries[name] for name in own}, checkpoint)
     averages = [name for rest in others for name in _averaged_weights(rest)]
     if key is None and averages:
         raise ValueError(
-            f"{checkpoint} holds a network as '{place.key}', and averaged weights as '{averages[0]}', in a form "
-            f"that cannot be read. Pass `key='{place.key}'` (on the command line `--key {place.key}`) to convert "
-            "the former, or save the state dict of the latter."
+            f"{checkpoint} holds a network as '{place.key}', and averaged weights as '{averages[0]}', in a form that "
+            f"cannot be read. Pass `key='{place.key}'` to convert the former, or save the state dict of the latter."
         )
     return LoadedCheckpoint(state_dict, place.key, [line for rest in others for line in _describe(rest)])
 
@@ -170,43 +155,34 @@ def _choose(places: Sequence[_Place], key: str | None, checkpoint: Path) -> _Pla
 
 def _describe(entries: Mapping[Any, Any]) -> list[str]:
     """Describes entries other than the network; tensors are grouped by the first part of their names."""
-    others = [f"{name} ({type(value).__name__})" for name, value in entries.items() if not torch.is_tensor(value)]
-    groups: dict[str, list[str]] = {}
-    for name, value in entries.items():
-        if torch.is_tensor(value):
-            groups.setdefault(str(name).split(".")[0], []).append(str(name))
-    return others + [
-        names[0] if len(names) == 1 else f"{first}.* ({len(names)} tensors)" for first, names in groups.items()
-    ]
+    lines = [f"{name} ({type(value).__name__})" for name, value in entries.items() if not torch.is_tensor(value)]
+    tensors = [str(name) for name, value in entries.items() if torch.is_tensor(value)]
+    groups = Counter(name.split(".")[0] for name in tensors)
+    lines += [name for name in tensors if groups[name.split(".")[0]] == 1]
+    return lines + [f"{first}.* ({number} tensors)" for first, number in groups.items() if number > 1]
 
 
 def _averaged_weights(entries: Mapping[Any, Any]) -> list[str]:
     """Names of entries that look like an exponential moving average of weights."""
-    parts = {name: str(name).split(".")[0] for name in entries}
-    return [
-        part
-        for name, part in parts.items()
-        if "ema" in re.split("[^a-z]+", part.lower()) and _holds_weights(entries[name])
-    ]
+    parts = {str(name).split(".")[0]: value for name, value in entries.items() if _holds_weights(value)}
+    return [part for part in parts if "ema" in re.split("[^a-z]+", part.lower())]
 
 
 def _holds_weights(value: Any) -> bool:
     """Whether `value` holds a tensor of more than one element."""
     if torch.is_tensor(value):
         return value.numel() > 1
-    if isinstance(value, Mapping):
-        return any(_holds_weights(entry) for entry in value.values())
-    return isinstance(value, (list, tuple)) and any(_holds_weights(entry) for entry in value)
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return any(_holds_weights(entry) for entry in entries)
 
 
 def _check_state_dict(entries: Mapping[Any, Any], checkpoint: Path) -> dict[str, torch.Tensor]:
     """Returns `entries`; raises a `ValueError` unless all of them are plain floating-point tensors."""
-    others = {str(name): type(value).__name__ for name, value in entries.items() if not torch.is_tensor(value)}
+    others = [f"{name} ({type(value).__name__})" for name, value in entries.items() if not torch.is_tensor(value)]
     if others:
-        names = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:4])
         raise ValueError(
-            f"{checkpoint} is not the state dict of a network: besides tensors it holds {names}. The scripts save "
-            "networks as model*.pt and ema_*.pt; opt*.pt is the state of an optimizer."
+            f"{checkpoint} is not the state dict of a network: besides tensors it holds {', '.join(others[:4])}. The "
+            "scripts save networks as model*.pt and ema_*.pt; opt*.pt is the state of an optimizer."
         )
     odd = [
         str(name)
@@ -220,20 +196,15 @@ def _check_state_dict(entries: Mapping[Any, Any], checkpoint: Path) -> dict[str,
 
 def is_mappable(checkpoint: Path) -> bool:
     """Whether torch can map the file into memory, so that only the tensors that are used are read."""
-    with open(checkpoint, "rb") as file:
-        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    return zipfile.is_zipfile(checkpoint)
 
 
 def check_sums(checkpoint: Path) -> None:
     """Raises a `ValueError` if the checksums of an archive, which torch does not verify, do not match its bytes."""
     if not is_mappable(checkpoint):
         return
-    try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            for entry in archive.infolist():
-                if entry.CRC != 0:  # torch can be configured to write no checksums
-                    with archive.open(entry) as stream:
-                        while stream.read(2**20):
-                            pass
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{checkpoint} is damaged: {error}. Download it again.") from error
+    with zipfile.ZipFile(checkpoint) as archive:
+        has_sums = any(entry.CRC for entry in archive.infolist())  # torch can be configured to write none
+        damaged = archive.testzip() if has_sums else None
+    if damaged is not None:
+        raise ValueError(f"{checkpoint} is damaged in {damaged!r}. Download it again.")

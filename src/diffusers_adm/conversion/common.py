@@ -7,7 +7,6 @@ What conversions of all code bases share: rules for tensors, flags, the folder t
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import shlex
 import shutil
@@ -23,10 +22,12 @@ import torch
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..commands.errors import add_debug_argument
+from ..commands.arguments import BOOLEAN_WORDS
+from ..commands.errors import add_debug_argument, did_you_mean
 from ..data.repositories import check_can_be_written
-from ..pipelines import ADMPipeline
+from ..pipelines import ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
+from ..schedulers.noise_schedules import noise_schedule_of
 from .checkpoint_files import SAFETENSORS_DTYPES, check_sums, is_mappable, load_checkpoint
 
 
@@ -40,8 +41,12 @@ IMAGE_CHANNELS = 3
 MAPPED_BYTES = 2**27
 # Next to the components: what a folder was converted from, so that it can be written back in the same order.
 RECORD_NAME = "openai_checkpoint.json"
-# The words that the scripts read as a boolean.
-BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
+# Flags that do not change what the network computes, or (`channel_mult`, `num_heads_upsample`) whose default follows
+# from other flags: not worth a warning if assumed.
+SILENT_FLAGS = frozenset(
+    ("dropout", "rescale_learned_sigmas", "timestep_respacing", "use_checkpoint", "use_fp16", "use_kl", "clip_denoised")
+    + ("classifier_use_fp16", "small_size", "num_heads_upsample", "channel_mult", "cache_text_emb")
+)
 
 
 # 1. Tensors. Every rule is a permutation of rows, a split or a reshape, so a round trip is bit-identical.
@@ -74,10 +79,7 @@ def module_rules(source: str, target: str, dims: int = 0) -> Iterator[TensorRule
     Weight and bias of a module. The checkpoint's weight has `dims` trailing dimensions of size 1 (those of a 1x1
     convolution) that the target does not have.
     """
-    yield TensorRule(
-        f"{source}.weight", (f"{target}.weight",), lambda tensor: (_squeeze(tensor, dims),), partial(_unsqueeze, dims)
-    )
-    yield kept(f"{source}.bias", f"{target}.bias")
+    return fused_rules(source, [target], heads=1, heads_first=False, weight_dims=dims)
 
 
 def fused_rules(
@@ -95,7 +97,7 @@ def fused_rules(
     """
 
     def split(dims: int, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        tensor = _squeeze(tensor, dims)
+        tensor = tensor.flatten(-1 - dims)
         if heads_first:
             tensor = tensor.unflatten(0, (heads, len(targets), -1)).transpose(0, 1).flatten(0, 2)
         return tensor.chunk(len(targets))
@@ -104,19 +106,11 @@ def fused_rules(
         tensor = torch.cat(tensors)
         if heads_first:
             tensor = tensor.unflatten(0, (len(targets), heads, -1)).transpose(0, 1).flatten(0, 2)
-        return _unsqueeze(dims, tensor)
+        return tensor.reshape(*tensor.shape, *[1] * dims)
 
     for kind, dims in (("weight", weight_dims), ("bias", 0)):
         names = tuple(f"{target}.{kind}" for target in targets)
         yield TensorRule(f"{source}.{kind}", names, partial(split, dims), partial(join, dims))
-
-
-def _squeeze(tensor: torch.Tensor, dims: int) -> torch.Tensor:
-    return tensor.flatten(-1 - dims)
-
-
-def _unsqueeze(dims: int, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(*tensor.shape, *[1] * dims)
 
 
 def expected_shapes(model: ModelMixin, rules: Sequence[TensorRule]) -> dict[str, tuple[int, ...]]:
@@ -128,14 +122,22 @@ def expected_shapes(model: ModelMixin, rules: Sequence[TensorRule]) -> dict[str,
     return shapes
 
 
-def differences(expected: Shapes, found: Shapes, limit: int = 6) -> list[str]:
-    """Lists missing and unused tensors and those of another shape, at most `limit` of each kind."""
-    missing = [f"missing: {name} {tuple(expected[name])}" for name in expected if name not in found]
-    unused = [f"not used: {name} {tuple(found[name])}" for name in found if name not in expected]
+class Component(NamedTuple):
+    """A network to be written: its model, which may be on the meta device, and the rules for all of its tensors."""
+
+    model: ModelMixin
+    rules: list[TensorRule]
+
+
+def differences(components: Mapping[str, Component], found: Shapes, limit: int = 6) -> list[str]:
+    """Lists tensors that the networks lack, do not use, or have in another shape; at most `limit` of each kind."""
+    expected = {name: shape for part in components.values() for name, shape in expected_shapes(*part).items()}
+    missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    unused = [f"not used: {name} {tuple(shape)}" for name, shape in found.items() if name not in expected]
     other = [
-        f"{name}: has shape {tuple(found[name])}, expected {tuple(expected[name])}"
-        for name in expected
-        if name in found and tuple(found[name]) != tuple(expected[name])
+        f"{name}: has shape {tuple(found[name])}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != shape
     ]
     lines = []
     for group in (missing, unused, other):
@@ -145,19 +147,25 @@ def differences(expected: Shapes, found: Shapes, limit: int = 6) -> list[str]:
     return lines
 
 
+def recognise_presets(
+    shapes: Shapes, presets: Mapping[str, Any], components_of: Callable[[Any], Mapping[str, Component]]
+) -> list[str]:
+    """Names of the published checkpoints with exactly these tensors; `components_of` builds their networks."""
+    num_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    candidates = {name: preset for name, preset in presets.items() if preset.num_parameters == num_parameters}
+    return [name for name, preset in candidates.items() if not differences(components_of(preset), shapes)]
+
+
 # 2. Flags
 
 
 def named_flags(model_flags: str | Mapping[str, Any]) -> dict[str, Any]:
     """Values by the names of their flags, without dashes; from a command line or a mapping."""
-    given = model_flags if isinstance(model_flags, Mapping) else _split_command_line(model_flags)
-    return {name.removeprefix("--"): value for name, value in given.items()}
-
-
-def _split_command_line(text: str) -> dict[str, str]:
-    explanation = f"`model_flags` are {text!r}: every flag needs one value (`--image_size 64 --class_cond True`), but"
+    if isinstance(model_flags, Mapping):
+        return {name.removeprefix("--"): value for name, value in model_flags.items()}
+    explanation = f"`model_flags` are {model_flags!r}: every flag needs one value (`--image_size 64`), but"
     try:
-        words = shlex.split(text)
+        words = shlex.split(model_flags)
     except ValueError as error:
         raise ValueError(f"{explanation} this is not a command line ({error}).") from None
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -168,24 +176,17 @@ def _split_command_line(text: str) -> dict[str, str]:
         name, value = words[i], words[i + 1] if i + 1 < len(words) else "--"
         if not name.startswith("--") or value.startswith("--"):
             raise ValueError(f"{explanation} {name!r} does not fit that.")
-        flags[name] = value
+        flags[name.removeprefix("--")] = value
     return flags
 
 
 def typed_flags(given: Mapping[str, Any], known: Flags, code_base: str) -> Flags:
-    """
-    Converts values to the types of the defaults in `known`.
-
-    Raises:
-        ValueError: For a flag that is not in `known`, or a value of another type.
-    """
+    """Converts values to the types of the defaults in `known`; a `ValueError` for other flags or types."""
     unknown = [name for name in given if name not in known]
     if unknown:
-        hints = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
         raise ValueError(
-            f"`model_flags` hold {', '.join(f'--{name}' for name in unknown)}, which {code_base} does not have."
-            + (f" Did you mean {', '.join(f'--{name}' for name in hints)}?" if hints else "")
-            + f" It has: {', '.join(sorted(known))}."
+            f"`model_flags` hold --{unknown[0]}, which {code_base} does not have."
+            f"{did_you_mean(unknown[0], known, most=1)} It has: {', '.join(sorted(known))}."
         )
     return {name: _convert(name, value, known[name]) for name, value in given.items()}
 
@@ -193,13 +194,18 @@ def typed_flags(given: Mapping[str, Any], known: Flags, code_base: str) -> Flags
 def _convert(name: str, value: Any, default: Any) -> Any:
     try:
         if isinstance(default, bool):
-            return BOOLEANS[str(value).lower()]
-        if isinstance(value, (tuple, list)):
-            return ",".join(str(entry) for entry in value)
-        return type(default)(str(value))
+            return BOOLEAN_WORDS[str(value).lower()]
+        return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else type(default)(str(value))
     except (KeyError, ValueError):
         kind = "True or False" if isinstance(default, bool) else f"a value like {default!r}"
         raise ValueError(f"`--{name}` is {value!r}; it takes {kind}.") from None
+
+
+def add_defaults(defaults: Flags, determined: Flags) -> tuple[Flags, Flags]:
+    """All flags, and those of them that are defaults and that neither the caller nor the file determined."""
+    heads = {"num_heads", "num_head_channels"}  # one of them suffices
+    silent = SILENT_FLAGS | (heads if heads & determined.keys() else set()) | determined.keys()
+    return defaults | determined, {name: value for name, value in defaults.items() if name not in silent}
 
 
 def format_flags(flags: Mapping[str, Any]) -> str:
@@ -208,15 +214,20 @@ def format_flags(flags: Mapping[str, Any]) -> str:
 
 
 def find_preset(name: str, presets: Mapping[str, T]) -> T:
-    """Looks up a published checkpoint; a `ValueError` lists the names that there are."""
-    if name in presets:
-        return presets[name]
-    close = difflib.get_close_matches(name, presets, n=3)
-    raise ValueError(
-        f"`preset` is {name!r}"
-        + (f"; did you mean {' or '.join(close)}? There are: " if close else "; it must be one of ")
-        + f"{', '.join(presets)}."
-    )
+    """Looks up a published checkpoint by name, with or without `.pt`."""
+    name = name.removesuffix(".pt")
+    if name not in presets:
+        names = ", ".join(presets)
+        raise ValueError(f"`preset` is {name!r}; it must be one of {names}.{did_you_mean(name, presets)}")
+    return presets[name]
+
+
+def check_preset(preset: str | None, model_flags: str | Mapping[str, Any] | None, presets: Mapping[str, Any]) -> None:
+    """Checks that a preset exists and is not given together with flags."""
+    if preset is not None:
+        if model_flags is not None:
+            raise ValueError("`preset` and `model_flags` were both given. A preset determines all flags: omit one.")
+        find_preset(preset, presets)
 
 
 # 3. The folder
@@ -224,10 +235,23 @@ def find_preset(name: str, presets: Mapping[str, T]) -> T:
 
 @dataclass
 class Conversion:
-    """What the results of all conversions have in common; see the classes of the code bases."""
+    """
+    Attributes that the results of all conversions share.
+
+    Args:
+        output_dir (`Path`): The folder.
+        kind (`str`): Kind of network: one of `GLIDEKind`, or of `Kind` for OpenAI's other code bases.
+        code_base (`str`): The code base that defines the flags.
+        preset (`str`, *optional*): Name of the published checkpoint.
+        recognised (`bool`): Whether `preset` was found by the layout of the file, and not given.
+        flags (`dict`): All flags of network and process, by the code base's names.
+        assumed (`dict`): Those of the flags that neither the caller nor the file determined.
+        num_parameters (`int`), dtypes (`list[str]`): Of all networks together.
+    """
 
     output_dir: Path
     kind: str
+    code_base: str
     preset: str | None
     recognised: bool
     flags: Flags
@@ -236,11 +260,17 @@ class Conversion:
     dtypes: list[str]
 
 
-class Component(NamedTuple):
-    """A network to be written: its model, which may be on the meta device, and the rules for all of its tensors."""
-
-    model: ModelMixin
-    rules: list[TensorRule]
+def make_pipeline(
+    cls: type[ADMPipeline],
+    unet: ModelMixin,
+    scheduler: LearnedVarianceDDPMScheduler,
+    low_res_size: int | None = None,
+) -> ADMPipeline:
+    """A pipeline of a U-Net only; `low_res_size` is saved with an upsampler, if known: files do not contain it."""
+    options: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
+    if issubclass(cls, ADMSuperResolutionPipeline):
+        options |= {"low_res_size": low_res_size, "noise_schedule": noise_schedule_of(scheduler)}
+    return cls(unet, scheduler, **options)
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -251,33 +281,21 @@ def check_output_dir(output_dir: Path) -> None:
 
 
 def write_folder(
-    output_dir: Path,
+    result: Conversion,
     checkpoint: Path,
     key: str,
     components: Mapping[str, Component],
-    *,
     scheduler: LearnedVarianceDDPMScheduler,
     pipeline: ADMPipeline | None,
-    tokenizer: Any = None,
-    record: Mapping[str, Any],
 ) -> None:
     """
-    Writes a folder that `from_pretrained` loads, completely or not at all.
-
-    Args:
-        output_dir (`Path`): The folder.
-        checkpoint (`Path`), key (`str`): The file, and which of its networks is converted.
-        components (mapping): Networks by their subfolder; no two of their rules have one source.
-        scheduler ([`LearnedVarianceDDPMScheduler`]): Saved in `scheduler/`.
-        pipeline ([`ADMPipeline`], *optional*): Whose index is saved.
-        tokenizer (*optional*): Saved in `tokenizer/`.
-        record (mapping): What the folder was converted from; saved as `openai_checkpoint.json`.
-
-    Raises:
-        ValueError: If the file is damaged.
+    Writes the folder `result.output_dir`, completely or not at all: networks by their subfolder, scheduler, tokenizer
+    and index of the pipeline, and what the folder was converted from. A `ValueError` if the checkpoint is damaged.
     """
     check_sums(checkpoint)
-    record = {**record, "key": key} if key else record
+    record: dict[str, Any] = {"code_base": result.code_base, "kind": result.kind, "preset": result.preset}
+    record |= {"file": checkpoint.name, "flags": result.flags} | ({"key": key} if key else {})
+    output_dir = result.output_dir
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output_dir.parent / f".{output_dir.name}.{uuid.uuid4().hex[:8]}"
     unfinished.mkdir()
@@ -286,10 +304,10 @@ def write_folder(
             model.save_config(unfinished / name)
             write_weights(unfinished / name / SAFETENSORS_WEIGHTS_NAME, checkpoint, key, rules)
         scheduler.save_pretrained(unfinished / "scheduler")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished / "tokenizer")
         if pipeline is not None:
             pipeline.save_config(unfinished)
+            if pipeline.tokenizer is not None:
+                pipeline.tokenizer.save_pretrained(unfinished / "tokenizer")
         (unfinished / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(output_dir)
     finally:

@@ -1,7 +1,8 @@
 """
 Converts GLIDE's checkpoints into folders that `from_pretrained` loads.
 
-GLIDE's U-Nets are guided-diffusion's with text added, so `tensor_rules` of `openai_layout.py` describes them.
+A checkpoint holds a U-Net and a text transformer. The U-Net is guided-diffusion's with text added, so `tensor_rules` of
+`openai_layout.py` describes it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from ..models import AdaGNUNet2DModel, GLIDETextModel
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
-from ..schedulers.noise_schedules import noise_schedule_of
 from .checkpoint_files import read_layout
 from .common import (
     IMAGE_CHANNELS,
@@ -25,11 +25,17 @@ from .common import (
     Conversion,
     Flags,
     Shapes,
+    TensorRule,
+    add_defaults,
     check_output_dir,
+    check_preset,
     differences,
-    expected_shapes,
-    find_preset,
     format_flags,
+    fused_rules,
+    kept,
+    make_pipeline,
+    module_rules,
+    recognise_presets,
     write_folder,
 )
 from .glide_flags import (
@@ -39,12 +45,13 @@ from .glide_flags import (
     GLIDEKind,
     default_flags,
     glide_scheduler_config,
+    image_channels_of,
     kind_of,
+    observed_glide_flags,
     parse_glide_flags,
     text_config,
     unet_config,
 )
-from .glide_layout import image_channels_of, observed_glide_flags, text_rules
 from .glide_tokenizer import load_glide_tokenizer
 from .openai_layout import tensor_rules
 
@@ -59,23 +66,15 @@ PIPELINES: dict[GLIDEKind, type[ADMPipeline]] = {
 }
 # Of the published upsampler.
 UPSAMPLING_FACTOR = 4
-# Flags that do not change what the network computes, or whose default follows from other flags: not worth a warning.
-SILENT_FLAGS = ("cache_text_emb", "dropout", "timestep_respacing", "use_fp16", "num_heads_upsample", "channel_mult")
 
 
 @dataclass
 class ConvertedGLIDECheckpoint(Conversion):
     """
-    The result of `convert_glide`.
+    The result of `convert_glide`. Further arguments: see [`Conversion`].
 
     Args:
-        output_dir (`Path`): The folder.
         kind (`str`): `"base"`, `"base-inpaint"`, `"upsample"` or `"upsample-inpaint"`.
-        preset (`str`, *optional*): Name of the published checkpoint.
-        recognised (`bool`): Whether `preset` was found by the layout of the file, and not given.
-        flags (`dict`): All flags of network and process, by GLIDE's names.
-        assumed (`dict`): Those of the flags that neither the caller nor the file determined.
-        num_parameters (`int`), dtypes (`list[str]`): Of U-Net and text transformer together.
         has_tokenizer (`bool`): Whether the folder holds one.
     """
 
@@ -119,37 +118,28 @@ def convert_glide(
             then.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
-    if preset is not None and model_flags is not None:
-        raise ValueError("`preset` and `model_flags` were both given. A preset determines all flags: omit one.")
+    check_preset(preset, model_flags, GLIDE_PRESETS)
     check_output_dir(output_dir)
-    if preset is not None:
-        find_preset(preset, GLIDE_PRESETS)
     given = parse_glide_flags(model_flags or {})
 
     # 1. flags, from the preset, the caller, the file and the defaults
     layout = read_layout(checkpoint, key)
     shapes = layout.shapes
     observed = observed_glide_flags(shapes)
-    recognised = False
-    if preset is None and model_flags is None:
-        preset = recognise_glide(shapes)
-        recognised = preset is not None
+    recognised = None if preset is not None or model_flags is not None else recognise_glide(shapes)
+    preset = preset or recognised
     if preset is not None:
-        flags, assumed = GLIDE_PRESETS[preset].settle(), {}
+        flags, assumed, image_channels = GLIDE_PRESETS[preset].settle(), {}, IMAGE_CHANNELS
     else:
-        determined = observed | given
-        if "channel_mult" not in given and "image_size" in given and determined["image_size"] in IMAGE_SIZES:
+        determined, image_channels = observed | given, image_channels_of(shapes)
+        if "channel_mult" not in given and given.get("image_size") in IMAGE_SIZES:
             del determined["channel_mult"]  # the size determines it, even if the file differs
-        flags = default_flags(determined["super_res"]) | determined
-        heads = ("num_heads", "num_head_channels")
-        silent = {*determined, *SILENT_FLAGS, *(heads if set(heads) & set(determined) else ())}
-        assumed = {name: value for name, value in flags.items() if name not in silent}
+        flags, assumed = add_defaults(default_flags(determined["super_res"]), determined)
 
     # 2. the networks, whose tensors must be exactly those of the file
-    image_channels = IMAGE_CHANNELS if preset is not None else image_channels_of(shapes)
-    unet, text_encoder = build_glide(flags, shapes["token_embedding.weight"][0], image_channels)
-    components, expected = _components(unet, text_encoder)
-    problems = differences(expected, shapes)
+    vocab_size = shapes["token_embedding.weight"][0]
+    components = glide_components(*build_glide(flags, vocab_size, image_channels))
+    problems = differences(components, shapes)
     if problems:
         described = f"of {preset}" if preset else "described"
         lines = "\n  ".join(problems)
@@ -160,10 +150,10 @@ def convert_glide(
     words = None
     if tokenizer is not None:
         words = load_glide_tokenizer(tokenizer, flags["text_ctx"])
-        if len(words) != text_encoder.config.vocab_size:
+        if len(words) != vocab_size:
             raise ValueError(
-                f"`tokenizer` {tokenizer} has {len(words)} tokens, but the model was trained with "
-                f"{text_encoder.config.vocab_size}. Pass the tokenizer that it was trained with."
+                f"`tokenizer` {tokenizer} has {len(words)} tokens, but the model was trained with {vocab_size}. Pass "
+                "the tokenizer that it was trained with."
             )
     else:
         logger.warning(
@@ -172,32 +162,27 @@ def convert_glide(
         )
 
     # 3. the folder
+    unet, text_encoder = (part.model for part in components.values())
     kind = kind_of(flags)
     scheduler = LearnedVarianceDDPMScheduler(**glide_scheduler_config(flags))
-    pipeline = make_pipeline(kind, unet, scheduler, is_published=preset is not None)
+    low_res_size = unet.config.sample_size // UPSAMPLING_FACTOR if preset is not None else None
+    pipeline = make_pipeline(PIPELINES[kind], unet, scheduler, low_res_size)
     # Not through the constructor, which requires a tokenizer with every text encoder.
     pipeline.register_modules(text_encoder=text_encoder, tokenizer=words)
-    write_folder(
-        output_dir,
-        checkpoint,
-        layout.key,
-        components,
-        scheduler=scheduler,
-        pipeline=pipeline,
-        tokenizer=words,
-        record={"code_base": CODE_BASE, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags},
-    )
-    return ConvertedGLIDECheckpoint(
+    result = ConvertedGLIDECheckpoint(
         output_dir=output_dir,
         kind=kind,
+        code_base=CODE_BASE,
         preset=preset,
-        recognised=recognised,
+        recognised=recognised is not None,
         flags=flags,
         assumed=assumed,
         num_parameters=layout.num_parameters,
         dtypes=layout.dtypes,
         has_tokenizer=words is not None,
     )
+    write_folder(result, checkpoint, layout.key, components, scheduler, pipeline)
+    return result
 
 
 def build_glide(
@@ -209,36 +194,40 @@ def build_glide(
         return AdaGNUNet2DModel(**unet_arguments), GLIDETextModel(**text_arguments)
 
 
-def _components(
-    unet: AdaGNUNet2DModel, text_encoder: GLIDETextModel
-) -> tuple[dict[str, Component], dict[str, tuple[int, ...]]]:
-    """Both networks with their rules, and the shapes of a checkpoint that holds them."""
-    components = {
+def glide_components(unet: AdaGNUNet2DModel, text_encoder: GLIDETextModel) -> dict[str, Component]:
+    """Both networks with the rules for their tensors."""
+    return {
         "unet": Component(unet, tensor_rules(unet, new_attention_order=False)),
         "text_encoder": Component(text_encoder, text_rules(text_encoder)),
     }
-    return components, {name: shape for part in components.values() for name, shape in expected_shapes(*part).items()}
 
 
-def make_pipeline(
-    kind: GLIDEKind, unet: AdaGNUNet2DModel, scheduler: LearnedVarianceDDPMScheduler, is_published: bool
-) -> ADMPipeline:
-    """The pipeline of this kind of model, without text encoder and tokenizer."""
-    components = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
-    if kind == "upsample":
-        # A file does not contain the size of its small images.
-        size = unet.config.sample_size // UPSAMPLING_FACTOR if is_published else None
-        trained = {"low_res_size": size, "noise_schedule": noise_schedule_of(scheduler)}
-        return ADMSuperResolutionPipeline(unet, scheduler, **components, **trained)
-    return PIPELINES[kind](unet, scheduler, **components)
+def text_rules(model: GLIDETextModel) -> list[TensorRule]:
+    """Lists the rules for all tensors of the text transformer `model`, which may be on the meta device."""
+    rules = [kept("token_embedding.weight", "embeddings.token_embedding.weight")]
+    rules += [kept("positional_embedding", "embeddings.position_embedding")]
+    if model.config.use_padding_embedding:
+        rules += [kept("padding_embedding", "embeddings.padding_embedding")]
+    for number in range(model.config.num_hidden_layers):
+        source, target = f"transformer.resblocks.{number}", f"layers.{number}"
+        rules += module_rules(f"{source}.ln_1", f"{target}.norm1")
+        targets = [f"{target}.to_{part}" for part in "qkv"]
+        heads = model.config.num_attention_heads
+        rules += fused_rules(f"{source}.attn.c_qkv", targets, heads, heads_first=True, weight_dims=0)
+        rules += module_rules(f"{source}.attn.c_proj", f"{target}.to_out")
+        rules += module_rules(f"{source}.ln_2", f"{target}.norm2")
+        rules += module_rules(f"{source}.mlp.c_fc", f"{target}.linear1")
+        rules += module_rules(f"{source}.mlp.c_proj", f"{target}.linear2")
+    if model.config.use_final_layer_norm:
+        rules += module_rules("final_ln", "final_layer_norm")
+    rules += module_rules("transformer_proj", "text_projection")
+    return rules
 
 
 def recognise_glide(shapes: Shapes) -> str | None:
     """The published model with exactly this layout."""
-    num_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    for name, preset in GLIDE_PRESETS.items():
-        if preset.num_parameters == num_parameters:
-            _, expected = _components(*build_glide(preset.settle(), shapes["token_embedding.weight"][0]))
-            if not differences(expected, shapes):
-                return name
-    return None
+    vocab_size = shapes["token_embedding.weight"][0]
+    names = recognise_presets(
+        shapes, GLIDE_PRESETS, lambda preset: glide_components(*build_glide(preset.settle(), vocab_size))
+    )
+    return names[0] if names else None

@@ -1,8 +1,9 @@
 """
-The flags of GLIDE's code, the configs of networks and scheduler they mean, and the published models.
+The flags of GLIDE's code, the configs of networks and scheduler they mean, the published models, and the flags that the
+tensors of a checkpoint reveal.
 
 https://github.com/openai/glide-text2im (Nichol et al. 2021, https://huggingface.co/papers/2112.10741). Its U-Nets are
-guided-diffusion's with text added to every attention layer, so their configs are made by `openai_flags.py`.
+guided-diffusion's with text added to every attention layer, so `openai_flags.py` and `openai_layout.py` describe them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from .common import IMAGE_CHANNELS, Flags, named_flags, typed_flags
+from ..models.config_checks import check_choice
+from .common import IMAGE_CHANNELS, Flags, Shapes, named_flags, typed_flags
 from .openai_flags import model_config, scheduler_config
+from .openai_layout import channels_of_file, observed_flags
 
 
 GLIDEKind = Literal["base", "base-inpaint", "upsample", "upsample-inpaint"]
@@ -43,16 +46,16 @@ BASE_DEFAULTS: Flags = {
     "inpaint": False,
     "super_res": False,
 }
-UPSAMPLER_DEFAULTS: Flags = {
-    "image_size": 256,
-    "num_res_blocks": 2,
-    "noise_schedule": "linear",
-    "super_res": True,
-}
+UPSAMPLER_DEFAULTS: Flags = {"image_size": 256, "num_res_blocks": 2, "noise_schedule": "linear", "super_res": True}
 # Sizes that need no `channel_mult`; their levels are guided-diffusion's.
 IMAGE_SIZES = (64, 128, 256)
 # GLIDE's names of the noise schedules, and guided-diffusion's.
 NOISE_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+# Tensors of the text transformer.
+TEXT_PREFIXES = ("transformer.", "transformer_proj.", "final_ln.", "unemb.")
+TEXT_NAMES = ("token_embedding.weight", "positional_embedding", "padding_embedding")
+# Flags of the U-Net that its tensors reveal.
+UNET_FLAGS = ("num_channels", "num_res_blocks", "channel_mult", "use_scale_shift_norm", "resblock_updown")
 
 
 class GLIDEPreset(NamedTuple):
@@ -112,10 +115,10 @@ def unet_config(flags: Flags, image_channels: int = IMAGE_CHANNELS) -> dict[str,
         raise ValueError(
             "`--resblock_updown` is False, but U-Nets with text in their attention layers resample in residual blocks."
         )
-    if not flags["channel_mult"] and flags["image_size"] not in IMAGE_SIZES:
+    if not flags["channel_mult"] and flags["image_size"] not in IMAGE_SIZES:  # guided-diffusion has more
         raise ValueError(
-            f"`--image_size` is {flags['image_size']}, for which GLIDE has no channels per level; it has them for "
-            f"{', '.join(map(str, IMAGE_SIZES))}. Pass `--channel_mult` (as in '1,2,3,4')."
+            f"`--image_size` is {flags['image_size']}; without `--channel_mult` (as in '1,2,3,4') it must be one of "
+            f"{', '.join(map(str, IMAGE_SIZES))}."
         )
     config = model_config(
         flags | {"class_cond": False, "rescale_timesteps": False},
@@ -150,10 +153,62 @@ def text_config(flags: Flags, vocab_size: int) -> dict[str, Any]:
 
 def glide_scheduler_config(flags: Flags) -> dict[str, Any]:
     """The config of `LearnedVarianceDDPMScheduler` for the diffusion process that a full set of flags describes."""
-    if flags["noise_schedule"] not in NOISE_SCHEDULES:
-        raise ValueError(
-            f"`--noise_schedule` is {flags['noise_schedule']!r}; it must be one of {', '.join(NOISE_SCHEDULES)}."
-        )
+    check_choice("--noise_schedule", flags["noise_schedule"], NOISE_SCHEDULES)
     fixed = {"predict_xstart": False, "clip_denoised": True, "learn_sigma": True}
     schedule = NOISE_SCHEDULES[flags["noise_schedule"]]
-    return scheduler_config(flags | fixed | {"noise_schedule": schedule}, "guided-diffusion")
+    return scheduler_config(flags | fixed | {"noise_schedule": schedule})
+
+
+def unet_shapes(shapes: Shapes) -> Shapes:
+    """The tensors of the U-Net."""
+    return {n: shape for n, shape in shapes.items() if not n.startswith(TEXT_PREFIXES) and n not in TEXT_NAMES}
+
+
+def image_channels_of(shapes: Shapes) -> int:
+    """Channels of the images: half of the output channels, since all of GLIDE's U-Nets learn the variance."""
+    _, channels_out = channels_of_file(unet_shapes(shapes))
+    if channels_out % 2:
+        raise ValueError(
+            f"The U-Net returns {channels_out} channels; GLIDE's return twice as many as an image has, for the learned "
+            "variance."
+        )
+    return channels_out // 2
+
+
+def observed_glide_flags(shapes: Shapes) -> Flags:
+    """
+    Reads the flags that names and shapes of the tensors reveal: those of the network except the attention heads. A
+    `ValueError` if this is not a network of GLIDE's.
+    """
+    expected = {"token_embedding.weight": 2, "positional_embedding": 2, "transformer_proj.weight": 2}
+    missing = [name for name, dims in expected.items() if len(shapes.get(name, ())) != dims]
+    if missing:
+        raise ValueError(
+            f"This is not a checkpoint of GLIDE's: it lacks {', '.join(missing)}. It holds {len(shapes)} tensors: "
+            f"{', '.join(list(shapes)[:4])} ... Convert networks without text with `python -m "
+            "diffusers_adm.conversion.openai`."
+        )
+    unet, image_channels = unet_shapes(shapes), image_channels_of(shapes)
+    # The code requires this size if there is a `channel_mult`, and its own levels follow the same rule.
+    size = 2 ** (len(observed_flags(unet, "guided-diffusion", "unet")["channel_mult"].split(",")) + 2)
+    flags = observed_flags(unet, "guided-diffusion", "unet", image_size=size)
+    kinds = [{"inpaint": inpaint, "super_res": super_res} for super_res in (False, True) for inpaint in (False, True)]
+    inputs = {in_channels(kind, image_channels): kind for kind in kinds}
+    channels = shapes["input_blocks.0.0.weight"][1]
+    if channels not in inputs:
+        raise ValueError(
+            f"The U-Net takes {channels} channels; GLIDE's take {', '.join(map(str, sorted(inputs)))} for images of "
+            f"{image_channels} channels, half of the {2 * image_channels} that it returns."
+        )
+    text_ctx, width = shapes["positional_embedding"]
+    return {
+        **{name: flags[name] for name in UNET_FLAGS},
+        "image_size": size,
+        "attention_resolutions": flags["attention_resolutions"],
+        "text_ctx": text_ctx,
+        "xf_width": width,
+        "xf_layers": len({name.split(".")[2] for name in shapes if name.startswith("transformer.resblocks.")}),
+        "xf_final_ln": "final_ln.weight" in shapes,
+        "xf_padding": "padding_embedding" in shapes,
+        **inputs[channels],
+    }

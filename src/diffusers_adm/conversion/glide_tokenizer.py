@@ -32,7 +32,7 @@ FINAL_SIGMA = rf"{_LETTER}\p{{Case_Ignorable}}*\KΣ(?!\p{{Case_Ignorable}}*{_LET
 
 
 def load_glide_tokenizer(name_or_path: str | Path, max_length: int = 128) -> PreTrainedTokenizerFast:
-    r"""
+    """
     Builds GLIDE's tokenizer from the files of GPT-2's.
 
     Args:
@@ -45,9 +45,6 @@ def load_glide_tokenizer(name_or_path: str | Path, max_length: int = 128) -> Pre
         [`~transformers.PreTrainedTokenizerFast`]: Adds no special tokens; pads on the right with the last token of the
         vocabulary, where the attention mask is 0. Upper-case letters that are newer than the Unicode version of a
         Python become lower case here, but not in GLIDE's code on that Python.
-
-    Raises:
-        ValueError: If there is no such tokenizer, or it is not based on byte pairs.
     """
     vocabulary, merges = _read_files(Path(name_or_path)) or _read_tokenizer(str(name_or_path))
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
@@ -55,12 +52,9 @@ def load_glide_tokenizer(name_or_path: str | Path, max_length: int = 128) -> Pre
     padding = max(vocabulary, key=vocabulary.__getitem__)
     tokenizer = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=[(first, second) for first, second in merges]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(FINAL_SIGMA), "ς"), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -107,8 +101,8 @@ def _read_tokenizer(name_or_path: str) -> tuple[Mapping[str, int], Sequence[Sequ
     model: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())["model"]
     if model.get("type") != "BPE" or any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")):
         raise ValueError(
-            f"The tokenizer in {name_or_path!r} ({type(tokenizer).__name__}) is not a byte-pair tokenizer like "
-            "GPT-2's, which GLIDE needs. Pass GPT-2's."
+            f"The tokenizer in {name_or_path!r}, a {type(tokenizer).__name__}, is not a byte-pair tokenizer like "
+            "GPT-2's. Pass GPT-2's."
         )
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     return model["vocab"], pairs

@@ -17,8 +17,7 @@ from ..commands.errors import CommandError, run_command
 from .common import add_checkpoint_arguments, describe_conversion, format_flags, parse_arguments
 from .openai_checkpoints import KIND_NAMES, ConvertedCheckpoint, convert_openai
 from .openai_export import export_openai
-from .openai_flags import CodeBase
-from .openai_presets import PRESETS
+from .openai_flags import PRESETS, CodeBase
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     if args.output_file is None or args.checkpoint is not None:
         parser.error("`--export FOLDER` needs `--output_file FILE.pt`, and cannot be combined with `--checkpoint`.")
-    _refuse(parser, args, ("output_dir", "preset", "model_flags", "code_base"), "goes with `--checkpoint` only")
+    _refuse(parser, args, "--checkpoint", ("output_dir", "preset", "model_flags", "code_base"))
     order = None if args.new_attention_order is None else args.new_attention_order == "True"
     flags = export_openai(args.export, args.output_file, new_attention_order=order, image_channels=args.image_channels)
     return f"Wrote {args.output_file}. guided-diffusion builds this network with\n\n  {format_flags(flags)}\n"
@@ -79,7 +78,7 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 def _convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     if args.checkpoint is None or args.output_dir is None:
         parser.error("pass `--checkpoint FILE.pt --output_dir FOLDER`, or `--export FOLDER --output_file FILE.pt`.")
-    _refuse(parser, args, ("output_file", "new_attention_order"), "goes with `--export` only")
+    _refuse(parser, args, "--export", ("output_file", "new_attention_order"))
     result = convert_openai(
         args.checkpoint,
         args.output_dir,
@@ -92,11 +91,11 @@ def _convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     return describe(result)
 
 
-def _refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Ends the command if one of these arguments, which would have no effect, was given."""
+def _refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, owner: str, names: Sequence[str]) -> None:
+    """Ends the command if an argument was given that has an effect only with `owner`."""
     for name in names:
         if getattr(args, name) is not None:
-            parser.error(f"`--{name}` {why}.")
+            parser.error(f"`--{name}` goes with `{owner}` only.")
 
 
 def describe(result: ConvertedCheckpoint) -> str:
@@ -120,9 +119,8 @@ def describe(result: ConvertedCheckpoint) -> str:
     lines.append("Load it with")
     folder = str(result.output_dir)
     if result.pipeline is None:
-        component, cls = ("unet", "AdaGNUNet2DModel")
-        if result.kind == "classifier":
-            component, cls = ("classifier", "AdaGNClassifierModel")
+        is_classifier = result.kind == "classifier"
+        component, cls = ("classifier", "AdaGNClassifierModel") if is_classifier else ("unet", "AdaGNUNet2DModel")
         lines += [
             f"  from diffusers_adm import {cls}, LearnedVarianceDDPMScheduler",
             f"  {component} = {cls}.from_pretrained({folder!r}, subfolder='{component}')",

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
+from ..models.config_checks import check_choice
 from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
 from ..schedulers.noise_schedules import noise_schedule_of
@@ -20,16 +21,21 @@ from .common import (
     Conversion,
     Flags,
     Shapes,
+    add_defaults,
     check_output_dir,
+    check_preset,
     differences,
-    expected_shapes,
     format_flags,
+    make_pipeline,
+    recognise_presets,
     write_folder,
 )
 from .openai_flags import (
     CHANNEL_MULT,
+    PRESETS,
     CodeBase,
     Kind,
+    Preset,
     default_flags,
     model_config,
     parse_flags,
@@ -45,7 +51,6 @@ from .openai_layout import (
     observed_flags,
     tensor_rules,
 )
-from .openai_presets import PRESETS, get_preset
 
 
 KIND_NAMES = {"unet": "a U-Net", "upsampler": "an upsampler", "classifier": "a classifier"}
@@ -59,27 +64,15 @@ NUM_CLASSES = 1000
 # Input channels of inpainting networks for RGB images: x_t, the masked image and the keep mask, and for some the
 # upsampled low-resolution image.
 INPAINTING_CHANNELS = (2 * IMAGE_CHANNELS + 1, 3 * IMAGE_CHANNELS + 1)
-# Flags that do not change what the network computes, or (`channel_mult`, `num_heads_upsample`) whose default follows
-# from other flags: not worth a warning if assumed.
-SILENT_FLAGS = frozenset(
-    ("dropout", "rescale_learned_sigmas", "timestep_respacing", "use_checkpoint", "use_fp16", "use_kl")
-    + ("classifier_use_fp16", "clip_denoised", "small_size", "num_heads_upsample", "channel_mult")
-)
 
 
 @dataclass
 class ConvertedCheckpoint(Conversion):
     """
-    The result of `convert_openai`.
+    The result of `convert_openai`. Further arguments: see [`Conversion`].
 
     Args:
-        output_dir (`Path`): The folder.
         kind (`str`): `"unet"`, `"upsampler"` or `"classifier"`.
-        preset (`str`, *optional*): Name of the published checkpoint.
-        recognised (`bool`): Whether `preset` was found by the layout of the file, and not given.
-        flags (`dict`): All flags of network and process, by the code base's names.
-        assumed (`dict`): Those of the flags that neither the caller nor the file determined.
-        num_parameters (`int`), dtypes (`list[str]`): Of the network.
         code_base (`str`): `"guided-diffusion"` or `"improved-diffusion"`.
         ignored (`list[str]`): Given flags that describe a run or another network.
         image_channels (`int`): Channels of the images that the network denoises or classifies.
@@ -138,88 +131,77 @@ def convert_openai(
             flags describe, its channels have two meanings, or `output_dir` is not empty. No folder is left then.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
+    check_preset(preset, model_flags, PRESETS)
     if preset is not None:
         preset = preset.removesuffix(".pt")
-        if model_flags is not None:
-            raise ValueError("`preset` and `model_flags` were both given. A preset determines all flags: omit one.")
-        if code_base not in (None, get_preset(preset).code_base):
-            raise ValueError(f"`code_base` is {code_base!r}, but {preset} comes from {get_preset(preset).code_base}.")
+        if code_base not in (None, PRESETS[preset].code_base):
+            raise ValueError(f"`code_base` is {code_base!r}, but {preset} comes from {PRESETS[preset].code_base}.")
         if image_channels not in (None, IMAGE_CHANNELS):
             raise ValueError(
                 f"`image_channels` is {image_channels}, but {preset} has images of {IMAGE_CHANNELS} channels. Omit it."
             )
-    if code_base not in (None, *get_args(CodeBase)):
-        raise ValueError(f"`code_base` is {code_base!r}; it must be one of {list(get_args(CodeBase))}.")
+    check_choice("code_base", code_base, (None, *get_args(CodeBase)))
     check_output_dir(output_dir)
 
     # 1. flags, from the preset, the caller, the file and the defaults
     layout = read_layout(checkpoint, key)
     shapes = layout.shapes
-    recognised = False
+    recognised = None
     if preset is None and model_flags is None and image_channels in (None, IMAGE_CHANNELS):
-        preset = recognise(checkpoint.stem, shapes, code_base)
-        recognised = preset is not None
+        recognised = recognise(checkpoint.stem, shapes, code_base)
+    preset = preset or recognised
     ignored: list[str] = []
     if preset is not None:
-        code_base = get_preset(preset).code_base
-        kind, flags = get_preset(preset).settle()
+        code_base = PRESETS[preset].code_base
+        kind, flags = PRESETS[preset].settle()
         small_size, assumed = flags.get("small_size"), {}
     else:
         code_base = code_base or "guided-diffusion"
         given, _, ignored = parse_flags(model_flags or {}, code_base)
         kind = _settle_kind(given, shapes, code_base, image_channels)
-        known = default_flags(code_base, kind)
-        ignored += [name for name in given if name not in known]  # of the other network of `classifier_sample.py`
-        given = {name: value for name, value in given.items() if name in known}
+        defaults = default_flags(code_base, kind)
+        ignored += [name for name in given if name not in defaults]  # of the other network of `classifier_sample.py`
+        given = {name: value for name, value in given.items() if name in defaults}
         # A file does not contain the size of its small images, and a default must not restrict anybody.
         small_size = given.get("small_size")
-        variance: Flags = {}
+        determined = _observe_unless_given(given, kind, shapes, code_base)
         if kind == "classifier":
             check_channels_of_classifier(channels_of_file(shapes)[0], image_channels)
         else:
-            variance = _settle_variance(given, kind, shapes, code_base, image_channels)
-        flags, assumed = _complete(given, kind, shapes, code_base)
-        flags |= variance
-        assumed = {name: value for name, value in assumed.items() if name not in variance}
+            determined |= _settle_variance(given, kind, shapes, code_base, image_channels)
+        flags, assumed = add_defaults(defaults, determined)
 
     # 2. the network, whose tensors must be exactly those of the file
-    model = build_network(flags, code_base, kind, None if preset else shapes)
-    rules = tensor_rules(model, flags.get("use_new_attention_order", False))
-    problems = differences(expected_shapes(model, rules), shapes)
+    component = _component(build_network(flags, code_base, kind, None if preset else shapes), flags)
+    components = {"classifier" if kind == "classifier" else "unet": component}
+    problems = differences(components, shapes)
     if problems:
         lines = "\n  ".join(problems)
-        described = (
-            f"of {preset}, which has {get_preset(preset).num_parameters:,} parameters" if preset else "described"
-        )
+        described = "described"
+        if preset is not None:
+            described = f"of {preset}, which has {PRESETS[preset].num_parameters:,} parameters"
         raise ValueError(
             f"The {layout.num_parameters:,} parameters of {checkpoint} are not those {described}, {KIND_NAMES[kind]} "
             f"of {code_base}:\n  {lines}\n{_contradictions(flags, kind, shapes, code_base)}"
         )
-    scheduler = LearnedVarianceDDPMScheduler(**scheduler_config(flags, code_base))
-    if kind == "classifier":
-        model.register_to_config(noise_schedule=noise_schedule_of(scheduler))
 
     # 3. the folder
+    scheduler = LearnedVarianceDDPMScheduler(**scheduler_config(flags))
     channels_in, channels_out = channels_of_file(shapes)
-    image_channels = channels_in
-    if kind != "classifier":
+    cls = None
+    if kind == "classifier":
+        image_channels = channels_in
+        component.model.register_to_config(noise_schedule=noise_schedule_of(scheduler))
+    else:
         image_channels = channels_out // 2 if flags["learn_sigma"] else channels_out
-    pipeline = _make_pipeline(kind, model, scheduler, image_channels, small_size)
-    write_folder(
-        output_dir,
-        checkpoint,
-        layout.key,
-        {"classifier" if kind == "classifier" else "unet": Component(model, rules)},
-        scheduler=scheduler,
-        pipeline=pipeline,
-        record={"code_base": code_base, "kind": kind, "preset": preset, "file": checkpoint.name, "flags": flags},
-    )
-    return ConvertedCheckpoint(
+        cls = _pipeline_class(kind, channels_in, image_channels)
+    pipeline = None if cls is None else make_pipeline(cls, component.model, scheduler, small_size)
+    result = ConvertedCheckpoint(
         output_dir=output_dir,
         code_base=code_base,
         kind=kind,
         preset=preset,
-        recognised=recognised,
+        recognised=recognised is not None,
         flags=flags,
         assumed=assumed,
         ignored=ignored,
@@ -227,32 +209,34 @@ def convert_openai(
         dtypes=layout.dtypes,
         image_channels=image_channels,
         condition_channels=channels_in - image_channels,
-        pipeline=None if pipeline is None else type(pipeline).__name__,
+        pipeline=None if cls is None else cls.__name__,
     )
+    write_folder(result, checkpoint, layout.key, components, scheduler, pipeline)
+    return result
 
 
 def check_channels_of_classifier(in_channels: int, image_channels: int | None) -> None:
     if image_channels not in (None, in_channels):
-        raise ValueError(
-            f"`image_channels` is {image_channels}, but the classifier takes {in_channels} channels. Omit it."
-        )
+        raise ValueError(f"`image_channels` is {image_channels}, but the classifier takes {in_channels}. Omit it.")
+
+
+def _component(model: AdaGNUNet2DModel | AdaGNClassifierModel, flags: Flags) -> Component:
+    return Component(model, tensor_rules(model, flags.get("use_new_attention_order", False)))
 
 
 def recognise(stem: str, shapes: Shapes, code_base: CodeBase | None) -> str | None:
     """The published checkpoint with exactly this layout, if all checkpoints that share it mean the same network."""
-    matches: dict[str, Any] = {}
-    num_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-    for name, preset in PRESETS.items():
-        if code_base not in (None, preset.code_base) or preset.num_parameters != num_parameters:
-            continue
+
+    def components_of(preset: Preset) -> dict[str, Component]:
         kind, flags = preset.settle()
-        model = build_network(flags, preset.code_base, kind, None)
-        if not differences(expected_shapes(model, tensor_rules(model, False)), shapes):
-            matches[name] = {key: value for key, value in flags.items() if key not in ("dropout", "use_kl")}
-    if stem in matches:
+        return {kind: _component(build_network(flags, preset.code_base, kind, None), flags)}
+
+    candidates = {name: preset for name, preset in PRESETS.items() if code_base in (None, preset.code_base)}
+    names = recognise_presets(shapes, candidates, components_of)
+    if stem in names:
         return stem
-    meanings = list(matches.values())
-    return next(iter(matches)) if meanings and all(meaning == meanings[0] for meaning in meanings) else None
+    meanings = [PRESETS[name].settle()[1] | {"dropout": None, "use_kl": None} for name in names]
+    return names[0] if names and all(meaning == meanings[0] for meaning in meanings) else None
 
 
 def build_network(flags: Flags, code_base: CodeBase, kind: Kind, shapes: Shapes | None) -> Any:
@@ -260,14 +244,13 @@ def build_network(flags: Flags, code_base: CodeBase, kind: Kind, shapes: Shapes 
     Builds the network of these flags on the meta device, with the numbers of channels and classes of a file with these
     shapes; with `None`, with those of the published files.
     """
-    in_channels = IMAGE_CHANNELS * (2 if kind == "upsampler" else 1)
-    out_channels, classes = IMAGE_CHANNELS * (2 if flags["learn_sigma"] else 1), NUM_CLASSES
-    if kind == "classifier":
-        out_channels = classes
     if shapes is not None:
         # These numbers are constants that people change in the scripts: none of them follows from another.
         in_channels, out_channels = channels_of_file(shapes)
-        classes = shapes.get("label_emb.weight", (classes,))[0]
+        classes = shapes.get("label_emb.weight", (NUM_CLASSES,))[0]
+    else:
+        in_channels, classes = IMAGE_CHANNELS * (2 if kind == "upsampler" else 1), NUM_CLASSES
+        out_channels = classes if kind == "classifier" else IMAGE_CHANNELS * (2 if flags["learn_sigma"] else 1)
     config = model_config(
         flags, code_base, kind, in_channels=in_channels, out_channels=out_channels, num_classes=classes
     )
@@ -275,24 +258,13 @@ def build_network(flags: Flags, code_base: CodeBase, kind: Kind, shapes: Shapes 
         return AdaGNClassifierModel(**config) if kind == "classifier" else AdaGNUNet2DModel(**config)
 
 
-def _make_pipeline(
-    kind: Kind,
-    model: AdaGNUNet2DModel | AdaGNClassifierModel,
-    scheduler: LearnedVarianceDDPMScheduler,
-    image_channels: int,
-    small_size: int | None,
-) -> ADMPipeline | None:
+def _pipeline_class(kind: Kind, channels_in: int, image_channels: int) -> type[ADMPipeline] | None:
     """The pipeline that samples from such a network, if there is one."""
-    others = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
-    channels_in = model.config.in_channels
-    if kind == "unet" and channels_in == image_channels:
-        return ADMPipeline(model, scheduler, **others)
-    if kind == "upsampler" and channels_in == 2 * image_channels:
-        trained = {"low_res_size": small_size, "noise_schedule": noise_schedule_of(scheduler)}
-        return ADMSuperResolutionPipeline(model, scheduler, **others, **trained)
-    if kind == "unet" and image_channels == IMAGE_CHANNELS and channels_in in INPAINTING_CHANNELS:
-        return ADMInpaintPipeline(model, scheduler, **others)
-    return None
+    if kind == "upsampler":
+        return ADMSuperResolutionPipeline if channels_in == 2 * image_channels else None
+    if channels_in == image_channels:
+        return ADMPipeline
+    return ADMInpaintPipeline if image_channels == IMAGE_CHANNELS and channels_in in INPAINTING_CHANNELS else None
 
 
 def _settle_kind(given: Flags, shapes: Shapes, code_base: CodeBase, image_channels: int | None) -> Kind:
@@ -349,23 +321,17 @@ def _settle_variance(
     )
 
 
-def _complete(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> tuple[Flags, Flags]:
-    """All flags (given ones override those of the file), and those of them that are defaults."""
-    flags = default_flags(code_base, kind)
+def _observe_unless_given(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> Flags:
+    """The given flags, which override those of the file, and the latter; only the former if the file is unreadable."""
     try:
         observed = _observe(given, kind, shapes, code_base)
-        if given.get("image_size") in CHANNEL_MULT[code_base, kind]:
-            observed.pop("channel_mult", None)  # the size determines it, even if the file differs
-        determined = observed | given
     except ValueError:
         if not given:
             raise
-        determined = given
-    silent = SILENT_FLAGS
-    if {"num_heads", "num_head_channels"} & set(determined):  # one of them suffices
-        silent |= {"num_heads", "num_head_channels"}
-    assumed = {name: value for name, value in flags.items() if name not in determined and name not in silent}
-    return flags | determined, assumed
+        return given
+    if given.get("image_size") in CHANNEL_MULT[code_base, kind]:
+        observed.pop("channel_mult", None)  # the size determines it, even if the file differs
+    return observed | given
 
 
 def _observe(given: Flags, kind: Kind, shapes: Shapes, code_base: CodeBase) -> Flags:

@@ -18,7 +18,7 @@ from ..data.repositories import check_can_be_written
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..schedulers import LearnedVarianceDDPMScheduler
 from .checkpoint_files import SAFETENSORS_DTYPES
-from .common import IMAGE_CHANNELS, RECORD_NAME, Flags, differences, expected_shapes
+from .common import IMAGE_CHANNELS, RECORD_NAME, Component, Flags, differences, expected_shapes
 from .openai_checkpoints import NUM_CLASSES, build_network, check_channels_of_classifier
 from .openai_flags import CHANNEL_MULT, Kind, default_flags, scheduler_config
 from .openai_layout import describe_readings, image_channel_readings, tensor_rules
@@ -56,7 +56,7 @@ def export_openai(
     scheduler: LearnedVarianceDDPMScheduler | None = None,
     image_channels: int | None = None,
 ) -> Flags:
-    r"""
+    """
     Writes a network as a state dict that guided-diffusion loads (and improved-diffusion, if it has such a network).
 
     Args:
@@ -177,15 +177,13 @@ def _notes(
         notes.append(
             f"guided-diffusion has {NUM_CLASSES} classes. Change the numbers in its script_util.py to {classes}{null}."
         )
-    usual = IMAGE_CHANNELS * (2 if kind == "upsampler" else 1)
-    usual_out = None if is_classifier else IMAGE_CHANNELS * (2 if learn_sigma else 1)
-    if config.in_channels != usual or (not is_classifier and config.out_channels != usual_out):
-        # `SuperResModel` takes twice its `in_channels`.
-        function, number = FACTORIES[kind], config.in_channels // (2 if kind == "upsampler" else 1)
+    factor = 2 if kind == "upsampler" else 1  # `SuperResModel` takes twice its `in_channels`
+    is_usual = is_classifier or config.out_channels == IMAGE_CHANNELS * (2 if learn_sigma else 1)
+    if not is_usual or config.in_channels != factor * IMAGE_CHANNELS:
         outputs = "" if is_classifier else f" and `out_channels` to {config.out_channels}"
         notes.append(
             f"guided-diffusion has images of {IMAGE_CHANNELS} channels and no conditions. Change `in_channels` in its "
-            f"`{function}` to {number}{outputs} (script_util.py)."
+            f"`{FACTORIES[kind]}` to {config.in_channels // factor}{outputs} (script_util.py)."
         )
         if kind == "upsampler" and config.in_channels % 2:
             notes[-1] += f" Its `SuperResModel` doubles `in_channels`; it must be {config.in_channels} (unet.py)."
@@ -204,12 +202,11 @@ def _notes(
 
 def _load(folder: Path) -> tuple[AdaGNUNet2DModel | AdaGNClassifierModel, dict[str, torch.dtype]]:
     """Loads the network of a folder, and the dtypes of its tensors: float16 and float32 may be mixed."""
-    for name in ("unet", "classifier", "."):
-        if (folder / name / "config.json").is_file():
-            folder = folder / name
-            break
-    else:
+    configs = [folder / name / "config.json" for name in ("unet", "classifier", ".")]
+    found = [file.parent for file in configs if file.is_file()]
+    if not found:
         raise ValueError(f"`model` is {str(folder)!r}, which holds neither `unet/`, `classifier/` nor a `config.json`.")
+    folder = found[0]
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     cls = AdaGNClassifierModel if class_name == AdaGNClassifierModel.__name__ else AdaGNUNet2DModel
     by_name = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -260,11 +257,8 @@ def _flags_of(
             flags["num_heads"] = heads if isinstance(heads, int) else 1 if heads is None else heads[-1]
             if config.num_attention_heads_up is not None:
                 flags["num_heads_upsample"] = config.num_attention_heads_up
-        flags |= {
-            "class_cond": config.num_class_embeds is not None,
-            "dropout": config.dropout,
-            "learn_sigma": learn_sigma,
-        }
+        flags |= {"class_cond": config.num_class_embeds is not None, "dropout": config.dropout}
+        flags["learn_sigma"] = learn_sigma
     multiples = tuple(channels / width for channels in config.block_out_channels)
     if kind == "unet" and CHANNEL_MULT["guided-diffusion", kind].get(size) != multiples:
         flags["channel_mult"] = ",".join(f"{multiple:g}" for multiple in multiples)
@@ -311,7 +305,7 @@ def _check_expressible(
         except ValueError as error:
             problems.append(str(error))
         else:
-            problems += differences(expected_shapes(twin, tensor_rules(twin, False)), shapes)
+            problems += differences({kind: Component(twin, tensor_rules(twin, False))}, shapes)
             heads = [
                 [m.heads for m in net.modules() if hasattr(m, "to_q") and hasattr(m, "heads")] for net in (model, twin)
             ]
@@ -320,7 +314,7 @@ def _check_expressible(
             if abs(twin.config.timestep_scale - model.config.timestep_scale) > 1e-12:
                 problems.append(f"`timestep_scale` is {model.config.timestep_scale}; it has only 1 and 1000 / steps")
         if scheduler is not None and not problems:
-            other = LearnedVarianceDDPMScheduler(**scheduler_config(full, "guided-diffusion"))
+            other = LearnedVarianceDDPMScheduler(**scheduler_config(full))
             if (
                 other.config.num_train_timesteps != scheduler.config.num_train_timesteps
                 or not torch.allclose(other.betas, scheduler.betas, rtol=1e-9, atol=0)

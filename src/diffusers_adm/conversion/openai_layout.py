@@ -7,6 +7,7 @@ The modules of the U-Nets of guided-diffusion, improved-diffusion and GLIDE are 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -86,16 +87,14 @@ def _walk(model: Any, heads_first: bool) -> Iterator[TensorRule]:
             yield from _attention(f"{source}.1", f"{target}.attentions.{index}", attention, heads_first)
 
     yield from module_rules("input_blocks.0.0", "conv_in")
-    number = 1
+    numbers = itertools.count(1)
     for level, block in enumerate(model.down_blocks):
         target = f"down_blocks.{level}"
         for index in range(len(block.resnets)):
-            yield from layer(f"input_blocks.{number}", target, index, block)
-            number += 1
+            yield from layer(f"input_blocks.{next(numbers)}", target, index, block)
         if block.downsamplers is not None:
-            source = f"input_blocks.{number}.0"
+            source = f"input_blocks.{next(numbers)}.0"
             yield from _resampler(source, "op", f"{target}.downsamplers.0", block.downsamplers[0])
-            number += 1
 
     yield from _res_block("middle_block.0", "mid_block.resnets.0")
     yield from _attention("middle_block.1", "mid_block.attentions.0", model.mid_block.attentions[0], heads_first)
@@ -160,18 +159,12 @@ def image_channel_readings(
     learn_sigma: bool | None = None,
     image_channels: int | None = None,
 ) -> dict[bool, int]:
-    r"""
-    Lists what the channels of a U-Net or an upsampler can mean. A network returns as many channels as its images have,
-    or twice as many with a learned variance. It takes the noisy image, an upsampler also the upsampled low-resolution
-    image, and any number of further channels that it is conditioned on.
+    """
+    What the channels of a U-Net or an upsampler can mean: from `learn_sigma` to the channels of an image, without those
+    readings that contradict `learn_sigma` or `image_channels`, if known.
 
-    Args:
-        channels_in, channels_out (`int`): Input and output channels of the network.
-        kind (`str`): `"unet"` or `"upsampler"`.
-        learn_sigma (`bool`, *optional*), image_channels (`int`, *optional*): Known values; other readings are dropped.
-
-    Returns:
-        `dict`: From `learn_sigma` to the channels of an image; with nothing known, one or two entries.
+    A network returns as many channels as its images have, or twice as many with a learned variance. It takes the noisy
+    image, an upsampler also the upsampled low-resolution image, and any number of channels that it is conditioned on.
     """
     readings = {False: channels_out} | ({True: channels_out // 2} if channels_out % 2 == 0 else {})
     return {
@@ -185,12 +178,11 @@ def image_channel_readings(
 
 def describe_readings(channels_in: int, channels_out: int, kind: Kind) -> str:
     """All readings of the channels, in words."""
-    lines = []
-    for learned, channels in image_channel_readings(channels_in, channels_out, kind).items():
-        line = f"`--learn_sigma {learned}`: images of {channels} channel{'' if channels == 1 else 's'}"
-        others = channels_in - channels
-        lines.append(line + (f", conditioned on {others} more" if others else ""))
-    return ", or ".join(lines)
+    return ", or ".join(
+        f"`--learn_sigma {learned}`: images of {channels} channel{'' if channels == 1 else 's'}"
+        + (f", conditioned on {channels_in - channels} more" if channels_in > channels else "")
+        for learned, channels in image_channel_readings(channels_in, channels_out, kind).items()
+    )
 
 
 def kinds_of_file(shapes: Shapes, learn_sigma: bool | None = None, image_channels: int | None = None) -> list[Kind]:
@@ -217,13 +209,11 @@ def kinds_of_file(shapes: Shapes, learn_sigma: bool | None = None, image_channel
 
 
 def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind, image_size: int | None = None) -> Flags:
-    r"""
+    """
     Reads the flags that names and shapes of the tensors reveal: everything but the number of attention heads, their
     order and the diffusion process; of the latter only `learn_sigma`, if the channels have one reading. The attention
-    resolutions are those for `image_size`; `None`: for the size that the file reveals, or else the default.
-
-    Raises:
-        ValueError: If this is not a network of the two code bases.
+    resolutions are those for `image_size`; `None`: for the size that the file reveals, or else the default. A
+    `ValueError` if this is not a network of the two code bases.
     """
     channels_in, channels_out = channels_of_file(shapes)
     encoder = _read_encoder(shapes, has_decoder=kind != "classifier")
@@ -238,10 +228,13 @@ def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind, image_size: 
     }
     sizes = [size for size, known in CHANNEL_MULT[code_base, kind].items() if known == multiples]
     if kind == "classifier":
-        flags["classifier_pool"] = _pool_kind(shapes)
-        if flags["classifier_pool"] == "attention":
+        if "out.2.positional_embedding" in shapes:
+            flags["classifier_pool"] = "attention"
             places = math.isqrt(shapes["out.2.positional_embedding"][1] - 1)
             sizes = [places * 2 ** (len(multiples) - 1)]
+        else:
+            by_dims = {0: "spatial", 2: "spatial_v2", 4: "adaptive"}
+            flags["classifier_pool"] = by_dims.get(len(shapes.get("out.3.weight", ())), "spatial_v2")
     else:
         flags["class_cond"] = "label_emb.weight" in shapes
         readings = image_channel_readings(channels_in, channels_out, kind)
@@ -258,14 +251,6 @@ def observed_flags(shapes: Shapes, code_base: CodeBase, kind: Kind, image_size: 
     # Attention in the middle block only: a size that no level has.
     flags[f"{prefix}attention_resolutions"] = ",".join(attending) or str(2 * size)
     return flags
-
-
-def _pool_kind(shapes: Shapes) -> str:
-    if "out.2.positional_embedding" in shapes:
-        return "attention"
-    if "out.3.weight" not in shapes:
-        return "spatial"
-    return "adaptive" if len(shapes["out.3.weight"]) == 4 else "spatial_v2"
 
 
 class _Encoder(NamedTuple):

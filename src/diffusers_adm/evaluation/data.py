@@ -37,34 +37,30 @@ def find_dataset(
     Translates `--dataset` (called `argument` in messages), `--dataset_config_name` and `--split` into arguments of
     [`load_image_dataset`]. A `ValueError` says what is missing or has no effect.
     """
-    is_local = any(name.lower().endswith(".parquet") for name in dataset) or _is_image_folder(dataset[0])
-    if is_local and dataset_config_name is not None:
+    is_parquet = any(name.lower().endswith(".parquet") for name in dataset)
+    # A folder of images, and not the local copy of a dataset, which holds its parquet files.
+    is_folder = os.path.isdir(dataset[0]) and all(
+        path.name in METADATA_FILES for path in Path(dataset[0]).rglob("*.parquet")
+    )
+    if (is_parquet or is_folder) and dataset_config_name is not None:
         raise ValueError(
-            f"`dataset_config_name` is {dataset_config_name!r}, but {dataset[0]} is not a dataset on the Hub and has "
-            "no configurations. Omit it."
+            f"`dataset_config_name` is {dataset_config_name!r}, but {dataset[0]} is not on the Hub and has no "
+            "configurations. Omit it."
         )
-    if any(name.lower().endswith(".parquet") for name in dataset):
+    if is_parquet:
         return {"data_files": dataset, "split": split or "train"}
     if len(dataset) > 1:
         raise ValueError(f"`{argument}` is {dataset}. Several are only allowed if they are parquet files.")
     (name,) = dataset
-    if is_local:
+    if is_folder:
         folders = sorted(entry.name for entry in Path(name).iterdir() if entry.is_dir())
         if split is None and folders and all(folder in SPLIT_FOLDERS for folder in folders):
             raise ValueError(f"{name} has the splits {', '.join(folders)}. Choose one with `--split`.")
         return {"train_data_dir": name, "split": split or "train"}
     if split is None:
-        if os.path.exists(name):  # a local copy of a dataset, or a file
-            what = "is not a folder of images and not a parquet file. If it is a copy of a dataset"
-        else:
-            what = "is no file or folder here. Check the path. If it is a dataset on the Hub"
-        raise ValueError(f"`{argument}` is {name!r}, which {what}, choose a split with `--split`, e.g. test.")
+        what = "is not a folder of images" if os.path.exists(name) else "is no file or folder here. Check the path"
+        raise ValueError(f"`{argument}` is {name!r}, which {what}. If it is a dataset, choose a split with `--split`.")
     return {"dataset_name": name, "dataset_config_name": dataset_config_name, "split": split}
-
-
-def _is_image_folder(name: str) -> bool:
-    """Whether this is not the folder of a local copy of a dataset, which holds its parquet files."""
-    return os.path.isdir(name) and all(path.name in METADATA_FILES for path in Path(name).rglob("*.parquet"))
 
 
 def num_real_classes(config: Any) -> int | None:
@@ -79,8 +75,7 @@ def load_classifier(
 ) -> tuple[AdaGNClassifierModel, dict[int, str] | None]:
     """
     Loads a classifier from the Hub or a folder, and the names of its classes or of its pipeline, if they were saved. A
-    config that predates the entry `noise_schedule` gets that of the scheduler in the same folder. Errors name
-    `argument`.
+    config that predates the entry `noise_schedule` gets that of the scheduler in the same folder.
     """
     kwargs["cache_dir"] = cache_dir
     with reading(argument, path):
@@ -123,8 +118,7 @@ class ArrayImages:
         arrays = _read_npz(path)
         if "arr_0" not in arrays:
             raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no `arr_0`, the images.")
-        self.pixels = arrays["arr_0"]
-        self.labels = arrays.get("arr_1")
+        self.pixels, self.labels = arrays["arr_0"], arrays.get("arr_1")
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or self.pixels.shape[3] not in (1, 3):
             raise ValueError(
                 f"`arr_0` of {path} is {self.pixels.dtype} of shape {self.pixels.shape}. It must be uint8 of shape (N, "
@@ -132,7 +126,7 @@ class ArrayImages:
             )
         if self.labels is not None and self.labels.shape != self.pixels.shape[:1]:
             raise ValueError(
-                f"`arr_1` of {path} has shape {self.labels.shape} for {len(self.pixels)} images. It must hold one "
+                f"`arr_1` of {path} has shape {self.labels.shape} for {len(self.pixels)} images; it must hold one "
                 "class number per image."
             )
         self.to_class = to_class or {}
@@ -151,11 +145,11 @@ class ArrayImages:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.indices[index]
         pixels = self.pixels[row]
-        example = {"image": Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)}
-        if self.labels is None:
-            return example
-        label = int(self.labels[row])
-        return {**example, "label": self.to_class.get(label, label)}
+        example: dict[str, Any] = {"image": Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)}
+        if self.labels is not None:
+            label = int(self.labels[row])
+            example["label"] = self.to_class.get(label, label)
+        return example
 
 
 def run_of_sample(source: Sequence[str]) -> dict[str, Any] | None:
@@ -206,9 +200,6 @@ def read_images(
         seed (`int`, defaults to 0): Random seed of that choice.
         cache_dir (`str`, *optional*): Cache folder of `datasets`.
         argument (`str`, defaults to "dataset"): Name of `source` in messages.
-
-    Raises:
-        ValueError: If the images cannot be read, or belong to a run of `sample` that is not finished.
     """
     images: Any
     run = run_of_sample(source)
@@ -217,10 +208,8 @@ def read_images(
     is_array = len(source) == 1 and source[0].endswith(".npz")
     is_labelled_run = run is not None and run["settings"]["class_labels"] is not None
     if is_array or is_labelled_run:
-        given = {"dataset_config_name": dataset_config_name, "split": split}
-        given["image_column"] = None if image_column == "image" else image_column
-        names = [f"`{name}`" for name, value in given.items() if value is not None]
-        if names:
+        given = {"dataset_config_name": dataset_config_name, "split": split, "image_column": image_column}
+        if names := [f"`{name}`" for name, value in given.items() if value not in (None, "image")]:
             raise ValueError(f"{' and '.join(names)} would have no effect: {source[0]} is not a dataset. Omit it.")
     if is_array:
         images = ArrayImages(source[0], to_class)

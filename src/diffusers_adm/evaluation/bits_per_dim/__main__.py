@@ -32,7 +32,7 @@ from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMSc
 from ...schedulers.timestep_spacing import respaced_timesteps
 from ..common import REVISION_RULE, require, versions
 from ..data import find_dataset, num_real_classes
-from .bound import bits_per_dim
+from .bound import bits_per_dim, learned_variance_scheduler
 
 
 logger = logging.getLogger(__name__)
@@ -79,17 +79,6 @@ def _load(load: Callable[..., Any], args: Arguments, subfolder: str, **kwargs: A
         return from_subfolder_or_root(load, args.model, subfolder, **kwargs)
 
 
-def load_scheduler(args: Arguments) -> LearnedVarianceDDPMScheduler:
-    config = _load(LearnedVarianceDDPMScheduler.load_config, args, "scheduler")
-    if config.get("_class_name") not in LearnedVarianceDDPMScheduler._compatibles:
-        raise ValueError(
-            f"The scheduler of {args.model!r} is a {config.get('_class_name')}, for which the bound is not "
-            "implemented. It must be a `LearnedVarianceDDPMScheduler`, a `DDPMScheduler`, or one with such a config."
-        )
-    given = {} if args.variance_type is None else {"variance_type": args.variance_type}
-    return LearnedVarianceDDPMScheduler.from_config(config, **given)
-
-
 def load_index(args: Arguments) -> dict[str, Any]:
     """Loads `model_index.json`; empty if there is none."""
     try:
@@ -97,38 +86,19 @@ def load_index(args: Arguments) -> dict[str, Any]:
     except OSError:
         return {}
     if index.get("vae", [None])[0] is not None:
-        raise ValueError(
-            f"{args.model!r} is a model of an autoencoder's latents, whose bound is not in bits of an image. Pass a "
-            "model of pixels."
-        )
+        raise ValueError(f"{args.model!r} is a model of an autoencoder's latents. Pass a model of pixels.")
     return index
 
 
-def check_network(args: Arguments, config: Any, scheduler: LearnedVarianceDDPMScheduler, resolution: Any) -> None:
-    """Checks that the network takes these images and labels, before any data are read."""
-    if config.in_channels != 3:
-        raise ValueError(f"The network takes {config.in_channels} channels; this command evaluates RGB images: 3.")
-    expected = 6 if scheduler.has_learned_variance else 3
-    if config.out_channels != expected:
-        raise ValueError(
-            f"The network has {config.out_channels} output channels, but `variance_type` "
-            f"{scheduler.config.variance_type!r} needs {expected}. Pass another `--variance_type`."
-        )
+def check_network(args: Arguments, config: Any, resolution: Any) -> None:
+    """Checks what the network itself does not, before any data are read."""
     has_classes = config.num_class_embeds is not None or config.class_embed_type is not None
     if args.label_column is not None and not has_classes:
         raise ValueError("`label_column` was passed, but the network has no class embedding. Omit it.")
     if args.label_column is None and has_classes:
-        if config.null_class_id is None:
-            raise ValueError(
-                "The network is class-conditional without a null class, but no `label_column` was passed. Pass the "
-                "column of the classes."
-            )
         logger.warning("Without `label_column`, every image is evaluated with the network's null class.")
     if not isinstance(resolution, int):
         raise ValueError(f"The model's `sample_size` is {resolution!r}, not a square size. Pass `--resolution`.")
-    downsampling = 2 ** (len(config.block_out_channels) - 1)
-    if resolution % downsampling:
-        raise ValueError(f"The resolution is {resolution}; it must be divisible by {downsampling} for this network.")
     if config.sample_size is not None and resolution != config.sample_size:
         logger.warning(f"The resolution is {resolution}, but the model was trained at {config.sample_size}.")
 
@@ -144,12 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         datasets.disable_progress_bars()
 
     # 1. model and process
-    index, scheduler = load_index(args), load_scheduler(args)
+    index = load_index(args)
+    config = _load(LearnedVarianceDDPMScheduler.load_config, args, "scheduler")
+    given = {} if args.variance_type is None else {"variance_type": args.variance_type}
+    scheduler = learned_variance_scheduler(config.get("_class_name"), config, **given)
     if args.timestep_respacing is not None:
         respaced_timesteps(scheduler.config.num_train_timesteps, args.timestep_respacing)  # raises
     unet = _load(AdaGNUNet2DModel.from_pretrained, args, "unet", variant=args.variant).to(accelerator.device)
     resolution = args.resolution or unet.config.sample_size
-    check_network(args, unet.config, scheduler, resolution)
+    check_network(args, unet.config, resolution)
 
     # 2. data
     with accelerator.main_process_first():

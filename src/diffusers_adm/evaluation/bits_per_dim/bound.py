@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType
 from ...commands.errors import CommandError
 from ...data.labels import UNLABELLED
 from ...data.seeding import derive_seed
+from ...models.input_checks import check_class_labels
 from ...ops.finiteness import explain_not_finite, not_finite
 from ...schedulers.scheduling_ddpm_learned_variance import (
     LearnedVarianceDDPMScheduler,
@@ -130,13 +131,11 @@ class BitsPerDim:
         figure = Figure(figsize=(14, 4.2), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(str(self))
-        panels = {
+        errors = {"of $x_0$": self.x0_mse, "of the noise": self.epsilon_mse}
+        panels: dict[str, tuple[str, dict[str, torch.Tensor]]] = {
             "Terms of the bound": ("bits/dim", {"KL": self.terms[:, 1:]}),
             "Bound, added up from t = 0": ("bits/dim", {"decoder and KL up to here": self.terms.cumsum(dim=1)}),
-            "Squared errors of the prediction": (
-                "mean squared error",
-                {"of $x_0$": self.x0_mse, "of the noise": self.epsilon_mse},
-            ),
+            "Squared errors of the prediction": ("mean squared error", errors),
         }
         steps = (self.timesteps + 1).numpy()
         marker = "." if len(steps) <= MAX_MARKERS else None
@@ -221,21 +220,20 @@ def bits_per_dim(
         [`BitsPerDim`]: Per image, in the order of the data.
 
     Raises:
-        ValueError: For images outside [-1, 1], a class-conditional network without labels or null class, labels out of
-            range, no images, an option out of range, or an incompatible scheduler.
+        ValueError: For images outside [-1, 1], labels that the network lacks or needs, and incompatible schedulers.
         RuntimeError: If a term is not finite.
     """
     # 1. check
     for name, value in (("batch_size", batch_size), ("num_images", num_images)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
-    scheduler = _learned_variance_scheduler(scheduler)
-    num_train_timesteps = scheduler.config.num_train_timesteps
-    if timestep_respacing is None:
-        kept = list(range(num_train_timesteps))
-    else:
-        kept = respaced_timesteps(num_train_timesteps, timestep_respacing)
-    rank, num_processes = 0, 1
+    if not isinstance(scheduler, LearnedVarianceDDPMScheduler):
+        scheduler = learned_variance_scheduler(type(scheduler).__name__, scheduler.config)
+    kept = list(range(scheduler.config.num_train_timesteps))
+    if timestep_respacing is not None:
+        kept = respaced_timesteps(len(kept), timestep_respacing)
+    rank, num_processes, autocast = 0, 1, contextlib.nullcontext
+    device, network_dtype = _device_and_dtype(unet)
     if accelerator is not None:
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         if accelerator.distributed_type in SHARDED_TYPES:
@@ -243,17 +241,14 @@ def bits_per_dim(
                 f"Accelerate is configured for {accelerator.distributed_type.value}, which splits the weights over "
                 "processes: they would wait for each other in every forward pass. Use `multi_gpu`."
             )
+        device, autocast = accelerator.device, accelerator.autocast
         # Processes make different numbers of forward passes, in which a DDP wrapper would synchronise them.
         unet = accelerator.unwrap_model(unet) if isinstance(unet, torch.nn.Module) else unet
     if num_processes > 1 and isinstance(data, (DataLoaderShard, DataLoaderDispatcher)):
         raise ValueError(
-            "`data` is a prepared data loader, which repeats examples so that all processes have equally many. Pass "
-            "the loader before `accelerator.prepare`, or its dataset."
+            "`data` is a prepared data loader, which repeats examples. Pass the loader before `accelerator.prepare`, "
+            "or its dataset."
         )
-    device, network_dtype = _device_and_dtype(unet)
-    autocast = contextlib.nullcontext
-    if accelerator is not None:
-        device, autocast = accelerator.device, accelerator.autocast
 
     # 2. every image at every timestep
     timesteps = torch.tensor(kept).to(device)
@@ -326,9 +321,7 @@ def bits_per_dim(
 
 def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a network's input; for a plain function, CPU and float32."""
-    parameter = torch.zeros(0)
-    if isinstance(model, torch.nn.Module):
-        parameter = next(model.parameters(), parameter)
+    parameter = next(model.parameters(), torch.zeros(0)) if isinstance(model, torch.nn.Module) else torch.zeros(0)
     # A model of diffusers may store its weights in another dtype than it computes in.
     return getattr(model, "device", parameter.device), getattr(model, "dtype", parameter.dtype)
 
@@ -345,24 +338,22 @@ def _eval_mode(model: Any) -> Iterator[None]:
             model.train()
 
 
-def _learned_variance_scheduler(scheduler: Any) -> LearnedVarianceDDPMScheduler:
-    if isinstance(scheduler, LearnedVarianceDDPMScheduler):
-        return scheduler
-    if type(scheduler).__name__ not in LearnedVarianceDDPMScheduler._compatibles:
+def learned_variance_scheduler(
+    class_name: str | None, config: Mapping[str, Any], **changes: Any
+) -> LearnedVarianceDDPMScheduler:
+    """The process that a scheduler of this class and config describes, with changes of the config."""
+    if class_name not in LearnedVarianceDDPMScheduler._compatibles:
         raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}, for which the bound is not implemented. Pass a "
-            "`LearnedVarianceDDPMScheduler` or a `DDPMScheduler`."
+            f"The scheduler is a {class_name}, for which the bound is not implemented. It must be a "
+            "`LearnedVarianceDDPMScheduler`, a `DDPMScheduler`, or one with such a config."
         )
-    return LearnedVarianceDDPMScheduler.from_config(scheduler.config)
+    return LearnedVarianceDDPMScheduler.from_config(config, **changes)
 
 
 def _local_examples(
     data: Any, num_images: int | None, seed: int, rank: int, num_processes: int
 ) -> tuple[Iterator[tuple[int, torch.Tensor, Any]], int | None]:
-    """
-    Every `num_processes`-th example, starting with number `rank`: position in the data, image, and label or None. And
-    their number; None for an iterable.
-    """
+    """The examples of this process: position in the data, image, label or None; and their number, if it is known."""
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         batches = (_images_and_labels(batch, ndim=4) for batch in data)
         rows = (
@@ -418,20 +409,15 @@ def _class_labels(unet: Any, labels: Sequence[Any]) -> torch.Tensor | None:
             return None
         if null_class_id is None:
             raise ValueError(
-                "The network is class-conditional without a null class (`null_class_id` in its config), but the data "
-                "have no labels. Pass pairs of images and labels, or dicts with `class_labels`."
+                "The network is class-conditional without a null class (`null_class_id`), but the data have no labels. "
+                "Pass pairs of images and labels, or dicts with `class_labels`."
             )
         return torch.full((len(labels),), null_class_id)
     class_labels = torch.stack([torch.as_tensor(label) for label in labels]).cpu()
     if null_class_id is not None and class_labels.ndim == 1:
         class_labels = class_labels.masked_fill(class_labels == UNLABELLED, null_class_id)
     if num_classes is not None and config.get("class_embed_type") is None:
-        low, high = int(class_labels.min()), int(class_labels.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"The class labels range from {low} to {high}; the network has the classes 0 to {num_classes - 1}"
-                + (" and no null class for -1." if null_class_id is None else ", and -1 for its null class.")
-            )
+        check_class_labels(config, len(labels), class_labels)  # here, since the network checks them only on the CPU
     return class_labels
 
 

@@ -75,9 +75,8 @@ def renumber_classes(
 ) -> dict[int, int]:
     """From classes of the samples to the classifier's classes of the same names; empty: no change."""
     run = run_of_sample(samples)
-    if run is None or run["settings"]["class_labels"] is None or run["id2label"] is None:
-        return {}
-    if not isinstance(network, ClassifierFeatures):
+    is_labelled = run is not None and run["settings"]["class_labels"] is not None and run["id2label"] is not None
+    if not is_labelled or not isinstance(network, ClassifierFeatures):
         return {}
     names = {int(number): name for number, name in run["id2label"].items()}
     # A model may have more classes than were sampled, and than the classifier has.
@@ -99,13 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 2. images
     common = {"num_images": args.num_images, "seed": args.seed, "cache_dir": args.cache_dir}
-    samples = read_images(
-        args.samples,
-        resolution,
-        to_class=renumber_classes(args.samples, network, id2label),
-        argument="samples",
-        **common,
-    )
+    to_class = renumber_classes(args.samples, network, id2label)
+    samples = read_images(args.samples, resolution, to_class=to_class, argument="samples", **common)
     reference = read_images(
         args.reference,
         samples.resolution,

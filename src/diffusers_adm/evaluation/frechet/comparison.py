@@ -15,7 +15,14 @@ from ...data.seeding import derive_seed
 from ...ops.finiteness import explain_not_finite, not_finite
 from ..common import make_bar
 from .features import FeatureNetwork
-from .measures import GaussianStatistics, frechet_distance, inception_score, mean_pairwise_distance, precision_recall
+from .measures import (
+    GaussianStatistics,
+    check_neighbours,
+    frechet_distance,
+    inception_score,
+    mean_pairwise_distance,
+    precision_recall,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -108,10 +115,7 @@ def compare_image_sets(
             does not have.
     """
     # 1. features of both sets
-    for name, images in {"samples": samples, "reference": reference}.items():
-        number = len(images)  # type: ignore[arg-type]
-        if not 1 <= k < number:
-            raise ValueError(f"`k` is {k} and `{name}` holds {number} images; `k` must be at least 1 and below that.")
+    check_neighbours(k, samples=len(samples), reference=len(reference))  # type: ignore[arg-type]
     fake, logits, labels = _extract(network, samples, "samples", batch_size, progress_bar, splits)
     real, _, _ = _extract(network, reference, "reference", batch_size, progress_bar)
 
@@ -134,8 +138,10 @@ def compare_image_sets(
         # In the order of sorted samples, each split would hold a single class.
         probabilities = logits.double().softmax(dim=1)[torch.randperm(len(logits), generator=generator)]
         result.inception_score, result.inception_score_std = inception_score(probabilities, splits)
-        if labels is not None and (labels != UNLABELLED).any():
-            result.accuracy, result.accuracy_standard_error = _accuracy(logits, labels)
+        if labels is not None and (labelled := labels != UNLABELLED).any():
+            accuracy = (logits[labelled].argmax(dim=1) == labels[labelled]).double().mean().item()
+            result.accuracy = accuracy
+            result.accuracy_standard_error = math.sqrt(accuracy * (1 - accuracy) / int(labelled.sum()))  # binomial
 
     # 3. warnings
     for name, features in (("samples", fake), ("reference", real)):
@@ -161,13 +167,6 @@ def _gaussian(features: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, to
     return statistics.mean, statistics.covariance
 
 
-def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Accuracy on the labelled images, and its binomial standard error."""
-    labelled = labels != UNLABELLED
-    accuracy = (logits[labelled].argmax(dim=1) == labels[labelled]).double().mean().item()
-    return accuracy, math.sqrt(accuracy * (1 - accuracy) / int(labelled.sum()))
-
-
 def _extract(
     network: FeatureNetwork,
     images: torch.utils.data.Dataset,
@@ -176,31 +175,26 @@ def _extract(
     progress_bar: bool,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """
-    Features, logits and labels, on the CPU. With `splits`, the first batch is enough to find that there are too many of
-    them, and each batch that its labels are not classes of the network.
-    """
+    """Features, logits and labels, on the CPU; with `splits`, errors of splits and labels end it in their batch."""
     all_features, all_logits, all_labels = [], [], []
     number = len(images)  # type: ignore[arg-type]
     with make_bar(number, f"Features of the {name}", "image", show=progress_bar) as bar:
         for batch in torch.utils.data.DataLoader(images, batch_size=batch_size):
             pixels = ((batch["images"] + 1) * 127.5).round().to(torch.uint8)
-            features, logits = network(pixels)
-            features, labels = features.float().cpu(), batch.get("class_labels")
-            bad = not_finite(features if logits is None else torch.cat([features, logits.float().cpu()], dim=1))
+            outputs = [output.float().cpu() for output in network(pixels) if output is not None]
+            bad = not_finite(torch.cat(outputs, dim=1))
             if bad:
                 networks = {name: part for name, part in vars(network).items() if isinstance(part, torch.nn.Module)}
                 raise ValueError(
                     f"Features or logits of image {batch_size * len(all_features) + bad[0]} of the `{name}` are not "
                     f"finite. {explain_not_finite(networks)}"
                 )
-            all_features.append(features)
-            if logits is not None:
-                all_logits.append(logits.float().cpu())
-                if splits is not None:
-                    _check_samples(labels, logits.shape[1], number, splits)
-            if labels is not None:
-                all_labels.append(labels)
+            all_features.append(outputs[0])
+            all_logits += outputs[1:]
+            if "class_labels" in batch:
+                all_labels.append(batch["class_labels"])
+            if splits is not None and all_logits:
+                _check_samples(batch.get("class_labels"), all_logits[-1].shape[1], number, splits)
             bar.update(len(pixels))
     logits, labels = (torch.cat(parts) if parts else None for parts in (all_logits, all_labels))
     return torch.cat(all_features), logits, labels

@@ -78,10 +78,8 @@ class InceptionFeatures:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError(
-                "Inception features come from torch-fidelity. Install the extra: `pip install "
-                "diffusers-adm[inception]`, or use the features of a classifier of your own."
-            ) from error
+            message = "Inception features come from torch-fidelity. Install it: `pip install diffusers-adm[inception]`."
+            raise ImportError(message) from error
         self.device = device
         try:
             network: Any = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
@@ -94,5 +92,4 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features, logits = self.network(images.to(self.device))
-        return features, logits
+        return self.network(images.to(self.device))

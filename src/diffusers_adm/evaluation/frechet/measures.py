@@ -9,7 +9,7 @@ score (Salimans et al. 2016, https://huggingface.co/papers/1606.03498, section 4
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -34,8 +34,7 @@ class GaussianStatistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean: torch.Tensor | None = None
-        self._scatter: torch.Tensor | None = None
+        self._mean = self._scatter = torch.zeros(0)
 
     def update(self, vectors: ArrayLike) -> None:
         """Adds vectors, `(n, dim)`."""
@@ -87,27 +86,12 @@ def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: 
 
     Returns:
         `float`: At least 0. FID is this number (not its root) for Inception features.
-
-    Raises:
-        ValueError: For mismatched shapes, values that are not finite, and matrices that are not covariances.
     """
-    means = [_float64(mean) for mean in (mean1, mean2)]
-    covariances = [_float64(cov) for cov in (cov1, cov2)]
-    dim = means[0].numel()
-    for name, value, shape in (
-        ("mean1", means[0], (dim,)),
-        ("mean2", means[1], (dim,)),
-        ("cov1", covariances[0], (dim, dim)),
-        ("cov2", covariances[1], (dim, dim)),
-    ):
-        if tuple(value.shape) != shape:
-            raise ValueError(f"`{name}` has shape {tuple(value.shape)}; it must be {shape}, given `mean1`.")
-        if not value.isfinite().all():
-            raise ValueError(f"`{name}` holds values that are not finite.")
-    roots = [_matrix_root(name, cov) for name, cov in zip(("cov1", "cov2"), covariances, strict=True)]
-    trace_of_root = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    traces = covariances[0].trace() + covariances[1].trace()
-    distance = (means[0] - means[1]).square().sum() + traces - 2 * trace_of_root
+    dim = torch.as_tensor(mean1).numel()
+    mean1, mean2 = _float64("mean1", mean1, (dim,)), _float64("mean2", mean2, (dim,))
+    cov1, cov2 = _float64("cov1", cov1, (dim, dim)), _float64("cov2", cov2, (dim, dim))
+    trace_of_root = torch.linalg.svdvals(_matrix_root("cov1", cov1) @ _matrix_root("cov2", cov2)).sum()
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_of_root
     return max(distance.item(), 0.0)  # rounding may give a small negative number
 
 
@@ -139,9 +123,6 @@ def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, 
 
     Returns:
         `tuple[float, float]`: Mean and standard deviation over the parts; the latter is 0 for one part.
-
-    Raises:
-        ValueError: If there are fewer images than parts, or the rows do not sum to 1.
     """
     probabilities = _matrix("probabilities", probabilities)
     if not 1 <= splits <= len(probabilities):
@@ -152,13 +133,11 @@ def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, 
             f"`probabilities` have sums from {sums.min():.4g} to {sums.max():.4g} and values from "
             f"{probabilities.min():.4g} on. Pass probabilities, the softmax of the logits."
         )
-    scores = []
-    for part in probabilities.tensor_split(splits):
-        marginal = part.mean(dim=0, keepdim=True)
-        divergences = (torch.xlogy(part, part) - torch.xlogy(part, marginal)).sum(dim=1)
-        scores.append(divergences.mean().exp())
-    scores_ = torch.stack(scores)
-    return scores_.mean().item(), scores_.std(correction=0).item()
+    scores = torch.empty(splits, dtype=torch.float64)
+    for number, part in enumerate(probabilities.tensor_split(splits)):
+        divergences = torch.xlogy(part, part) - torch.xlogy(part, part.mean(dim=0, keepdim=True))
+        scores[number] = divergences.sum(dim=1).mean().exp()
+    return scores.mean().item(), scores.std(correction=0).item()
 
 
 def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[float, float]:
@@ -174,19 +153,19 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[floa
     Returns:
         `tuple[float, float]`: Precision, the fraction of `fake` in the manifold of `real`; and recall, the fraction of
         `real` in the manifold of `fake`.
-
-    Raises:
-        ValueError: For sets of k or fewer points.
     """
     real, fake = _matrix("real", real), _matrix("fake", fake)
-    for name, points in (("real", real), ("fake", fake)):
-        if not 1 <= k < len(points):
-            raise ValueError(
-                f"`k` is {k} and `{name}` has {len(points)} points; there must be more, and `k` at least 1."
-            )
+    check_neighbours(k, real=len(real), fake=len(fake))
     precision = _share_covered(fake, real, _neighbour_radii(real, k))
     recall = _share_covered(real, fake, _neighbour_radii(fake, k))
     return precision, recall
+
+
+def check_neighbours(k: int, **numbers: int) -> None:
+    """Checks that every point has a k-th neighbour in sets of these numbers of images."""
+    for name, number in numbers.items():
+        if not 1 <= k < number:
+            raise ValueError(f"`k` is {k} and `{name}` holds {number} images; `k` must be at least 1 and below that.")
 
 
 def _neighbour_radii(points: torch.Tensor, k: int) -> torch.Tensor:
@@ -238,13 +217,16 @@ def _distances(points: torch.Tensor, others: torch.Tensor) -> Iterator[tuple[int
 
 
 def _matrix(name: str, values: ArrayLike) -> torch.Tensor:
-    values = _float64(values)
+    values = torch.as_tensor(values)
     if values.ndim != 2:
         raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be a matrix with one row per image.")
+    return _float64(name, values, values.shape)
+
+
+def _float64(name: str, values: ArrayLike, shape: Sequence[int]) -> torch.Tensor:
+    values = torch.as_tensor(values).detach().to(torch.float64)
+    if values.shape != shape:
+        raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be {shape}, given `mean1`.")
     if not values.isfinite().all():
         raise ValueError(f"`{name}` holds values that are not finite.")
     return values
-
-
-def _float64(values: ArrayLike) -> torch.Tensor:
-    return torch.as_tensor(values).detach().to(torch.float64)

@@ -10,10 +10,9 @@ continues an interrupted run. Images depend only on the seed and on their number
 
 from __future__ import annotations
 
-import difflib
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ import torch
 
 from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.effects import Rule, check_effects
-from ...commands.errors import run_command
+from ...commands.errors import did_you_mean, run_command
 from ...commands.processes import join_processes
 from ...data.columns import load_image_dataset
 from ...data.labels import UNLABELLED, match_classes
@@ -39,15 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Arguments that are passed to the pipeline unchanged; None: its own default.
 PIPELINE_OPTIONS = (
-    "negative_prompt",
-    "num_inference_steps",
-    "timestep_respacing",
-    "guidance_scale",
-    "guidance_rescale",
-    "guidance_start",
-    "guidance_end",
-    "classifier_guidance_scale",
-    "eta",
+    *("negative_prompt", "num_inference_steps", "timestep_respacing", "guidance_scale", "guidance_rescale"),
+    *("guidance_start", "guidance_end", "classifier_guidance_scale", "eta"),
 )
 RULES = (
     Rule(
@@ -122,9 +114,7 @@ class Arguments:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_images", "batch_size")
         if self.prompt is not None and self.prompts_file is not None:
-            raise ValueError(
-                f"`prompt` is {self.prompt} and `prompts_file` is {self.prompts_file!r}. Pass one of them."
-            )
+            raise ValueError(f"`prompt` and `prompts_file` {self.prompts_file!r} were both passed. Pass one of them.")
         if (self.class_labels == "data") != (self.dataset is not None):
             raise ValueError(
                 f"`class_labels` is {self.class_labels!r} and `dataset` is {self.dataset}. `--class_labels data` needs "
@@ -134,11 +124,8 @@ class Arguments:
             require("datasets")
         known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
         if self.scheduler is not None and self.scheduler not in known:
-            close = difflib.get_close_matches(self.scheduler, known)
-            raise ValueError(
-                f"`scheduler` is {self.scheduler!r}, which diffusers does not have. Pass the name of a class, e.g. "
-                f"{' or '.join(close) or 'DPMSolverMultistepScheduler'}."
-            )
+            hint = did_you_mean(self.scheduler, known)
+            raise ValueError(f"`scheduler` is {self.scheduler!r}, which is no scheduler of diffusers.{hint}")
         check_effects(self, rules=RULES)
 
 
@@ -154,34 +141,32 @@ def load_pipeline(args: Arguments) -> ADMPipeline:
     if names is not None and pipe.id2label is None:
         pipe.register_to_config(id2label={str(number): name for number, name in names.items()})
     elif names is not None:
-        check_same_classes(args, pipe.id2label, names)
+        for number, name in pipe.id2label.items():
+            if names.get(number, name) != name:
+                raise ValueError(
+                    f"Class {number} of `classifier` {args.classifier!r} is {names[number]!r}, but that of `model` "
+                    f"{args.model!r} is {name!r}. Train the classifier on the same classes in this order."
+                )
     if args.scheduler is not None:
         pipe.scheduler = getattr(diffusers, args.scheduler).from_config(pipe.scheduler.config)
     return pipe
-
-
-def check_same_classes(args: Arguments, names: Mapping[int, str], classifier_names: Mapping[int, str]) -> None:
-    """Raises a `ValueError` if the classifier would guide towards other classes than the requested ones."""
-    for number in sorted(names):
-        if classifier_names.get(number, names[number]) != names[number]:
-            raise ValueError(
-                f"Class {number} of `classifier` {args.classifier!r} is {classifier_names[number]!r}, but that of "
-                f"`model` {args.model!r} is {names[number]!r}. Train the classifier on the same classes in this order."
-            )
 
 
 def choose_classes(args: Arguments, pipe: ADMPipeline) -> list[int] | None:
     """The classes of the images, which take them in turn; None for no labels."""
     if args.class_labels is None:
         return None
-    classes = known_classes(pipe)
+    config, classes = pipe.unet.config, None
+    is_unconditional = config.get("class_embed_type") is None and config.num_class_embeds is None
+    if is_unconditional and pipe.classifier is not None:
+        classes = list(range(pipe.classifier.config.num_classes))
+    elif config.get("class_embed_type") is None and config.num_class_embeds is not None:
+        classes = [label for label in range(config.num_class_embeds) if label != config.get("null_class_id")]
     if args.class_labels in ("uniform", "data") and classes is None:
         raise ValueError(
             f"`class_labels` is {args.class_labels!r}, but the network has no class embedding table. Omit it, or guide "
             "with a `--classifier`."
         )
-    config = pipe.unet.config
-    is_unconditional = config.get("class_embed_type") is None and config.num_class_embeds is None
     if is_unconditional and pipe.classifier is not None and not args.classifier_guidance_scale:
         raise ValueError(
             f"`class_labels` is {args.class_labels!r}, but the network is unconditional and nothing guides towards "
@@ -190,7 +175,16 @@ def choose_classes(args: Arguments, pipe: ADMPipeline) -> list[int] | None:
     if args.class_labels == "uniform":
         return classes
     if args.class_labels == "data":
-        return shuffled_data_classes(args, pipe, len(classes))
+        images, id2label = load_image_dataset(
+            **find_dataset(args.dataset, args.dataset_config_name, args.split),
+            label_column=args.label_column,
+            cache_dir=args.cache_dir,
+        )
+        to_class = match_classes(id2label, pipe.id2label, len(classes), by_number=True)
+        classes = [to_class[label] for label in images["label"][:] if label != UNLABELLED]
+        # In random order, so that as many samples as the dataset has images have exactly its class frequencies.
+        random.Random(derive_seed(args.seed, "classes of the data")).shuffle(classes)
+        return classes
     if args.class_labels.isdecimal():
         return [int(args.class_labels)]
     numbers = {name: number for number, name in (pipe.id2label or {}).items()}
@@ -200,32 +194,6 @@ def choose_classes(args: Arguments, pipe: ADMPipeline) -> list[int] | None:
             f"of the model: {', '.join(numbers) or 'it names none'}."
         )
     return [numbers[args.class_labels]]
-
-
-def known_classes(pipe: ADMPipeline) -> list[int] | None:
-    """All classes of the network, or of the classifier that guides an unconditional one; None for neither."""
-    config = pipe.unet.config
-    if config.get("class_embed_type") is not None:
-        return None
-    if config.num_class_embeds is not None:
-        return [label for label in range(config.num_class_embeds) if label != config.get("null_class_id")]
-    return None if pipe.classifier is None else list(range(pipe.classifier.config.num_classes))
-
-
-def shuffled_data_classes(args: Arguments, pipe: ADMPipeline, num_classes: int) -> list[int]:
-    """
-    The classes of all images of a dataset, in random order: as many samples as the dataset has images have exactly its
-    class frequencies.
-    """
-    images, id2label = load_image_dataset(
-        **find_dataset(args.dataset, args.dataset_config_name, args.split),
-        label_column=args.label_column,
-        cache_dir=args.cache_dir,
-    )
-    to_class = match_classes(id2label, pipe.id2label, num_classes, by_number=True)
-    classes = [to_class[label] for label in images["label"][:] if label != UNLABELLED]
-    random.Random(derive_seed(args.seed, "classes of the data")).shuffle(classes)
-    return classes
 
 
 def read_prompts(args: Arguments) -> list[str] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from PIL import Image
 from ...commands.errors import CommandError
 from ...data.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
 from ...data.seeding import derive_seed
+from ...models.config_checks import check_choice
 from ...ops.finiteness import explain_not_finite, not_finite
 from ...pipelines.pipeline_adm import PIL_OUTPUT_MODES
 from ..common import make_bar, versions
@@ -41,16 +41,8 @@ IMAGE_NAME = re.compile(r"(\d{6,})\.(png|npy)")  # .npy: before they are packed,
 WRITING_PREFIX = ".writing-"
 # Arguments of the pipeline that are not settings of a run: made for each batch, or without effect on the images.
 RESERVED = (
-    "prompt",
-    "class_labels",
-    "batch_size",
-    "num_images_per_prompt",
-    "generator",
-    "latents",
-    "output_type",
-    "return_dict",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
+    *("prompt", "class_labels", "batch_size", "num_images_per_prompt", "generator", "latents", "output_type"),
+    *("return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
 # Maximum length of a value in an error message.
 SHOWN_LENGTH = 80
@@ -109,6 +101,11 @@ def sample_images(
     # 1. check
     options = dict(pipeline_options or {})
     _check_arguments(pipe, num_images, class_labels, prompts, batch_size, output_format, options)
+    conditions: dict[str, list[Any]] = {}
+    if class_labels is not None:
+        conditions["class_labels"] = [int(label) for label in class_labels]
+    if prompts is not None:
+        conditions["prompt"] = list(prompts)
     rank, num_processes, autocast = 0, 1, contextlib.nullcontext
     if accelerator is not None:
         rank, num_processes = accelerator.process_index, accelerator.num_processes
@@ -122,8 +119,8 @@ def sample_images(
             settings = {
                 "seed": seed,
                 "output_format": output_format,
-                "class_labels": None if class_labels is None else [int(label) for label in class_labels],
-                "prompts": None if prompts is None else list(prompts),
+                "class_labels": conditions.get("class_labels"),
+                "prompts": conditions.get("prompt"),
                 "mixed_precision": "no" if accelerator is None else accelerator.mixed_precision,
                 **_pipeline_settings(pipe, options),
             }
@@ -144,17 +141,12 @@ def sample_images(
     with make_bar(len(mine), title, "image", show) as bar, _bar_of_steps(pipe, show and sys.stderr.isatty()):
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]
-            inputs: dict[str, Any] = {
-                "generator": [torch.Generator().manual_seed(derive_seed(seed, "sample", i)) for i in indices]
-            }
-            if class_labels is not None:
-                inputs["class_labels"] = [int(class_labels[i % len(class_labels)]) for i in indices]
-            if prompts is not None:
-                inputs["prompt"] = [prompts[i % len(prompts)] for i in indices]
-            if class_labels is None and prompts is None:
-                inputs["batch_size"] = len(indices)
+            inputs: dict[str, Any] = {n: [values[i % len(values)] for i in indices] for n, values in conditions.items()}
+            inputs = inputs or {"batch_size": len(indices)}
+            generators = [torch.Generator().manual_seed(derive_seed(seed, "sample", i)) for i in indices]
             with autocast():
-                images = pipe(**inputs, **options, output_type="np").images  # (B, H, W, C) in [0, 1]
+                # (B, H, W, C) in [0, 1]
+                images = pipe(**inputs, **options, generator=generators, output_type="np").images
                 bad = not_finite(torch.from_numpy(images))
                 if bad:
                     reason = explain_not_finite(_networks(pipe))
@@ -163,7 +155,8 @@ def sample_images(
             if start == 0:
                 # Only now: settings that the pipeline refuses leave nothing behind.
                 (folder / METADATA_NAME).unlink(missing_ok=True)  # of the smaller set
-                _write_file(folder / SETTINGS_NAME, record, suffix=f".{rank}")
+                with _writing(folder / SETTINGS_NAME, suffix=f".{rank}") as file:
+                    file.write(record)
             for index, pixels in zip(indices, (images * 255).round().astype(np.uint8), strict=True):
                 _write_image(folder, index, pixels)
             bar.update(len(indices))
@@ -171,11 +164,10 @@ def sample_images(
     # 4. files about all images
     if accelerator is not None:
         accelerator.wait_for_everyone()
-    labels = None if class_labels is None else [int(class_labels[i % len(class_labels)]) for i in range(num_images)]
     if rank == 0 and output_format == "npz":
-        _pack(folder, num_images, labels)
-    elif rank == 0 and (labels is not None or prompts is not None):
-        _write_metadata(folder, num_images, labels, prompts, getattr(pipe, "id2label", None))
+        _pack(folder, num_images, conditions.get("class_labels"))
+    elif rank == 0 and conditions:
+        _write_metadata(folder, num_images, conditions, getattr(pipe, "id2label", None))
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return folder / NPZ_NAME if output_format == "npz" else folder
@@ -196,8 +188,7 @@ def _check_arguments(
     for name, values in (("class_labels", class_labels), ("prompts", prompts)):
         if values is not None and (isinstance(values, str) or len(values) == 0):
             raise ValueError(f"`{name}` is {values!r}; pass a list of at least one, or None.")
-    if output_format not in get_args(OutputFormat):
-        raise ValueError(f"`output_format` is {output_format!r}; it must be one of {list(get_args(OutputFormat))}.")
+    check_choice("output_format", output_format, get_args(OutputFormat))
     if getattr(pipe, "image_channels", None) is not None:
         _check_channels(pipe.image_channels, output_format)
     tensors = [name for name, value in options.items() if torch.is_tensor(value)]
@@ -208,10 +199,8 @@ def _check_arguments(
     if prompts is not None and "prompt" not in parameters:
         wrong.append("prompt")
     if wrong:
-        raise ValueError(
-            f"`{wrong[0]}` cannot be passed on to a {type(pipe).__name__}: "
-            + ("it is made for each batch." if wrong[0] in options and wrong[0] in RESERVED else "it does not take it.")
-        )
+        reason = "it is made for each batch" if wrong[0] in options and wrong[0] in RESERVED else "it does not take it"
+        raise ValueError(f"`{wrong[0]}` cannot be passed on to a {type(pipe).__name__}: {reason}.")
 
 
 def _check_channels(channels: int, output_format: str) -> None:
@@ -228,9 +217,7 @@ def _check_channels(channels: int, output_format: str) -> None:
 def _pipeline_settings(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """What an image depends on besides seed, label and prompt: arguments, scheduler, configs, tokenizer, weights."""
     parameters = inspect.signature(pipe.__call__).parameters
-    call = {
-        name: options.get(name, parameter.default) for name, parameter in parameters.items() if name not in RESERVED
-    }
+    call = {n: options.get(n, parameter.default) for n, parameter in parameters.items() if n not in RESERVED}
     scheduler = json.loads(pipe.scheduler.to_json_string())
     networks = _networks(pipe)
     components = {name: hash_config(network) for name, network in networks.items()}
@@ -265,10 +252,7 @@ def _plan(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) ->
     packed = (folder / NPZ_NAME).exists()
     if existing or packed:
         if not (folder / SETTINGS_NAME).exists():
-            raise ValueError(
-                f"`output_dir` {str(folder)!r} holds images, but no {SETTINGS_NAME} with their settings. Choose "
-                "another folder."
-            )
+            raise ValueError(f"`output_dir` {str(folder)!r} holds images, but no {SETTINGS_NAME}. Choose another one.")
         stored = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
         _check_same_settings(folder, stored["settings"], settings)
         if packed and stored["num_images"] != num_images:
@@ -296,21 +280,19 @@ def _plan(folder: Path, num_images: int, settings: dict[str, Any], pipe: Any) ->
 
 
 def _check_same_settings(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    names = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
-    if not names:
-        return
     differences = []
-    for name in names:
+    for name in {**stored, **settings}:
         before, now = stored.get(name), settings.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
             keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             differences += [f"`{name}` had {key}={_short(before.get(key))}, now {_short(now.get(key))}" for key in keys]
-        else:
+        elif before != now:
             differences.append(f"`{name}` was {_short(before)} and is now {_short(now)}")
-    raise ValueError(
-        f"`output_dir` {str(folder)!r} holds images of other settings: {'; '.join(differences)}. Repeat the earlier "
-        "settings to continue, or choose another folder."
-    )
+    if differences:
+        raise ValueError(
+            f"`output_dir` {str(folder)!r} holds images of other settings: {'; '.join(differences)}. Repeat the "
+            "earlier settings to continue, or choose another folder."
+        )
 
 
 def _short(value: Any) -> str:
@@ -341,13 +323,13 @@ def _image_name(index: int) -> str:
 
 
 def _write_image(folder: Path, index: int, pixels: np.ndarray) -> None:
-    buffer, name = io.BytesIO(), _image_name(index)
+    path = folder / _image_name(index)
     if pixels.shape[-1] in PIL_OUTPUT_MODES:
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="png")
+        with _writing(path) as file:
+            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="png")
     else:
-        np.save(buffer, pixels)
-        name = Path(name).with_suffix(".npy").name
-    _write_file(folder / name, buffer.getvalue())
+        with _writing(path.with_suffix(".npy")) as file:
+            np.save(file, pixels)
 
 
 def _read_image(folder: Path, index: int) -> np.ndarray:
@@ -360,34 +342,31 @@ def _read_image(folder: Path, index: int) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _write_file(path: Path, content: bytes, suffix: str = "") -> None:
+@contextlib.contextmanager
+def _writing(path: Path, suffix: str = "") -> Iterator[BinaryIO]:
     """Writes a file atomically. Processes that may write the same file at the same time have different suffixes."""
     writing = path.with_name(f"{WRITING_PREFIX}{path.name}{suffix}")
     with open(writing, "wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())  # or a power loss may keep the name and lose the content
     os.replace(writing, path)
 
 
 def _write_metadata(
-    folder: Path,
-    num_images: int,
-    labels: Sequence[int] | None,
-    prompts: Sequence[str] | None,
-    id2label: Mapping[int, str] | None,
+    folder: Path, num_images: int, conditions: Mapping[str, Sequence[Any]], id2label: Mapping[int, str] | None
 ) -> None:
-    lines = []
-    for index in range(num_images):
-        row: dict[str, Any] = {"file_name": _image_name(index)}
-        if labels is not None:
-            row["label"] = labels[index]
-            if id2label is not None:
-                row["label_name"] = id2label.get(labels[index])
-        if prompts is not None:
-            row["text"] = prompts[index % len(prompts)]
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    _write_file(folder / METADATA_NAME, "".join(lines).encode())
+    labels, prompts = conditions.get("class_labels"), conditions.get("prompt")
+    with _writing(folder / METADATA_NAME) as file:
+        for index in range(num_images):
+            row: dict[str, Any] = {"file_name": _image_name(index)}
+            if labels is not None:
+                row["label"] = labels[index % len(labels)]
+                if id2label is not None:
+                    row["label_name"] = id2label.get(row["label"])
+            if prompts is not None:
+                row["text"] = prompts[index % len(prompts)]
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def _pack(folder: Path, num_images: int, labels: Sequence[int] | None) -> None:
@@ -395,8 +374,7 @@ def _pack(folder: Path, num_images: int, labels: Sequence[int] | None) -> None:
     path = folder / NPZ_NAME
     if not path.exists():
         shape = (num_images, *_read_image(folder, 0).shape)
-        writing = path.with_name(f"{WRITING_PREFIX}{path.name}")
-        with zipfile.ZipFile(writing, "w") as archive:  # not compressed, as by `numpy.savez`
+        with _writing(path) as file, zipfile.ZipFile(file, "w") as archive:  # not compressed, as by `numpy.savez`
             with archive.open("arr_0.npy", "w", force_zip64=True) as array:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(array, header)
@@ -404,10 +382,7 @@ def _pack(folder: Path, num_images: int, labels: Sequence[int] | None) -> None:
                     array.write(_read_image(folder, index).tobytes())
             if labels is not None:
                 with archive.open("arr_1.npy", "w", force_zip64=True) as array:
-                    np.lib.format.write_array(array, np.array(labels, dtype=np.int64))
-        with open(writing, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(writing, path)
-    for file in folder.iterdir():
-        if IMAGE_NAME.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+                    np.lib.format.write_array(array, np.resize(np.array(labels, dtype=np.int64), num_images))
+    for packed in folder.iterdir():
+        if IMAGE_NAME.fullmatch(packed.name):
+            packed.unlink(missing_ok=True)
