@@ -659,7 +659,7 @@ class TestDataLoader:
         assert self.labels_of_an_epoch(class_balanced=True).max() <= 6  # 16 draws of 3 classes, one of them dropped
 
     def test_equally_often_needs_classes(self):
-        with pytest.raises(ValueError, match="without a `label_column`"):
+        with pytest.raises(ValueError, match="without `label_column`"):
             DataArguments(data_files=["a.parquet"], class_balanced=True)
 
 

@@ -506,7 +506,7 @@ class TestClassifier:
         ({"label_column": "none"}, "`replace_classes` was given without a `label_column`"),
         (
             {"pretrained_model_name_or_path": "none", "model_config_name_or_path": "unet.json"},
-            "`replace_classes` .* `--pretrained_model_name_or_path`",
+            "`replace_classes` was given without `pretrained_model_name_or_path`",
         ),
     ],
 )

@@ -6,10 +6,16 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from runs import reset_accelerate
 
-from diffusers_adm.training import AfterStep, LossMetrics, TrainingArguments, TrainingProgress, UniformTimestepSampler
+from diffusers_adm.training import (
+    LossMetrics,
+    TrainingArguments,
+    TrainingLosses,
+    TrainingProgress,
+    TrainingRun,
+    UniformTimestepSampler,
+    record_losses,
+)
 from diffusers_adm.training.log import DivergenceWatch
-from diffusers_adm.training.losses import TrainingLosses
-from diffusers_adm.training.steps import record_losses
 
 
 class Log:
@@ -25,28 +31,19 @@ class Log:
         self.rows.append((step, values["loss"], learning_rate))
 
 
-class Run:
+class Run(TrainingRun):
     """One weight of 0, to which each step adds 1; the learning rate falls from 1 by a tenth a step."""
 
     def __init__(self, max_train_steps, **arguments):
+        self.max_train_steps, self.training_args = max_train_steps, TrainingArguments(**arguments)
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.parameters = [self.weight]
         self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / 10)
         self.ema = EMAModel([self.weight], decay=0.5)
         self.progress, self.metrics, self.log = TrainingProgress(), LossMetrics(100), Log()
         reset_accelerate()
         self.accelerator = Accelerator(cpu=True)
-        self.after_step = AfterStep(
-            self.accelerator,
-            TrainingArguments(**arguments),
-            max_train_steps,
-            self.progress,
-            self.lr_scheduler,
-            self.ema,
-            [self.weight],
-            self.metrics,
-            self.log,
-        )
 
     def step(self):
         with torch.no_grad():

@@ -617,7 +617,10 @@ class TestBadInput:
                 {"text_encoder_name_or_path": "b", "train_text_encoder": True, "precompute_text_embeddings": True},
                 "exclude each other",
             ),
-            ({"caption_column": "none", "train_text_encoder": True}, "`train_text_encoder` was given without a"),
+            (
+                {"caption_column": "none", "train_text_encoder": True},
+                "was given without `caption_column`",
+            ),
             ({"caption_column": "none"}, "The U-Net has cross-attention, so it needs captions"),
         ],
     )

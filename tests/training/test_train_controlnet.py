@@ -555,12 +555,12 @@ class TestBadInput:
             ({"pretrained_model_name_or_path": "no/folder"}, "`pretrained_model_name_or_path` is 'no/folder', which"),
             (
                 {"prediction_type": "sample", "ddpm_num_steps": 10},
-                "stays as it is, .* drop `ddpm_num_steps`, `prediction_type`",
+                "leaves its base model as it is: drop `ddpm_num_steps`, `prediction_type`",
             ),
-            ({"variance_type": "learned_log"}, "so does its scheduler: drop `variance_type`"),
+            ({"variance_type": "learned_log"}, "leaves its base model as it is: drop `variance_type`"),
             (
                 {"caption_column": "text", "train_text_encoder": True},
-                "including its text encoder: drop `train_text_encoder`",
+                "leaves its base model as it is: drop `train_text_encoder`",
             ),
             ({"caption_column": "text"}, "the U-Net has no cross-attention"),
             ({"train_data_dir": "pictures"}, "Got `train_data_dir` and `data_files`"),

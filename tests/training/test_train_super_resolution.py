@@ -311,7 +311,7 @@ class TestBadInput:
         [
             ({"in_channels": 3}, "takes 3 channels; this script trains on RGB images and 3 further channels: 6"),
             ({"out_channels": 12}, "has 12 output channels for 3 image channels"),
-            ({"time_cond_proj_dim": None}, "has no `time_cond_proj_dim`, so it cannot be conditioned on the level"),
+            ({"time_cond_proj_dim": None}, "config has no `time_cond_proj_dim`. Set it"),
         ],
     )
     def test_networks(self, short, config, message, tmp_path):

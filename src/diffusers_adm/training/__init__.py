@@ -67,12 +67,11 @@ from .loading import (
 from .log import TrainingLog
 from .lora import LoraArguments, add_lora, checkpoint_adapter_only, save_lora, train_lora
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
-from .metrics import LossMetrics, MetricsHistory
+from .metrics import LossMetrics, MetricsHistory, record_losses
 from .plots import plot_accuracy_by_timestep, plot_classifier_curves, plot_loss_curves
 from .resume import RunRecord, parse_run
 from .run import TrainingRun, build_dataloader, build_ema, build_lr_scheduler, build_optimizer
 from .setup import prepare_output_dir, run_settings, start_accelerator, start_run
-from .steps import AfterStep, record_losses
 from .timestep_samplers import (
     TIMESTEP_SAMPLERS,
     LossSecondMomentTimestepSampler,

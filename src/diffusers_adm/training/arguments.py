@@ -40,9 +40,24 @@ def resume_verdicts(argument_types: Sequence[type]) -> dict[str, Verdict]:
 
 
 def check_share(arguments: object, name: str) -> None:
-    """Checks that the named attribute lies in [0, 1]; raises a `ValueError` otherwise."""
+    """Raises a `ValueError` unless the named attribute lies in [0, 1]."""
     if not 0 <= getattr(arguments, name) <= 1:
         raise ValueError(f"`{name}` is {getattr(arguments, name)}; it must lie in [0, 1].")
+
+
+def check_positive(arguments: object, *names: str) -> None:
+    """Raises a `ValueError` unless the named attributes are None or positive."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` is {value}; it must be positive.")
+
+
+def check_needs(arguments: object, needed: str, *names: str) -> None:
+    """Raises a `ValueError` if one of the named attributes is set although `needed` is not."""
+    for name in names:
+        if getattr(arguments, name) and not getattr(arguments, needed):
+            raise ValueError(f"`{name}` was given without `{needed}`. Pass both, or neither.")
 
 
 @dataclass
@@ -69,17 +84,13 @@ class ModelArguments:
     channels_last: bool = arg(False, "Keep weights and images in channels-last memory format.", resume=FREE)
 
     def check_source(self) -> None:
-        """Checks that exactly one source of the network is given; raises a `ValueError` otherwise."""
+        """Raises a `ValueError` unless exactly one source of the network is given."""
         if (self.pretrained_model_name_or_path is None) == (self.model_config_name_or_path is None):
             raise ValueError(
                 "Pass either `--model_config_name_or_path` (from scratch) or `--pretrained_model_name_or_path` "
                 "(fine-tune)."
             )
-        if self.replace_classes and self.pretrained_model_name_or_path is None:
-            raise ValueError(
-                "`replace_classes` is for fine-tuning, but there is no `--pretrained_model_name_or_path`. A model from "
-                "scratch has the classes of the data only; leave `replace_classes` out."
-            )
+        check_needs(self, "pretrained_model_name_or_path", "replace_classes")
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -134,8 +145,7 @@ class DataArguments:
     def __post_init__(self):
         check_at_least(self, 1, "resolution", "image_check_num_proc")
         check_at_least(self, 0, "min_image_size", "dataloader_num_workers")
-        if self.class_balanced and self.label_column is None:
-            raise ValueError("`class_balanced` was given without a `label_column`. Name the column of the classes.")
+        check_needs(self, "label_column", "class_balanced")
 
     def source(self) -> dict[str, Any]:
         """Keyword arguments of `load_image_dataset`, without the seed."""
@@ -259,26 +269,18 @@ class TrainingArguments:
     hub_private_repo: bool = arg(False, "Make a new repository private.", resume=FREE)
 
     def __post_init__(self):
-        for name in ("hub_model_id", "hub_token", "hub_private_repo"):
-            if getattr(self, name) and not self.push_to_hub:
-                raise ValueError(f"`{name}` was given without `push_to_hub`, so nothing would be pushed. Pass both.")
+        check_needs(self, "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo")
         if self.hub_model_id is not None:
             validate_repo_id(self.hub_model_id)
         if self.hub_token is not None and not HUB_TOKEN.fullmatch(self.hub_token):
             raise ValueError(
                 "`hub_token` holds other characters than letters, digits, `_`, `-`, `.` and `|`, so it is no token."
             )
-        if self.force_resume and self.resume_from_checkpoint is None:
-            raise ValueError(
-                "`force_resume` was given without `resume_from_checkpoint`, so nothing is resumed. Pass both."
-            )
-        check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
-        check_at_least(self, 1, "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps")
-        check_at_least(self, 1, "validation_steps")
+        check_needs(self, "resume_from_checkpoint", "force_resume")
+        check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps")
+        check_at_least(self, 1, "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps")
         check_at_least(self, 0, "lr_warmup_steps")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive.")
+        check_positive(self, "learning_rate", "max_grad_norm")
         if not 0 <= self.ema_max_decay < 1:
             raise ValueError(f"`ema_max_decay` is {self.ema_max_decay}; it must lie in [0, 1).")
 
@@ -329,29 +331,25 @@ class TextArguments:
 
     def __post_init__(self):
         check_share(self, "caption_dropout_prob")
-        if self.caption_column is None:
-            needing = ("text_encoder_name_or_path", "tokenizer_name_or_path", "text_encoder_config_name_or_path")
-            needing += ("train_text_encoder", "precompute_text_embeddings")
-            for name in needing:
-                if getattr(self, name):
-                    raise ValueError(f"`{name}` was given without a `caption_column`. Name the column of the captions.")
+        text = ("text_encoder_name_or_path", "tokenizer_name_or_path", "text_encoder_config_name_or_path")
+        check_needs(self, "caption_column", *text, "train_text_encoder", "precompute_text_embeddings")
         if self.text_encoder_config_name_or_path is not None:
             if self.text_encoder_name_or_path is not None:
                 raise ValueError("Pass either `text_encoder_name_or_path` or `text_encoder_config_name_or_path`.")
             if self.tokenizer_name_or_path is None:
                 raise ValueError(
-                    "`text_encoder_config_name_or_path` builds a text encoder from scratch, for which there is no "
-                    "tokenizer. Pass `tokenizer_name_or_path`; `python -m diffusers_adm.training.tokenizer` makes one."
+                    "A text encoder from scratch (`text_encoder_config_name_or_path`) has no tokenizer. Pass "
+                    "`tokenizer_name_or_path`; `python -m diffusers_adm.training.tokenizer` makes one."
                 )
             if not self.train_text_encoder:
                 raise ValueError(
-                    "`text_encoder_config_name_or_path` gives a text encoder random weights. Pass "
-                    "`--train_text_encoder`, or name a trained one with `text_encoder_name_or_path`."
+                    "A text encoder from scratch (`text_encoder_config_name_or_path`) has random weights. Pass "
+                    "`--train_text_encoder`, or `text_encoder_name_or_path` for a trained one."
                 )
         if self.precompute_text_embeddings and self.train_text_encoder:
             raise ValueError(
-                "`precompute_text_embeddings` and `train_text_encoder` exclude each other: the embeddings change while "
-                "their encoder is trained. Drop one."
+                "`precompute_text_embeddings` and `train_text_encoder` exclude each other: training changes the "
+                "embeddings. Drop one."
             )
 
 
@@ -388,15 +386,11 @@ class TaskArguments:
     )
 
     def check(self, text_args: TextArguments) -> None:
-        """Checks that `validation_prompts` are used; raises a `ValueError` otherwise."""
-        if self.validation_prompts and text_args.caption_column is None:
+        """Raises a `ValueError` for `validation_prompts` that would not be used."""
+        if self.validation_prompts and (text_args.caption_column is None or self.task == "inpaint"):
             raise ValueError(
-                "`validation_prompts` was given without a `caption_column`. Name the column of the captions."
-            )
-        if self.validation_prompts and self.task == "inpaint":
-            raise ValueError(
-                "`validation_prompts` was given, but inpainting is validated on images of the data with their own "
-                "captions. Leave it out."
+                "`validation_prompts` needs a `caption_column`, and `task` generate: inpainting is validated on images "
+                "of the data with their own captions."
             )
 
 
@@ -422,7 +416,7 @@ class SuperResolutionArguments:
         check_at_least(self, 0, "max_noise_level")
 
     def inherit(self, pipeline_config: dict[str, Any]) -> None:
-        """Takes what was not given from the config of the pretrained pipeline; the size must be in one of them."""
+        """Takes what was not given from the config of the pretrained pipeline."""
         if self.low_res_size is None:
             self.low_res_size = pipeline_config.get("low_res_size")
         if self.max_noise_level is None:
@@ -431,11 +425,11 @@ class SuperResolutionArguments:
             raise ValueError("`low_res_size` is missing: the side of the low-resolution images in pixels, e.g. 32.")
 
     def check(self, resolution: int, scheduler: LearnedVarianceDDPMScheduler, time_cond_proj_dim: int | None) -> None:
-        """Checks size and noise level against resolution, noise schedule and network; may raise a `ValueError`."""
+        """Raises a `ValueError` if size or noise level do not match resolution, noise schedule or network."""
         if self.low_res_size >= resolution or resolution % self.low_res_size:
             raise ValueError(
-                f"`low_res_size` is {self.low_res_size} and the resolution {resolution}: blocks of whole pixels are "
-                "averaged, so the former must divide the latter and be smaller."
+                f"`low_res_size` is {self.low_res_size} and the resolution {resolution}: the former must divide the "
+                "latter and be smaller."
             )
         num_steps = scheduler.config.num_train_timesteps
         if self.max_noise_level > num_steps:
@@ -445,7 +439,6 @@ class SuperResolutionArguments:
             )
         if self.max_noise_level > 0 and time_cond_proj_dim is None:
             raise ValueError(
-                f"`max_noise_level` is {self.max_noise_level}, but the config of the U-Net has no "
-                "`time_cond_proj_dim`, so it cannot be conditioned on the level. Set it, e.g. to the first number of "
-                "`block_out_channels`, or pass `--max_noise_level 0`."
+                f"`max_noise_level` is {self.max_noise_level}, but the U-Net's config has no `time_cond_proj_dim`. Set "
+                "it, e.g. to the first of `block_out_channels`, or pass `--max_noise_level 0`."
             )

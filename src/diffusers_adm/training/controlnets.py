@@ -59,8 +59,7 @@ class ControlArguments:
         if (self.condition is None) == (self.conditioning_image_column is None):
             raise ValueError(
                 f"`condition` is {self.condition!r} and `conditioning_image_column` "
-                f"{self.conditioning_image_column!r}. Pass exactly one: the kind to make from the images, e.g. "
-                "`--condition edges`, or the column that holds them."
+                f"{self.conditioning_image_column!r}. Pass exactly one, e.g. `--condition edges`."
             )
         check_share(self, "condition_dropout_prob")
         if not 0 < self.controlnet_width <= 1:
@@ -75,7 +74,7 @@ class ControlArguments:
 
 
 def check_base_stays(model_args: UNetArguments, diffusion_args: DiffusionArguments, text_args: TextArguments) -> None:
-    """Checks that there is a pretrained model and no argument would modify it; raises a `ValueError` otherwise."""
+    """Raises a `ValueError` if there is no pretrained model, or an argument would modify it."""
     if model_args.pretrained_model_name_or_path is None or model_args.model_config_name_or_path is not None:
         raise ValueError(
             "A ControlNet is trained for a pretrained model. Name it with `--pretrained_model_name_or_path`, and leave "
@@ -85,26 +84,23 @@ def check_base_stays(model_args: UNetArguments, diffusion_args: DiffusionArgumen
     # A fixed variance may be given: some repositories of networks without a learned one do not say which they use.
     if (diffusion_args.variance_type or "").startswith("learned"):
         given.append("variance_type")
-    if given:
-        raise ValueError(
-            "The pretrained model stays as it is, and so does its scheduler: drop "
-            f"{', '.join(f'`{name}`' for name in given)}."
-        )
     if text_args.train_text_encoder:
-        raise ValueError("The pretrained model stays as it is, including its text encoder: drop `train_text_encoder`.")
+        given.append("train_text_encoder")
     if model_args.replace_classes:
-        raise ValueError("A ControlNet leaves its base model as it is, including its classes: drop `replace_classes`.")
+        given.append("replace_classes")
+    if given:
+        raise ValueError(f"A ControlNet leaves its base model as it is: drop {', '.join(f'`{n}`' for n in given)}.")
 
 
 def check_text_stays(model_args: UNetArguments, data_args: DataArguments, text_args: TextArguments) -> None:
-    """Checks that text encoder and tokenizer of the pretrained model are used; raises a `ValueError` otherwise."""
+    """Raises a `ValueError` if an argument would replace text encoder or tokenizer of the pretrained model."""
     index = pretrained_pipeline_config(model_args, data_args)
     for name in ("text_encoder", "tokenizer"):
         argument = f"{name}_name_or_path"
         has_own = (index.get(name) or [None])[0] is not None
         if has_own and getattr(text_args, argument) is not None:
             raise ValueError(
-                f"`{argument}` is {getattr(text_args, argument)!r}, but the pretrained model has a {name} of its own "
+                f"`{argument}` is {getattr(text_args, argument)!r}, but the pretrained model has a {name} "
                 f"({index[name][1]}) and stays as it is. Leave the argument out."
             )
 
@@ -116,8 +112,8 @@ def build_controlnet(
     noise_scheduler: LearnedVarianceDDPMScheduler,
 ) -> AdaGNControlNetModel:
     """
-    Makes a new ControlNet, or loads the one to fine-tune, and records the noise schedule in its config. Refuses one of
-    another U-Net or noise schedule, or for conditioning images of another kind than this script makes.
+    Makes a new ControlNet, or loads the one to fine-tune, and records the noise schedule in its config. Raises a
+    `ValueError` for one of another U-Net, noise schedule or kind of conditioning image.
     """
     name = control_args.controlnet_model_name_or_path
     if name is None:
@@ -126,25 +122,23 @@ def build_controlnet(
             conditioning_embedding_out_channels=control_args.conditioning_embedding_out_channels,
             width=control_args.controlnet_width,
         )
-        record_noise_schedule(controlnet, "ControlNet", noise_scheduler)
-        return controlnet
-    with reading("controlnet_model_name_or_path", name):
-        controlnet = from_subfolder_or_root(
-            AdaGNControlNetModel.from_pretrained, name, "controlnet", cache_dir=data_args.cache_dir
+    else:
+        load = AdaGNControlNetModel.from_pretrained
+        with reading("controlnet_model_name_or_path", name):
+            controlnet = from_subfolder_or_root(load, name, "controlnet", cache_dir=data_args.cache_dir)
+        controlnet.check_base(unet)
+        check_same_noise(
+            f"The ControlNet {name}",
+            controlnet.config.noise_schedule,
+            noise_scheduler,
+            controlnet,
+            how_to_record="this run records that of the pretrained model",
         )
-    controlnet.check_base(unet)
-    check_same_noise(
-        f"The ControlNet {name}",
-        controlnet.config.noise_schedule,
-        noise_scheduler,
-        controlnet,
-        how_to_record="this run records that of the pretrained model",
-    )
-    channels, factor = controlnet.config.conditioning_channels, controlnet.conditioning_factor
-    if channels != 3 or factor != 1:
-        raise ValueError(
-            f"The ControlNet {name} takes conditioning images of {channels} channels, {factor} times as large as the "
-            "samples; this script makes RGB images of their size. Train a new one."
-        )
+        channels, factor = controlnet.config.conditioning_channels, controlnet.conditioning_factor
+        if channels != 3 or factor != 1:
+            raise ValueError(
+                f"The ControlNet {name} takes conditioning images of {channels} channels, {factor} times as large as "
+                "the samples; this script makes RGB images of their size. Train a new one."
+            )
     record_noise_schedule(controlnet, "ControlNet", noise_scheduler)
     return controlnet

@@ -26,9 +26,8 @@ from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArgum
 from .conditioning import load_text, prepare_captions
 from .loading import choose_resolution
 from .losses import TrainingLosses
-from .metrics import LossMetrics
+from .metrics import LossMetrics, record_losses
 from .resume import RunRecord
-from .steps import record_losses
 from .timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from .unets import (
     IMAGE_CHANNELS,
@@ -150,7 +149,7 @@ class Diffusion:
         return conditions
 
     def record_losses(self, terms: TrainingLosses, timesteps: torch.Tensor, weights: torch.Tensor) -> None:
-        """Passes the losses of a batch to timestep sampler and metrics; see `steps.record_losses`."""
+        """Passes the losses of a batch to timestep sampler and metrics; see `metrics.record_losses`."""
         record_losses(terms, timesteps, weights, self.args.diffusion.objective, self.timestep_sampler, self.metrics)
 
     def validation_rows(self, prompts: Sequence[str] | None) -> list[Row]:

@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
-from .lora import has_adapter, load_lora
+from .lora import load_lora
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def load_average(
         folder (`str` or `os.PathLike`): The result.
     """
     for subfolder, network in networks.items():
-        if has_adapter(network):
+        if getattr(network, "peft_config", None):  # it has an adapter
             load_lora(network, folder)
             continue
         kwargs = {} if isinstance(network, ModelMixin) else {"dtype": torch.float32}

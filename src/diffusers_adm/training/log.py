@@ -65,9 +65,7 @@ class TrainingLog:
     and makes every call.
 
     Args:
-        accelerator (`Accelerator`): The accelerator of the run.
-        output_dir (`str`): The folder of the run.
-        settings (mapping): Its arguments, for the trackers.
+        settings (mapping): The arguments of the run, for the trackers.
         global_step (`int`): Optimizer steps taken before; rows of later steps are dropped and will be written again.
         max_train_steps (`int`): Optimizer steps of the whole run.
         total_batch_size (`int`): Images per optimizer step, over all processes.
@@ -115,11 +113,8 @@ class TrainingLog:
 
     def write(self, step: int, values: Mapping[str, float], learning_rate: float) -> None:
         """
-        Writes a row of training metrics, including `loss`, with learning rate and throughput since the last row. Logs a
-        warning when the run has diverged although its loss is finite.
-
-        Raises:
-            RuntimeError: If the loss is not finite.
+        Writes a row of training metrics, including `loss`, with learning rate and throughput since the last row. Raises
+        a `RuntimeError` if the loss is not finite, and logs a warning when the run has diverged otherwise.
         """
         if not math.isfinite(values["loss"]):
             raise RuntimeError(f"The loss is {values['loss']} at step {step}. {ADVICE}")

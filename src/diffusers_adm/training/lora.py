@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from ..commands.arguments import arg, check_at_least
 from ..schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY
-from .arguments import NEVER, ModelArguments, TextArguments
+from .arguments import NEVER, ModelArguments, TextArguments, check_needs, check_positive
 from .checkpoints import unwrap
 
 
@@ -51,24 +51,18 @@ class LoraArguments:
 
     def __post_init__(self):
         check_at_least(self, 1, "lora_rank")
-        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
-            raise ValueError("`lora_alpha` and `lora_target_modules` need a `lora_rank`. Pass it, e.g. 8.")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise ValueError(f"`lora_alpha` is {self.lora_alpha}; it must be positive.")
+        check_positive(self, "lora_alpha")
+        check_needs(self, "lora_rank", "lora_alpha", "lora_target_modules")
 
     def check(self, model_args: ModelArguments, text_args: TextArguments) -> None:
-        """Checks that there is a pretrained model and no argument would modify it; raises a `ValueError` otherwise."""
+        """Raises a `ValueError` if an adapter has no pretrained model, or an argument would modify it."""
         if self.lora_rank is None:
             return
         if model_args.pretrained_model_name_or_path is None:
             raise ValueError("`lora_rank` adapts a trained model. Name it with `--pretrained_model_name_or_path`.")
-        if text_args.train_text_encoder:
-            raise ValueError("`lora_rank` adapts only the U-Net. Drop `train_text_encoder`, or train all weights.")
-        if model_args.replace_classes:
-            raise ValueError(
-                "`lora_rank` leaves the pretrained weights as they are, including those of its classes. Drop "
-                "`replace_classes`, or train all weights."
-            )
+        for args, name in ((text_args, "train_text_encoder"), (model_args, "replace_classes")):
+            if getattr(args, name):
+                raise ValueError(f"`lora_rank` leaves all pretrained weights as they are. Drop `{name}`, or the rank.")
 
 
 def train_lora(
@@ -81,10 +75,9 @@ def train_lora(
 
 def add_lora(unet: ModelMixin, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> None:
     """
-    Freezes `unet` and adds an adapter to train.
+    Freezes `unet`, a model with PEFT support, and adds an adapter to train.
 
     Args:
-        unet (`ModelMixin`): A model with PEFT support, such as `AdaGNUNet2DModel`.
         rank (`int`): Rank of the adapter, at least 1.
         alpha (`float`, *optional*): The output of the adapter is multiplied by `alpha / rank`; None: by 1.
         targets (sequence of `str`, *optional*): Names of the layers to adapt, linear or convolutional, or their last
@@ -100,26 +93,20 @@ def add_lora(unet: ModelMixin, rank: int, alpha: float | None = None, targets: S
     def is_there(target: str) -> bool:
         return any(name == target or name.endswith(f".{target}") for name in layers)
 
-    if targets is None:
-        targets = [target for target in ATTENTION_TARGETS if is_there(target)]
-        if not targets:
-            raise ValueError(
-                "The U-Net has no attention projections to adapt. Name other layers, e.g. `--lora_target_modules conv1 "
-                "conv2 time_emb_proj`."
-            )
-    for target in targets:
-        if not is_there(target):
-            known = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
-            raise ValueError(
-                f"`lora_target_modules` holds {target!r}, but no linear or convolutional layer of the U-Net has that "
-                f"name. There are: {', '.join(known)}."
-            )
+    missing = [target for target in targets or () if not is_there(target)]
+    targets = [target for target in targets or ATTENTION_TARGETS if is_there(target)]
+    if missing or not targets:
+        known = sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()})
+        raise ValueError(
+            f"The U-Net has no linear or convolutional layers {missing or 'of attention'} to adapt. "
+            f"Choose `lora_target_modules` among {', '.join(known)}."
+        )
     unet.add_adapter(  # which turns gradients off for all other weights
         LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,
             init_lora_weights="gaussian",  # as diffusers' scripts do: A normal, B zero
-            target_modules=list(targets),
+            target_modules=targets,
         )
     )
 
@@ -130,7 +117,6 @@ def save_lora(unet: ModelMixin, folder: str | os.PathLike, noise_schedule: Mappi
     `unet.load_lora_adapter(folder, prefix="unet", use_safetensors=True)`.
 
     Args:
-        unet (`ModelMixin`): A model with an adapter.
         folder (`str` or `os.PathLike`): Made if it does not exist.
         noise_schedule (mapping, *optional*): The noise schedule of the training, from `noise_schedule_of`. It goes into
             the metadata: `load_lora_weights` of this package's pipelines compares it with that of their scheduler.
@@ -152,12 +138,11 @@ def save_lora(unet: ModelMixin, folder: str | os.PathLike, noise_schedule: Mappi
     )
 
 
-def has_adapter(network: torch.nn.Module) -> bool:
-    return bool(getattr(network, "peft_config", None))
-
-
 def load_lora(unet: ModelMixin, folder: str | os.PathLike) -> None:
-    """Loads a file of `save_lora` into the adapter that `unet` has. Refuses another configuration or other layers."""
+    """
+    Loads a file of `save_lora` into the adapter that `unet` has. Raises a `ValueError` for another configuration or
+    other layers: layers that the file lacks would keep their random initial weights.
+    """
     from peft import set_peft_model_state_dict
 
     path = os.path.join(folder, WEIGHTS_NAME)
@@ -166,7 +151,16 @@ def load_lora(unet: ModelMixin, folder: str | os.PathLike) -> None:
             f"The checkpoint {folder} holds no adapter ({WEIGHTS_NAME}): it was written by a run without "
             "`lora_rank`. Resume it without, or start a new run."
         )
-    _check_same_adapter(unet, path)
+    with safe_open(path, "pt") as file:
+        saved = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    current = _adapter_metadata(unet)
+    for argument, key in (("lora_rank", "r"), ("lora_alpha", "lora_alpha"), ("lora_target_modules", "target_modules")):
+        before = saved[f"{PREFIX}.{key}"]
+        if before != current[key]:
+            raise ValueError(
+                f"The adapter of {folder} was started with `{argument}` {before}, and this run has {current[key]}. "
+                "Resume with the former, or start a new run."
+            )
     state = {name.removeprefix(f"{PREFIX}."): value for name, value in load_file(path).items()}
     result = set_peft_model_state_dict(unet, state)
     # All weights of the frozen U-Net are missing keys.
@@ -182,20 +176,6 @@ def _adapter_metadata(unet: ModelMixin) -> dict[str, Any]:
     """The configuration of the adapter as JSON can hold it."""
     config = unet.peft_config["default"].to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-
-
-def _check_same_adapter(unet: ModelMixin, path: str) -> None:
-    """Refuses an adapter with another configuration: layers that it lacks would keep their random initial weights."""
-    with safe_open(path, "pt") as file:
-        saved = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
-    current = _adapter_metadata(unet)
-    for argument, key in (("lora_rank", "r"), ("lora_alpha", "lora_alpha"), ("lora_target_modules", "target_modules")):
-        before = saved[f"{PREFIX}.{key}"]
-        if before != current[key]:
-            raise ValueError(
-                f"The adapter of {os.path.dirname(path)} was started with `{argument}` {before}, and this run has "
-                f"{current[key]}. Resume with the former, or start a new run."
-            )
 
 
 def checkpoint_adapter_only(accelerator: Accelerator, noise_schedule: Mapping[str, Any] | None = None) -> None:

@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from ..deprecations import moved
+from .losses import Objective, TrainingLosses
+from .timestep_samplers import TimestepSampler
 
 
 logger = logging.getLogger(__name__)
@@ -75,24 +77,40 @@ class LossMetrics:
 
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Means over all processes since the last `reset`, with the same weight for every example. Collective: every
-        process calls it and gets the same.
-
-        Returns:
-            `dict[str, float]`: `loss`, `mse`, `vb`, `loss_q0` ... `loss_q3`; a term or quarter that saw no example is
-            absent.
+        Means over all processes since the last `reset`, with the same weight for every example: `loss`, `mse`, `vb`,
+        `loss_q0` ... `loss_q3`; a term or quarter that saw no example is absent. Collective: every process calls it and
+        gets the same.
         """
         sums, weights = accelerator.reduce(torch.stack([self.sums, self.weights]), reduction="sum").tolist()
         return {name: s / w for name, s, w in zip(METRIC_NAMES, sums, weights, strict=True) if w > 0}
 
 
-class MetricsHistory:
+def record_losses(
+    terms: TrainingLosses,
+    timesteps: torch.Tensor,
+    weights: torch.Tensor,
+    objective: Objective,
+    timestep_sampler: TimestepSampler,
+    metrics: LossMetrics,
+) -> None:
     """
-    A file of metrics, one JSON object per line: `{"step": 100, "loss": 0.25, ...}`. Values that are not finite become
-    null. Each row is flushed before `append` returns, so a killed run keeps its curves.
+    Passes the unweighted losses of a batch to sampler and metrics: with weights, the sampler would learn from its own.
+    Collective, for samplers that learn.
 
     Args:
-        path (`str` or `os.PathLike`): The file, created when first needed. Only the main process should write.
+        terms (`TrainingLosses`): From `training_losses` with this `objective`.
+        timesteps, weights (`torch.Tensor` of shape `(batch_size,)`): From the sampler.
+    """
+    timestep_sampler.update(timesteps, terms.loss.detach())
+    vb = terms.vb.detach() if objective != "simple" else None
+    metrics.update(timesteps, terms.loss.detach(), terms.mse.detach(), vb, weights)
+
+
+class MetricsHistory:
+    """
+    A file of metrics, one JSON object per line: `{"step": 100, "loss": 0.25, ...}`, created when first needed. Values
+    that are not finite become null. Each row is flushed before `append` returns, so a killed run keeps its curves. Only
+    the main process should write.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -125,15 +143,13 @@ class MetricsHistory:
         Drops the rows after `step`, which a resumed run writes again, and a row that was cut short. Call it at every
         start (with 0 for a new run).
         """
-        rows = [row for row in self.rows() if row["step"] <= step]
         if not self.path.is_file():
             return
         temporary = self.path.with_name(self.path.name + ".writing")
-        temporary.unlink(missing_ok=True)
-        rewritten = MetricsHistory(temporary)
-        temporary.touch()
-        for row in rows:
-            rewritten.append(int(row.pop("step")), row)
+        temporary.write_bytes(b"")
+        for row in self.rows():
+            if row["step"] <= step:
+                MetricsHistory(temporary).append(int(row.pop("step")), row)
         os.replace(temporary, self.path)
 
 

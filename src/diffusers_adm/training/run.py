@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,11 @@ from .checkpoints import TrainingProgress, rest_of_epoch, resume_checkpoint, sav
 from .classification import ClassificationMetrics
 from .ema import evaluation_weights, result_weights
 from .frozen import FrozenNetworks
-from .log import TrainingLog
+from .log import ADVICE, TrainingLog
 from .metrics import LossMetrics
 from .plots import plot_loss_curves
 from .resume import RunRecord, apply_arguments
 from .setup import prepare_output_dir, write_settings
-from .steps import AfterStep
 from .timestep_samplers import TimestepSampler
 from .validation import check_last_validation, save_samples, survives
 
@@ -75,11 +75,8 @@ def build_lr_scheduler(
     optimizer: Any, training_args: TrainingArguments, max_train_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """
-    The learning rate schedule, to be stepped once per optimizer step. Do not prepare it: Accelerate would step it once
-    per process.
-
-    Args:
-        optimizer (`AcceleratedOptimizer`): The prepared optimizer.
+    The learning rate schedule for a prepared optimizer, to be stepped once per optimizer step. Do not prepare it:
+    Accelerate would step it once per process.
     """
     return get_scheduler(
         training_args.lr_scheduler,
@@ -104,6 +101,20 @@ def build_ema(parameters: Iterable[torch.nn.Parameter], training_args: TrainingA
 
 
 # 2. The run
+
+
+@dataclass
+class Due:
+    """
+    What is due after an optimizer step, in this order.
+
+    Attributes:
+        checkpoint (`bool`): Every `checkpointing_steps`, and after the last step.
+        validation (`bool`): Every `validation_steps`, but not after the last step, when the result is saved first.
+    """
+
+    checkpoint: bool
+    validation: bool
 
 
 class TrainingRun:
@@ -140,7 +151,7 @@ class TrainingRun:
         optimizer (`AcceleratedOptimizer`): As prepared.
         ema (`EMAModel`, *optional*): The average of `parameters`.
         progress (`TrainingProgress`): The counters.
-        after_step (`AfterStep`): Updates learning rate, average, counters and log; returns what is due.
+        max_train_steps (`int`): Optimizer steps of the whole run.
         log (`TrainingLog`): The log.
     """
 
@@ -158,7 +169,7 @@ class TrainingRun:
         description: str = "",
     ):
         self.accelerator, self.record, self.training_args, self.frozen = accelerator, record, training_args, frozen
-        self.logger = get_logger(record.script)
+        self.metrics, self.logger = metrics, get_logger(record.script)
         self.trained = torch.nn.ModuleList(networks.values())
         self.parameters = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
         dataloader = build_dataloader(train_dataset, data_args, training_args)
@@ -169,14 +180,14 @@ class TrainingRun:
         self.networks = {first: prepared} | {name: accelerator.prepare(networks[name]) for name in others}
         steps_per_epoch = math.ceil(len(self.dataloader) / training_args.gradient_accumulation_steps)
         self.max_train_steps = training_args.max_train_steps or training_args.num_train_epochs * steps_per_epoch
-        lr_scheduler = build_lr_scheduler(self.optimizer, training_args, self.max_train_steps)
+        self.lr_scheduler = build_lr_scheduler(self.optimizer, training_args, self.max_train_steps)
         self.ema, self.progress = build_ema(self.parameters, training_args), TrainingProgress()
         # Their order is that of the files in a checkpoint.
-        states = (lr_scheduler, timestep_sampler, self.progress, frozen)
+        states = (self.lr_scheduler, timestep_sampler, self.progress, frozen)
         accelerator.register_for_checkpointing(*(state for state in states if state is not None))
 
         prepare_output_dir(accelerator, training_args)
-        self._resume(networks, lr_scheduler, timestep_sampler)
+        self._resume(networks, timestep_sampler)
         if self.ema is not None:
             self.ema.to(accelerator.device)
         step, batch_size = self.progress.global_step, training_args.train_batch_size
@@ -188,25 +199,9 @@ class TrainingRun:
         self.log = TrainingLog(
             accelerator, training_args.output_dir, record.settings, step, self.max_train_steps, batch_size
         )
-        self.after_step = AfterStep(
-            accelerator,
-            training_args,
-            self.max_train_steps,
-            self.progress,
-            lr_scheduler,
-            self.ema,
-            self.parameters,
-            metrics,
-            self.log,
-        )
         self.trained.train()
 
-    def _resume(
-        self,
-        networks: Mapping[str, torch.nn.Module],
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-        timestep_sampler: TimestepSampler | None,
-    ) -> None:
+    def _resume(self, networks: Mapping[str, torch.nn.Module], timestep_sampler: TimestepSampler | None) -> None:
         """Loads the checkpoint, if there is one, applies changed arguments, and writes the arguments of the run."""
         record, training_args = self.record, self.training_args
         record.check_steps(self.max_train_steps)
@@ -221,7 +216,7 @@ class TrainingRun:
             not_restored=[timestep_sampler] if is_other_sampler else [],
         )
         if path is not None:
-            apply_arguments(training_args, self.optimizer, lr_scheduler, self.ema)
+            apply_arguments(training_args, self.optimizer, self.lr_scheduler, self.ema)
             record.checkpoint.step = self.progress.global_step
             record.check_steps(self.max_train_steps)
             if self.progress.global_step == self.max_train_steps:
@@ -252,13 +247,43 @@ class TrainingRun:
         """`accelerator.accumulate` for all networks that are trained."""
         return self.accelerator.accumulate(*self.networks.values())
 
+    def after_step(self) -> Due:
+        """
+        Updates learning rate, average and counters after an optimizer step, and writes a row of the log where one is
+        due. Returns what is due now. Raises a `RuntimeError` if the loss of a row, or a weight that would be saved in a
+        checkpoint, is not finite.
+        """
+        if not self.accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
+            self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.progress.global_step += 1
+        self.log.advance()
+        step, arguments = self.progress.global_step, self.training_args
+        is_last = step == self.max_train_steps
+        due = Due(
+            checkpoint=is_last or step % arguments.checkpointing_steps == 0,
+            validation=not is_last and bool(arguments.validation_steps) and step % arguments.validation_steps == 0,
+        )
+        # A checkpoint ends a row, too: it does not hold the sums of an unfinished one.
+        if step % arguments.logging_steps == 0 or due.checkpoint:
+            values = self.metrics.compute(self.accelerator)  # the one place that waits for the device
+            self.metrics.reset()
+            self.log.write(step, values, float(self.lr_scheduler.get_last_lr()[0]))
+        if due.checkpoint:  # a checkpoint of weights that are not finite could replace a sound one
+            averages = self.ema.shadow_params if self.ema is not None else []
+            for name, tensors in (("weights", self.parameters), ("averaged weights", averages)):
+                finite = [torch.isfinite(tensor).all() for tensor in tensors]
+                if finite and not torch.stack(finite).all():  # waits for the device once
+                    raise RuntimeError(
+                        f"The {name} are not finite at step {step}, so no checkpoint of them is saved. {ADVICE}"
+                    )
+        return due
+
     def save_checkpoint(self, save_result: Callable[[str], None]) -> None:
         """
-        Saves a checkpoint. Collective.
-
-        Args:
-            save_result (function of a folder): Writes the result that the run would have if it ended here. It is called
-                on the main process, with the averaged weights in place.
+        Saves a checkpoint. `save_result` writes the result that the run would have if it ended here into a folder, on
+        the main process and with the averaged weights in place. Collective.
         """
         save_checkpoint(
             self.accelerator,
@@ -288,10 +313,8 @@ class TrainingRun:
 
     def show_samples(self, generate: Callable[[], Image.Image]) -> None:
         """
-        Plots the loss and saves validation images, on the main process.
-
-        Args:
-            generate (callable): Returns the validation images. Called in evaluation mode with the averaged weights.
+        Plots the loss and saves validation images, on the main process. `generate`, called in evaluation mode with the
+        averaged weights, returns them.
         """
         if not self.accelerator.is_main_process:
             return
@@ -310,16 +333,14 @@ class TrainingRun:
         name: str,
     ) -> None:
         """
-        Saves the result with the averaged weights; then validates and publishes it, which could fail.
+        Saves the result with the averaged weights; then validates and publishes it, which could fail. Raises a
+        `CommandError` if the last validation has failed.
 
         Args:
             save_result (function of a folder): As of `save_checkpoint`.
             validate (callable): The last validation; whether it succeeded. Every process calls it.
             publish (callable): Pushes the folder of the run to the Hub, if the arguments say so.
             name (`str`): What was trained, for the log.
-
-        Raises:
-            CommandError: If the last validation has failed.
         """
         self.log.close()
         output_dir = self.training_args.output_dir

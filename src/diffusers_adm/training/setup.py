@@ -49,7 +49,7 @@ def start_run(script: str, all_args: Sequence[Any], record: RunRecord, warnings:
 def start_accelerator(training_args: TrainingArguments, script: str) -> Accelerator:
     """
     Joins the processes and sets up logging: the main process reports what `script` (the name of its logger) and this
-    package do, the others only errors. Refuses a configuration of Accelerate that splits the weights over processes.
+    package do, the others only errors. Raises a `ValueError` if Accelerate would split the weights over processes.
     """
     import datasets
 
@@ -74,7 +74,7 @@ def start_accelerator(training_args: TrainingArguments, script: str) -> Accelera
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"Accelerate is configured for {accelerator.distributed_type.value}, which splits the weights over "
-            "processes; the averaged weights and checkpoints of this script need them whole. Use `multi_gpu`."
+            "processes; their average and the checkpoints need them whole. Use `multi_gpu`."
         )
     if training_args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -100,8 +100,8 @@ def write_settings(folder: str | os.PathLike, settings: Mapping[str, Any]) -> No
 
 def check_output_dir(training_args: TrainingArguments) -> None:
     """
-    Refuses a folder that cannot be made, or that holds checkpoints of another run, unless the arguments say to resume
-    it or to start a new one. A new run would mix with it: `latest` finds the highest step, of whichever run.
+    Raises a `ValueError` for a folder that cannot be made, or that holds checkpoints of another run which the arguments
+    neither resume nor delete: `latest` would find the highest step, of whichever run.
     """
     output_dir = training_args.output_dir
     check_can_be_written("output_dir", output_dir)
