@@ -35,6 +35,11 @@ OLD_NAMES = {
         CaptionEmbeddings CaptionTokens Captions build_text_encoder drop_captions encode_captions
         freeze_unused_parameters load_text_encoder load_tokenizer stored_conditioning text_encoder_class
     """,
+    "training.classification": """
+        BalancedClassSampler ClassificationMetrics fit_classifier_head load_id2label match_classes
+        match_classifier_classes plot_accuracy_by_timestep plot_classifier_curves save_id2label timestep_bin_edges
+    """,
+    "training.conditioning": "caption_model_kwargs load_text prepare_captions",
     "training.control": "ControlDataset",
     "training.data": """
         EpochShuffleSampler ImageDataset UnusableImageError check_batch_fits check_column check_images
@@ -45,6 +50,7 @@ OLD_NAMES = {
     "training.publication": "prepare_repository push_result run_settings",
     "training.repositories": "check_can_be_written from_subfolder_or_root reading",
     "training.seeding": "derive_seed seed_step",
+    "training.steps": "AfterStep Due record_losses",
 }
 
 

@@ -29,6 +29,14 @@ MOVED_MODULES = {
     "super_resolution": ("conditioning.low_resolution",),
     "text_encoding": ("conditioning.text",),
     "training.captions": ("data.captions", "data.text_encoders", "conditioning.text"),
+    "training.classification": (
+        "training.metrics",
+        "training.classifiers",
+        "training.plots",
+        "data.labels",
+        "data.samplers",
+    ),
+    "training.conditioning": ("training.diffusion", "conditioning.class_labels", "conditioning.text"),
     "training.control": ("data.images",),
     "training.data": (
         "data.images",
@@ -45,6 +53,7 @@ MOVED_MODULES = {
     "training.publication": ("hub.publication", "training.setup"),
     "training.repositories": ("data.repositories",),
     "training.seeding": ("data.seeding",),
+    "training.steps": ("training.metrics", "training.run"),
 }
 
 

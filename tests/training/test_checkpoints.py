@@ -64,9 +64,7 @@ def test_round_trip_of_everything(tmp_path):
 
 
 def test_progress_of_another_version_is_refused():
-    with pytest.raises(
-        ValueError, match=r"holds the counters \['global_step'\], not \['batch_in_epoch', .*Resume it with"
-    ):
+    with pytest.raises(ValueError, match=r"holds the counters \['global_step'\], not \['batch_in_epoch', "):
         TrainingProgress().load_state_dict({"global_step": 3})
 
 
@@ -133,7 +131,7 @@ def test_how_a_checkpoint_can_be_named(tmp_path, monkeypatch, caplog):
     caplog.clear()
     assert resume_checkpoint(run.accelerator, tmp_path / "new", "latest") is None
     assert "starting a new run" in caplog.text
-    with pytest.raises(ValueError, match="neither a folder nor .* Found there: checkpoint-3, checkpoint-4"):
+    with pytest.raises(ValueError, match="neither a folder nor .* found in .*: checkpoint-3, checkpoint-4"):
         resume_checkpoint(run.accelerator, tmp_path / "run", "checkpoint-5")
     with pytest.raises(ValueError, match="is not a complete checkpoint"):
         resume_checkpoint(run.accelerator, tmp_path / "run", str(tmp_path / "run"))

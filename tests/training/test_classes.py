@@ -168,8 +168,8 @@ class TestPlan:
         [
             (["ape"], {}, {}, "has 1 class.*, the pretrained U-Net has 2 and names none, .* 'ape' would be"),
             (["cat", "cow"], {0: "cat"}, {}, "has 2 and names 1 of them, .* them 'cow' would be. Pass `--replace"),
-            (["ape"], {}, {"frozen": "it stays"}, r"would be\. Name all classes of the pretrained model"),
-            (["ape", "dog"], NAMES, {"frozen": "it stays"}, "does not know: 'ape'. They need new rows, but it stays."),
+            (["ape"], {}, {"frozen": "it stays"}, r"would be\. Name all its classes"),
+            (["ape", "dog"], NAMES, {"frozen": "it stays"}, "lacks: 'ape'. They need new rows, but it stays."),
             (["ape", "cat"], {0: "cat", 1: "cat"}, {}, "has a class 'cat', but classes 0 and 1 .* both have this name"),
         ],
     )
@@ -503,7 +503,7 @@ class TestClassifier:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_column": "none"}, "`replace_classes` was given without a `label_column`"),
+        ({"label_column": "none"}, "`replace_classes` was given without `label_column`"),
         (
             {"pretrained_model_name_or_path": "none", "model_config_name_or_path": "unet.json"},
             "`replace_classes` was given without `pretrained_model_name_or_path`",

@@ -621,7 +621,7 @@ class TestSources:
 
 def test_nothing_to_resume_and_nothing_to_begin_with(tmp_path):
     """For instance, a mistyped folder: arguments left out cannot be taken from the run."""
-    with pytest.raises(ValueError, match="There is no checkpoint in .*run to resume from.*`--output_dir`"):
+    with pytest.raises(ValueError, match="There is no checkpoint in .*run.*`--output_dir`"):
         parse("train_adm", output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest")
 
 

@@ -576,9 +576,9 @@ class TestBadInput:
             ({"objective": "vlb", "snr_gamma": 5.0}, "`snr_gamma` weights the squared error"),
             (
                 {"variance_type": "fixed_small", "objective": "simple"},
-                "has 6 output channels for 3 image channels, but `variance_type` 'fixed_small' needs 3",
+                "has 6 output channels, but `variance_type` 'fixed_small' needs 3",
             ),
-            ({"ddpm_num_steps": 1}, "`validation_num_inference_steps` is 2, but the noise schedule .* has 1 timesteps"),
+            ({"ddpm_num_steps": 1}, "`validation_num_inference_steps` is 2; the noise schedule .* allows 1 at most"),
             ({"resolution": 9}, "The resolution is 9; .* divisible by 2. Pass e.g. `--resolution 10`"),
             ({"train_batch_size": 164}, "There are 163 usable images, but one step takes 164"),
             ({"min_image_size": 100}, "None of the 163 images can be used: 163 too small"),
@@ -626,17 +626,17 @@ class TestBadInput:
             (
                 {"out_channels": 3},
                 {},
-                "has 3 output channels for 3 image channels, but `variance_type` 'learned_range'",
+                "has 3 output channels, but `variance_type` 'learned_range'",
             ),
-            ({"in_channels": 1, "out_channels": 2}, {}, "The U-Net takes 1 channels; this script trains on RGB"),
-            ({"num_class_embeds": 9}, {}, "class-conditional .9 classes, no null class., but no `label_column`"),
+            ({"in_channels": 1, "out_channels": 2}, {}, "The U-Net takes 1 channels; this script trains U-Nets of 3"),
+            ({"num_class_embeds": 9}, {}, "class-conditional .9 classes, no null class.. Pass `label_column`"),
             (
                 {"num_class_embeds": 9},
                 {"label_column": "label"},
                 "`class_dropout_prob` is 0.1, but the U-Net has no null",
             ),
             (CONDITIONAL, {"label_column": "label"}, "The data has 9 classes, but the U-Net has room for 4"),
-            ({"sample_size": None}, {}, "The resolution is None.*Pass `--resolution`"),
+            ({"sample_size": None}, {}, "The resolution is None.*pass a square `--resolution`"),
             ({"block_out_channel": [8, 16]}, {}, "'block_out_channel'.*Did you mean `block_out_channels`"),
         ],
     )

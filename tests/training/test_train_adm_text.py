@@ -621,7 +621,7 @@ class TestBadInput:
                 {"caption_column": "none", "train_text_encoder": True},
                 "was given without `caption_column`",
             ),
-            ({"caption_column": "none"}, "The U-Net has cross-attention, so it needs captions"),
+            ({"caption_column": "none"}, "`caption_column` is None, but the U-Net has cross-attention"),
         ],
     )
     def test_arguments(self, short, monkeypatch, changes, message):

@@ -405,14 +405,14 @@ class TestFineTuning:
             assert torch.allclose(weight, classifier.state_dict()[name], atol=1e-6), name
         scheduler = LearnedVarianceDDPMScheduler.from_pretrained(short["output_dir"], subfolder="scheduler")
         assert scheduler.config.num_train_timesteps == 40
-        assert "its class 0 for 'Activities'" in caplog.text
+        assert "equal numbers are taken for equal classes" in caplog.text
 
     def test_what_does_not_fit(self, short, tmp_path):
         self.save(tmp_path / "base", num_classes=4)
         with pytest.raises(ValueError, match="The data has 9 class.*, the pretrained classifier has 4 and names none"):
             self.fine_tune(short, tmp_path / "base")
         self.save(tmp_path / "other")
-        with pytest.raises(ValueError, match="The resolution is 16, but the attention pool .* was built for 8"):
+        with pytest.raises(ValueError, match="The resolution is 16; the .* attention pool is for 8"):
             self.fine_tune(short, tmp_path / "other", resolution=16)
         with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is .*is no file or folder here and"):
             self.fine_tune(short, tmp_path / "nowhere")
@@ -454,9 +454,9 @@ class TestBadInput:
             ({"pretrained_model_name_or_path": "some/where"}, "Pass either `--model_config_name_or_path`"),
             ({"noised": False, "ddpm_num_steps": 10}, "there is no noise to describe: drop num_train_timesteps"),
             ({"num_timestep_bins": 0}, "`num_timestep_bins` is 0; it must be at least 1"),
-            ({"ddpm_num_steps": 5}, "`num_timestep_bins` is 10; it must lie between 1 and the number .*, 5"),
+            ({"ddpm_num_steps": 5}, "`num_timestep_bins` is 10; it must lie in .1, 5."),
             ({"validation_steps": 0}, "`validation_steps` is 0; it must be at least 1"),
-            ({"max_validation_samples": 3}, "`max_validation_samples` was given, but no held-out images"),
+            ({"max_validation_samples": 3}, "`max_validation_samples` was given without `validation_data_files`"),
             ({"validation_data_files": EMOJI, "validation_split": "test"}, 'Unknown split "test"'),
             ({"resolution": 9}, "`sample_size` is 9; .* divisible by 2"),
             ({"train_batch_size": 164}, "There are 163 usable images, but one step takes 164"),
@@ -469,7 +469,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"num_classes": 4}, "The data has 9 classes, but `num_classes` in the config is 4"),
+            ({"num_classes": 4}, "The data has 9 classes; `num_classes` in the config is 4"),
             ({"in_channels": 1}, "The classifier takes 1 channels; this script trains on RGB images: 3"),
             ({"_class_name": "AdaGNUNet2DModel"}, "is the config of `AdaGNUNet2DModel`; this script trains"),
             (
@@ -486,7 +486,7 @@ class TestBadInput:
     def test_data(self, short, tmp_path):
         del short["data_files"]
         write_class_folders(tmp_path / "one" / "train", {"cats": 8})
-        with pytest.raises(ValueError, match="All 8 usable images are of one class, 'cats'"):
+        with pytest.raises(ValueError, match="All 8 usable images are of one class"):
             train(**short, train_data_dir=tmp_path / "one")
         write_class_folders(tmp_path / "two" / "train", {"cats": 8, "dogs": 8})
         write_class_folders(tmp_path / "two" / "test", {"cats": 8, "owls": 8})

@@ -309,8 +309,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"in_channels": 3}, "takes 3 channels; this script trains on RGB images and 3 further channels: 6"),
-            ({"out_channels": 12}, "has 12 output channels for 3 image channels"),
+            ({"in_channels": 3}, "takes 3 channels; this script trains U-Nets of 6"),
+            ({"out_channels": 12}, "has 12 output channels"),
             ({"time_cond_proj_dim": None}, "config has no `time_cond_proj_dim`. Set it"),
         ],
     )

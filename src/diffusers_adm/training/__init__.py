@@ -46,11 +46,9 @@ from .checkpoints import (
     unwrap,
 )
 from .classes import ClassPlan, plan_classes
-from .classification import ClassificationMetrics, timestep_bin_edges
 from .classifiers import CLASSIFIER_ARGUMENTS, evaluate, load_classification, match_classifier_classes
-from .conditioning import caption_model_kwargs, load_text, prepare_captions
 from .controlnets import ControlArguments, build_controlnet, check_base_stays, check_text_stays
-from .diffusion import Diffusion, load_diffusion
+from .diffusion import Diffusion, caption_model_kwargs, load_diffusion, load_text, prepare_captions
 from .effects import check_effects
 from .ema import ema_weights, evaluation_weights, result_weights
 from .frozen import FrozenNetworks
@@ -67,7 +65,7 @@ from .loading import (
 from .log import TrainingLog
 from .lora import LoraArguments, add_lora, checkpoint_adapter_only, save_lora, train_lora
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
-from .metrics import LossMetrics, MetricsHistory, record_losses
+from .metrics import ClassificationMetrics, LossMetrics, MetricsHistory, record_losses, timestep_bin_edges
 from .plots import plot_accuracy_by_timestep, plot_classifier_curves, plot_loss_curves
 from .resume import RunRecord, parse_run
 from .run import TrainingRun, build_dataloader, build_ema, build_lr_scheduler, build_optimizer
@@ -105,6 +103,7 @@ from .validation import (
 __getattr__ = moved(
     __name__,
     {
+        "AfterStep": "training.run.TrainingRun",
         "ControlDataset": "data.images.ImageDataset",
         "checkpoint_adapter_alone": "training.lora.checkpoint_adapter_only",
         "check_grids": "training.unets.check_sampling_steps",

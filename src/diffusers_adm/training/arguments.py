@@ -34,6 +34,17 @@ class Verdict(enum.Enum):
 FREE, APPLIED, PROCESS, NEVER, SOURCE = Verdict.FREE, Verdict.APPLIED, Verdict.PROCESS, Verdict.NEVER, Verdict.SOURCE
 
 
+# Arguments of the noise schedule -> keys in the config of a scheduler.
+NOISE_ARGUMENTS = {
+    "ddpm_num_steps": "num_train_timesteps",
+    "ddpm_beta_schedule": "beta_schedule",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "prediction_type": "prediction_type",
+    "variance_type": "variance_type",
+}
+
+
 def resume_verdicts(argument_types: Sequence[type]) -> dict[str, Verdict]:
     """The verdict of each argument of a script, by name."""
     return {f.name: f.metadata["resume"] for types in argument_types for f in dataclasses.fields(types)}
@@ -170,13 +181,8 @@ class NoiseArguments:
 
     def given(self) -> dict[str, Any]:
         """The values that were given, by the names of `LearnedVarianceDDPMScheduler`'s arguments."""
-        arguments = {
-            "num_train_timesteps": self.ddpm_num_steps,
-            "beta_schedule": self.ddpm_beta_schedule,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-        }
-        return {name: value for name, value in arguments.items() if value is not None}
+        values = {key: getattr(self, name, None) for name, key in NOISE_ARGUMENTS.items()}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass
@@ -196,10 +202,6 @@ class DiffusionArguments(NoiseArguments):
     timestep_sampler: TimestepSamplerName = arg(
         "uniform", "Distribution of the training timesteps; loss-second-moment is meant for vlb.", resume=PROCESS
     )
-
-    def given(self) -> dict[str, Any]:
-        arguments = {"prediction_type": self.prediction_type, "variance_type": self.variance_type}
-        return super().given() | {name: value for name, value in arguments.items() if value is not None}
 
 
 @dataclass

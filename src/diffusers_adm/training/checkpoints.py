@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,7 @@ class TrainingProgress:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         if set(state_dict) != set(vars(self)):
-            raise ValueError(
-                f"The checkpoint holds the counters {sorted(state_dict)}, not {sorted(vars(self))}. Resume it with the "
-                "version that wrote it."
-            )
+            raise ValueError(f"The checkpoint holds the counters {sorted(state_dict)}, not {sorted(vars(self))}.")
         vars(self).update(state_dict)
 
 
@@ -84,10 +81,10 @@ def save_checkpoint(
     save_record: Callable[[str], None] | None = None,
 ) -> str:
     """
-    Writes `output_dir/checkpoint-<global_step>`, deletes old checkpoints, and returns its path. Collective.
+    Writes `output_dir/checkpoint-<global_step>` with all that `accelerator` has prepared and registered, deletes old
+    checkpoints, and returns its path. Collective.
 
     Args:
-        accelerator (`Accelerator`): Its prepared and registered objects are saved.
         output_dir (`str` or `os.PathLike`): The folder of the run, the same on every process.
         global_step (`int`): Optimizer steps taken. An existing checkpoint of that step is replaced.
         total_limit (`int`, *optional*): Number of checkpoints to keep, including the new one; at least 1. None keeps
@@ -97,23 +94,21 @@ def save_checkpoint(
         save_record (function of a folder, *optional*): Writes the record of the run, likewise.
     """
     if total_limit is not None and total_limit < 1:
-        raise ValueError(
-            f"`total_limit` is {total_limit}, which would delete the new checkpoint. Use 1 or more, or None."
-        )
+        raise ValueError(f"`total_limit` is {total_limit}; it must be at least 1, or None.")
     output_dir = Path(output_dir)
     path = output_dir / f"checkpoint-{global_step}"
     writing = output_dir / f"{WRITING_PREFIX}{path.name}"
-    if _owns_files(accelerator):
+    owns_files = _owns_files(accelerator)
+    if owns_files:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(writing))
-    if _owns_files(accelerator):
-        for save in (save_result, save_record):
-            if save is not None:
-                save(str(writing))
+    for save in (save_result, save_record):
+        if owns_files and save is not None:
+            save(str(writing))
     accelerator.wait_for_everyone()
-    if _owns_files(accelerator):
+    if owns_files:
         _flush_to_disk(writing)
         replaced = output_dir / f"{REPLACED_PREFIX}{path.name}"
         if path.exists():
@@ -142,12 +137,7 @@ def delete_checkpoints(output_dir: str | os.PathLike) -> None:
 
 def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str) -> Path | None:
     """
-    Finds a checkpoint.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): The folder of the run.
-        resume_from_checkpoint (`str`): "latest" (the newest in `output_dir`), the path of a checkpoint, or the name of
-            one in `output_dir`.
+    Finds a checkpoint: "latest" (the newest in `output_dir`), a path, or the name of one in `output_dir`.
 
     Returns:
         `Path`: Its folder; None for "latest" if there is none. If the run was killed while it replaced that checkpoint,
@@ -166,46 +156,35 @@ def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str) 
         path = Path(resume_from_checkpoint)
         if not path.is_dir():
             path = checkpoints.get(_step(resume_from_checkpoint), output_dir / resume_from_checkpoint)
-    found = [f"checkpoint-{step}" for step in sorted(checkpoints)]
+    others = [step for step in sorted(checkpoints) if step != _step(path.name.removeprefix(REPLACED_PREFIX))]
+    fault = None
     if not path.is_dir():
+        fault = "which is neither a folder nor a checkpoint there"
+    elif path.name.startswith(WRITING_PREFIX) or _count_writers(path) == 0:
+        fault = f"but {path} is not a complete checkpoint"
+    elif damaged := [file for file in sorted(path.rglob("*")) if file.is_file() and _is_damaged(file)]:
+        size = f"{damaged[0].stat().st_size:,} bytes"
+        fault = f"but {damaged[0]} ({size}) is damaged. If the checkpoint was copied, copy it again"
+    if fault is not None:
+        found = ", ".join(f"checkpoint-{step}" for step in others) or "none"
         raise ValueError(
-            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is neither a folder nor a checkpoint in "
-            f"{output_dir}. Found there: {', '.join(found) or 'none'}. Pass one of them, a path, or 'latest'."
-        )
-    if path.name.startswith(WRITING_PREFIX) or _count_writers(path) == 0:
-        raise ValueError(
-            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {path} is not a complete checkpoint. "
-            f"Checkpoints are folders `checkpoint-<step>`; found in {output_dir}: {', '.join(found) or 'none'}."
-        )
-    damaged = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_damaged(file)]
-    if damaged:
-        others = [name for name in found if name != path.name.removeprefix(REPLACED_PREFIX)]
-        raise ValueError(
-            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but {damaged[0]} ({damaged[0].stat().st_size:,} "
-            "bytes) is damaged: it was cut short, or altered. If the checkpoint was copied, copy it again. Otherwise "
-            f"resume from another one; found in {output_dir}: {', '.join(others) or 'none'}."
+            f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, {fault}. Others found in {output_dir}: {found}."
         )
     return path
 
 
 def _is_damaged(file: Path) -> bool:
-    """
-    Whether a file of a checkpoint lacks the structure of its format, because it was cut short or emptied. Its values
-    are not read.
-    """
-    if file.suffix == ".safetensors":
-        try:
+    """Whether a file of a checkpoint was cut short or emptied, by the structure of its format."""
+    try:
+        if file.suffix == ".safetensors":
             with safe_open(file, "pt"):  # compares the size of the file with that of its tensors
                 return False
-        except SafetensorError:
-            return True
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+    except (SafetensorError, ValueError):  # ValueError also for bytes that are not text
+        return True
     if file.suffix in (".bin", ".pkl", ".pt"):
         return not zipfile.is_zipfile(file)  # `torch.save` writes zip files, whose directory is at the end
-    if file.suffix == ".json":
-        try:
-            json.loads(file.read_bytes())
-        except ValueError:  # also for bytes that are not text
-            return True
     return file.suffix == ".yaml" and file.stat().st_size == 0
 
 
@@ -222,8 +201,6 @@ def resume_checkpoint(
     `accelerator` has prepared and registered. Collective.
 
     Args:
-        accelerator (`Accelerator`): Set up as for the run that wrote the checkpoint.
-        output_dir (`str` or `os.PathLike`): The folder of the run.
         resume_from_checkpoint (`str`, *optional*): As for `find_checkpoint`; None loads nothing.
         ema (`EMAModel`, *optional*): The average, which is not registered. It is read by `load_average`, or, from a
             checkpoint of an earlier version, from the objects that were registered there.
@@ -257,12 +234,11 @@ def resume_checkpoint(
             accelerator.num_processes,
         )
     _check_shapes(accelerator, path)
-    registered = [obj for obj in [ema] if obj is not None and not (load_average and load_average(str(path)))]
+    registered = [] if ema is None or (load_average and load_average(str(path))) else [ema]
     with _restorable(accelerator, path, registered, not_restored):
         accelerator.load_state(str(path))
-    found = [checkpoint.name for _, checkpoint in sorted(_list_checkpoints(output_dir).items())]
-    later = [name for name in found if path.parent == output_dir and _step(name) > _step(path.name)]
-    if later:
+    later = [f"checkpoint-{step}" for step in sorted(_list_checkpoints(output_dir)) if step > _step(path.name)]
+    if later and path.parent == output_dir:
         logger.warning(
             "Resumed from %s although %s exist. 'latest' would pick the highest step; move them away if that run is "
             "abandoned.",
@@ -278,7 +254,7 @@ def _count_writers(checkpoint: Path) -> int:
 
 
 def _check_shapes(accelerator: Accelerator, path: Path) -> None:
-    """Refuses weights of another network in one sentence; torch would list all of them."""
+    """Raises a `ValueError` of one sentence for weights of another network; torch would list all of them."""
     for index, model in enumerate(accelerator._models):
         file = path / f"{SAFE_MODEL_NAME}{f'_{index}' if index else ''}.safetensors"
         if not file.is_file():  # an adapter, which its own hook reads and checks
@@ -296,26 +272,25 @@ def _check_shapes(accelerator: Accelerator, path: Path) -> None:
             raise ValueError(
                 f"{path} holds the weights of another network: {len(differing)} of {len(expected)} tensors differ, "
                 f"such as {name!r}, of shape {shapes.get(name, 'none')} there and {expected.get(name, 'none')} here. "
-                "Resume it with the same network (config, classes and adapter), or start a new run."
+                "Resume it with the same config, classes and adapter, or start a new run."
             )
 
 
 @contextmanager
 def _restorable(
-    accelerator: Accelerator, path: Path, registered: Iterable[Any], not_restored: Collection[Any]
+    accelerator: Accelerator, path: Path, registered: Collection[Any], not_restored: Collection[Any]
 ) -> Iterator[None]:
     """Restricts `accelerator` to the objects that the checkpoint holds, for the duration of a `with` block."""
     objects, scaler = accelerator._custom_objects, accelerator.scaler
     ignored = [_Ignored() if any(obj is other for other in not_restored) else obj for obj in objects]
-    accelerator._custom_objects = [*ignored, *registered]
     saved = len(list(path.glob("custom_checkpoint_*.pkl")))
-    if saved != len(accelerator._custom_objects):
-        accelerator._custom_objects = objects
+    if saved != len([*ignored, *registered]):
         raise ValueError(
             f"{path} holds the state of {saved} objects besides the networks, but this run has {len(ignored)}"
             + (", and an average of the weights (`use_ema`)" if registered else "")
             + ". Resume it with the script and the `use_ema` that it was written with."
         )
+    accelerator._custom_objects = [*ignored, *registered]
     if scaler is not None and not (path / SCALER_NAME).is_file():
         accelerator.scaler = None  # the run was not in fp16 so far: the scaler starts as a new one
     try:

@@ -23,23 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassPlan:
-    """
-    The rows of a network for the classes of some data.
+    """The rows of a network for the classes of some data."""
 
-    Attributes:
-        sources: The row of the pretrained network that each row copies; None for a new row.
-        null_class_id: The row of the null class; None if there is none.
-        id2label: Row -> name, for all rows with a name.
-        to_row: Number of a class in the data -> row.
-        added: Names of the new classes.
-        absent: Names of the classes that are kept although the data lacks them.
-        dropped: Names of the removed classes.
-    """
-
-    sources: tuple[int | None, ...]
+    sources: tuple[int | None, ...]  # the row of the pretrained network that each row copies; None for a new row
     null_class_id: int | None
-    id2label: dict[int, str]
-    to_row: dict[int, int]
+    id2label: dict[int, str]  # row -> name, for all rows with a name
+    to_row: dict[int, int]  # number of a class in the data -> row
+    # Names of the new classes, of those that are kept although the data lacks them, and of the removed ones.
     added: tuple[str, ...]
     absent: tuple[str, ...]
     dropped: tuple[str, ...]
@@ -98,19 +88,18 @@ def plan_classes(
             raise ValueError(
                 f"The data has {len(id2label)} class(es), the pretrained {network} has {len(class_rows)} and names "
                 f"{named}, so it is unclear which of them {list_names(id2label[number] for number in new)} would be. "
-                f"{advice} all classes of the pretrained model: in `id2label` of a pipeline's `model_index.json`, or "
-                "in `id2label.json` of a classifier."
+                f"{advice} all its classes, in `id2label` of `model_index.json` or a classifier's `id2label.json`."
             )
         found, new = {number: number for number in id2label}, []
         logger.warning(
-            f"The pretrained {network} names no classes and has as many as the data. Equal numbers are taken for equal "
-            f"classes: its class 0 for {id2label[0]!r}, and so on."
+            f"The pretrained {network} names no classes and has as many as the data: equal numbers are taken for equal "
+            "classes."
         )
     if new and frozen:
         raise ValueError(
-            f"The data has classes that the pretrained {network} does not know: "
+            f"The data has classes that the pretrained {network} lacks: "
             f"{list_names(id2label[number] for number in new)}. They need new rows, but {frozen}. Remove their images, "
-            "or fine-tune all weights of the model on these classes first."
+            "or fine-tune all weights on them first."
         )
 
     # 2. which row each row copies
@@ -151,8 +140,8 @@ def log_plan(plan: ClassPlan, network: str) -> None:
     if plan.absent:
         if not matched:
             logger.warning(
-                f"The pretrained {network} knows none of the data's classes; its own are {list_names(plan.absent)}. If "
-                "they are the same under other names, rename them; `--replace_classes` drops those that the data lacks."
+                f"The pretrained {network} knows none of the data's classes; its own are {list_names(plan.absent)}. "
+                "Rename classes that are the same; `--replace_classes` drops those that the data lacks."
             )
         logger.info(
             f"Classes of the {network} without images here, kept: {len(plan.absent)} ({list_names(plan.absent)})"
@@ -162,14 +151,7 @@ def log_plan(plan: ClassPlan, network: str) -> None:
 
 
 def copy_rows(table: torch.Tensor, sources: Iterable[int | None], new: torch.Tensor) -> torch.Tensor:
-    """
-    Builds a table from copies of the rows of another.
-
-    Args:
-        table (`torch.Tensor` of shape `(num_rows, ...)`): The other table.
-        sources (iterable of `int` or None): The row to copy for each row of the result; None for a new row.
-        new (`torch.Tensor` of shape `(...)`): Initial value of new rows.
-    """
+    """Copies of the rows `sources` of `table` `(num_rows, ...)`, with `new` `(...)` where `sources` is None."""
     return torch.stack([new if source is None else table[source] for source in sources]).detach()
 
 

@@ -24,7 +24,6 @@ from ..models.classifier_adagn import AdaGNClassifierModel, AttentionPool2D
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from .arguments import FREE, NEVER, PROCESS, DataArguments, ModelArguments, NoiseArguments, TrainingArguments
 from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
-from .classification import ClassificationMetrics, timestep_bin_edges
 from .loading import (
     check_config_keys,
     choose_resolution,
@@ -34,6 +33,7 @@ from .loading import (
     pretrained_class_names,
     record_noise_schedule,
 )
+from .metrics import ClassificationMetrics, timestep_bin_edges
 from .resume import RunRecord
 
 
@@ -66,8 +66,7 @@ class ClassifierDataArguments(DataArguments):
         check_at_least(self, 1, "max_validation_samples")
         if self.max_validation_samples is not None and self.validation_source() is None:
             raise ValueError(
-                "`max_validation_samples` was given, but no held-out images. Pass `--validation_data_files` or "
-                "`--validation_split`."
+                "`max_validation_samples` was given without `validation_data_files` or `validation_split`. Pass one."
             )
 
     def validation_source(self) -> dict[str, Any] | None:
@@ -109,12 +108,11 @@ def load_classifier_config(model_args: ModelArguments, data_args: DataArguments)
     config = load_model_config(AdaGNClassifierModel, "classifier", model_args, data_args)
     pretrained = model_args.pretrained_model_name_or_path
     source = pretrained or model_args.model_config_name_or_path
-    class_name = config.get("_class_name", AdaGNClassifierModel.__name__)
-    if class_name != AdaGNClassifierModel.__name__:
+    class_name, in_channels = config.get("_class_name", "AdaGNClassifierModel"), config.get("in_channels", 3)
+    if class_name != "AdaGNClassifierModel":
         raise ValueError(f"{source} is the config of `{class_name}`; this script trains `AdaGNClassifierModel`.")
     if pretrained is None:
         check_config_keys(config, AdaGNClassifierModel, source)
-    in_channels = config.get("in_channels", 3)
     if in_channels != 3:
         raise ValueError(f"The classifier takes {in_channels} channels; this script trains on RGB images: 3.")
     return config
@@ -124,14 +122,14 @@ def build_classifier(
     model_args: ModelArguments, data_args: DataArguments, config: dict[str, Any], id2label: dict[int, str]
 ) -> AdaGNClassifierModel:
     """
-    Loads the pretrained network, or makes one from scratch for these classes. Refuses a config with another number of
-    classes, and an attention pool of another resolution.
+    Loads the pretrained network, or makes one from scratch for these classes. Raises a `ValueError` for a config of
+    another number of classes, or an attention pool of another resolution.
     """
     if model_args.pretrained_model_name_or_path is None:
         if config.get("num_classes", len(id2label)) != len(id2label):
             raise ValueError(
-                f"The data has {len(id2label)} classes, but `num_classes` in the config is {config['num_classes']}. "
-                "Leave it out, so that the data sets it."
+                f"The data has {len(id2label)} classes; `num_classes` in the config is {config['num_classes']}. Leave "
+                "it out."
             )
         config = {**config, "num_classes": len(id2label)}
         if data_args.resolution is not None:
@@ -142,8 +140,7 @@ def build_classifier(
     built_for, resolution = classifier.config.sample_size, data_args.resolution
     if classifier.config.pool == "attention" and resolution not in (None, built_for):
         raise ValueError(
-            f"The resolution is {resolution}, but the attention pool of the pretrained classifier was built for "
-            f"{built_for}. Leave `resolution` out."
+            f"The resolution is {resolution}; the pretrained attention pool is for {built_for}. Leave it out."
         )
     return classifier
 
@@ -158,21 +155,11 @@ def classifier_class_names(model_args: ModelArguments, data_args: DataArguments)
 
 @dataclass
 class Classification:
-    """
-    A classifier in training, and its data.
-
-    Attributes:
-        classifier ([`AdaGNClassifierModel`]): The network.
-        noise_scheduler ([`LearnedVarianceDDPMScheduler`], *optional*): The noise schedule; None: clean images.
-        edges (`list[int]`): Bins of the timesteps, see `timestep_bin_edges`.
-        id2label (`dict[int, str]`): Names of the classes.
-        train_dataset (`ImageDataset`): The training data.
-        held_out (`ImageDataset`, *optional*): The held-out images.
-    """
+    """A classifier in training, and its data."""
 
     classifier: AdaGNClassifierModel
-    noise_scheduler: LearnedVarianceDDPMScheduler | None
-    edges: list[int]
+    noise_scheduler: LearnedVarianceDDPMScheduler | None  # None: clean images
+    edges: list[int]  # bins of the timesteps, see `timestep_bin_edges`
     id2label: dict[int, str]
     train_dataset: ImageDataset
     held_out: ImageDataset | None
@@ -236,10 +223,7 @@ def load_classification(accelerator: Accelerator, record: RunRecord, args: Seque
             held_out = ImageDataset(held_out, resolution, center_crop=True, seed=seed)
     counts = Counter(images["label"][:])
     if len(counts) < 2:
-        only = id2label[next(iter(counts))]
-        raise ValueError(
-            f"All {len(images)} usable images are of one class, {only!r}. A classifier needs two classes or more."
-        )
+        raise ValueError(f"All {len(images)} usable images are of one class. A classifier needs two or more.")
     missing = [name for number, name in id2label.items() if number not in counts]
     if missing:
         logger.warning(f"{len(missing)} of {len(id2label)} classes have no image: {', '.join(missing[:10])}")
@@ -266,8 +250,7 @@ def evaluate(
     once to a timestep of every bin; without a noise schedule, on clean images.
 
     Timestep (uniform in the bin) and noise depend only on seed, image and bin, so that validations can be compared
-    whatever the batch size and the number of processes. Mixed precision is part of the classifier's forward since
-    `Accelerator.prepare`.
+    whatever the batch size and the number of processes.
     """
     images, edges, scheduler = classification.held_out, classification.edges, classification.noise_scheduler
     metrics.reset()
@@ -305,16 +288,10 @@ def match_classifier_classes(
 
     Args:
         classifier ([`AdaGNClassifierModel`]): It is changed in place.
-        images (`datasets.Dataset`): From `load_image_dataset`.
-        id2label (mapping): Number -> name in the data.
-        known (mapping): Number -> name in the classifier; empty if it names no classes.
-        replaces (`bool`, defaults to `False`): Keep only the classes of the data.
+        id2label, known, replaces: As for `plan_classes`.
 
     Returns:
         `tuple` of the dataset, labelled with the numbers of the classifier, and the names of these.
-
-    Raises:
-        ValueError: If it is unclear which of the classifier's classes those of the data are.
     """
     plan = plan_classes(id2label, known, classifier.config.num_classes, replaces=replaces, network="classifier")
     log_plan(plan, "classifier")

@@ -14,6 +14,7 @@ from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMSch
 from .arguments import (
     APPLIED,
     NEVER,
+    NOISE_ARGUMENTS,
     PROCESS,
     SOURCE,
     DataArguments,
@@ -23,10 +24,6 @@ from .arguments import (
     check_share,
 )
 from .loading import pretrained_pipeline_config, record_noise_schedule
-
-
-# Arguments that would change the noise schedule of the pretrained model, or what it predicts.
-SCHEDULER_ARGUMENTS = ("ddpm_num_steps", "ddpm_beta_schedule", "beta_start", "beta_end", "prediction_type")
 
 
 @dataclass
@@ -80,10 +77,10 @@ def check_base_stays(model_args: UNetArguments, diffusion_args: DiffusionArgumen
             "A ControlNet is trained for a pretrained model. Name it with `--pretrained_model_name_or_path`, and leave "
             "`model_config_name_or_path` out."
         )
-    given = [name for name in SCHEDULER_ARGUMENTS if getattr(diffusion_args, name) is not None]
+    given = [name for name in NOISE_ARGUMENTS if getattr(diffusion_args, name) is not None]
     # A fixed variance may be given: some repositories of networks without a learned one do not say which they use.
-    if (diffusion_args.variance_type or "").startswith("learned"):
-        given.append("variance_type")
+    if (diffusion_args.variance_type or "").startswith("fixed"):
+        given.remove("variance_type")
     if text_args.train_text_encoder:
         given.append("train_text_encoder")
     if model_args.replace_classes:

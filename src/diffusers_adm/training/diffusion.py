@@ -13,17 +13,24 @@ from diffusers import DiffusionPipeline
 
 from ..conditioning.class_labels import ClassCondition
 from ..conditioning.condition import Condition
-from ..conditioning.text import TextCondition
+from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
 from ..data.captions import CaptionEmbeddings, CaptionTokens
 from ..data.checks import check_batch_fits, check_images
 from ..data.columns import load_image_dataset
 from ..data.images import ImageDataset
 from ..data.masks import InpaintingDataset
+from ..data.text_encoders import build_text_encoder, freeze_unused_parameters, load_text_encoder, load_tokenizer
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.noise_schedules import noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArguments, TextArguments, UNetArguments
-from .conditioning import load_text, prepare_captions
+from .arguments import (
+    DataArguments,
+    DiffusionArguments,
+    DiffusionTrainingArguments,
+    ModelArguments,
+    TextArguments,
+    UNetArguments,
+)
 from .loading import choose_resolution
 from .losses import TrainingLosses
 from .metrics import LossMetrics, record_losses
@@ -60,19 +67,7 @@ class CommonArguments(NamedTuple):
 
 @dataclass
 class Diffusion:
-    """
-    A diffusion model in training, and its data.
-
-    Attributes:
-        unet, text_encoder, tokenizer: The parts of the model; None for what it does not have.
-        noise_scheduler ([`LearnedVarianceDDPMScheduler`]): The noise schedule.
-        timestep_sampler (`TimestepSampler`), metrics (`LossMetrics`): See `record_losses`.
-        images (`datasets.Dataset`): The usable images, labelled with the rows of the class embedding.
-        captions (`CaptionTokens` or `CaptionEmbeddings`, *optional*): Their captions.
-        id2label (`dict[int, str]`, *optional*): Names of the rows of the class embedding.
-        num_classes (`int`, *optional*): Number of classes of the data; None: trained without classes.
-        resolution (`int`): Side of the images in pixels.
-    """
+    """A diffusion model in training, and its data."""
 
     args: CommonArguments
     unet: AdaGNUNet2DModel
@@ -81,11 +76,11 @@ class Diffusion:
     noise_scheduler: LearnedVarianceDDPMScheduler
     timestep_sampler: TimestepSampler
     metrics: LossMetrics
-    images: datasets.Dataset
+    images: datasets.Dataset  # the usable ones, labelled with the rows of the class embedding
     captions: CaptionTokens | CaptionEmbeddings | None
-    id2label: dict[int, str] | None
-    num_classes: int | None
-    resolution: int
+    id2label: dict[int, str] | None  # names of the rows of the class embedding
+    num_classes: int | None  # of the data; None: trained without classes
+    resolution: int  # in pixels
 
     @property
     def null_class_id(self) -> int | None:
@@ -113,11 +108,8 @@ class Diffusion:
 
     def datasets(self, masks: bool = False, condition: str | None = None) -> tuple[ImageDataset, ImageDataset]:
         """
-        The training data, and the same images for validation: cropped at the centre and without captions.
-
-        Args:
-            masks (`bool`, defaults to `False`): Add random masks, for inpainting.
-            condition (`str`, *optional*): Kind of conditioning image to make from each image, for ControlNets.
+        The training data, and the same images for validation: cropped at the centre and without captions. With random
+        masks for inpainting, or this kind of conditioning image for ControlNets.
         """
         data_args, seed = self.args.data, self.args.training.seed
         dataset_class = InpaintingDataset if masks else ImageDataset
@@ -130,10 +122,8 @@ class Diffusion:
 
     def conditions(self, prepared: Mapping[str, torch.nn.Module]) -> list[Condition]:
         """
-        The conditions of class and text, as far as the data has them.
-
-        Args:
-            prepared (mapping of `torch.nn.Module`): The networks that are trained, as prepared by Accelerate.
+        The conditions of class and text, as far as the data has them. `prepared` holds the networks that are trained,
+        as prepared by Accelerate.
         """
         conditions: list[Condition] = []
         if self.num_classes is not None:
@@ -179,6 +169,91 @@ class Diffusion:
         )
 
 
+def load_text(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    text_args: TextArguments,
+    unet_config: Mapping[str, Any],
+    seed: int,
+) -> tuple[torch.nn.Module | None, Any | None]:
+    """
+    Loads text encoder and tokenizer; two `None` without captions. Raises a `ValueError` if one of them cannot be read,
+    or is incompatible with the other or the U-Net.
+    """
+    width, column = cross_attention_width(unet_config), text_args.caption_column
+    if (column is None) != (width is None):
+        raise ValueError(
+            f"`caption_column` is {column!r}, but the U-Net has {'no ' if width is None else ''}cross-attention. "
+            "Change the block types (`CrossAttnDownBlock2D` and such have it), or the argument."
+        )
+    if column is None:
+        return None, None
+    argument, source = "text_encoder_name_or_path", text_args.text_encoder_name_or_path
+    hub = {"cache_dir": data_args.cache_dir}
+    if source is None and text_args.text_encoder_config_name_or_path is None:
+        argument, source = "pretrained_model_name_or_path", model_args.pretrained_model_name_or_path
+        hub["revision"] = model_args.revision
+        if source is None:
+            raise ValueError(
+                f"`caption_column` is {column!r}, but there is no text encoder. Pass `text_encoder_name_or_path`, or "
+                "`text_encoder_config_name_or_path` and `tokenizer_name_or_path` to train one from scratch."
+            )
+    name = text_args.tokenizer_name_or_path
+    if name is not None:
+        tokenizer = load_tokenizer("tokenizer_name_or_path", name, cache_dir=data_args.cache_dir)
+    else:
+        tokenizer = load_tokenizer(argument, source, **hub)
+    if source is None:
+        text_encoder = build_text_encoder(text_args.text_encoder_config_name_or_path, tokenizer, seed)
+    else:
+        if argument == "pretrained_model_name_or_path":
+            hub["variant"] = model_args.variant
+        text_encoder = load_text_encoder(argument, source, trained=text_args.train_text_encoder, **hub)
+    check_text_encoder(text_encoder, tokenizer, unet_config)
+    return text_encoder, tokenizer
+
+
+def prepare_captions(
+    images: datasets.Dataset,
+    tokenizer: Any,
+    text_encoder: torch.nn.Module,
+    text_args: TextArguments,
+    unet_config: Mapping[str, Any],
+    device: torch.device | str,
+    cache_dir: str | None = None,
+) -> CaptionTokens | CaptionEmbeddings:
+    """
+    Tokenizes the captions of the data, and encodes them if `precompute_text_embeddings` is set (`cache_dir` is for the
+    embeddings); moves the text encoder to `device` (to the CPU if it is no longer needed there) and freezes it unless
+    it is trained.
+    """
+    tokens = CaptionTokens(images["caption"][:], tokenizer, text_encoder, pads_to_max(text_encoder, unet_config))
+    text_encoder.to(device)
+    if text_args.train_text_encoder:
+        freeze_unused_parameters(text_encoder, tokens, unet_config)
+    else:
+        text_encoder.requires_grad_(False).eval()
+    if not text_args.precompute_text_embeddings:
+        return tokens
+    embeddings = CaptionEmbeddings(tokens, text_encoder, cache_dir)
+    text_encoder.to("cpu")  # from here on only validation images need it
+    return embeddings
+
+
+def caption_model_kwargs(
+    batch: Mapping[str, torch.Tensor],
+    captions: CaptionTokens | CaptionEmbeddings,
+    empty_caption: Mapping[str, torch.Tensor],
+    text_encoder: torch.nn.Module,
+    text_args: TextArguments,
+    unet_config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Keyword arguments of the U-Net for the captions of a batch; see `TextCondition.for_training`."""
+    dropout_prob = text_args.caption_dropout_prob
+    text = TextCondition(unet_config, text_encoder, empty_caption=empty_caption, dropout_prob=dropout_prob)
+    return text.for_training(batch).kwargs
+
+
 def load_diffusion(
     accelerator: Accelerator,
     record: RunRecord,
@@ -215,8 +290,7 @@ def load_diffusion(
     unet_config = load_unet_config(model_args, data_args, noise_scheduler, in_channels, may_widen)
     if keeps is not None and unet_config.get("in_channels", in_channels) != in_channels:
         raise ValueError(
-            f"The pretrained U-Net takes no masks yet: the weights of its new input channels must be trained, but "
-            f"{keeps}. Train all weights, or adapt a model that inpaints."
+            f"The pretrained U-Net takes no masks, and {keeps}. Train all weights, or adapt a model that inpaints."
         )
     check_sampling_steps(training_args, noise_scheduler, data_args.label_column is not None, has_text)
     text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, seed)
@@ -238,10 +312,8 @@ def load_diffusion(
         if unet.config.in_channels < in_channels:
             widen_input(unet, in_channels)
         check_guidance(training_args, unet.config, num_classes, has_text)
-        resolution, min_image_size = (
-            choose_resolution(data_args.resolution, unet.config, "U-Net"),
-            data_args.min_image_size,
-        )
+        resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
+        min_image_size = data_args.min_image_size
         if upsampler_args is not None:
             upsampler_args.check(resolution, noise_scheduler, unet_config.get("time_cond_proj_dim"))
             min_image_size = resolution if min_image_size is None else min_image_size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -14,10 +16,14 @@ from ..commands.effects import Rule
 COSINE_SCHEDULES = ("cosine", "squaredcos_cap_v2")
 
 
+def _has(name: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda given: bool(given[name])
+
+
 TRAINING_RULES = (
     Rule(
         ("revision", "variant"),
-        lambda given: given["pretrained_model_name_or_path"] is not None,
+        _has("pretrained_model_name_or_path"),
         "it belongs to a pretrained model, and `pretrained_model_name_or_path` was not given",
         refused=True,
     ),
@@ -33,16 +39,8 @@ TRAINING_RULES = (
         "`ddpm_beta_schedule` is {ddpm_beta_schedule!r}, which is defined without it",
         refused=True,
     ),
-    Rule(
-        ("class_dropout_prob",),
-        lambda given: given["label_column"] is not None,
-        "without `label_column` there are no classes to drop",
-    ),
-    Rule(
-        ("caption_dropout_prob",),
-        lambda given: given["caption_column"] is not None,
-        "without `caption_column` there are no captions to drop",
-    ),
+    Rule(("class_dropout_prob",), _has("label_column"), "without `label_column` there are no classes to drop"),
+    Rule(("caption_dropout_prob",), _has("caption_column"), "without `caption_column` there are no captions to drop"),
     Rule(
         ("num_train_epochs",),
         lambda given: given["max_train_steps"] is None,
@@ -53,11 +51,7 @@ TRAINING_RULES = (
         lambda given: given["lr_scheduler"] != "constant",
         "`lr_scheduler` 'constant' has no warm-up; 'constant_with_warmup' has one",
     ),
-    Rule(
-        ("ema_max_decay", "ema_inv_gamma", "ema_power"),
-        lambda given: given["use_ema"],
-        "`use_ema` is false, so there is no average",
-    ),
+    Rule(("ema_max_decay", "ema_inv_gamma", "ema_power"), _has("use_ema"), "`use_ema` is false"),
     Rule(
         ("overwrite_output_dir",),
         lambda given: given["resume_from_checkpoint"] is None,
@@ -73,7 +67,7 @@ TRAINING_RULES = (
         ),
         "there are no held-out images to validate on: name `validation_data_files` or `validation_split`",
     ),
-    Rule(("num_timestep_bins",), lambda given: given["noised"], "`noised` is false, so there is one timestep only"),
+    Rule(("num_timestep_bins",), _has("noised"), "`noised` is false, so there is one timestep only"),
 )
 
 # The rules of the training scripts, unless others are given.

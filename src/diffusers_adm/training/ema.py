@@ -14,18 +14,12 @@ from .lora import load_lora
 @contextmanager
 def ema_weights(ema: EMAModel, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """
-    Puts the averaged weights into `parameters` for the duration of a `with` block, and the trained ones back at its
-    end, also after an exception: training must not go on from the averaged weights.
-
-    Args:
-        ema (`EMAModel`): Holds one average for each of `parameters`, in their order.
-        parameters (iterable of `torch.nn.Parameter`): The parameters to swap.
-
-    Raises:
-        RuntimeError: If the averaged weights are already swapped in: the trained ones would be lost.
+    Puts the averaged weights (one for each of `parameters`, in their order) into `parameters` for the duration of a
+    `with` block, and the trained ones back at its end, also after an exception: training must not go on from the
+    averaged weights. Raises a `RuntimeError` if they are already swapped in: the trained ones would be lost.
     """
     if ema.temp_stored_params is not None:
-        raise RuntimeError("The averaged weights are already swapped in: `ema_weights` cannot be nested.")
+        raise RuntimeError("`ema_weights` cannot be nested.")
     parameters = list(parameters)  # `model.parameters()` is a generator
     ema.store(parameters)
     try:
@@ -51,11 +45,9 @@ def load_average(
     load the trained ones afterwards.
 
     Args:
-        ema (`EMAModel`): The average of `parameters`.
-        parameters (iterable of `torch.nn.Parameter`): The trained weights of `networks`.
+        ema (`EMAModel`): The average of `parameters`, the trained weights of `networks`.
         networks (mapping of `torch.nn.Module`): By the subfolder of `folder` that holds them (`""` for its root):
             models of diffusers or transformers, or a U-Net with an adapter.
-        folder (`str` or `os.PathLike`): The result.
     """
     for subfolder, network in networks.items():
         if getattr(network, "peft_config", None):  # it has an adapter

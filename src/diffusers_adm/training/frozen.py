@@ -33,9 +33,8 @@ class FrozenNetworks:
         changed = [name for name, now in self._hash().items() if now != self.hashes[name]]
         if changed:
             raise RuntimeError(
-                f"Weights of the frozen {' and '.join(changed)} have changed during training, so the trained network "
-                "does not match the pretrained model. It is not saved, and the checkpoints of this run cannot be "
-                "trusted. Please report this."
+                f"Weights of the frozen {' and '.join(changed)} have changed during training. The result, which does "
+                "not match the pretrained model, is not saved; do not use the checkpoints. Please report this."
             )
 
     def state_dict(self) -> dict[str, str]:
@@ -44,12 +43,8 @@ class FrozenNetworks:
     def load_state_dict(self, state_dict: Mapping[str, str]) -> None:
         """Refuses a checkpoint that was trained with other frozen weights."""
         if dict(state_dict) != self.hashes:
+            before, now = (", ".join(map(" ".join, hashes.items())) for hashes in (state_dict, self.hashes))
             raise ValueError(
-                f"The checkpoint was trained with the frozen {_list_hashes(state_dict)}, but this run has "
-                f"{_list_hashes(self.hashes)}. Resume it with the `pretrained_model_name_or_path` that it was started "
-                "with, or start a new run."
+                f"The checkpoint was trained with the frozen {before}, but this run has {now}. Resume it with the "
+                "`pretrained_model_name_or_path` that it was started with, or start a new run."
             )
-
-
-def _list_hashes(hashes: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in hashes.items())

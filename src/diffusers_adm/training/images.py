@@ -26,7 +26,6 @@ def labelled_grid(
 
     Args:
         images (sequence of `PIL.Image.Image`): At most `rows * cols` images of equal size; missing ones stay blank.
-        rows, cols (`int`): The shape of the grid.
         row_labels (sequence of `str`, *optional*): One per row, right-aligned, to its left.
         col_labels (sequence of `str`, *optional*): One per column, centred above it, wrapped to its width.
         scale (`int`, defaults to 1): Each pixel becomes a square of `scale` pixels, without interpolation.
@@ -36,9 +35,7 @@ def labelled_grid(
         ValueError: If there are no images or too many, sizes differ, or a label is missing.
     """
     if not 1 <= len(images) <= rows * cols:
-        raise ValueError(
-            f"Got {len(images)} images for a grid of {rows} x {cols}. Pass between 1 and {rows * cols} images."
-        )
+        raise ValueError(f"Got {len(images)} images for a grid of {rows} x {cols}. Pass between 1 and {rows * cols}.")
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise ValueError(f"All images of a grid must have one size, got {sizes}. Resize them first.")
@@ -76,12 +73,7 @@ def labelled_grid(
 def labelled_strips(columns: Mapping[str, Sequence[Image.Image]], scale: int = 1) -> Image.Image:
     """
     Arranges images that belong together, such as `condition | sample | target`, side by side, in a grid that is about
-    square.
-
-    Args:
-        columns (mapping of sequences of `PIL.Image.Image`): The images by the names above their columns; all of one
-            size, and equally many.
-        scale (`int`, defaults to 1): As for `labelled_grid`.
+    square. `columns` holds the images, all of one size and equally many, by the names above their columns.
     """
     strips = list(zip(*columns.values(), strict=True))
     across = math.ceil(math.sqrt(len(strips) / len(columns)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import math
 import os
@@ -13,6 +12,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
+from ..commands.errors import did_you_mean
 from ..data.repositories import from_subfolder_or_root, reading
 from ..schedulers.noise_schedules import alphas_cumprod_of, describe_noise_schedule, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
@@ -36,43 +36,33 @@ def load_noise_scheduler(
     model_args: ModelArguments, data_args: DataArguments, noise_args: NoiseArguments
 ) -> LearnedVarianceDDPMScheduler:
     """
-    Loads the scheduler of the pretrained model, or the default one, with the values that `noise_args` give. Refuses
-    values that the pretrained scheduler does not depend on.
+    Loads the scheduler of the pretrained model, or the default one, with the values that `noise_args` give. Raises a
+    `ValueError` for values that the betas of the pretrained scheduler do not depend on.
     """
-    pretrained, given = model_args.pretrained_model_name_or_path, noise_args.given()
-    if pretrained is None:
+    given = noise_args.given()
+    if model_args.pretrained_model_name_or_path is None:
         return LearnedVarianceDDPMScheduler(**given)
     load = LearnedVarianceDDPMScheduler.from_pretrained
     scheduler = load_pretrained(load, "scheduler", model_args, data_args, **given)
-    _check_noise_acts(given, scheduler)
-    return scheduler
-
-
-def _check_noise_acts(given: Mapping[str, Any], scheduler: LearnedVarianceDDPMScheduler) -> None:
-    """Raises a `ValueError` for an argument that the betas of the pretrained scheduler do not depend on."""
     if scheduler.config.trained_betas is not None:
-        idle, why = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end"}, "lists its betas one by one"
+        idle, why = ("ddpm_num_steps", "ddpm_beta_schedule", "beta_start", "beta_end"), "lists its betas one by one"
     elif scheduler.config.beta_schedule == "squaredcos_cap_v2":
-        idle, why = {"beta_start", "beta_end"}, "has the cosine schedule, which is defined without them"
+        idle, why = ("beta_start", "beta_end"), "has the cosine schedule"
     else:
-        return
-    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
-    without_effect = [f"`{names.get(name, name)}`" for name in given if name in idle]
+        return scheduler
+    without_effect = [f"`{name}`" for name in idle if getattr(noise_args, name) is not None]
     if without_effect:
         raise ValueError(
             f"{' and '.join(without_effect)} would have no effect: the scheduler of `pretrained_model_name_or_path` "
-            f"{why}. Leave out what is not needed, or train from scratch."
+            f"{why}. Leave them out, or train from scratch."
         )
+    return scheduler
 
 
 def record_noise_schedule(model: ModelMixin, name: str, scheduler: SchedulerMixin | None) -> None:
     """
-    Records the noise schedule of the run in the config of `model`, and logs if it named another one.
-
-    Args:
-        model (`ModelMixin`): A model with the config entry `noise_schedule`.
-        name (`str`): Its name in the log.
-        scheduler ([`SchedulerMixin`], *optional*): The scheduler of the run; `None`: training on clean images.
+    Records the noise schedule of the run (None: clean images) in the config entry `noise_schedule` of `model`, and logs
+    if it named another one. `name` is that of the model in the log.
     """
     before, now = model.config.noise_schedule, {} if scheduler is None else noise_schedule_of(scheduler)
     model.register_to_config(noise_schedule=now)
@@ -81,7 +71,7 @@ def record_noise_schedule(model: ModelMixin, name: str, scheduler: SchedulerMixi
     if not before or not now or not is_same_noise(alphas_cumprod_of(before), alphas_cumprod_of(now)):
         logger.warning(
             f"The config of the {name} named the noise schedule {describe_noise_schedule(before)}. It is now trained "
-            f"on the noise schedule {describe_noise_schedule(now)}, which takes its place."
+            f"on, and names, the noise schedule {describe_noise_schedule(now)}."
         )
 
 
@@ -102,27 +92,23 @@ def load_model_config(
 
 
 def check_config_keys(config: Mapping[str, Any], model_class: type, source: str | None) -> None:
-    """Refuses a config with a key that is no argument of `model_class`: diffusers would ignore it."""
+    """Raises a `ValueError` for a key that is no argument of `model_class`: diffusers would ignore it."""
     known = list(inspect.signature(model_class.__init__).parameters)  # type: ignore[misc]
     for key in config:
         if key not in known and not key.startswith("_"):
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise ValueError(
-                f"The config {source} holds {key!r}, which is no argument of `{model_class.__name__}`.{hint}"
-            )
+            hint, name = did_you_mean(key, known, 1), model_class.__name__
+            raise ValueError(f"The config {source} holds {key!r}, which is no argument of `{name}`.{hint}")
 
 
 def choose_resolution(resolution: int | None, config: Any, network: str) -> int:
     """
-    Returns the training resolution in pixels: `resolution`, or else the `sample_size` of the network's config. It must
-    be a square size that the network can downsample. `network` is its name in error messages.
+    Returns the training resolution in pixels: `resolution`, or else the `sample_size` of the network's config. Raises a
+    `ValueError` for one that the network cannot downsample. `network` is its name in messages.
     """
     resolution = resolution or config.sample_size
     if not isinstance(resolution, int):
         raise ValueError(
-            f"The resolution is {resolution!r}: the {network}'s `sample_size` does not name a square size. Pass "
-            "`--resolution`."
+            f"The resolution is {resolution!r}, from the {network}'s `sample_size`; pass a square `--resolution`."
         )
     downsampling = 2 ** (len(config.block_out_channels) - 1)
     if resolution % downsampling:

@@ -67,12 +67,9 @@ def _plot_curve(axes: Any, steps: Sequence[float], values: Sequence[float], colo
 
 def plot_loss_curves(history: Sequence[Mapping[str, float]], path: str | os.PathLike) -> str:
     """
-    Plots the loss with its terms, and the loss by quarter of the timestep range. The vertical axis is logarithmic
-    unless a value is zero or negative.
-
-    Args:
-        history (sequence of mappings): Rows as from `MetricsHistory.rows`; metrics may be missing.
-        path (`str` or `os.PathLike`): The PNG file to write, which is returned.
+    Plots the loss with its terms, and the loss by quarter of the timestep range, from rows of `MetricsHistory.rows`
+    (metrics may be missing) into a PNG file, whose path is returned. The vertical axis is logarithmic unless a value is
+    zero or negative.
     """
     with _two_panels(path, "optimizer step") as panels:
         for axes, (heading, labels) in zip(panels, LOSS_PANELS.items(), strict=True):

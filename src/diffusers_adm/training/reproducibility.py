@@ -20,23 +20,15 @@ OFFSETS = (16, 32, 64, 128, 256, 512, 1024)
 
 def describe_machine() -> str:
     """Processor, version of torch, its instruction set, threads, and kernel variables, in one line."""
-    parts = [
-        _processor_name(),
-        f"torch {torch.__version__}",
-        torch.backends.cpu.get_cpu_capability(),
-        f"{torch.get_num_threads()} threads",
-        *(f"{name}={os.environ[name]}" for name in KERNEL_VARIABLES if name in os.environ),
-    ]
-    return ", ".join(parts)
+    capability, threads = torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"
+    variables = (f"{name}={os.environ[name]}" for name in KERNEL_VARIABLES if name in os.environ)
+    return ", ".join([_processor_name(), f"torch {torch.__version__}", capability, threads, *variables])
 
 
 def depends_on_memory(operation: Callable[..., torch.Tensor], *operands: torch.Tensor) -> bool:
     """
-    Whether the last bits of a result depend on the memory addresses of the operands.
-
-    Args:
-        operation (`Callable`): Computes a tensor from the operands.
-        operands (`torch.Tensor`): float32, on the CPU. They are copied to several addresses.
+    Whether the last bits of the result of `operation` depend on the memory addresses of the operands (float32, on the
+    CPU), which are copied to several ones.
     """
     expected = operation(*(_copy(operand, 0) for operand in operands))
     for i in range(len(OFFSETS)):

@@ -24,7 +24,16 @@ from ..commands.arguments import build_arguments, given_arguments
 from ..data.fingerprints import hash_tensors, hash_tokenizer
 from ..schedulers.noise_schedules import alphas_cumprod_of, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .arguments import APPLIED, NEVER, PROCESS, SOURCE, TrainingArguments, Verdict, resume_verdicts
+from .arguments import (
+    APPLIED,
+    NEVER,
+    NOISE_ARGUMENTS,
+    PROCESS,
+    SOURCE,
+    TrainingArguments,
+    Verdict,
+    resume_verdicts,
+)
 from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, find_checkpoint
 from .effects import COSINE_SCHEDULES
 from .ema import load_average
@@ -40,15 +49,6 @@ RECORD_VERSION = 1
 # 1. What may change
 
 
-# Arguments of the noise schedule -> keys in the config of a scheduler.
-NOISE_ARGUMENTS = {
-    "ddpm_num_steps": "num_train_timesteps",
-    "ddpm_beta_schedule": "beta_schedule",
-    "beta_start": "beta_start",
-    "beta_end": "beta_end",
-    "prediction_type": "prediction_type",
-    "variance_type": "variance_type",
-}
 # Arguments of one start of a run, which are not taken from an earlier one.
 OF_ONE_START = ("resume_from_checkpoint", "force_resume", "overwrite_output_dir")
 # Arguments for the folder of the run, which a run that branches off to another folder does not take over.
@@ -98,24 +98,14 @@ def _changes(name: str, before: Mapping[Any, Any], now: Mapping[Any, Any]) -> li
 
 @dataclass
 class Checkpoint:
-    """
-    The record of a checkpoint.
-
-    Args:
-        path (`Path`): Folder of the checkpoint.
-        script (`str`, *optional*): The script that wrote it.
-        settings (`dict`, *optional*): Its arguments; None if unknown.
-        facts (`dict`): What they led to; empty for a checkpoint of an earlier version.
-        step (`int`, *optional*): Optimizer steps taken.
-        ema (`dict`, *optional*): State of the average, without the weights.
-    """
+    """The record of a checkpoint."""
 
     path: Path
-    script: str | None = None
-    settings: dict[str, Any] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    step: int | None = None
-    ema: dict[str, Any] | None = None
+    script: str | None = None  # that wrote it
+    settings: dict[str, Any] | None = None  # its arguments, if they are known
+    facts: dict[str, Any] = field(default_factory=dict)  # what they led to; empty in an earlier version
+    step: int | None = None  # optimizer steps taken
+    ema: dict[str, Any] | None = None  # state of the average, without the weights
 
     @property
     def name(self) -> str:
@@ -166,15 +156,16 @@ def parse_run(
         ValueError: As `parse_args`; if there is no such checkpoint, or the run cannot be resumed with these arguments.
     """
     given = given_arguments(argument_types, argv, description)
-    defaults = _defaults(argument_types)
+    defaults: dict[str, Any] = {
+        f.name: f.default for argument_type in argument_types for f in dataclasses.fields(argument_type)
+    }
     name = given.get("resume_from_checkpoint")
     output_dir = given.get("output_dir", defaults["output_dir"])
     path = find_checkpoint(output_dir, name) if name is not None else None
     if path is None:
         if name is not None and all(given.get(source) is None for source in ALTERNATIVES[0]):
             raise ValueError(
-                f"There is no checkpoint in {output_dir} to resume from. Check `--output_dir`, or pass the arguments "
-                "of a new run."
+                f"There is no checkpoint in {output_dir}. Check `--output_dir`, or pass the arguments of a new run."
             )
         return build_arguments(argument_types, given), RunRecord(script)
     checkpoint = read_checkpoint(path, argument_types, script)
@@ -208,25 +199,15 @@ def parse_run(
     return all_args, run
 
 
-def _defaults(argument_types: Sequence[type]) -> dict[str, Any]:
-    return {f.name: f.default for argument_type in argument_types for f in dataclasses.fields(argument_type)}
-
-
 class RunRecord:
     """
     The record of a run, saved in each checkpoint: its arguments, and what they led to. Each `check_...` records a fact,
-    and in a resumed run compares it with that of the checkpoint.
-
-    Args:
-        script (`str`): Name of the script.
-        checkpoint (`Checkpoint`, *optional*): The checkpoint to resume; None for a new run.
-        force (`bool`): Log differences that change the training process instead of refusing them.
+    and in a resumed run compares it with that of the checkpoint. Differences that change the training process raise a
+    `ValueError`, or are logged with `force`.
     """
 
     def __init__(self, script: str, checkpoint: Checkpoint | None = None, force: bool = False):
-        self.script = script
-        self.checkpoint = checkpoint
-        self.force = force
+        self.script, self.checkpoint, self.force = script, checkpoint, force
         self.settings: Mapping[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.left_out: dict[str, Any] = {}
@@ -244,16 +225,8 @@ class RunRecord:
         verdicts: Mapping[str, Verdict],
     ) -> None:
         """
-        Compares the arguments with those of the checkpoint.
-
-        Args:
-            before (mapping): The arguments of the checkpoint.
-            values (mapping): The arguments of this run.
-            left_out (sequence of `str`): Those that were left out and so taken from the checkpoint.
-            verdicts (mapping): From `resume_verdicts`.
-
-        Raises:
-            ValueError: If an argument has changed that must not.
+        Compares the arguments of the checkpoint (`before`) with those of this run (`values`), of which `left_out` were
+        taken from the checkpoint.
         """
         checkpoint = self.checkpoint
         changed: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
@@ -289,8 +262,8 @@ class RunRecord:
 
     def check_steps(self, max_train_steps: int) -> None:
         """
-        Refuses a checkpoint of more steps than the run. One of the last step is accepted: the run may have been
-        interrupted before its result was saved, and the same command then saves it.
+        Raises a `ValueError` for a checkpoint of more steps than the run. One of the last step is accepted: a run that
+        was interrupted before its result was saved can then save it.
         """
         step = self.checkpoint.step if self.checkpoint is not None else None
         if step is not None and max_train_steps < step:
@@ -308,8 +281,8 @@ class RunRecord:
             return
         if checkpoint.settings is None:
             logger.warning(
-                f"{checkpoint.path} holds no record of its arguments, and neither does the folder of its run: they "
-                "cannot be compared with those of this run, and arguments left out have their default values."
+                f"{checkpoint.path} holds no record of its arguments, and neither does the folder of its run: nothing "
+                "can be compared, and arguments left out have their default values."
             )
         elif not checkpoint.has_record:
             logger.warning(
@@ -323,30 +296,25 @@ class RunRecord:
         )
         for name, (before, now) in self.applied.items():
             logger.info(f"From here on, `{name}` is {now} (before: {before}).")
-        for difference in self.forced:
-            self._warn(difference)
+        self._warn(self.forced)
 
     # Comparing
 
     def refuse(self, differences: Sequence[str], way_out: str) -> None:
-        """
-        Refuses differences that change the training process, or logs them if they are forced. `way_out` says what to do
-        to continue as before.
-        """
-        if not differences:
-            return
-        if not self.force:
+        """Refuses differences, or logs them if they are forced. `way_out` says what to do to continue as before."""
+        if differences and not self.force:
             raise ValueError(
                 f"{'; '.join(differences)} for {self.checkpoint.name}. This would change the training process. "
                 f"{way_out} to continue as before, or pass `--force_resume` to continue with the new value."
             )
-        self.forced += differences
-        if self.settings:  # `begin` logs those from before it
-            for difference in differences:
-                self._warn(difference)
+        if self.settings:
+            self._warn(differences)
+        else:
+            self.forced += differences  # `begin` logs them
 
-    def _warn(self, difference: str) -> None:
-        logger.warning(f"--force_resume: {difference} for {self.checkpoint.name}.")
+    def _warn(self, differences: Sequence[str]) -> None:
+        for difference in differences:
+            logger.warning(f"--force_resume: {difference} for {self.checkpoint.name}.")
 
     # Facts
 
@@ -358,7 +326,7 @@ class RunRecord:
 
     def check_noise(self, noise_scheduler: LearnedVarianceDDPMScheduler | None) -> None:
         """
-        Compares noise schedule and prediction type, and not their arguments: one schedule may have several names, and a
+        Compares noise schedule and prediction type, not their arguments: one schedule may have several names, and a
         pretrained scheduler may have changed.
         """
         config = None if noise_scheduler is None else _public(noise_scheduler.config)
@@ -416,8 +384,8 @@ class RunRecord:
 
     def check_rows(self, id2label: Mapping[int, str] | None) -> None:
         """
-        Compares the names of the network's rows, after the classes of the data have been matched with those of a
-        pretrained model: if the names there have changed, a class would be trained in the row of another one.
+        Compares the names of the network's rows: if those of the pretrained model have changed, a class would be
+        trained in the row of another one.
         """
         known, before, now = self._before("rows", id2label)
         if known and self.facts["classes"] == self.checkpoint.facts["classes"]:  # others have been reported
@@ -434,8 +402,8 @@ class RunRecord:
         self, config: Mapping[str, Any], resolution: int, frozen: Mapping[str, Any] | None = None
     ) -> None:
         """
-        Compares the config of the network, the resolution in pixels, and the frozen parts: networks and tokenizers that
-        stay as they are, by their names in messages; None is ignored.
+        Compares the config of the network, the resolution in pixels, and the frozen networks and tokenizers, by their
+        names in messages; None is ignored.
         """
         known, before, now = self._before("resolution", resolution)
         if known and before != now:
@@ -445,7 +413,11 @@ class RunRecord:
             before, now = ({key: values[key] for key in now if key in before} for values in (before, now))
             changes = _changes("`{}` in the config of the network", before, now)
             self.refuse(changes, "Resume with the former config or pretrained model")
-        hashes = {name: _hash(part) for name, part in (frozen or {}).items() if part is not None}
+        hashes = {
+            name: hash_tensors(part.state_dict()) if isinstance(part, torch.nn.Module) else hash_tokenizer(part)
+            for name, part in (frozen or {}).items()
+            if part is not None
+        }
         known, before, now = self._before("frozen", hashes)
         if known:
             self.refuse(_changes("the hash of the frozen {}", before, now), "Resume with the former pretrained model")
@@ -468,14 +440,13 @@ class RunRecord:
 
     def write(self, folder: str, global_step: int, ema: EMAModel | None) -> None:
         """Writes the record of a checkpoint."""
-        average = None
-        if ema is not None:
-            average = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
+        average = {} if ema is None else ema.state_dict()
+        average.pop("shadow_params", None)
         record = {
             "version": RECORD_VERSION,
             "script": self.script,
             "global_step": global_step,
-            "ema": average,
+            "ema": average or None,
             "facts": self.facts,
         }
         text = json.dumps(record, indent=2, ensure_ascii=False)
@@ -512,7 +483,3 @@ def apply_arguments(
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the private keys of diffusers."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _hash(part: Any) -> str:
-    return hash_tensors(part.state_dict()) if isinstance(part, torch.nn.Module) else hash_tokenizer(part)

@@ -23,13 +23,13 @@ from PIL import Image
 from ..data.images import ImageDataset
 from ..data.samplers import BalancedClassSampler, EpochShuffleSampler
 from ..data.seeding import seed_step
+from ..deprecations import renamed
 from .arguments import DataArguments, TrainingArguments
 from .checkpoints import TrainingProgress, rest_of_epoch, resume_checkpoint, save_checkpoint
-from .classification import ClassificationMetrics
 from .ema import evaluation_weights, result_weights
 from .frozen import FrozenNetworks
 from .log import ADVICE, TrainingLog
-from .metrics import LossMetrics
+from .metrics import ClassificationMetrics, LossMetrics
 from .plots import plot_loss_curves
 from .resume import RunRecord, apply_arguments
 from .setup import prepare_output_dir, write_settings
@@ -105,16 +105,10 @@ def build_ema(parameters: Iterable[torch.nn.Parameter], training_args: TrainingA
 
 @dataclass
 class Due:
-    """
-    What is due after an optimizer step, in this order.
+    """What is due after an optimizer step, in this order."""
 
-    Attributes:
-        checkpoint (`bool`): Every `checkpointing_steps`, and after the last step.
-        validation (`bool`): Every `validation_steps`, but not after the last step, when the result is saved first.
-    """
-
-    checkpoint: bool
-    validation: bool
+    checkpoint: bool  # every `checkpointing_steps`, and after the last step
+    validation: bool  # every `validation_steps`, but not after the last step, when the result is saved first
 
 
 class TrainingRun:
@@ -135,10 +129,8 @@ class TrainingRun:
 
     Args:
         accelerator (`Accelerator`), record (`RunRecord`): From `start_run` and `parse_run`.
-        data_args (`DataArguments`), training_args (`TrainingArguments`): Arguments of the run.
         networks (mapping of `torch.nn.Module`): The networks to train, by the subfolder of the result that holds them
             (`""` for its root). Weights that do not require gradients stay as they are.
-        train_dataset (`ImageDataset`): The training data.
         metrics (`LossMetrics` or `ClassificationMetrics`): Source of the rows of the log.
         timestep_sampler (`TimestepSampler`, *optional*): Kept in checkpoints.
         frozen (`FrozenNetworks`, *optional*): Networks that are used but not trained: their hashes are kept in
@@ -150,9 +142,8 @@ class TrainingRun:
         parameters (list of `torch.nn.Parameter`): The trained weights.
         optimizer (`AcceleratedOptimizer`): As prepared.
         ema (`EMAModel`, *optional*): The average of `parameters`.
-        progress (`TrainingProgress`): The counters.
+        progress (`TrainingProgress`), log (`TrainingLog`): Counters and log.
         max_train_steps (`int`): Optimizer steps of the whole run.
-        log (`TrainingLog`): The log.
     """
 
     def __init__(
@@ -244,7 +235,6 @@ class TrainingRun:
                     return
 
     def accumulate(self) -> AbstractContextManager[Any]:
-        """`accelerator.accumulate` for all networks that are trained."""
         return self.accelerator.accumulate(*self.networks.values())
 
     def after_step(self) -> Due:
@@ -303,10 +293,7 @@ class TrainingRun:
         return evaluation_weights(self.trained, self.ema, self.parameters)
 
     def validate(self, work: Callable[[], None]) -> bool:
-        """
-        Calls `work()` on all processes, so that its failure costs neither the run nor its weights. Returns whether it
-        succeeded; see `survives`.
-        """
+        """Calls `work()` on all processes and returns whether it succeeded; see `validation.survives`."""
         succeeded = survives(self.accelerator, self.progress, work)
         self.log.start_clock(self.progress.global_step)
         return succeeded
@@ -355,3 +342,6 @@ class TrainingRun:
         self.accelerator.end_training()
         publish(self.accelerator, self.training_args)
         check_last_validation(self.accelerator, output_dir, validated)
+
+
+__getattr__ = renamed(__name__, {"AfterStep": "TrainingRun"})

@@ -109,11 +109,8 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
         super().__init__(num_train_timesteps)
         if history_per_term < 1:
             raise ValueError(f"`history_per_term` is {history_per_term}; it must be positive.")
-        if not 0 < uniform_prob <= 1:
-            raise ValueError(
-                f"`uniform_prob` is {uniform_prob}; it must lie in (0, 1]. At 0, a timestep whose losses were 0 would "
-                "never occur again."
-            )
+        if not 0 < uniform_prob <= 1:  # at 0, a timestep whose losses were 0 would never occur again
+            raise ValueError(f"`uniform_prob` is {uniform_prob}; it must lie in (0, 1].")
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
         # Entry `counts[t] % history_per_term` of row t is the next to be overwritten.
@@ -137,15 +134,10 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
             timesteps (`torch.LongTensor` of shape `(batch_size,)`): Those of [`~TimestepSampler.sample`].
             losses (`torch.Tensor` of shape `(batch_size,)`): Unweighted, or the sampler would learn from its own
                 weights.
-
-        Raises:
-            ValueError: If the two differ in shape.
         """
         if timesteps.shape != losses.shape or timesteps.ndim != 1:
-            raise ValueError(
-                f"`timesteps` has shape {tuple(timesteps.shape)} and `losses` {tuple(losses.shape)}; both must be "
-                "(batch_size,): one loss per example."
-            )
+            shapes = f"`timesteps` has shape {tuple(timesteps.shape)} and `losses` {tuple(losses.shape)}"
+            raise ValueError(f"{shapes}; both must be (batch_size,): one loss per example.")
         timesteps, losses = timesteps.detach(), losses.detach().float()
         # Padding compares sizes on the host even for a single process, which should not wait for that.
         if PartialState().num_processes > 1:
@@ -181,8 +173,7 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
         if saved.shape != self.history.shape:
             raise ValueError(
                 f"The saved state has a history of shape {tuple(saved.shape)}; this sampler's is "
-                f"{tuple(self.history.shape)} (timesteps, losses per timestep). Resume with the sampler and the values "
-                "that the state was saved with."
+                f"{tuple(self.history.shape)} (timesteps, losses per timestep). Resume with the former sampler."
             )
         self.history = saved.to(self.history)
         self.counts = state_dict["counts"].to(self.counts)

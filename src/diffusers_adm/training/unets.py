@@ -51,13 +51,12 @@ def check_sampling_steps(
     has_classes: bool,
     has_text: bool,
 ) -> None:
-    """Refuses validation images with more steps than the noise schedule, or with guidance without a condition."""
+    """Raises a `ValueError` for validation images with too many steps, or with guidance without a condition."""
     num_steps = scheduler.config.num_train_timesteps
     if training_args.validation_num_inference_steps > num_steps:
         raise ValueError(
-            f"`validation_num_inference_steps` is {training_args.validation_num_inference_steps}, but the noise "
-            f"schedule (`ddpm_num_steps`) has {num_steps} timesteps. Pass `--validation_num_inference_steps "
-            f"{num_steps}` or less."
+            f"`validation_num_inference_steps` is {training_args.validation_num_inference_steps}; the noise schedule "
+            f"(`ddpm_num_steps`) allows {num_steps} at most."
         )
     if training_args.validation_guidance_scale != 1 and not has_classes and not has_text:
         raise ValueError(
@@ -82,11 +81,11 @@ def load_unet_config(
             adds the others.
 
     Raises:
-        ValueError: If it cannot be read, is not a U-Net's, has other numbers of channels, or is to replace its classes
-            without a `label_column`.
+        ValueError: If it cannot be read, is not a U-Net's, or has other numbers of channels; or if its classes are to
+            be replaced without a `label_column`.
     """
     if model_args.replace_classes and data_args.label_column is None:
-        raise ValueError("`replace_classes` was given without a `label_column`. Name the column of the new classes.")
+        raise ValueError("`replace_classes` was given without `label_column`. Pass both, or neither.")
     config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
     if model_args.pretrained_model_name_or_path is None:
         source = model_args.model_config_name_or_path
@@ -98,19 +97,17 @@ def load_unet_config(
     found, out_channels = config.get("in_channels", default), config.get("out_channels", default)
     is_widened = may_widen and model_args.pretrained_model_name_or_path is not None and found == IMAGE_CHANNELS
     if found != in_channels and not is_widened:
-        extra = in_channels - IMAGE_CHANNELS
+        tasks = {6: "train_super_resolution.py", INPAINT_CHANNELS: "train_adm.py --task inpaint"}
         raise ValueError(
-            f"The U-Net takes {found} channels; this script trains on RGB images"
-            + (f" and {extra} further channels: {in_channels}." if extra else f": {in_channels}.")
-            + (" (Upsamplers, with 6, are trained by train_super_resolution.py.)" if found == 6 else "")
-            + (f" (Inpainters, with {found}, by train_adm.py --task inpaint.)" if found == INPAINT_CHANNELS else "")
+            f"The U-Net takes {found} channels; this script trains U-Nets of {in_channels}, on RGB images."
+            + (f" Those of {found} are trained by {tasks[found]}." if found in tasks else "")
         )
     expected = IMAGE_CHANNELS * (2 if scheduler.has_learned_variance else 1)
     if out_channels != expected:
         raise ValueError(
-            f"The U-Net has {out_channels} output channels for {IMAGE_CHANNELS} image channels, but `variance_type` "
-            f"{scheduler.config.variance_type!r} needs {expected}. Change `out_channels` in its config, or pass "
-            "`--variance_type fixed_small --objective simple` for a network without learned variance."
+            f"The U-Net has {out_channels} output channels, but `variance_type` {scheduler.config.variance_type!r} "
+            f"needs {expected}. Change `out_channels` in its config, or pass `--variance_type fixed_small --objective "
+            "simple` for a network without learned variance."
         )
     return config
 
@@ -120,14 +117,8 @@ def build_unet(
 ) -> AdaGNUNet2DModel:
     """
     Loads the pretrained U-Net (`match_unet_classes` then fits its class embedding to the data), or makes one from
-    scratch with a row for each class of the data.
-
-    Args:
-        config (`dict`): From `load_unet_config`, for a network that is trained from scratch.
-        num_classes (`int`, *optional*): Number of classes of the data; None: trained without classes.
-
-    Raises:
-        ValueError: If its class embedding is incompatible with the classes of the data or their dropout.
+    scratch from the `config` of `load_unet_config`, with a row for each class of the data (None: without classes).
+    Raises a `ValueError` if its class embedding is incompatible with the classes of the data or their dropout.
     """
     pretrained = model_args.pretrained_model_name_or_path
     if pretrained is not None:
@@ -143,23 +134,26 @@ def build_unet(
 
     if num_classes is None and config.num_class_embeds is not None and config.null_class_id is None:
         raise ValueError(
-            f"The U-Net is class-conditional ({config.num_class_embeds} classes, no null class), but no `label_column` "
-            "was named. Name the column that holds the classes."
+            f"The U-Net is class-conditional ({config.num_class_embeds} classes, no null class). Pass `label_column`."
         )
     if num_classes is not None and pretrained is None:
         room = config.num_class_embeds - (config.null_class_id is not None)
         if num_classes > room or (config.null_class_id is not None and config.null_class_id < num_classes):
             raise ValueError(
                 f"The data has {num_classes} classes, but the U-Net has room for {room} (`num_class_embeds` "
-                f"{config.num_class_embeds}, null class {config.null_class_id}). Leave `num_class_embeds` out of the "
-                "config, so that the data sets it."
+                f"{config.num_class_embeds}, null class {config.null_class_id}). Leave `num_class_embeds` out of its "
+                "config."
             )
         if model_args.class_dropout_prob > 0 and config.null_class_id is None:
-            raise ValueError(
-                f"`class_dropout_prob` is {model_args.class_dropout_prob}, but the U-Net has no null class "
-                "(`null_class_id`) to drop to. Pass `--class_dropout_prob 0`."
-            )
+            raise _no_null_class(model_args)
     return unet
+
+
+def _no_null_class(model_args: UNetArguments, because: str = "") -> ValueError:
+    return ValueError(
+        f"`class_dropout_prob` is {model_args.class_dropout_prob}, but the U-Net has no null class (`null_class_id`) "
+        f"to drop to{because}. Pass `--class_dropout_prob 0`."
+    )
 
 
 def match_unet_classes(
@@ -177,7 +171,6 @@ def match_unet_classes(
 
     Args:
         unet ([`AdaGNUNet2DModel`]): From `build_unet`; it is changed in place.
-        images (`datasets.Dataset`): From `load_image_dataset`.
         id2label (`dict[int, str]`, *optional*): The classes of the data; None: trained without classes.
         frozen (`str`, *optional*): Why the weights stay as they are, for errors: what needs new rows is refused.
 
@@ -194,22 +187,13 @@ def match_unet_classes(
     known = {row: name for row, name in pretrained_class_names(model_args, data_args).items() if row < num_rows}
     if id2label is None:
         return images, known or None
-    if config.class_embed_type is not None:
-        raise ValueError(
-            f"`label_column` was named, but the pretrained U-Net has no table of classes (`class_embed_type` "
-            f"{config.class_embed_type!r}). Leave `label_column` out."
-        )
-    if frozen and num_rows == 0:
-        raise ValueError(
-            f"`label_column` was named, but the pretrained U-Net has no class embedding, and {frozen}. Leave "
-            "`label_column` out."
-        )
+    if config.class_embed_type is not None or (frozen and num_rows == 0):
+        kind = config.class_embed_type
+        why = f"table of classes (`class_embed_type` {kind!r})" if kind else f"class embedding, and {frozen}"
+        raise ValueError(f"The pretrained U-Net has no {why}. Leave `label_column` out.")
     adds_null = model_args.class_dropout_prob > 0
     if frozen and adds_null and config.null_class_id is None:
-        raise ValueError(
-            f"`class_dropout_prob` is {model_args.class_dropout_prob}, but the U-Net has no null class "
-            f"(`null_class_id`) to drop to, and {frozen}. Pass `--class_dropout_prob 0`."
-        )
+        raise _no_null_class(model_args, f", and {frozen}")
     plan = plan_classes(
         id2label,
         known,
@@ -266,12 +250,12 @@ def widen_input(unet: AdaGNUNet2DModel, in_channels: int) -> None:
 def check_guidance(
     training_args: DiffusionTrainingArguments, unet_config: Any, num_classes: int | None, has_text: bool
 ) -> None:
-    """Refuses validation images that are guided only by classes if the U-Net has no null class."""
-    guided = training_args.validation_guidance_scale != 1
-    if guided and num_classes and unet_config.null_class_id is None and not has_text:
+    """Raises a `ValueError` for validation images that are guided only by classes if the U-Net has no null class."""
+    scale = training_args.validation_guidance_scale
+    if scale != 1 and num_classes and unet_config.null_class_id is None and not has_text:
         raise ValueError(
-            f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but the U-Net has no null "
-            "class to guide away from. Leave it at 1, or train with `--class_dropout_prob 0.1`."
+            f"`validation_guidance_scale` is {scale}, but the U-Net has no null class to guide away from. Leave it at "
+            "1, or train with `--class_dropout_prob 0.1`."
         )
 
 

@@ -48,13 +48,11 @@ Example = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 def survives(accelerator: Accelerator, progress: TrainingProgress, work: Callable[[], None]) -> bool:
     """
-    Calls `work()`, a validation or a part of one, so that its failure costs neither the run nor its weights.
+    Calls `work()`, a validation or a part of one, so that its failure costs neither the run nor its weights. Returns
+    whether it succeeded on all processes.
 
     An exception is logged with its traceback by the process that met it. Collective; `work` itself must not be, since
     the other processes would wait for one that failed.
-
-    Returns:
-        `bool`: Whether `work()` succeeded on all processes.
     """
     failed = torch.zeros((), device=accelerator.device)
     try:
@@ -71,11 +69,8 @@ def survives(accelerator: Accelerator, progress: TrainingProgress, work: Callabl
 def check_last_validation(accelerator: Accelerator, output_dir: str, validated: bool) -> None:
     """Raises a `CommandError` that says where the result is, on the main process, if the last validation has failed."""
     if not validated and accelerator.is_main_process:  # the launcher might stop it if another process were faster
-        raise CommandError(
-            f"The last validation has failed; its traceback stands above. The result is saved in {output_dir} all the "
-            "same.",
-            exit_code=1,
-        )
+        message = f"The last validation has failed, see above. The result is saved in {output_dir} all the same."
+        raise CommandError(message, exit_code=1)
 
 
 # 2. What validation images show
@@ -88,17 +83,9 @@ def choose_rows(
     prompts: Sequence[str] | None = None,
 ) -> list[Row]:
     """
-    Chooses the conditions of validation images: prompts, each with the class of the first image of that caption, or
-    else the null class; without captions, the classes of the data; an empty list without either.
-
-    Args:
-        images (`datasets.Dataset`): The training data, with the columns `caption` and `label` as far as they are used.
-        id2label (`dict[int, str]`, *optional*): Names of the classes.
-        null_class_id (`int`, *optional*): The null class of the U-Net.
-        prompts (sequence of `str`, *optional*): None: the first captions of the data.
-
-    Raises:
-        ValueError: If the class of a prompt is unknown and there is no null class.
+    Chooses the conditions of validation images: `prompts` (None: the first captions of the data), each with the class
+    of the first image of that caption, or else the null class; without captions, the classes of the data; an empty list
+    without either. Raises a `ValueError` if the class of a prompt is unknown and there is no null class.
     """
     labels = images["label"][:] if "label" in images.column_names else None
     if "caption" not in images.column_names:  # a pretrained model may have many other classes
@@ -116,8 +103,8 @@ def choose_rows(
             label = labels[first[prompt]] if prompt in first and labels[first[prompt]] >= 0 else null_class_id
             if label is None:
                 raise ValueError(
-                    f"`validation_prompts` holds {prompt!r}, which is no caption of the data, so its class is unknown, "
-                    "and the U-Net has no null class. Choose among the captions."
+                    f"`validation_prompts` holds {prompt!r}, which is no caption of the data, so its class is unknown "
+                    "(and there is no null class). Choose among the captions."
                 )
             arguments["class_labels"] = label
         rows.append((prompt, arguments))
@@ -126,12 +113,9 @@ def choose_rows(
 
 def choose_examples(dataset: ImageDataset, number: int, null_class_id: int | None = None) -> list[Example]:
     """
-    Chooses examples, evenly spaced over the data, each with the arguments of a pipeline for it: its caption as `prompt`
-    and its class as `class_labels`, as far as the data has them. Unlabelled examples get the `null_class_id`.
-
-    Args:
-        dataset (`ImageDataset`): Its crops should be central, or of a fixed epoch.
-        number (`int`): Maximal number of examples.
+    Chooses at most `number` examples, evenly spaced over the data, each with the arguments of a pipeline for it: its
+    caption as `prompt` and its class as `class_labels`, as far as the data has them. Unlabelled examples get the
+    `null_class_id`.
     """
     number = min(number, len(dataset))
     chosen = []
@@ -153,7 +137,6 @@ def generate(
     encoder on another device (precomputed embeddings do not need it) is moved to that of the U-Net meanwhile.
 
     Args:
-        pipeline (`DiffusionPipeline`): A pipeline of this package.
         wanted (sequence of `dict`): Arguments of the pipeline for one image each, with the same keys for all. Guidance
             is used if `prompt` or `class_labels` is among them.
     """
@@ -225,14 +208,11 @@ def super_resolution_grid(
     """Small image | sample | large image of each example."""
     large = torch.stack([tensors["images"] for tensors, _ in examples])
     to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
-    small = to_pil(downsample(large, large.shape[-1] // pipeline.config.low_res_size), output_type="pil")
+    small = to_pil(downsample(large, large.shape[-1] // pipeline.config.low_res_size))
     wanted = [{"image": image, **arguments} for image, (_, arguments) in zip(small, examples, strict=True)]
-    columns = {
-        "small": [image.resize(large.shape[-2:], Image.Resampling.NEAREST) for image in small],
-        "sample": generate(pipeline, wanted, training_args),
-        "large": to_pil(large, output_type="pil"),
-    }
-    return labelled_strips(columns)
+    resized = [image.resize(large.shape[-2:], Image.Resampling.NEAREST) for image in small]
+    samples = generate(pipeline, wanted, training_args)
+    return labelled_strips({"small": resized, "sample": samples, "large": to_pil(large)})
 
 
 def control_grid(
@@ -242,11 +222,8 @@ def control_grid(
     targets, conditions = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
     to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
     wanted = [{"image": condition, **given} for condition, (_, given) in zip(conditions, examples, strict=True)]
-    columns = {
-        "condition": to_pil(conditions * 2 - 1, output_type="pil"),
-        "sample": generate(pipeline, wanted, training_args),
-        "target": to_pil(targets, output_type="pil"),
-    }
+    samples = generate(pipeline, wanted, training_args)
+    columns = {"condition": to_pil(conditions * 2 - 1), "sample": samples, "target": to_pil(targets)}
     return labelled_strips(columns, scale=max(1, 64 // targets.shape[-1]))
 
 
