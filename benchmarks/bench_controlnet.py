@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from bench_unet import NETWORKS
-from measuring import alternate, argument_parser, compare_peaks, describe_machine, finish, peak_bytes, print_row, ratios
+from measuring import alternate, compare_peaks, describe_machine, finish, make_parser, measure_rows, peak_bytes, ratios
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_adm import AdaGNControlNetModel, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
@@ -32,7 +32,7 @@ from diffusers_adm.training import training_losses
 EMOJI_CONFIG = Path(__file__).parent.parent / "training" / "configs" / "unet_emoji_32_glide.json"
 NUM_CLASSES, TEXT_LENGTH = 10, 24
 WIDTHS = {"full": 1.0, "half": 0.5}
-TRAINING_LIMIT, SAMPLING_LIMIT = 0.95, 0.6
+LIMITS = {"training": 0.95, "sampling": 0.6}
 MAX_GRAD_NORM = 1.0
 
 
@@ -58,54 +58,48 @@ def inputs_for(unet: AdaGNUNet2DModel, batch_size: int) -> tuple[torch.Tensor, t
     return 2 * images - 1, timesteps, images, conditions
 
 
-def training_step(which: str, network: str, batch_size: int, dtype: str, device: str) -> Callable[[], None]:
-    """`which`: "base" fine-tunes the base, a name of `WIDTHS` trains a ControlNet for it."""
-    unet = build_unet(network, device)
-    images, timesteps, control_images, conditions = inputs_for(unet, batch_size)
+def build_call(args: argparse.Namespace, mode: str, network: str, dtype: str, width: str) -> Callable[[], None]:
+    """
+    A training step or, in the mode "sampling", an evaluation without gradients: of the base with the width "base",
+    where training is fine-tuning, or of a ControlNet.
+    """
+    unet = build_unet(network, args.device)
+    images, timesteps, control_images, conditions = inputs_for(unet, args.batch_size)
+    model = unet if width == "base" else AdaGNControlNetModel.from_unet(unet, width=WIDTHS[width])
+    autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    if mode == "sampling":
+        model.eval()
+        if width != "base":
+            conditions["controlnet_cond"] = control_images
+
+        @torch.no_grad()
+        def evaluate() -> None:
+            with autocast:
+                model(images, timesteps, return_dict=False, **conditions)
+
+        return evaluate
+
+    def controlled(sample, timesteps, **conditions):
+        down, mid = model(sample, timesteps, controlnet_cond=control_images, return_dict=False, **conditions)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return unet(sample, timesteps, **conditions, **residuals)
+
+    unet.requires_grad_(width == "base")
+    model.train()
     scheduler = LearnedVarianceDDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    model, trained = unet, unet
-    if which != "base":
-        unet.requires_grad_(False)
-        trained = AdaGNControlNetModel.from_unet(unet, width=WIDTHS[which])
-
-        def model(sample, timesteps, **conditions):
-            down, mid = trained(sample, timesteps, controlnet_cond=control_images, return_dict=False, **conditions)
-            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-            return unet(sample, timesteps, **conditions, **residuals)
-
-    trained.train()
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = training_losses(model, scheduler, images, timesteps, model_kwargs=conditions).loss.mean()
+        predict = unet if width == "base" else controlled
+        with autocast:
+            loss = training_losses(predict, scheduler, images, timesteps, model_kwargs=conditions).loss.mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
-
-
-def evaluation(which: str, network: str, batch_size: int, dtype: str, device: str) -> Callable[[], None]:
-    """One evaluation of the base ("base") or of a ControlNet, without gradients."""
-    unet = build_unet(network, device)
-    images, timesteps, control_images, conditions = inputs_for(unet, batch_size)
-    model = unet
-    if which != "base":
-        model = AdaGNControlNetModel.from_unet(unet, width=WIDTHS[which])
-        conditions["controlnet_cond"] = control_images
-    model.eval()
-
-    @torch.no_grad()
-    def evaluate() -> None:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            model(images, timesteps, return_dict=False, **conditions)
-
-    return evaluate
-
-
-MODES = {"training": (training_step, TRAINING_LIMIT), "sampling": (evaluation, SAMPLING_LIMIT)}
 
 
 def count_flops(function: Callable[[], None]) -> int:
@@ -114,58 +108,50 @@ def count_flops(function: Callable[[], None]) -> int:
     return counter.get_total_flops()
 
 
-def time_row(mode: str, network: str, dtype: str, width: str, args: argparse.Namespace) -> dict:
-    build, limit = MODES[mode]
-    controlnet, base = (build(which, network, args.batch_size, dtype, args.device) for which in (width, "base"))
+def time_row(args: argparse.Namespace, mode: str, network: str, dtype: str, width: str) -> dict:
+    controlnet, base = (build_call(args, mode, network, dtype, which) for which in (width, "base"))
     flops = count_flops(controlnet) / count_flops(base)
     row = ratios(alternate(controlnet, base, args.pairs, args.device))
-    passed = row["ratio"] <= limit if width == "full" else None
-    return {"mode": mode, "network": network, "dtype": dtype, "width": width, **row, "flops": flops, "passed": passed}
+    limit = LIMITS[mode] if width == "full" else None
+    passed = None if limit is None else row["ratio"] <= limit
+    return {**row, "flops": flops, "limit": limit, "passed": passed, "note": f"{flops:.3f}  "}
 
 
-def print_peak(which: str, network: str, dtype: str, args: argparse.Namespace) -> None:
-    """The task of a child process: prints the peak in bytes of three training steps."""
+def peak(args: argparse.Namespace, *words: str) -> int:
+    """Peak of this process in bytes in three training steps, minus its memory before there was a network."""
     # Memory that the first backward pass and the first optimizer step allocate for good does not count.
     layer = torch.nn.Conv2d(3, 3, 3).to(args.device)
     layer(torch.zeros(1, 3, 8, 8, device=args.device)).sum().backward()
     torch.optim.AdamW(layer.parameters()).step()
     before = torch.cuda.memory_allocated() if args.device == "cuda" else peak_bytes(args.device)
-    step = training_step(which, network, args.batch_size, dtype, args.device)
+    step = build_call(args, *words)
     for _ in range(3):
         step()
-    print(peak_bytes(args.device) - before)
+    return peak_bytes(args.device) - before
+
+
+def memory_row(args: argparse.Namespace, mode: str, network: str, dtype: str, width: str) -> dict:
+    row = compare_peaks(peak, args, (mode, network, dtype, width), (mode, network, dtype, "base"))
+    return {**row, "limit": None, "passed": row["ratio"] < 1 if width == "full" else None}
 
 
 def main() -> int:
-    parser = argument_parser(__doc__, batch_size=16, pairs=15, only="training emoji")
-    parser.add_argument("--threads", type=int, help="Threads of torch; default: its own choice.")
-    parser.add_argument("--memory_runs", type=int, default=3, help="Processes per peak; the median counts. 0: skip.")
-    parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
+    parser = make_parser(__doc__, "threads", "json", device="cpu", batch_size=16, pairs=15, memory_runs=3)
+    parser.add_argument("--only", nargs="*", default=[], help="Words that a row must all have, e.g. `training emoji`.")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print_peak(*args.memory_of, args)
-        return 0
 
-    machine = describe_machine(args.device)
-    print(f"{machine}; batch size {args.batch_size}\n\nControlNet / base = ratio [95% interval]; ratio of operations")
+    print(f"{describe_machine(args.device)}; batch size {args.batch_size}\n")
+    print("ControlNet / base = ratio [95% interval]; ratio of operations")
+    columns, kinds = ("mode", "network", "dtype", "width"), (("emoji", "64x64"), ("float32", "bfloat16"), WIDTHS)
     rows, memory_rows = [], []
-    kinds = list(itertools.product(("emoji", "64x64"), ("float32", "bfloat16"), WIDTHS))
-    for mode, (network, dtype, width) in itertools.product(MODES, kinds):
-        if args.pairs and set(args.only) <= {mode, network, dtype, width}:
-            rows.append(row := time_row(mode, network, dtype, width, args))
-            limit = None if row["passed"] is None else MODES[mode][1]
-            print_row(f"{mode:8} {network:5} {dtype:8} {width}", row, "ms", limit, f"{row['flops']:.3f}  ")
+    if args.pairs:
+        rows = measure_rows(columns, itertools.product(LIMITS, *kinds), time_row, args)
     if args.memory_runs:
         print("\nPeak memory of three training steps")
-        for network, dtype, width in kinds:
-            if set(args.only) <= {"training", network, dtype, width}:
-                row = compare_peaks(__file__, args, (width, network, dtype), ("base", network, dtype))
-                row |= {"network": network, "dtype": dtype, "width": width}
-                memory_rows.append(row | {"passed": row["ratio"] < 1 if width == "full" else None})
-                print_row(f"{network:5} {dtype:8} {width}", memory_rows[-1], "mib")
-    return finish(args, machine, time=rows, memory=memory_rows)
+        memory_rows = measure_rows(columns, itertools.product(["training"], *kinds), memory_row, args, "mib")
+    return finish(args, time=rows, memory=memory_rows)
 
 
 if __name__ == "__main__":

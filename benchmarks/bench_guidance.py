@@ -16,7 +16,7 @@ import sys
 
 import torch
 from bench_unet import NETWORKS
-from measuring import alternate, argument_parser, describe_machine, finish, print_row, ratios
+from measuring import alternate, describe_machine, finish, make_parser, measure_rows, quiet, ratios
 
 from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
@@ -55,16 +55,14 @@ ROWS = {
 }
 
 
-def measure(name: str, args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace, name: str) -> dict:
     kind, guidance = ROWS[name]
     torch.manual_seed(0)
     unet = AdaGNUNet2DModel(**(CLASS_CONDITIONAL if kind == "class" else TEXT_CONDITIONAL)).eval()
     classifier = AdaGNClassifierModel(**CLASSIFIER).eval() if kind == "class" else None
-    pipe = ADMPipeline(unet, LearnedVarianceDDPMScheduler(), None, None, None, classifier).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
-    if kind == "class":
-        condition, guidance = {"class_labels": torch.arange(args.batch_size) % NUM_CLASSES}, dict(guidance)
-    else:
+    pipe = quiet(ADMPipeline(unet, LearnedVarianceDDPMScheduler(), None, None, None, classifier).to(args.device))
+    condition = {"class_labels": torch.arange(args.batch_size) % NUM_CLASSES}
+    if kind == "text":
         shape = (2, args.batch_size, TEXT_LENGTH, TEXT_WIDTH)
         states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device)
         condition, guidance = {"prompt_embeds": states[0]}, {**guidance, "negative_prompt_embeds": states[1]}
@@ -74,23 +72,19 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         pipe(num_inference_steps=args.steps, generator=generator, output_type="latent", **condition, **options)
 
     row = ratios(alternate(lambda: sample(**guidance), sample, args.pairs, args.device), args.steps)
-    limited = "classifier" not in name
-    return {"row": name, **row, "limited": limited, "passed": not limited or row["ratio"] <= RATIO_LIMIT}
+    limit = None if "classifier" in name else RATIO_LIMIT
+    return {**row, "limit": limit, "passed": limit is None or row["ratio"] <= limit}
 
 
 def main() -> int:
-    parser = argument_parser(__doc__, batch_size=4, pairs=15)
+    parser = make_parser(__doc__, "json", device="cpu", batch_size=4, pairs=15)
     parser.add_argument("--steps", type=int, default=4, help="Steps of a timed call.")
-    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--only", dest="rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     args = parser.parse_args()
 
-    machine = describe_machine(args.device)
-    print(f"{machine}; batch size {args.batch_size}\n\nms per step, guided / unguided = ratio [95% interval]")
-    rows = []
-    for name in args.only:
-        rows.append(row := measure(name, args))
-        print_row(f"{name:22}", row, "ms", RATIO_LIMIT if row["limited"] else None)
-    return finish(args, machine, rows=rows)
+    print(f"{describe_machine(args.device)}; batch size {args.batch_size}\n")
+    print("ms per step, guided / unguided = ratio [95% interval]")
+    return finish(args, rows=measure_rows(["row"], [(name,) for name in args.rows], measure, args))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ interval. Times are CPU times, which other programs disturb little. The network 
 `training/configs/unet_emoji_32.json`, with batch size 16. docs/reproducibility.md explains the variable.
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from measuring import bootstrap_interval, run_python
+from measuring import in_fresh_process, make_parser, median_with_interval, write_report
 
 from diffusers_adm import AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.training import training_losses
@@ -29,9 +27,8 @@ VALUES = (None, "AUTO,STRICT", "AVX2,STRICT", "AVX512,STRICT", "COMPATIBLE")
 BATCH_SIZE = 16
 
 
-def measure(steps: int, threads: int) -> dict[str, float]:
+def measure(steps: int) -> dict[str, float]:
     """Median milliseconds of each kind of step in this process."""
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     unet, scheduler = AdaGNUNet2DModel.from_config(AdaGNUNet2DModel.load_config(CONFIG)), LearnedVarianceDDPMScheduler()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
@@ -49,13 +46,9 @@ def measure(steps: int, threads: int) -> dict[str, float]:
     def sample() -> None:
         scheduler.step(unet(images, 500).sample, 500, images)
 
-    kinds = {
-        "training, float32": lambda: train(False),
-        "training, bf16": lambda: train(True),
-        "sampling, float32": sample,
-    }
     result = {}
-    for kind, step in kinds.items():
+    kinds = {"training, float32": lambda: train(False), "training, bf16": lambda: train(True)}
+    for kind, step in (kinds | {"sampling, float32": sample}).items():
         times = []
         for _ in range(steps + 2):
             start = time.process_time()
@@ -66,38 +59,34 @@ def measure(steps: int, threads: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "json")
     parser.add_argument("--rounds", type=int, default=8, help="Processes for each value.")
     parser.add_argument("--steps", type=int, default=8, help="Timed steps of each kind in a process.")
     parser.add_argument("--threads", type=int, default=1, help="Threads of torch.")
-    parser.add_argument("--json", help="Write all numbers to this file.")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(args.steps, args.threads)))
-        return
+    torch.set_num_threads(args.threads)
 
     found = {value: [] for value in VALUES}
     for turn in range(args.rounds):
         for value in VALUES if turn % 2 else reversed(VALUES):
-            environment = {name: content for name, content in os.environ.items() if name != "MKL_CBWR"}
-            environment |= {} if value is None else {"MKL_CBWR": value}
-            options = ("--measure", "--steps", args.steps, "--threads", args.threads)
-            found[value].append(json.loads(run_python(__file__, *options, env=environment).splitlines()[-1]))
+            os.environ.pop("MKL_CBWR", None)
+            if value is not None:
+                os.environ["MKL_CBWR"] = value
+            found[value].append(in_fresh_process(measure, args.steps))
+    os.environ.pop("MKL_CBWR", None)
 
     machine = describe_machine()
-    print(f"{machine}; measured with {args.threads} threads, batch size {BATCH_SIZE}, {args.rounds} rounds\n")
+    print(f"{machine}; batch size {BATCH_SIZE}, {args.rounds} rounds\n")
     print("time relative to the process without MKL_CBWR [95% interval]")
     rows = []
     for kind in found[None][0]:
         print(f"{kind}: {statistics.median(result[kind] for result in found[None]):.0f} ms without")
         for value in VALUES[1:]:
             pairs = [a[kind] / b[kind] for a, b in zip(found[value], found[None], strict=True)]
-            low, high = bootstrap_interval(pairs)
-            rows.append({"kind": kind, "value": value, "ratio": statistics.median(pairs), "low": low, "high": high})
-            print(f"  {value:14} {statistics.median(pairs):.3f} [{low:.3f}, {high:.3f}]")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+            ratio, low, high = median_with_interval(pairs)
+            rows.append({"kind": kind, "value": value, "ratio": ratio, "low": low, "high": high})
+            print(f"  {value:14} {ratio:.3f} [{low:.3f}, {high:.3f}]")
+    write_report(args.json, args, machine=machine, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,25 @@ conversion to images), as a share of the total. The network is the 64-channel on
 """
 
 import argparse
+import itertools
 import statistics
 import sys
+from collections.abc import Callable
 
 import torch
 from bench_unet import build
 from diffusers import DDIMScheduler, DDPMScheduler
-from measuring import alternate, argument_parser, bootstrap_interval, clock, describe_machine, finish, print_row, ratios
+from measuring import (
+    alternate,
+    clock,
+    describe_machine,
+    finish,
+    make_parser,
+    measure_rows,
+    median_with_interval,
+    quiet,
+    ratios,
+)
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 
@@ -39,40 +51,40 @@ METHODS = {
 }
 
 
-def step_row(method: str, form: str, part: str, args: argparse.Namespace) -> dict:
-    """`form`: the timesteps are elements of `scheduler.timesteps`, as in pipelines, or integers."""
+def step_row(args: argparse.Namespace, method: str, form: str, part: str) -> dict:
+    """`form`: the timesteps are elements of `scheduler.timesteps`, as in pipelines ("tensor"), or integers ("int")."""
     ours = LearnedVarianceDDPMScheduler()
     theirs = DDPMScheduler(variance_type="learned_range") if method == "ancestral" else DDIMScheduler()
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(args.batch_size, 3, SIZE, SIZE, generator=generator).to(args.device)
     output = torch.randn(args.batch_size, 6, SIZE, SIZE, generator=generator).to(args.device)
-    # `DDIMScheduler` has no learned variance and gets the mean channels.
-    outputs = output, output if method == "ancestral" else output[:, :3]
     # As in `ADMPipeline` and `DDPMPipeline`: the former's timesteps are on the device, the latter's on the CPU.
     ours.set_timesteps(NUM_TIMESTEPS, device=args.device)
     theirs.set_timesteps(NUM_TIMESTEPS)
-    timesteps = [scheduler.timesteps[PARTS[part]] for scheduler in (ours, theirs)]
-    assert timesteps[0].tolist() == timesteps[1].tolist()
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
 
-    def stepper(i: int, scheduler: LearnedVarianceDDPMScheduler | DDPMScheduler | DDIMScheduler):
-        steps = timesteps[i].tolist() if form == "int" else list(timesteps[i])
-        options = {"generator": torch.Generator(args.device).manual_seed(0), **METHODS[method][i]}
+    def stepper(scheduler, output: torch.Tensor, options: dict) -> Callable[[], None]:
+        timesteps = scheduler.timesteps[PARTS[part]]
+        steps = timesteps.tolist() if form == "int" else list(timesteps)
+        generator = torch.Generator(args.device).manual_seed(0)
 
+        @torch.no_grad()
         def run() -> None:
             for t in steps:
-                scheduler.step(outputs[i], t, sample, **options)
+                scheduler.step(output, t, sample, generator=generator, **options)
 
         return run
 
-    with torch.no_grad():
-        row = ratios(alternate(stepper(0, ours), stepper(1, theirs), args.pairs, args.device), len(timesteps[0]))
-    return {"method": method, "timesteps": form, "part": part, **row, "passed": row["ratio"] <= RATIO_LIMIT}
+    # `DDIMScheduler` has no learned variance and gets the mean channels.
+    outputs = output, output if method == "ancestral" else output[:, :3]
+    runs = map(stepper, (ours, theirs), outputs, METHODS[method])
+    row = ratios(alternate(*runs, args.pairs, args.device), len(ours.timesteps[PARTS[part]]))
+    return {**row, "limit": RATIO_LIMIT, "passed": row["ratio"] <= RATIO_LIMIT}
 
 
 def overhead_row(args: argparse.Namespace) -> dict:
     unet = build("ours", "64x64", "float32", "contiguous", args.device).eval()
-    pipe = ADMPipeline(unet, LearnedVarianceDDPMScheduler(), None, None, None, None)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(ADMPipeline(unet, LearnedVarianceDDPMScheduler(), None, None, None, None))
     in_network = []
     forward = unet.forward
 
@@ -83,44 +95,39 @@ def overhead_row(args: argparse.Namespace) -> dict:
         return output
 
     unet.forward = timed_forward
-    shares, overheads, networks = [], [], []
-    for call in range(args.calls + 1):
+    totals, networks = [], []
+    for _ in range(args.calls + 1):
         in_network.clear()
         generator = torch.Generator().manual_seed(0)
         start = clock(args.device)
         pipe(batch_size=args.batch_size, num_inference_steps=OVERHEAD_STEPS, generator=generator)
-        total = clock(args.device) - start
-        if call:  # the first one warms up
-            shares.append((total - sum(in_network)) / total)
-            overheads.append((total - sum(in_network)) / OVERHEAD_STEPS)
-            networks.append(sum(in_network) / OVERHEAD_STEPS)
-    low, high = bootstrap_interval(shares)
+        totals.append(clock(args.device) - start)
+        networks.append(sum(in_network))
+    calls = list(zip(totals, networks, strict=True))[1:]  # the first one warms up
+    share, low, high = median_with_interval([(total - network) / total for total, network in calls])
     return {
         "steps": OVERHEAD_STEPS,
-        "overhead_ms": 1000 * statistics.median(overheads),
-        "network_ms": 1000 * statistics.median(networks),
-        "share": statistics.median(shares),
+        "overhead_ms": 1000 * statistics.median(total - network for total, network in calls) / OVERHEAD_STEPS,
+        "network_ms": 1000 * statistics.median(network for _, network in calls) / OVERHEAD_STEPS,
+        "share": share,
         "low": low,
         "high": high,
-        "passed": statistics.median(shares) <= SHARE_LIMIT,
+        "passed": share <= SHARE_LIMIT,
     }
 
 
 def main() -> int:
-    parser = argument_parser(__doc__, batch_size=4, pairs=40, only="ddim int")
+    parser = make_parser(__doc__, "json", device="cpu", batch_size=4, pairs=40)
+    parser.add_argument("--only", nargs="*", default=[], help="Words that a row must all have, e.g. `ddim int`.")
     parser.add_argument("--calls", type=int, default=5, help="Timed calls of the pipeline; 0: skip the second table.")
     args = parser.parse_args()
 
-    machine = describe_machine(args.device)
-    print(f"{machine}; batch size {args.batch_size}")
+    print(f"{describe_machine(args.device)}; batch size {args.batch_size}")
+    rows, overhead_rows = [], []
     if args.pairs:
         print("\n`step`, ms per step; ratio = ours / theirs [95% interval]")
-    rows, overhead_rows = [], []
-    cases = [(method, "tensor", part) for method in METHODS for part in PARTS] + [("ancestral", "int", "250-steps")]
-    for method, form, part in cases:
-        if args.pairs and set(args.only) <= {method, form, part}:
-            rows.append(step_row(method, form, part, args))
-            print_row(f"{method:10} {form:6} {part:9}", rows[-1], "ms", RATIO_LIMIT)
+        cases = [*itertools.product(METHODS, ["tensor"], PARTS), ("ancestral", "int", "250-steps")]
+        rows = measure_rows(("method", "timesteps", "part"), cases, step_row, args)
     if args.calls and set(args.only) <= {"overhead"}:
         print("\n`ADMPipeline` outside its network, per step; share of the total [95% interval]")
         overhead_rows.append(row := overhead_row(args))
@@ -129,7 +136,7 @@ def main() -> int:
             f"{row['share']:.2%} [{row['low']:.2%}, {row['high']:.2%}] (limit {SHARE_LIMIT:.0%})  "
             f"{'ok' if row['passed'] else 'FAILED'}"
         )
-    return finish(args, machine, step=rows, overhead=overhead_rows)
+    return finish(args, step=rows, overhead=overhead_rows)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ of the pipeline in a process of its own for comparison, and `from_pretrained` af
 Results in seconds, without limits; other programs disturb them.
 """
 
-import argparse
-import json
 import os
 import socket
 import statistics
@@ -22,48 +20,26 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gradio_client
-from measuring import describe_machine, run_python
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from measuring import describe_machine, in_fresh_process, make_parser, quiet, seeded, write_report
+
+from diffusers_adm import ADMPipeline
 
 
 ROOT = Path(__file__).parents[1]
 APP = ROOT / "spaces" / "app.py"
 START_SECONDS, EXAMPLES_SECONDS = 180, 600
 NUM_IMAGES, NUM_STEPS = 4, 25
+PROMPT, GUIDANCE_SCALE = "fire", 4.0
 REQUEST = {
-    "prompt": "fire",
-    "category": "any",
-    "guidance_scale": 4,
-    "classifier_scale": 0,
-    "steps": NUM_STEPS,
-    "sampler": "DPM-Solver++",
-    "seed": 0,
-    "num_images": NUM_IMAGES,
-    "upscale": False,
+    **{"prompt": PROMPT, "category": "any", "guidance_scale": GUIDANCE_SCALE, "classifier_scale": 0, "seed": 0},
+    **{"steps": NUM_STEPS, "sampler": "DPM-Solver++", "num_images": NUM_IMAGES, "upscale": False},
 }
-# What the Space does without the page: the same solver with the same networks.
-PLAIN_CALLS = f"""
-import json, sys, time
-import torch
-from diffusers import DPMSolverMultistepScheduler
-from diffusers_adm import ADMPipeline
-folder, variant, calls = sys.argv[1], sys.argv[2] or None, int(sys.argv[3])
-start = time.perf_counter()
-pipe = ADMPipeline.from_pretrained(folder, variant=variant, dtype=torch.float32)
-times = [time.perf_counter() - start]
-pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, variance_type=None)
-pipe.set_progress_bar_config(disable=True)
-for _ in range(calls):
-    generators = [torch.Generator().manual_seed(i) for i in range({NUM_IMAGES})]
-    start = time.perf_counter()
-    pipe("fire", num_images_per_prompt={NUM_IMAGES}, num_inference_steps={NUM_STEPS}, guidance_scale=4.0,
-         generator=generators)
-    times.append(time.perf_counter() - start)
-print(json.dumps(times))
-"""
 
 
 @contextmanager
@@ -72,13 +48,8 @@ def app(models: Path, home: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home),
-        "GRADIO_TEMP_DIR": str(home / "files"),
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    environment |= {"GRADIO_TEMP_DIR": str(home / "files"), "GRADIO_ANALYTICS_ENABLED": "False"}
     command = [sys.executable, str(APP), "--models", str(models), "--port", str(port)]
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -98,11 +69,10 @@ def wait_for(what: str, seconds: float, is_ready: Callable[[], bool]) -> None:
 
 
 def answers(address: str) -> bool:
-    try:
+    with suppress(OSError):
         urllib.request.urlopen(address, timeout=5).close()
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def generate(client: gradio_client.Client) -> tuple[float, float]:
@@ -157,27 +127,34 @@ def measure_app(models: Path, calls: int) -> Iterator[tuple[str, float]]:
     yield "page during a call, slowest", max(answered)
 
 
+def plain_calls(folder: Path, calls: int) -> list[float]:
+    """Times of `from_pretrained`, and of what the Space does without the page: the same solver and networks."""
+    variant = "fp16" if any(folder.rglob("*.fp16.safetensors")) else None
+    times, start = [], time.perf_counter()
+    pipe = ADMPipeline.from_pretrained(folder, variant=variant, dtype=torch.float32)
+    times.append(time.perf_counter() - start)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, variance_type=None)
+    options = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
+    for _ in range(calls):
+        start = time.perf_counter()
+        quiet(pipe)(PROMPT, num_images_per_prompt=NUM_IMAGES, generator=seeded(0, NUM_IMAGES), **options)
+        times.append(time.perf_counter() - start)
+    return times
+
+
 def measure_pipeline(models: Path, calls: int) -> Iterator[tuple[str, float]]:
-    variant = "fp16" if any((models / "base").rglob("*.fp16.safetensors")) else ""
-
-    def run(calls: int) -> list[float]:
-        return json.loads(run_python("-c", PLAIN_CALLS, models / "base", variant, calls).splitlines()[-1])
-
-    loads = [run(0)[0] for _ in range(2)]
-    load, *times = run(calls)
+    loads = [in_fresh_process(plain_calls, models / "base", 0)[0] for _ in range(2)]
+    load, *times = in_fresh_process(plain_calls, models / "base", calls)
     yield "from_pretrained", statistics.median([*loads, load])
     yield "plain call", statistics.median(times)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / "spaces" / "model", help="Folder of the models.")
+    parser = make_parser(__doc__, "json", models=ROOT / "spaces" / "model")
     parser.add_argument("--calls", type=int, default=5, help="Timed calls; the median counts.")
-    parser.add_argument("--json", type=Path, help="Write all numbers to this file.")
     args = parser.parse_args()
 
-    machine = describe_machine("cpu")
-    print(machine)
+    print(describe_machine())
     print(f"{NUM_IMAGES} images, {NUM_STEPS} steps, guidance; medians of {args.calls} calls; seconds")
     results = {}
     for measure in (measure_app, measure_pipeline):
@@ -185,8 +162,7 @@ def main() -> None:
             results[name] = value
             print(f"{name:30} {value:8.3f}", flush=True)
     print(f"{'call / plain call':30} {results['call'] / results['plain call']:8.3f}")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, **results}, indent=2), encoding="utf-8")
+    write_report(args.json, args, **results)
 
 
 if __name__ == "__main__":

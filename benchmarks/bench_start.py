@@ -11,10 +11,11 @@ exceeds 0.5 s, or loading 3 s.
 """
 
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
-from measuring import alternate, argument_parser, describe_machine, finish, run_python
+from measuring import alternate, describe_machine, finish, make_parser
 
 
 IMPORT_LIMIT, LOADING_LIMIT = 0.5, 3.0  # seconds
@@ -42,7 +43,14 @@ for folder in map(Path, sys.argv[1:]):
 
 def run(code: str, *arguments: Path) -> list[float]:
     """The numbers that a fresh process prints."""
-    return [float(line) for line in run_python("-c", code, *arguments).split()]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return [
+        float(line) for line in subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    ]
+
+
+def verdict(passed: bool) -> str:
+    return "ok" if passed else "FAILED"
 
 
 def measure_import(pairs: int) -> dict[str, float]:
@@ -51,36 +59,27 @@ def measure_import(pairs: int) -> dict[str, float]:
     ours, theirs = statistics.median(times["ours"]), statistics.median(times["theirs"])
     statement = statistics.median(statements[-pairs:])  # without that of the first pair
     passed = max(ours - theirs, statement) <= IMPORT_LIMIT
+    print(f"process that imports diffusers                   {theirs:6.2f}")
+    print(f"process that imports diffusers and diffusers_adm {ours:6.2f}")
+    print(f"difference {ours - theirs:.2f}, the statement {statement:.2f} (limit {IMPORT_LIMIT})  {verdict(passed)}")
     return {"with": ours, "without": theirs, "difference": ours - theirs, "statement": statement, "passed": passed}
 
 
 def measure_loading(models: Path, runs: int) -> dict[str, float]:
     folders = sorted(folder for folder in models.iterdir() if folder.is_dir())
-    measured = [run(LOADING, *folders) for _ in range(runs)]
-    return {folder.name: statistics.median(times[i] for times in measured) for i, folder in enumerate(folders)}
+    medians = map(statistics.median, zip(*(run(LOADING, *folders) for _ in range(runs)), strict=True))
+    loading = {folder.name: elapsed for folder, elapsed in zip(folders, medians, strict=True)}
+    parts, total = ", ".join(f"{name} {elapsed:.2f}" for name, elapsed in loading.items()), sum(loading.values())
+    passed = total <= LOADING_LIMIT
+    print(f"loading {parts}: {total:.2f} (limit {LOADING_LIMIT})  {verdict(passed)}")
+    return {**loading, "passed": passed}
 
 
 def main() -> int:
-    parser = argument_parser(__doc__, pairs=5)
-    parser.add_argument("--models", type=Path, default=Path("spaces/model"), help="Folder of the models.")
-    args = parser.parse_args()
-
-    machine = describe_machine("cpu")
-    print(f"{machine}\n\nseconds, medians of {args.pairs} processes")
+    args = make_parser(__doc__, "json", pairs=5, models=Path("spaces/model")).parse_args()
+    print(f"{describe_machine()}\n\nseconds, medians of {args.pairs} processes")
     imports = measure_import(args.pairs)
-    print(f"process that imports diffusers                   {imports['without']:6.2f}")
-    print(f"process that imports diffusers and diffusers_adm {imports['with']:6.2f}")
-    print(
-        f"difference {imports['difference']:.2f}, the statement {imports['statement']:.2f} (limit {IMPORT_LIMIT})  "
-        f"{'ok' if imports['passed'] else 'FAILED'}",
-        flush=True,
-    )
-    loading = measure_loading(args.models, args.pairs)
-    total = sum(loading.values())
-    parts = ", ".join(f"{name} {elapsed:.2f}" for name, elapsed in loading.items())
-    passed = total <= LOADING_LIMIT
-    print(f"loading {parts}: {total:.2f} (limit {LOADING_LIMIT})  {'ok' if passed else 'FAILED'}")
-    return finish(args, machine, **{"import": [imports], "loading": [{**loading, "passed": passed}]})
+    return finish(args, **{"import": [imports], "loading": [measure_loading(args.models, args.pairs)]})
 
 
 if __name__ == "__main__":

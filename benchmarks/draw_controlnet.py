@@ -10,11 +10,10 @@ other noise at scale 1. `--pipeline` is a text-conditional base.
 import math
 
 import torch
-from measuring import make_parser, quiet
+from measuring import grid_of_columns, make_parser, quiet, sample
 from PIL import Image, ImageDraw
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
-from diffusers_adm.training import labelled_grid
 
 
 SCALES = (0.0, 0.5, 1.0)
@@ -24,9 +23,11 @@ POINTS = 60  # of a curve
 Curve = list[tuple[float, float]]  # (x, y) from 0 to 1, y downwards
 
 
+ANGLES = [2 * math.pi * i / POINTS for i in range(POINTS + 1)]
+
+
 def ellipse(x: float, y: float, width: float, height: float) -> Curve:
-    angles = [2 * math.pi * i / POINTS for i in range(POINTS + 1)]
-    return [(x + width / 2 * math.cos(a), y + height / 2 * math.sin(a)) for a in angles]
+    return [(x + width / 2 * math.cos(a), y + height / 2 * math.sin(a)) for a in ANGLES]
 
 
 def arc(x: float, y: float, width: float, height: float, bend: float) -> Curve:
@@ -36,26 +37,17 @@ def arc(x: float, y: float, width: float, height: float, bend: float) -> Curve:
 
 
 def heart() -> Curve:
-    angles = [2 * math.pi * i / POINTS for i in range(POINTS + 1)]
-    return [
-        (
-            0.5 + 0.026 * 16 * math.sin(a) ** 3,
-            0.48 - 0.026 * (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)),
-        )
-        for a in angles
-    ]
+    heights = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in ANGLES]
+    return [(0.5 + 0.026 * 16 * math.sin(a) ** 3, 0.48 - 0.026 * y) for a, y in zip(ANGLES, heights, strict=True)]
 
 
 EYES = [ellipse(0.35, 0.42, 0.1, 0.14), ellipse(0.65, 0.42, 0.1, 0.14)]
 HEAD = ellipse(0.5, 0.5, 0.88, 0.88)
-FLAG = [
-    [*arc(0.5, 0.25, 0.9, 0.06, -1), *reversed(arc(0.5, 0.75, 0.9, 0.06, -1)), arc(0.5, 0.25, 0.9, 0.06, -1)[0]],
-    arc(0.5, 0.42, 0.9, 0.06, -1),
-    arc(0.5, 0.58, 0.9, 0.06, -1),
-]
+TOP, *STRIPES, BOTTOM = (arc(0.5, y, 0.9, 0.06, -1) for y in (0.25, 0.42, 0.58, 0.75))
+FLAG = [[*TOP, *reversed(BOTTOM), TOP[0]], *STRIPES]
 PERSON = [
     ellipse(0.5, 0.38, 0.4, 0.46),
-    [*arc(0.5, 0.95, 0.7, 0.24, -1)],
+    arc(0.5, 0.95, 0.7, 0.24, -1),
     arc(0.5, 0.3, 0.36, 0.08, 1),
     ellipse(0.42, 0.38, 0.05, 0.06),
     ellipse(0.58, 0.38, 0.05, 0.06),
@@ -80,40 +72,22 @@ def draw_lines(curves: list[Curve], size: int) -> Image.Image:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--pipeline", required=True, help="base pipeline")
-    parser.add_argument("--controlnet", required=True, help="ControlNet")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=int, default=2, help="magnification")
-    args = parser.parse_args()
+    names = ("pipeline", "controlnet", "output")
+    args = make_parser(__doc__, *names, guidance_scale=3.0, num_inference_steps=50, seed=0, scale=2).parse_args()
 
-    pipe = ADMControlNetPipeline.from_pretrained(
-        args.pipeline, controlnet=AdaGNControlNetModel.from_pretrained(args.controlnet)
-    )
-    quiet(pipe)
-    drawings = [draw_lines(curves, pipe.unet.config.sample_size) for curves, _, _ in ROWS]
-    names = [name for *_, name in ROWS]
-    classes = {"class_labels": names} if set(names) <= set((pipe.id2label or {}).values()) else {}
-    columns = {"drawing": drawings}
-    settings = [(scale, 0) for scale in SCALES] + [(1.0, seed) for seed in range(1, OTHER_SEEDS + 1)]
-    for scale, seed in settings:
-        label = f"scale {scale:g}" if seed == 0 else f"seed {seed}"
-        columns[label] = pipe(
-            prompt=[prompt for _, prompt, _ in ROWS],
-            image=drawings,
-            **classes,
-            guidance_scale=args.guidance_scale,
-            controlnet_conditioning_scale=scale,
-            num_inference_steps=args.num_inference_steps,
-            generator=[torch.Generator().manual_seed(args.seed + seed) for _ in ROWS],
-        ).images
-    cells = [image for row in zip(*columns.values(), strict=True) for image in row]
-    labels = [prompt for _, prompt, _ in ROWS]
-    grid = labelled_grid(cells, len(ROWS), len(columns), row_labels=labels, col_labels=list(columns), scale=args.scale)
-    grid.save(args.output)
+    controlnet = AdaGNControlNetModel.from_pretrained(args.controlnet)
+    pipe = quiet(ADMControlNetPipeline.from_pretrained(args.pipeline, controlnet=controlnet))
+    curves, prompts, names = zip(*ROWS, strict=True)
+    drawings = [draw_lines(drawing, pipe.unet.config.sample_size) for drawing in curves]
+    inputs = {"prompt": prompts, "image": drawings}
+    if set(names) <= set((pipe.id2label or {}).values()):
+        inputs["class_labels"] = names
+    columns = [("drawing", drawings)]
+    for scale, seed in [*((scale, 0) for scale in SCALES), *((1.0, seed) for seed in range(1, OTHER_SEEDS + 1))]:
+        generators = [torch.Generator().manual_seed(args.seed + seed) for _ in ROWS]
+        samples = sample(pipe, args, inputs, generators, controlnet_conditioning_scale=scale)
+        columns.append((f"seed {seed}" if seed else f"scale {scale:g}", samples))
+    grid_of_columns(columns, prompts, scale=args.scale).save(args.output)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ Figures of the effect of guidance, with the same noise in each row: prompts, cla
 
 import argparse
 
-from measuring import make_parser, quiet, seeded
+from measuring import grid_of_columns, make_parser, quiet, sample
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
 from diffusers_adm.training import labelled_grid
 
 
-PROMPTS = ("grinning face", "red apple", "japan flag", "purple heart", "woman, medium skin tone", "blue square")
+PROMPTS = ["grinning face", "red apple", "japan flag", "purple heart", "woman, medium skin tone", "blue square"]
 CLASSES = ("Flags", "Smileys & Emotion", "People & Body")
 SCALES = (1.0, 2.0, 4.0, 8.0)
 CLASSIFIER_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -27,75 +27,37 @@ INTERVAL_IMAGES = 9
 
 
 def draw_prompts(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
-    prompts = args.prompts or list(PROMPTS)
-    options = {"num_inference_steps": args.num_inference_steps}
-    columns = [
-        pipe(prompts, guidance_scale=scale, generator=seeded(args.seed, len(prompts)), **options).images
-        for scale in SCALES
-    ]
-    return labelled_grid(
-        [image for row in zip(*columns, strict=True) for image in row],
-        len(prompts),
-        len(SCALES),
-        row_labels=prompts,
-        col_labels=[f"{scale:g}" for scale in SCALES],
-        scale=args.scale,
-    )
+    columns = [(f"{scale:g}", sample(pipe, args, {"prompt": args.prompts}, guidance_scale=scale)) for scale in SCALES]
+    return grid_of_columns(columns, args.prompts, scale=args.scale)
 
 
 def draw_classes(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
-    cells = []
-    for scale in SCALES:
-        for classifier_scale in CLASSIFIER_SCALES:
-            images = pipe(
-                class_labels=list(CLASSES),
-                guidance_scale=scale,
-                classifier_guidance_scale=classifier_scale,
-                num_inference_steps=args.num_inference_steps,
-                generator=seeded(args.seed, len(CLASSES)),
-            ).images
-            cells.append(labelled_grid(images, 1, len(images), padding=1))
-    return labelled_grid(
-        cells,
-        len(SCALES),
-        len(CLASSIFIER_SCALES),
-        row_labels=[f"classifier-free {scale:g}" for scale in SCALES],
-        col_labels=[f"classifier {scale:g}" for scale in CLASSIFIER_SCALES],
-        scale=args.scale,
-        padding=4,
-    )
+    def cell(scale: float, classifier_scale: float) -> Image.Image:
+        scales = {"guidance_scale": scale, "classifier_guidance_scale": classifier_scale}
+        images = sample(pipe, args, {"class_labels": list(CLASSES)}, **scales)
+        return labelled_grid(images, 1, len(images), padding=1)
+
+    columns = [(f"classifier {each:g}", [cell(scale, each) for scale in SCALES]) for each in CLASSIFIER_SCALES]
+    return grid_of_columns(columns, [f"classifier-free {scale:g}" for scale in SCALES], scale=args.scale, padding=4)
 
 
 def draw_interval(pipe: ADMPipeline, args: argparse.Namespace) -> Image.Image:
-    images, class_names = [], [pipe.id2label[i % len(pipe.id2label)] for i in range(INTERVAL_IMAGES)]
+    images, names = [], [pipe.id2label[i % len(pipe.id2label)] for i in range(INTERVAL_IMAGES)]
     for start, end in ((0.0, 0.0), *INTERVALS):  # an empty interval is no guidance
-        images += pipe(
-            class_labels=class_names,
-            guidance_scale=INTERVAL_SCALE,
-            guidance_start=start,
-            guidance_end=end,
-            num_inference_steps=args.num_inference_steps,
-            generator=seeded(args.seed, INTERVAL_IMAGES),
-        ).images
+        interval = {"guidance_start": start, "guidance_end": end}
+        images += sample(pipe, args, {"class_labels": names}, guidance_scale=INTERVAL_SCALE, **interval)
     labels = ["off", *(f"steps {start:.0%} to {end:.0%}" for start, end in INTERVALS)]
-    return labelled_grid(
-        images, len(labels), INTERVAL_IMAGES, row_labels=labels, col_labels=class_names, scale=args.scale
-    )
+    return labelled_grid(images, len(labels), INTERVAL_IMAGES, labels, names, scale=args.scale)
 
 
 DRAWINGS = {"prompts": draw_prompts, "classes": draw_classes, "interval": draw_interval}
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "model", "output", num_inference_steps=50, seed=0, scale=2)
     parser.add_argument("what", choices=DRAWINGS)
-    parser.add_argument("--model", required=True)
     parser.add_argument("--classifier", help="For `classes`: folder with the subfolder `classifier`.")
-    parser.add_argument("--prompts", nargs="+", help="Prompts for `prompts`.")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="Random seed of the first image; the others follow.")
-    parser.add_argument("--scale", type=int, default=2, help="Magnification.")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="Prompts for `prompts`.")
     args = parser.parse_args()
 
     components = {}

@@ -23,18 +23,26 @@ all numbers (`controlnet.json`) and some images (`controlnet.png`).
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import class_labels_for, make_parser, mean_and_error, quiet, sample_in_batches, seeded, write_report
+from measuring import (
+    conditions_of,
+    load_held_out,
+    make_parser,
+    mean_and_error,
+    quiet,
+    sample,
+    with_errors,
+    write_report,
+)
 from PIL import Image
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
 from diffusers_adm.conditioning.control_images import make_condition
-from diffusers_adm.training import decode_rgb, labelled_strips, load_image_dataset
+from diffusers_adm.training import labelled_strips
 
 
 TOLERANCE = 1  # pixels
@@ -85,23 +93,12 @@ def report_rows(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--pipeline", required=True, help="base pipeline: a folder or a Hub repository")
-    parser.add_argument("--controlnet", required=True, help="ControlNet: a folder or a Hub repository")
-    parser.add_argument("--data_files", required=True, nargs="+", help="held-out images: Parquet files")
-    parser.add_argument("--label_column")
-    parser.add_argument("--caption_column", help="for text-conditional models")
-    parser.add_argument("--output_dir", required=True, type=Path)
-    parser.add_argument("--num_images", type=int, help="number of images; default: all")
+    names = ("pipeline", "controlnet", "data_files", "label_column", "caption_column", "output_dir", "num_images")
+    settings = {"guidance_scale": 1.0, "num_inference_steps": 50, "batch_size": 41, "seed": 0, "num_shown": 12}
+    parser = make_parser(__doc__, *names, "threads", **settings)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--batch_size", type=int, default=41)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_shown", type=int, default=12, help="images in `controlnet.png`")
-    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     args = parser.parse_args()
-    if args.num_images is not None and args.num_images < 2:
+    if args.num_images == 1:
         parser.error("`--num_images` must be at least 2")
     return args
 
@@ -110,64 +107,45 @@ def main() -> None:
     args = parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
     controlnet = AdaGNControlNetModel.from_pretrained(args.controlnet)
-    pipeline = quiet(ADMControlNetPipeline.from_pretrained(args.pipeline, controlnet=controlnet).to(device))
+    pipeline = quiet(ADMControlNetPipeline.from_pretrained(args.pipeline, controlnet=controlnet).to(args.device))
     size = pipeline.unet.config.sample_size
 
-    data, id2label = load_image_dataset(
-        data_files=args.data_files, split="train", label_column=args.label_column, caption_column=args.caption_column
-    )
-    number = min(args.num_images or len(data), len(data))
-    data = data.select([len(data) * i // number for i in range(number)])  # spread over the kinds of images
-    targets = [decode_rgb(image).resize((size, size), Image.Resampling.BICUBIC) for image in data["image"]]
+    data, id2label, targets = load_held_out(args, size)
     edges = [make_condition(target, "edges") for target in targets]
-    given: dict[str, list] = {}
-    if args.caption_column and pipeline.has_cross_attention:
-        given["prompt"] = data["caption"][:]
-    if id2label and pipeline.unet.config.num_class_embeds is not None:
-        given["class_labels"] = class_labels_for(pipeline, data, id2label)
-
+    inputs = {"image": edges, **conditions_of(pipeline, data, id2label)}
     wanted = edges_of(targets)
     cells: dict[str, dict[str, Any]] = {}
     columns = {"edges": edges}
     for scale in args.scales:
-        samples = sample_in_batches(
-            pipeline,
-            {"image": edges, **given},
-            seeded(args.seed, number),
-            args.batch_size,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            controlnet_conditioning_scale=scale,
-        )
+        samples = sample(pipeline, args, inputs, controlnet_conditioning_scale=scale)
         columns[f"scale {scale:g}"] = samples
         found = edges_of(samples)
-        own = {name: values.diagonal().tolist() for name, values in measure(found, wanted).items()}
-        cell: dict[str, Any] = {"f1_of_each": own["f1"], "without_edges": int((~found.any(dim=(1, 2))).sum())}
-        for name in MEASURES:
-            cell[name], cell[f"{name}_error"] = mean_and_error(own[name])
+        own = {name: values.diagonal() for name, values in measure(found, wanted).items()}
+        cell = with_errors(**{name: mean_and_error(values) for name, values in own.items()})
+        cell |= {"f1_of_each": own["f1"].tolist(), "without_edges": int((~found.any(dim=(1, 2))).sum())}
         if cells:
             others = list(cells.values())
             for name, other in (("minus_first", others[0]), ("minus_previous", others[-1])):
-                difference = np.array(own["f1"]) - np.array(other["f1_of_each"])
-                cell[name], cell[f"{name}_error"] = mean_and_error(difference)
+                cell |= with_errors(**{name: mean_and_error(np.subtract(cell["f1_of_each"], other["f1_of_each"]))})
         cells[f"{scale:g}"] = cell
         print(f"scale {scale:g}: F1 {cell['f1']:.3f} ({cell['f1_error']:.3f})", flush=True)
-    names = data["caption"][:] if args.caption_column else range(number)
+    names = data["caption"][:] if args.caption_column else range(len(data))
     is_other = torch.tensor([[name != other for other in names] for name in names]).double()  # (images, conditions)
-    by_chance = {}
-    for name, values in measure(wanted, wanted).items():
-        means = (values * is_other).sum(dim=0) / is_other.sum(dim=0)  # over the other images, for each condition
-        by_chance[name], by_chance[f"{name}_error"] = mean_and_error(means.numpy())
-    cells["chance"] = by_chance
-    print(f"\n{number} images, guidance {args.guidance_scale:g}, {args.num_inference_steps} steps\n")
+    # Means over the other images, for each condition.
+    chance = {
+        name: mean_and_error((values * is_other).sum(dim=0) / is_other.sum(dim=0))
+        for name, values in measure(wanted, wanted).items()
+    }
+    cells["chance"] = with_errors(**chance)
+    print(f"\n{len(data)} images, guidance {args.guidance_scale:g}, {args.num_inference_steps} steps\n")
     print(report_rows(cells))
 
-    write_report(args.output_dir / "controlnet.json", args, device, cells=cells)
+    write_report(args.output_dir / "controlnet.json", args, cells=cells)
     columns["target"] = targets
-    shown = range(0, number, max(1, number // args.num_shown))[: args.num_shown]
-    strips = {name: [images[i] for i in shown] for name, images in columns.items()}
+    step = max(1, len(data) // args.num_shown)
+    strips = {name: images[::step][: args.num_shown] for name, images in columns.items()}
     labelled_strips(strips, scale=max(1, 96 // size)).save(args.output_dir / "controlnet.png")
 
 

@@ -15,19 +15,29 @@ seed. The aim is at most half of the paste's step. `--output_dir` gets the table
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import class_labels_for, make_parser, mean_and_error, quiet, sample_in_batches, seeded, write_report
+from measuring import (
+    conditions_of,
+    grid_of_columns,
+    load_held_out,
+    make_parser,
+    mean_and_error,
+    quiet,
+    sample,
+    with_errors,
+    write_report,
+)
 from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline
-from diffusers_adm.training import decode_rgb, labelled_grid, load_image_dataset, random_keep_mask
+from diffusers_adm.training import random_keep_mask
 
 
 KINDS = ("box", "boxes", "strokes", "half")
@@ -60,42 +70,14 @@ def ratio_and_error(values: list[float], others: list[float]) -> tuple[float, fl
     return ratio, float(np.std(rest, ddof=1) / math.sqrt(len(rest)) / np.mean(others))
 
 
-def inpaint(
-    pipeline: ADMInpaintPipeline,
-    images: list[Image.Image],
-    keep_masks: list[np.ndarray],
-    conditions: dict[str, list],
-    args: argparse.Namespace,
-    **options: Any,
-) -> list[np.ndarray]:
-    samples = sample_in_batches(
-        pipeline,
-        {"image": images, "mask_image": [~mask for mask in keep_masks], **conditions},
-        seeded(args.seed, len(images)),
-        args.batch_size,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale if conditions else 1.0,
-        **options,
-    )
-    return [np.array(image) for image in samples]
-
-
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    settings = {"guidance_scale": 1.0, "num_inference_steps": 50, "batch_size": 32, "seed": 0, "num_images": 32}
+    parser = make_parser(__doc__, "data_files", "label_column", "caption_column", "output_dir", **settings)
     parser.add_argument("--inpainter", help="inpainting pipeline: a folder or a Hub repository")
     parser.add_argument("--model", help="other pipeline: a folder or a Hub repository")
-    parser.add_argument("--data_files", required=True, nargs="+", help="held-out images: Parquet files")
-    parser.add_argument("--label_column")
-    parser.add_argument("--caption_column", help="for text-conditional models")
-    parser.add_argument("--output_dir", required=True, type=Path)
-    parser.add_argument("--num_images", type=int, default=32, help="images per kind of mask")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--jump_length", type=int, nargs="+", help="for `--model`; default: the pipeline's")
     parser.add_argument("--jump_n_sample", type=int, nargs="+", help="for `--model`: one method per value")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.inpainter or args.model):
         parser.error("pass `--inpainter`, `--model` or both")
@@ -104,79 +86,72 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
     # Name, pipeline and options of each method.
     methods: list[tuple[str, ADMInpaintPipeline, dict[str, Any]]] = []
     if args.inpainter:
         methods.append(("trained", ADMInpaintPipeline.from_pretrained(args.inpainter), {}))
     if args.model:
         model = ADMInpaintPipeline.from_pretrained(args.model)
-        for jump_length in args.jump_length or [None]:
-            for jump_n_sample in args.jump_n_sample or [None]:
-                options = {"jump_length": jump_length, "jump_n_sample": jump_n_sample}
-                options = {name: value for name, value in options.items() if value is not None}
-                name = "resampled" + "".join(f" {value}" for value in options.values())
-                methods.append((name, model, options))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+        for values in itertools.product(args.jump_length or [None], args.jump_n_sample or [None]):
+            options = zip(("jump_length", "jump_n_sample"), values, strict=True)
+            options = {name: value for name, value in options if value is not None}
+            methods.append(("resampled" + "".join(f" {value}" for value in options.values()), model, options))
     for _, pipeline, _ in methods:
-        quiet(pipeline).to(device)
+        quiet(pipeline).to(args.device)
     size = methods[0][1].unet.config.sample_size
 
-    data, id2label = load_image_dataset(
-        data_files=args.data_files, split="train", label_column=args.label_column, caption_column=args.caption_column
-    )
-    number = min(args.num_images, len(data))
-    data = data.select([len(data) * i // number for i in range(number)])  # spread over the kinds of images
-    images = [decode_rgb(image).resize((size, size), Image.Resampling.BICUBIC) for image in data["image"]]
-    given = {"prompt": data["caption"][:]} if args.caption_column else {}
-
+    data, id2label, images = load_held_out(args, size)
+    arrays = [np.array(image) for image in images]
     cells: dict[str, dict[str, Any]] = {}
     free: dict[int, list[np.ndarray]] = {}  # unconditional samples of each pipeline
-    shown: list[list[np.ndarray]] = []
+    shown: dict[int, list] = {}  # columns of the figure, over the kinds
     for kind in args.kinds:
         generator = random.Random(f"{args.seed} {kind}")
         masks = [make_mask(kind, size, generator) for _ in images]
-        arrays = [np.array(image) for image in images]
-        real = [border_step(*pair) for pair in zip(arrays, masks, strict=True)]
-        mean, error = mean_and_error(real)
-        cells[f"{kind}/real"] = {"step": mean, "step_error": error}
-        rows = [[image, np.where(mask[..., None], image, GREY)] for image, mask in zip(arrays, masks, strict=True)]
+
+        def inpaint(pipeline, masks, conditions, **options):
+            inputs = {"image": images, "mask_image": [~mask for mask in masks], **conditions}
+            return [np.array(image) for image in sample(pipeline, args, inputs, **options)]
+
+        def paste(others, masks=masks):
+            triples = zip(masks, arrays, others, strict=True)
+            return [np.where(mask[..., None], image, other) for mask, image, other in triples]
+
+        def steps(images, masks=masks):
+            return [border_step(*pair) for pair in zip(images, masks, strict=True)]
+
+        cells[f"{kind}/real"] = with_errors(step=mean_and_error(steps(arrays)))
+        columns = [("image", arrays), ("kept", paste([GREY] * len(arrays)))]
+        pasted: dict[int, list[np.ndarray]] = {}
         for name, pipeline, options in methods:
-            conditions = dict(given) if pipeline.has_cross_attention else {}
-            if id2label and pipeline.unet.config.num_class_embeds is not None:
-                conditions["class_labels"] = class_labels_for(pipeline, data, id2label)
+            conditions = conditions_of(pipeline, data, id2label)
             if id(pipeline) not in free:
                 nothing = [np.zeros_like(mask) for mask in masks]
-                free[id(pipeline)] = inpaint(pipeline, images, nothing, {}, args)
-            samples = inpaint(pipeline, images, masks, conditions, args, **options)
-            pasted = [np.where(m[..., None], i, f) for m, i, f in zip(masks, arrays, free[id(pipeline)], strict=True)]
-            ours, paste = ([border_step(*pair) for pair in zip(x, masks, strict=True)] for x in (samples, pasted))
-            ratio, ratio_error = ratio_and_error(ours, paste)
+                free[id(pipeline)] = inpaint(pipeline, nothing, {}, guidance_scale=1.0)
+            guidance = {} if conditions else {"guidance_scale": 1.0}
+            samples = inpaint(pipeline, masks, conditions, **guidance, **options)
+            if id(pipeline) not in pasted:  # the same for all methods of a pipeline
+                pasted[id(pipeline)] = paste(free[id(pipeline)])
+                columns.append(("paste", pasted[id(pipeline)]))
+            columns.append((name, samples))
+            ours, theirs = steps(samples), steps(pasted[id(pipeline)])
+            triples = zip(samples, arrays, masks, strict=True)
             cells[f"{kind}/{name}"] = {
-                "differing_known_values": int(
-                    sum((d != i)[m].sum() for d, i, m in zip(samples, arrays, masks, strict=True))
-                ),
-                "step": mean_and_error(ours)[0],
-                "step_error": mean_and_error(ours)[1],
-                "paste_step": mean_and_error(paste)[0],
-                "paste_step_error": mean_and_error(paste)[1],
-                "ratio_to_paste": ratio,
-                "ratio_to_paste_error": ratio_error,
+                "differing_known_values": int(sum((ours != real)[mask].sum() for ours, real, mask in triples)),
+                **with_errors(step=mean_and_error(ours), paste_step=mean_and_error(theirs)),
+                **with_errors(ratio_to_paste=ratio_and_error(ours, theirs)),
                 "num_images": len(images),
                 "num_evaluations": pipeline.num_timesteps,
             }
             print(f"{kind}/{name}: {json.dumps(cells[f'{kind}/{name}'])}", flush=True)
-            is_first = next(other for other, p, _ in methods if p is pipeline) == name  # their pastes are the same
-            for row, paste_image, image in zip(rows, pasted, samples, strict=True):
-                row += [paste_image, image] if is_first else [image]
-        shown += rows[:: max(1, len(rows) // MAX_SHOWN)][: MAX_SHOWN // 2]
+        for i, (_, tiles) in enumerate(columns):
+            tiles = tiles[:: max(1, len(tiles) // MAX_SHOWN)][: MAX_SHOWN // 2]
+            shown.setdefault(i, []).extend(Image.fromarray(np.asarray(tile, dtype=np.uint8)) for tile in tiles)
 
-    write_report(args.output_dir / "inpainting.json", args, device, cells=cells)
-    columns, pipelines = ["image", "kept"], []
-    for name, pipeline, _ in methods:
-        columns += [name] if pipeline in pipelines else ["paste", name]
-        pipelines.append(pipeline)
-    tiles = [Image.fromarray(np.asarray(tile, dtype=np.uint8)) for row in shown for tile in row]
-    grid = labelled_grid(tiles, len(shown), len(columns), col_labels=columns, scale=max(1, 96 // size))
+    write_report(args.output_dir / "inpainting.json", args, cells=cells)
+    labels = [label for label, _ in columns]
+    grid = grid_of_columns(zip(labels, shown.values(), strict=True), scale=max(1, 96 // size))
     grid.save(args.output_dir / "inpainting.png")
 
 

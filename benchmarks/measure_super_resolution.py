@@ -17,29 +17,27 @@ PSNRs are means over images, with standard errors; that of the ratio is by the j
 gets the table (`super_resolution.json`) and some images (`samples.png`: small, ours, bicubic, real).
 """
 
-from __future__ import annotations
-
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from measuring import (
-    class_labels_for,
+    conditions_of,
     make_parser,
     mean_and_error,
     pixels_of,
     quiet,
-    sample_in_batches,
-    seeded,
+    sample,
+    spread,
+    with_errors,
     write_report,
 )
 from PIL import Image
 
 from diffusers_adm import ADMSuperResolutionPipeline
 from diffusers_adm.conditioning.low_resolution import downsample
-from diffusers_adm.training import ImageDataset, labelled_grid, load_image_dataset
+from diffusers_adm.training import ImageDataset, labelled_strips, load_image_dataset
 
 
 # `eta` of each sampler: None is ancestral sampling, 0 deterministic DDIM.
@@ -85,77 +83,51 @@ def measure(
     """All `MEASURES` of images in [0, 1]."""
     ours, theirs = psnr(upsampled, real), psnr(bicubic, real)
     factor = real.shape[-1] // small.shape[-1]
-    results = {
-        "agreement": mean_and_error(psnr(F.avg_pool2d(upsampled, factor), small).numpy()),
-        "gradient_ratio": ratio_and_error(gradient_energy(upsampled), gradient_energy(real)),
-        "psnr": mean_and_error(ours.numpy()),
-        "psnr_bicubic": mean_and_error(theirs.numpy()),
-        "psnr_difference": mean_and_error((ours - theirs).numpy()),
-    }
-    return {name: value for name, (value, _) in results.items()} | {
-        f"{name}_error": error for name, (_, error) in results.items()
-    }
+    return with_errors(
+        agreement=mean_and_error(psnr(F.avg_pool2d(upsampled, factor), small)),
+        gradient_ratio=ratio_and_error(gradient_energy(upsampled), gradient_energy(real)),
+        psnr=mean_and_error(ours),
+        psnr_bicubic=mean_and_error(theirs),
+        psnr_difference=mean_and_error(ours - theirs),
+    )
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data_files", nargs="+", required=True, help="Parquet files of large images.")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label", help="Used if the model has classes.")
-    parser.add_argument("--caption_column", default="text", help="Used if the model is text-conditional.")
+    settings = {"guidance_scale": 1.0, "num_shown": 12, "batch_size": 41, "seed": 0}
+    columns = {"image_column": "image", "label_column": "label", "caption_column": "text"}
+    parser = make_parser(__doc__, "model", "data_files", "output_dir", "noise_level", **columns, **settings)
     parser.add_argument("--low_res_size", type=int, help="Size of the small images, if not in the config.")
-    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[10, 25, 50])
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--noise_level", type=int, help="Noise level of the small image; default: the pipeline's.")
     parser.add_argument("--back_projection", action="store_true", help="Pass `back_projection=True`.")
     parser.add_argument("--max_images", type=int, help="Use only the first images.")
-    parser.add_argument("--num_shown", type=int, default=12, help="Images in `samples.png`.")
-    parser.add_argument("--batch_size", type=int, default=41)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    pipe = ADMSuperResolutionPipeline.from_pretrained(args.model)
-    quiet(pipe).to("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = quiet(ADMSuperResolutionPipeline.from_pretrained(args.model)).to(args.device)
     size, low_res_size = pipe.unet.config.sample_size, args.low_res_size or pipe.config.low_res_size
     if low_res_size is None:
-        raise ValueError(f"{args.model} does not say the size of its small images. Pass `--low_res_size`.")
+        parser.error(f"{args.model} does not say the size of its small images; pass `--low_res_size`")
 
-    has_classes = pipe.unet.config.num_class_embeds is not None
     dataset, id2label = load_image_dataset(
         data_files=args.data_files,
         image_column=args.image_column,
-        label_column=args.label_column if has_classes else None,
+        label_column=None if pipe.unet.config.num_class_embeds is None else args.label_column,
         caption_column=args.caption_column if pipe.has_cross_attention else None,
     )
     dataset = dataset.select(range(min(args.max_images or len(dataset), len(dataset))))
     large = torch.stack([example["images"] for example in ImageDataset(dataset, size, center_crop=True)])
-    conditions = {}
-    if has_classes:
-        conditions["class_labels"] = class_labels_for(pipe, dataset, id2label)
-    if pipe.has_cross_attention:
-        conditions["prompt"] = dataset["caption"][:]
     real_images, small_images = to_images(large), to_images(downsample(large, size // low_res_size))
     bicubic_images = [image.resize((size, size), Image.Resampling.BICUBIC) for image in small_images]
     real, small, bicubic = (to_tensor(images) for images in (real_images, small_images, bicubic_images))
 
+    inputs = {"image": small_images, **conditions_of(pipe, dataset, id2label)}
+    options = {"noise_level": args.noise_level, "back_projection": args.back_projection}
     cells, shown = {}, None
     for name in args.samplers:
         for steps in args.num_inference_steps:
             start = time.perf_counter()
-            images = sample_in_batches(
-                pipe,
-                {"image": small_images, **conditions},
-                seeded(args.seed, len(small_images)),
-                args.batch_size,
-                num_inference_steps=steps,
-                eta=SAMPLERS[name],
-                noise_level=args.noise_level,
-                guidance_scale=args.guidance_scale,
-                back_projection=args.back_projection,
-            )
+            images = sample(pipe, args, inputs, num_inference_steps=steps, eta=SAMPLERS[name], **options)
             seconds_per_image = (time.perf_counter() - start) / len(images)
             cell = measure(to_tensor(images), bicubic, small, real)
             cells[f"{name}-{steps}"] = cell | {"num_images": len(images), "seconds_per_image": seconds_per_image}
@@ -166,15 +138,12 @@ def main() -> None:
     print(f"bicubic: gradient_ratio {blurred:.3f} ({error:.3f})")
 
     path = args.output_dir / "super_resolution.json"
-    write_report(path, args, pipe.device.type, bicubic_gradient_ratio=blurred, cells=cells)
-    number = min(args.num_shown, len(large))
-    chosen = [len(large) * index // number for index in range(number)]
-    columns = (small_images, shown, bicubic_images, real_images)
-    across = max(1, math.ceil(math.sqrt(number / 4)))
-    cells_of_grid = [images[i].resize((size, size), Image.Resampling.NEAREST) for i in chosen for images in columns]
-    labels = ["small", "ours", "bicubic", "real"] * across
-    grid = labelled_grid(cells_of_grid, math.ceil(number / across), len(labels), col_labels=labels, scale=2)
-    grid.save(args.output_dir / "samples.png")
+    write_report(path, args, bicubic_gradient_ratio=blurred, cells=cells)
+    small_images = [image.resize((size, size), Image.Resampling.NEAREST) for image in small_images]
+    columns = {"small": small_images, "ours": shown, "bicubic": bicubic_images, "real": real_images}
+    chosen = spread(len(large), args.num_shown)
+    strips = {name: [images[i] for i in chosen] for name, images in columns.items()}
+    labelled_strips(strips, scale=2).save(args.output_dir / "samples.png")
 
 
 if __name__ == "__main__":

@@ -13,19 +13,24 @@ mean over all other captions of the set):
 The training captions have the same number of each category as the held-out set.
 """
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from measuring import make_parser, pixels_of, quiet, write_report
-from PIL import Image
+from measuring import (
+    EMOJI,
+    features_and_classes,
+    load_judge,
+    make_parser,
+    pixels_of,
+    quiet,
+    read_samples,
+    write_report,
+)
 
-from diffusers_adm import AdaGNClassifierModel, ADMPipeline
-from diffusers_adm.evaluation import ClassifierFeatures, sample_images
+from diffusers_adm import ADMPipeline
+from diffusers_adm.evaluation import sample_images
 from diffusers_adm.training import labelled_grid
 
 
@@ -61,28 +66,20 @@ def compare(is_match: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--judge", required=True, help="Folder with the subfolder `classifier`.")
-    parser.add_argument("--train_file", default="data/noto-emoji-32/train.parquet")
-    parser.add_argument("--test_file", default="data/noto-emoji-32/test.parquet")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    files = {"train_file": f"{EMOJI}/train.parquet", "test_file": f"{EMOJI}/test.parquet"}
+    settings = {"num_inference_steps": 25, "batch_size": 41, "seed": 0}
+    parser = make_parser(__doc__, "model", "judge", "output_dir", **files, **settings)
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 3.0, 5.0])
-    parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--batch_size", type=int, default=41)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    pipe = quiet(ADMPipeline.from_pretrained(args.model))
-    judge = ClassifierFeatures(AdaGNClassifierModel.from_pretrained(args.judge, subfolder="classifier"))
-    files = {"train": args.train_file, "test": args.test_file}
-    data = datasets.load_dataset("parquet", data_files=files)
+    pipe, judge = quiet(ADMPipeline.from_pretrained(args.model)), load_judge(args.judge)
+    data = datasets.load_dataset("parquet", data_files={"train": args.train_file, "test": args.test_file})
     subset = same_categories(data["train"], data["test"], args.seed)
     results = {}
     for name, examples in zip(SETS, (subset, data["test"]), strict=True):
-        labels, real = torch.tensor(examples["label"]), pixels_of(examples["image"])
+        labels, real = torch.tensor(examples["label"]), list(examples["image"])
         shown = torch.linspace(0, len(labels) - 1, NUM_SHOWN).long().tolist()
-        cells = [examples[i]["image"] for i in shown]
+        cells = [real[i] for i in shown]
         for scale in args.scales:
             folder = sample_images(
                 pipe,
@@ -93,35 +90,26 @@ def main() -> None:
                 seed=args.seed,
                 pipeline_options={"num_inference_steps": args.num_inference_steps, "guidance_scale": scale},
             )
-            images = [Image.open(folder / f"{i:06d}.png") for i in range(len(examples))]
+            images = read_samples(folder, len(examples))
             cells += [images[i] for i in shown]
-            samples = pixels_of(images)
-            predicted = torch.cat([judge(batch)[1] for batch in samples.split(64)]).argmax(dim=1)
-            distances = torch.cdist(samples.flatten(1).double(), real.flatten(1).double())
+            _, predicted = features_and_classes(judge, images)
+            distances = torch.cdist(*(pixels_of(each).flatten(1).double() for each in (images, real)))
             row = {
                 "category": compare(predicted[:, None] == labels[None, :]),
                 "picture": compare(distances == distances.amin(dim=1, keepdim=True)),
             }
             results[f"{name}-{scale:g}"] = row
             for measure, values in row.items():
-                print(
-                    f"{name:9} guidance {scale:<4g} {measure:9} {values['matched']:.3f} "
-                    f"({values['matched_error']:.3f}), shuffled {values['shuffled']:.3f}: "
-                    f"{values['gain_in_errors']:+.1f} standard errors",
-                    flush=True,
-                )
-        grid = labelled_grid(
-            cells,
-            1 + len(args.scales),
-            NUM_SHOWN,
-            row_labels=["real", *(f"guidance {scale:g}" for scale in args.scales)],
-            col_labels=[examples[i]["text"] for i in shown],
-            scale=2,
-        )
+                matched = f"{values['matched']:.3f} ({values['matched_error']:.3f})"
+                shuffled = f"{values['shuffled']:.3f}: {values['gain_in_errors']:+.1f} standard errors"
+                print(f"{name:9} guidance {scale:<4g} {measure:9} {matched}, shuffled {shuffled}", flush=True)
+        labels_of_rows = ["real", *(f"guidance {scale:g}" for scale in args.scales)]
+        captions = [examples[i]["text"] for i in shown]
+        grid = labelled_grid(cells, len(labels_of_rows), NUM_SHOWN, labels_of_rows, captions, scale=2)
         grid.save(args.output_dir / f"{name}.png")
-    predicted = torch.cat([judge(batch)[1] for batch in real.split(64)]).argmax(dim=1)
+    _, predicted = features_and_classes(judge, real)
     print(f"the judge on the held-out images: {(predicted == labels).double().mean():.3f}")
-    write_report(args.output_dir / "text.json", args, "cpu", results=results)
+    write_report(args.output_dir / "text.json", args, results=results)
 
 
 if __name__ == "__main__":

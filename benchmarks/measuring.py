@@ -1,17 +1,18 @@
-"""Shared code of the benchmarks: clock, alternating pairs, intervals, peak memory, command line, output, classes."""
+"""Shared code of the benchmarks: command line, output, alternating pairs, peak memory, samples and their measures."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import multiprocessing
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,56 +20,106 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_adm import ADMPipeline
+from diffusers_adm import AdaGNClassifierModel, ADMPipeline
+from diffusers_adm.evaluation import ClassifierFeatures
 from diffusers_adm.evaluation.data import num_real_classes
-from diffusers_adm.training import match_classes
+from diffusers_adm.training import decode_rgb, labelled_grid, load_image_dataset, match_classes
 
 
 if TYPE_CHECKING:
     import datasets
 
+EMOJI = "data/noto-emoji-32"
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "device": {"choices": ("cpu", "cuda")},
+    "pairs": {"type": int, "help": "Timed pairs per row; 0: skip them."},
+    "memory_runs": {"type": int, "help": "Processes per peak; the median counts. 0: skip."},
+    "threads": {"type": int, "help": "CPU threads of torch; default: its own choice."},
+    "json": {"type": Path, "help": "Write all numbers to this file."},
+    "models": {"type": Path, "help": "Folder of the demonstration models."},
+    "model": {"required": True, "help": "Pipeline: a folder or a Hub repository."},
+    "pipeline": {"required": True, "help": "Base pipeline: a folder or a Hub repository."},
+    "controlnet": {"required": True, "help": "ControlNet: a folder or a Hub repository."},
+    "judge": {"required": True, "help": "Classifier that measures: a folder with the subfolder `classifier`."},
+    "data_files": {"required": True, "nargs": "+", "help": "Held-out images: Parquet files."},
+    "label_column": {"help": "Column of the classes."},
+    "caption_column": {"help": "Column of the captions, for text-conditional models."},
+    "output_dir": {"required": True, "type": Path, "help": "Folder of the results."},
+    "output": {"required": True, "help": "File of the figure."},
+    "num_images": {"type": int, "help": "Number of images, spread over the data; default: all."},
+    "num_shown": {"type": int, "help": "Images in the figure."},
+    "noise_level": {"type": int, "help": "Noise level of the small image; default: the pipeline's."},
+    "seed": {"type": int, "help": "Random seed of the first image; the others follow."},
+    "scale": {"type": int, "help": "Magnification."},
+}
+
+
 # Command line and output
 
 
-def argument_parser(
-    doc: str, pairs: int, batch_size: int | None = None, only: str | None = None
-) -> argparse.ArgumentParser:
+def make_parser(doc: str, *names: str, **defaults: Any) -> argparse.ArgumentParser:
     """
-    The arguments of benchmarks that time pairs. `doc` is the module's docstring, `batch_size` None for those without
-    networks of their own, `only` an example for `--only`.
+    Command line with arguments of `ARGUMENTS`: those of `names`, and those of `defaults` with these defaults. Other
+    names in `defaults` become arguments of the type of their default.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if batch_size is not None:
-        parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-        parser.add_argument("--batch_size", type=int, default=batch_size)
-    parser.add_argument("--pairs", type=int, default=pairs, help="Timed pairs per row; 0: skip them.")
-    if only is not None:
-        parser.add_argument("--only", nargs="*", default=[], help=f"Words that a row must all have, e.g. `{only}`.")
-    parser.add_argument("--json", help="Write all numbers to this file.")
+    for name, default in (dict.fromkeys(names) | defaults).items():
+        parser.add_argument(f"--{name}", default=default, **ARGUMENTS.get(name, {"type": type(default)}))
     return parser
 
 
-def describe_machine(device: str) -> str:
+def describe_machine(device: str = "cpu") -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def print_row(label: str, row: Mapping, unit: str = "ms", limit: float | None = None, extra: str = "") -> None:
-    """Prints `label  ours / theirs = ratio [95% interval] (limit)  extra  verdict`; keys of the row end in the unit."""
-    ours, theirs = row[f"ours_{unit}"], row[f"theirs_{unit}"]
-    digits = 3 if unit == "ms" and theirs < 10 else 1
-    interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
-    limit_text = "" if limit is None else f" (limit {limit})"
-    verdict = {True: "ok", False: "FAILED", None: ""}[row["passed"]]
-    numbers = f"{ours:8.{digits}f} / {theirs:8.{digits}f} {'MiB' if unit == 'mib' else unit} = {row['ratio']:.3f}"
-    print(f"{label} {numbers}{interval}{limit_text}  {extra}{verdict}", flush=True)
+def write_report(path: Path | None, args: argparse.Namespace, **content: Any) -> None:
+    """Writes settings, machine and results as JSON, if a path is given."""
+    if path is not None:
+        machine = describe_machine(vars(args).get("device", "cpu"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps({"settings": vars(args), "machine": machine, **content}, indent=2, default=str) + "\n"
+        )
 
 
-def finish(args: argparse.Namespace, machine: str, **tables: list[dict]) -> int:
+def finish(args: argparse.Namespace, **tables: list[dict]) -> int:
     """Writes the tables to `--json`. Returns the exit code: 1 if a row has failed."""
-    if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine, **tables}, indent=2), encoding="utf-8")
+    write_report(args.json, args, **tables)
     return int(any(row["passed"] is False for rows in tables.values() for row in rows))
+
+
+def measure_rows(
+    columns: Sequence[str],
+    cases: Iterable[Sequence[str]],
+    measure: Callable[..., dict],
+    args: argparse.Namespace,
+    unit: str = "ms",
+) -> list[dict]:
+    """
+    Measures a row per case and prints `words ours / theirs = ratio [95% interval] (limit)  note  verdict`.
+
+    Args:
+        columns (sequence of `str`): Names of the words of a case in the rows.
+        cases (iterable of sequences of `str`): The cases; those that lack a word of `--only` are skipped.
+        measure (`Callable`): `measure(args, *words)` returns `ours_UNIT`, `theirs_UNIT`, `ratio`, `limit`, `passed`,
+            which may be None, and optionally `low`, `high` and `note`.
+    """
+    cases = [words for words in cases if set(vars(args).get("only", ())) <= set(words)]
+    widths, rows = [max(map(len, words)) for words in zip(*cases, strict=True)], []
+    for words in cases:
+        row = measure(args, *words)
+        note = row.pop("note", "")
+        rows.append(dict(zip(columns, words, strict=True)) | row)
+        label = " ".join(word.ljust(width) for word, width in zip(words, widths, strict=True))
+        digits = 3 if unit == "ms" and row["theirs_ms"] < 10 else 1
+        ours, theirs = (f"{row[f'{which}_{unit}']:8.{digits}f}" for which in ("ours", "theirs"))
+        interval = f" [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
+        limit = "" if row["limit"] is None else f" (limit {row['limit']})"
+        verdict = {True: "ok", False: "FAILED", None: ""}[row["passed"]]
+        numbers = f"{ours} / {theirs} {'MiB' if unit == 'mib' else unit} = {row['ratio']:.3f}{interval}{limit}"
+        print(f"{label} {numbers}  {note}{verdict}", flush=True)
+    return rows
 
 
 # Time
@@ -102,27 +153,21 @@ def alternate(
     return times
 
 
-def bootstrap_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the median."""
+def median_with_interval(values: list[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Median, and its bootstrap interval."""
     draws = np.random.default_rng(0).choice(values, size=(10_000, len(values)))
     low, high = np.quantile(np.median(draws, axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return statistics.median(values), float(low), float(high)
 
 
 def ratios(times: Mapping[str, list[float]], calls: int = 1) -> dict[str, float]:
     """Median times of one of `calls` calls in ms, the median of the ratios ours / theirs, and its 95% interval."""
-    pairwise = [a / b for a, b in zip(times["ours"], times["theirs"], strict=True)]
-    low, high = bootstrap_interval(pairwise)
-    return {
-        "ours_ms": 1000 * statistics.median(times["ours"]) / calls,
-        "theirs_ms": 1000 * statistics.median(times["theirs"]) / calls,
-        "ratio": statistics.median(pairwise),
-        "low": low,
-        "high": high,
-    }
+    ratio, low, high = median_with_interval([a / b for a, b in zip(times["ours"], times["theirs"], strict=True)])
+    medians = {f"{which}_ms": 1000 * statistics.median(values) / calls for which, values in times.items()}
+    return {**medians, "ratio": ratio, "low": low, "high": high}
 
 
-# Memory
+# Memory and processes
 
 
 def peak_bytes(device: str) -> int:
@@ -137,76 +182,25 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_python(*arguments: object, env: Mapping[str, str] | None = None) -> str:
-    """Returns what a fresh Python process prints."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
+def in_fresh_process(function: Callable, *arguments: object) -> Any:
+    """Calls a function of a module in a new Python process with as many threads of torch as this one."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def compare_peaks(
-    script: str, args: argparse.Namespace, ours: Sequence[str], theirs: Sequence[str]
+    peak: Callable[..., int], args: argparse.Namespace, ours: Sequence[str], theirs: Sequence[str]
 ) -> dict[str, float]:
-    """
-    Median peaks in MiB, over `--memory_runs` processes each, that a script prints with `--memory_of` and the words
-    `ours` or `theirs`; and their ratio.
-    """
-    options = ("--device", args.device, "--batch_size", args.batch_size, "--threads", torch.get_num_threads())
-
-    def peak(words: Sequence[str]) -> float:
-        runs = [run_python(script, *options, "--memory_of", *words) for _ in range(args.memory_runs)]
-        return statistics.median(int(output.split()[-1]) for output in runs) / 2**20
-
-    peaks = {"ours_mib": peak(ours), "theirs_mib": peak(theirs)}
-    return {**peaks, "ratio": peaks["ours_mib"] / peaks["theirs_mib"]}
+    """Medians of `peak(args, *ours)` and `peak(args, *theirs)` over `--memory_runs` processes, in MiB; their ratio."""
+    row = {}
+    for which, words in (("ours_mib", ours), ("theirs_mib", theirs)):
+        peaks = [in_fresh_process(peak, args, *words) for _ in range(args.memory_runs)]
+        row[which] = statistics.median(peaks) / 2**20
+    return {**row, "ratio": row["ours_mib"] / row["theirs_mib"]}
 
 
-# Quality
-
-
-def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def class_labels_for(pipe: ADMPipeline, data: datasets.Dataset, id2label: Mapping[int, str]) -> list[int]:
-    """The class of each image, as the pipeline numbers the class of that name."""
-    to_class = match_classes(id2label, pipe.id2label, num_real_classes(pipe.unet.config), by_number=True)
-    return [to_class[label] for label in data["label"][:]]
-
-
-def seeded(first_seed: int, number: int) -> list[torch.Generator]:
-    """Generators with consecutive seeds, one per image."""
-    return [torch.Generator().manual_seed(first_seed + i) for i in range(number)]
-
-
-def sample_in_batches(
-    pipe: ADMPipeline,
-    inputs: Mapping[str, Sequence[Any]],
-    generators: list[torch.Generator],
-    batch_size: int,
-    **options: Any,
-) -> list[Image.Image]:
-    """
-    Generates one image per generator.
-
-    Args:
-        pipe (`ADMPipeline`): The pipeline.
-        inputs (mapping): Arguments of its call with one entry per image.
-        generators (list of `torch.Generator`): One per image.
-        batch_size (`int`): Images per call.
-        **options: Arguments that are the same for all images.
-    """
-    images: list[Image.Image] = []
-    for start in range(0, len(generators), batch_size):
-        batch = slice(start, start + batch_size)
-        arguments = {name: values[batch] for name, values in inputs.items()}
-        images += pipe(**arguments, generator=generators[batch], **options).images
-    return images
-
-
-def pixels_of(images: Sequence[Image.Image]) -> torch.Tensor:
-    """`(N, 3, height, width)`, uint8."""
-    return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+# Samples
 
 
 def quiet(pipe: ADMPipeline) -> ADMPipeline:
@@ -215,13 +209,105 @@ def quiet(pipe: ADMPipeline) -> ADMPipeline:
     return pipe
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def load_held_out(
+    args: argparse.Namespace, size: int
+) -> tuple[datasets.Dataset, dict[int, str] | None, list[Image.Image]]:
+    """`--num_images` examples of `--data_files`, spread over the data, the names of classes, and the resized images."""
+    data, id2label = load_image_dataset(
+        data_files=args.data_files, label_column=args.label_column, caption_column=args.caption_column
+    )
+    data = data.select(spread(len(data), args.num_images))
+    return data, id2label, [decode_rgb(image).resize((size, size), Image.Resampling.BICUBIC) for image in data["image"]]
 
 
-def write_report(path: Path, args: argparse.Namespace, device: str, **content: Any) -> None:
-    """Writes settings, machine and results as JSON."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report = {"settings": settings, "machine": describe_machine(device), **content}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+def spread(length: int, number: int | None) -> list[int]:
+    """At most `number` evenly spaced indices; all for None."""
+    number = min(number or length, length)
+    return [length * i // number for i in range(number)]
+
+
+def conditions_of(pipe: ADMPipeline, data: datasets.Dataset, id2label: Mapping[int, str] | None) -> dict[str, list]:
+    """Captions of the images and their classes, as the pipeline numbers them, as far as data and pipeline have them."""
+    conditions = {}
+    if pipe.has_cross_attention and "caption" in data.column_names:
+        conditions["prompt"] = data["caption"][:]
+    if id2label and pipe.unet.config.num_class_embeds is not None:
+        to_class = match_classes(id2label, pipe.id2label, num_real_classes(pipe.unet.config), by_number=True)
+        conditions["class_labels"] = [to_class[label] for label in data["label"][:]]
+    return conditions
+
+
+def seeded(first_seed: int, number: int) -> list[torch.Generator]:
+    """Generators with consecutive seeds, one per image."""
+    return [torch.Generator().manual_seed(first_seed + i) for i in range(number)]
+
+
+def sample(
+    pipe: ADMPipeline,
+    args: argparse.Namespace,
+    inputs: Mapping[str, Sequence[Any]],
+    generators: list[torch.Generator] | None = None,
+    **options: Any,
+) -> list[Image.Image]:
+    """
+    Generates images, with steps, guidance scale and batch size of the command line, as far as it has them.
+
+    Args:
+        pipe (`ADMPipeline`): The pipeline.
+        args (`argparse.Namespace`): The command line.
+        inputs (mapping): Arguments of the pipeline with one entry per image.
+        generators (list of `torch.Generator`, *optional*): One per image; default: consecutive seeds from `--seed`.
+        **options: Arguments that are the same for all images.
+    """
+    settings, number = vars(args), len(next(iter(inputs.values())))
+    options = {name: settings[name] for name in ("num_inference_steps", "guidance_scale") if name in settings} | options
+    generators, images = generators or seeded(args.seed, number), []
+    batch_size = settings.get("batch_size", number)
+    for start in range(0, number, batch_size):
+        batch = slice(start, start + batch_size)
+        arguments = {name: values[batch] for name, values in inputs.items()}
+        images += pipe(**arguments, generator=generators[batch], **options).images
+    return images
+
+
+def read_samples(folder: Path, number: int) -> list[Image.Image]:
+    """The first images of a folder that `sample_images` has written."""
+    return [Image.open(folder / f"{i:06d}.png") for i in range(number)]
+
+
+def grid_of_columns(
+    columns: Iterable[tuple[str, Sequence[Image.Image]]], row_labels: Sequence[str] | None = None, **options: int
+) -> Image.Image:
+    """Arranges columns of images below their labels; options as for `labelled_grid`."""
+    labels, images = zip(*columns, strict=True)
+    cells = [image for row in zip(*images, strict=True) for image in row]
+    return labelled_grid(cells, len(images[0]), len(labels), row_labels, labels, **options)
+
+
+# Quality
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray | torch.Tensor) -> tuple[float, float]:
+    """Mean and standard error."""
+    values = np.asarray(values)
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def with_errors(**values: tuple[float, float]) -> dict[str, float]:
+    """`name` and `name_error` of each pair."""
+    return {f"{name}{end}": x for name, pair in values.items() for end, x in zip(("", "_error"), pair, strict=True)}
+
+
+def pixels_of(images: Sequence[Image.Image]) -> torch.Tensor:
+    """`(N, 3, height, width)`, uint8."""
+    return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+
+
+def load_judge(folder: str) -> ClassifierFeatures:
+    return ClassifierFeatures(AdaGNClassifierModel.from_pretrained(folder, subfolder="classifier"))
+
+
+def features_and_classes(judge: ClassifierFeatures, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of images, `(N, channels)`, and the predicted classes, `(N,)`."""
+    features, logits = zip(*(judge(batch) for batch in pixels_of(images).split(64)), strict=True)
+    return torch.cat(features), torch.cat(logits).argmax(dim=1)

@@ -12,17 +12,19 @@ Deterministic samplers start from the quantiles of the normal distribution and h
 limited by the number of samples: the noise floor is the distance of as many exact samples (mean and largest of 20).
 """
 
-import argparse
+import functools
 import itertools
 import math
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from matplotlib.figure import Figure
+from measuring import make_parser, quiet
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 
@@ -76,31 +78,20 @@ SAMPLERS = [
     Sampler("TCD", False, {"original_inference_steps": 1000}),
     Sampler("TCD, eta=0", True, {"original_inference_steps": 1000}, {"eta": 0.0}),
 ]
-PLOTTED = (
-    OURS,
-    "DDPM, fixed_small",
-    "DDIM",
-    "PNDM, skip_prk_steps",
-    "LMSDiscrete",
-    "HeunDiscrete",
-    "DPMSolverMultistep",
-    "UniPCMultistep, karras",
-    "DEISMultistep",
-)
+PLOTTED = [OURS, "DDPM, fixed_small", "DDIM", "PNDM, skip_prk_steps", "LMSDiscrete", "HeunDiscrete"]
+PLOTTED += ["DPMSolverMultistep", "UniPCMultistep, karras", "DEISMultistep"]
 
 
 class PerfectUNet(ModelMixin, ConfigMixin):
-    """E[e | x_t] of the mixture for each pixel, and Var[x_{t-1} | x_t] as the variance channel."""
+    """
+    E[e | x_t] of the mixture for each pixel, and Var[x_{t-1} | x_t] as the variance channel. `timesteps`: descending
+    ones of a sampler that uses the variance, else empty.
+    """
 
-    @register_to_config
-    def __init__(self, size: int):
+    def __init__(self, size: int, alphas_cumprod: torch.Tensor, timesteps: list[int]):
         super().__init__()
         self.register_to_config(in_channels=1, out_channels=2, sample_size=size, block_out_channels=(1,))
         self.dummy = torch.nn.Parameter(torch.zeros(1))  # tells the pipeline the dtype
-        self.calls = 0
-
-    def prepare(self, alphas_cumprod: torch.Tensor, timesteps: list[int]) -> None:
-        """`timesteps`: descending ones of a sampler that uses the variance, else empty."""
         self.alphas_cumprod = alphas_cumprod.double()
         self.following = dict(itertools.pairwise(timesteps))
         self.calls = 0
@@ -133,6 +124,7 @@ class PerfectUNet(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=output.to(sample.dtype))
 
 
+@functools.cache
 def quantiles(number: int) -> torch.Tensor:
     """Quantiles (i + 1/2) / number of the mixture, by bisection."""
     wanted = (torch.arange(number, dtype=torch.float64) + 0.5) / number
@@ -144,54 +136,42 @@ def quantiles(number: int) -> torch.Tensor:
     return (low + high) / 2
 
 
-def wasserstein(samples: torch.Tensor, expected: torch.Tensor) -> float:
-    return (samples.flatten().double().sort().values - expected).square().mean().sqrt().item()
+def wasserstein(samples: torch.Tensor) -> float:
+    """2-Wasserstein distance of samples to the mixture."""
+    return (samples.flatten().double().sort().values - quantiles(samples.numel())).square().mean().sqrt().item()
 
 
-def noise_floor(expected: torch.Tensor, draws: int = 20) -> tuple[float, float]:
+def noise_floor(number: int, draws: int = 20) -> tuple[float, float]:
     """Mean and largest distance of exact samples, over `draws` repetitions."""
-    generator = torch.Generator().manual_seed(0)
-    number, distances = len(expected), []
+    generator, distances = torch.Generator().manual_seed(0), []
     for _ in range(draws):
         modes = torch.multinomial(WEIGHTS[:, 0], number, replacement=True, generator=generator)
         noise = torch.randn(number, generator=generator, dtype=torch.float64)
-        distances.append(wasserstein(MEANS[modes, 0] + STDS[modes, 0] * noise, expected))
+        distances.append(wasserstein(MEANS[modes, 0] + STDS[modes, 0] * noise))
     return sum(distances) / draws, max(distances)
 
 
-class Measurement:
-    """Runs samplers on one noise schedule, and keeps the quantiles to compare their samples with."""
-
-    def __init__(self, schedule: str, samples: int):
-        self.schedule = SCHEDULES[schedule]
-        self.expected = {number: quantiles(number) for number in {GRID, samples}}
-        self.samples = samples
-
-    def error(self, sampler: Sampler, steps: int, spacing: str, extra: dict | None = None) -> tuple[float, int]:
-        """2-Wasserstein distance and network calls; NaN if the sampler cannot take so many steps."""
-        number = GRID if sampler.deterministic else self.samples
-        side = math.isqrt(number)
-        ours = LearnedVarianceDDPMScheduler(beta_schedule=self.schedule, timestep_spacing=spacing, clip_sample=False)
-        pipe = ADMPipeline(PerfectUNet(side), ours, vae=None, text_encoder=None, tokenizer=None, classifier=None)
-        pipe.set_progress_bar_config(disable=True)
-        ours.set_timesteps(steps)
-        pipe.unet.prepare(ours.alphas_cumprod, ours.timesteps.tolist() if sampler.scheduler == OURS else [])
-        if sampler.scheduler != OURS:
-            cls = getattr(diffusers, f"{sampler.scheduler}Scheduler")
-            pipe.scheduler = cls.from_config(ours.config, **sampler.config, **(extra or {}))
-
-        grid = torch.special.ndtri((torch.arange(number, dtype=torch.float64) + 0.5) / number).float()
-        try:
-            images = pipe(
-                num_inference_steps=steps,
-                latents=grid.reshape(1, 1, side, side),
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-                **sampler.call,
-            ).images
-        except ValueError:
-            return math.nan, 0
-        return wasserstein(images, self.expected[number]), pipe.unet.calls
+def measure(sampler: Sampler, schedule: str, samples: int, steps: int, spacing: str, **extra: Any) -> tuple[float, int]:
+    """2-Wasserstein distance and network calls; NaN if the sampler cannot take so many steps."""
+    number = GRID if sampler.deterministic else samples
+    side = math.isqrt(number)
+    scheduler = LearnedVarianceDDPMScheduler(
+        beta_schedule=SCHEDULES[schedule], timestep_spacing=spacing, clip_sample=False
+    )
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist() if sampler.scheduler == OURS else []
+    unet = PerfectUNet(side, scheduler.alphas_cumprod, timesteps)
+    if sampler.scheduler != OURS:
+        cls = getattr(diffusers, f"{sampler.scheduler}Scheduler")
+        scheduler = cls.from_config(scheduler.config, **sampler.config, **extra)
+    pipe = quiet(ADMPipeline(unet, scheduler, None, None, None, None))
+    grid = torch.special.ndtri((torch.arange(number, dtype=torch.float64) + 0.5) / number).float()
+    options = {"latents": grid.reshape(1, 1, side, side), "generator": torch.Generator().manual_seed(0)}
+    try:
+        images = pipe(num_inference_steps=steps, output_type="latent", **options, **sampler.call).images
+    except ValueError:
+        return math.nan, 0
+    return wasserstein(images), unet.calls
 
 
 def cell(error: float) -> str:
@@ -209,16 +189,16 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     print(flush=True)
 
 
-def steps_table(measurement: Measurement, samplers: list[Sampler]) -> dict[str, list[tuple[int, float]]]:
+def steps_table(samplers: list[Sampler], schedule: str, samples: int) -> dict[str, list[tuple[int, float]]]:
     """Prints errors by number of steps; returns (network calls, error) by sampler."""
     rows, curves = [], {}
     for sampler in samplers:
-        variants = [(sampler.label, {})]
+        variants = {sampler.label: {}}
         if sampler.scheduler in ("DPMSolverMultistep", "UniPCMultistep"):
-            variants.append((f"{sampler.label}, karras", KARRAS))
+            variants[f"{sampler.label}, karras"] = KARRAS
         spacing = "linspace" if sampler.scheduler in BETTER_WITH_LINSPACE else "leading"
-        for label, extra in variants:
-            results = [measurement.error(sampler, steps, spacing, extra) for steps in STEPS]
+        for label, extra in variants.items():
+            results = [measure(sampler, schedule, samples, steps, spacing, **extra) for steps in STEPS]
             curves[label] = [(calls, error) for error, calls in results]
             offset = results[2][1] - STEPS[2]
             calls = {0: "n", STEPS[2] - 1: "2n - 1"}.get(offset, f"n + {offset}")
@@ -228,30 +208,26 @@ def steps_table(measurement: Measurement, samplers: list[Sampler]) -> dict[str, 
     return curves
 
 
-def spacing_table(measurement: Measurement, samplers: list[Sampler]) -> None:
+def spacing_table(samplers: list[Sampler], schedule: str, samples: int) -> None:
+    columns = {spacing: {"spacing": spacing} for spacing in ("leading", "linspace", "trailing")}
+    columns["linspace, karras"] = {"spacing": "linspace", **KARRAS}
     rows = []
     for sampler in samplers:
         cls = getattr(diffusers, "DDPMScheduler" if sampler.scheduler == OURS else f"{sampler.scheduler}Scheduler")
-        options = cls._get_init_keys(cls)
+        known = cls._get_init_keys(cls) - ({"timestep_spacing"} if sampler.scheduler == "TCD" else set())
         row = [sampler.label]
-        for spacing in ("leading", "linspace", "trailing"):
-            takes = "timestep_spacing" in options and sampler.scheduler != "TCD"
-            row.append(cell(measurement.error(sampler, SPACING_STEPS, spacing)[0]) if takes else "")
-        karras = measurement.error(sampler, SPACING_STEPS, "linspace", KARRAS)[0] if KARRAS.keys() <= options else None
-        row.append("" if karras is None else cell(karras))
+        for options in columns.values():
+            takes = (KARRAS.keys() if KARRAS.keys() <= options.keys() else {"timestep_spacing"}) <= known
+            row.append(cell(measure(sampler, schedule, samples, SPACING_STEPS, **options)[0]) if takes else "")
         if any(row[1:]):
             rows.append(row)
-    print_table(["sampler", "leading", "linspace", "trailing", "linspace, karras"], rows)
+    print_table(["sampler", *columns], rows)
 
 
 def plot(curves: dict[str, dict[str, list[tuple[int, float]]]], floor: float, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(curves), figsize=(5.6 * len(curves), 4.6), sharey=True, squeeze=False)
-    for axes, (schedule, lines) in zip(panels[0], curves.items(), strict=True):
+    figure = Figure(figsize=(5.6 * len(curves), 4.6), layout="tight")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axes, (schedule, lines) in zip(panels, curves.items(), strict=True):
         for label in (label for label in PLOTTED if label in lines):
             calls, errors = zip(*lines[label], strict=True)
             stochastic = label.startswith(("DDPM", "Learned"))
@@ -263,14 +239,13 @@ def plot(curves: dict[str, dict[str, list[tuple[int, float]]]], floor: float, pa
         axes.set_xticks(STEPS, [str(n) for n in STEPS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("2-Wasserstein distance to the data")
-    panels[0, -1].legend(fontsize=7, loc="upper right")
-    figure.tight_layout()
+    panels[0].set_ylabel("2-Wasserstein distance to the data")
+    panels[-1].legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--samples", type=int, default=2**16, help="Samples of a stochastic sampler; a square.")
     parser.add_argument("--only", nargs="+", help="Samplers by their labels in the tables.")
@@ -287,16 +262,15 @@ def main() -> None:
         print("DPMSolverSDE is skipped: it needs torchsde.\n")
         samplers = [sampler for sampler in samplers if sampler.scheduler != "DPMSolverSDE"]
 
-    mean_floor, floor = noise_floor(quantiles(args.samples))
+    mean_floor, floor = noise_floor(args.samples)
     print("2-Wasserstein distance to the data, in thousandths.")
     print(f"Noise floor of stochastic samplers: {cell(mean_floor)}, up to {cell(floor)}.\n")
     curves = {}
     for schedule in args.schedules:
-        measurement = Measurement(schedule, args.samples)
         print(f"### {schedule} schedule, n steps\n")
-        curves[schedule] = steps_table(measurement, samplers)
+        curves[schedule] = steps_table(samplers, schedule, args.samples)
         print(f"### {schedule} schedule, {SPACING_STEPS} steps\n")
-        spacing_table(measurement, samplers)
+        spacing_table(samplers, schedule, args.samples)
     if args.plot:
         plot(curves, floor, args.plot)
 
