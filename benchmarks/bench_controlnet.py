@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_unet import NETWORKS
 from measuring import alternate, compare_peaks, describe_machine, finish, make_parser, measure_rows, peak_bytes, ratios
+from networks import NETWORKS
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_adm import AdaGNControlNetModel, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler

@@ -15,8 +15,8 @@ import argparse
 import sys
 
 import torch
-from bench_unet import NETWORKS
 from measuring import alternate, describe_machine, finish, make_parser, measure_rows, quiet, ratios
+from networks import NETWORKS
 
 from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable
 
 import torch
-from bench_unet import build
 from diffusers import DDIMScheduler, DDPMScheduler
 from measuring import (
     alternate,
@@ -31,6 +30,7 @@ from measuring import (
     quiet,
     ratios,
 )
+from networks import build
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 

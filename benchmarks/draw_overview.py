@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from draw_controlnet import EYES, HEAD, arc, draw_lines, heart
+from curves import EYES, HEAD, arc, draw_lines, heart
 from measuring import make_parser, quiet, sample
 from PIL import Image, ImageDraw, ImageFont
 
