@@ -43,6 +43,7 @@ from diffusers_adm.conditioning.guidance import (
 )
 from diffusers_adm.conditioning.text import TextCondition, TextConditioning, check_text_encoder, cross_attention_width
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
+from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.ops.finiteness import explain_not_finite, not_finite
 from diffusers_adm.schedulers.diffusers_schedulers import (
@@ -230,7 +231,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         unet: AdaGNUNet2DModel | UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None,
-        text_encoder: torch.nn.Module | None,
+        text_encoder: GLIDETextModel | torch.nn.Module | None,
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,
         id2label: dict[int, str] | dict[str, str] | None = None,

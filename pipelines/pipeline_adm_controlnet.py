@@ -21,6 +21,7 @@ from diffusers_adm.conditioning.guidance import Guidance
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
+from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps
@@ -54,7 +55,7 @@ class ADMControlNetPipeline(ADMPipeline):
         unet: AdaGNUNet2DModel | UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None,
-        text_encoder: torch.nn.Module | None,
+        text_encoder: GLIDETextModel | torch.nn.Module | None,
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,
         controlnet: ControlNet | ControlNets,

@@ -14,16 +14,9 @@ import diffusers
 from diffusers import ConfigMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from ..models import (
-    AdaGNClassifierModel,
-    AdaGNControlNetModel,
-    AdaGNMultiControlNetModel,
-    AdaGNUNet2DModel,
-    GLIDETextModel,
-)
 from .export import export_class_file
 from .model_cards import write_model_card
-from .public_classes import COMPONENTS, PACKAGE, PIPELINES, PUBLIC_CLASSES
+from .public_classes import COMPONENTS, PACKAGE, PUBLIC_CLASSES
 from .publishing import add_publishing
 
 
@@ -60,14 +53,6 @@ def register_with_diffusers() -> None:
     for cls in PUBLIC_CLASSES:
         if issubclass(cls, ConfigMixin):  # `AdaGNMultiControlNetModel` is not: it saves its networks one by one
             add_publishing(cls, write_model_card, export_class_file)
-    # `from_pipe` compares exact types with these annotations. Delete this loop once the pipelines annotate our classes.
-    for pipeline in PIPELINES:
-        hints = pipeline.__init__.__annotations__
-        hints["unet"] |= AdaGNUNet2DModel
-        hints["classifier"] |= AdaGNClassifierModel
-        hints["text_encoder"] |= GLIDETextModel
-        if "controlnet" in hints:
-            hints["controlnet"] |= AdaGNControlNetModel | AdaGNMultiControlNetModel
 
 
 def _check_free(namespace: types.ModuleType, name: str) -> None:
