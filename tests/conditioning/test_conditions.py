@@ -9,6 +9,7 @@ from diffusers_adm import LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.class_labels import ClassCondition
 from diffusers_adm.conditioning.condition import Condition, MergedConditions, PreparedCondition, UNetInputs, merge
 from diffusers_adm.conditioning.controlnet import ControlNetCondition
+from diffusers_adm.conditioning.guidance import exact_prediction, shift_prediction
 from diffusers_adm.conditioning.inpainting import InpaintingCondition
 from diffusers_adm.conditioning.low_resolution import LowResolutionCondition
 from diffusers_adm.conditioning.text import TextCondition
@@ -138,3 +139,10 @@ class Stub(Condition):
 
     def at_step(self, *args):
         return {"residual": args}
+
+
+def test_unknown_prediction_types_are_refused():
+    one = torch.ones(1, 1, 1, 1)
+    for function in (shift_prediction, exact_prediction):
+        with pytest.raises(ValueError, match="`prediction_type` is 'velocity'; it must be one of"):
+            function(one, one, one[0, 0, 0, 0], one[0, 0, 0, 0], "velocity")
