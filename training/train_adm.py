@@ -15,8 +15,6 @@ the masked image and its mask as further input channels, and predicts the whole 
 
 from __future__ import annotations
 
-import functools
-
 from PIL import Image
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline
@@ -47,7 +45,8 @@ MASK_CHANNELS = 4  # the masked image, RGB, and its mask
 def main(argv: list[str] | None = None) -> None:
     # 1. Arguments
     all_args, record = parse_run(ARGUMENT_TYPES, argv, "train_adm", description=__doc__)
-    model_args, data_args, diffusion_args, training_args, text_args, task_args, lora_args = all_args
+    *common_args, task_args, lora_args = all_args  # the former are those of `DIFFUSION_ARGUMENTS`
+    model_args, data_args, diffusion_args, training_args, text_args = common_args
     model_args.check_source()
     lora_args.check(model_args, text_args)
     task_args.check(text_args)
@@ -65,9 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     diffusion = load_diffusion(
         accelerator,
         record,
-        all_args[: len(DIFFUSION_ARGUMENTS)],
+        common_args,
         extra_channels=MASK_CHANNELS if inpaints else 0,
         may_widen=inpaints,
+        # Reason in error messages: "The pretrained U-Net takes no masks, and `lora_rank` leaves ..."
         keeps="`lora_rank` leaves the pretrained weights as they are" if trains_adapter else None,
     )
     frozen_parts = diffusion.frozen_parts(trains_unet=not trains_adapter)
@@ -93,7 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     conditions = diffusion.conditions(run.networks)
     if inpaints:
         conditions.append(InpaintingCondition())
-    build_pipeline = functools.partial(diffusion.build_pipeline, ADMInpaintPipeline if inpaints else ADMPipeline)
+
+    def build_pipeline() -> ADMPipeline:
+        return diffusion.build_pipeline(ADMInpaintPipeline if inpaints else ADMPipeline)
 
     def save_result(folder: str) -> None:
         if trains_adapter:
@@ -106,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
             return inpainting_grid(build_pipeline(), validation_dataset, diffusion.null_class_id, training_args)
         return sample_grid(build_pipeline(), validation_rows, training_args)
 
-    validate = functools.partial(run.validate, functools.partial(run.show_samples, generate))
+    def validate() -> bool:
+        return run.validate(lambda: run.show_samples(generate))
 
     # 4. Training
     for batch in run.batches():
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             pixels = batch["images"]  # (B, 3, H, W) in [-1, 1]
             inputs = merge(condition.for_training(batch) for condition in conditions)
             timesteps, weights = diffusion.timestep_sampler.sample(len(pixels), device=pixels.device)
-            # Also of the kept part of an image to inpaint, as in GLIDE: copying it is learned soon.
+            # As in GLIDE, the loss includes the kept part of an inpainted image; the network soon learns to copy it.
             terms = training_losses(
                 run.networks["unet"],
                 diffusion.noise_scheduler,
