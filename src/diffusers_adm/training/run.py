@@ -1,6 +1,5 @@
 """
-What surrounds the loop of a training script: optimizer, learning rate, moving average, log, checkpoints, validation and
-the final save. The loop itself, and the loss, are in the script.
+Setup, checkpoints, log, validation and final save of a training run. The loop and the loss are in the script.
 """
 
 from __future__ import annotations
@@ -139,11 +138,12 @@ class TrainingRun:
 
     Attributes:
         networks (`dict[str, torch.nn.Module]`): The networks as prepared by Accelerate, for the loop.
+        trained (`torch.nn.ModuleList`): The same networks, not prepared.
         parameters (list of `torch.nn.Parameter`): The trained weights.
-        optimizer (`AcceleratedOptimizer`): As prepared.
+        optimizer (`AcceleratedOptimizer`), dataloader (`torch.utils.data.DataLoader`): As prepared by Accelerate.
         ema (`EMAModel`, *optional*): The average of `parameters`.
         progress (`TrainingProgress`), log (`TrainingLog`): Counters and log.
-        max_train_steps (`int`): Optimizer steps of the whole run.
+        max_train_steps (`int`): Number of optimizer steps of the whole run, those of a resumed checkpoint included.
     """
 
     def __init__(
@@ -164,6 +164,8 @@ class TrainingRun:
         self.trained = torch.nn.ModuleList(networks.values())
         self.parameters = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
         dataloader = build_dataloader(train_dataset, data_args, training_args)
+        # With some backends (FSDP2) Accelerate takes only one network together with an optimizer, so the others are
+        # prepared separately. The optimizer already has their parameters.
         first, *others = networks
         prepared, self.optimizer, self.dataloader = accelerator.prepare(
             networks[first], build_optimizer(self.parameters, training_args), dataloader
@@ -181,14 +183,16 @@ class TrainingRun:
         self._resume(networks, timestep_sampler)
         if self.ema is not None:
             self.ema.to(accelerator.device)
-        step, batch_size = self.progress.global_step, training_args.train_batch_size
-        batch_size *= accelerator.num_processes * training_args.gradient_accumulation_steps
+        step = self.progress.global_step
+        total_batch_size = (
+            training_args.train_batch_size * accelerator.num_processes * training_args.gradient_accumulation_steps
+        )
         self.logger.info(
-            f"{self._count_parameters()}, {description}, {batch_size} per optimizer step; steps {step} to "
+            f"{self._count_parameters()}, {description}, {total_batch_size} per optimizer step; steps {step} to "
             f"{self.max_train_steps}, {steps_per_epoch} an epoch"
         )
         self.log = TrainingLog(
-            accelerator, training_args.output_dir, record.settings, step, self.max_train_steps, batch_size
+            accelerator, training_args.output_dir, record.settings, step, self.max_train_steps, total_batch_size
         )
         self.trained.train()
 
@@ -223,8 +227,7 @@ class TrainingRun:
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """
-        The batches that are still to come, epoch after epoch, until the last optimizer step. Before each one, all
-        generators of torch are seeded for this batch.
+        Yields the remaining batches, across epochs. PyTorch's global generators are reseeded before each batch.
         """
         while self.progress.global_step < self.max_train_steps:
             for batch in rest_of_epoch(self.dataloader, self.progress):
@@ -293,7 +296,10 @@ class TrainingRun:
         return evaluation_weights(self.trained, self.ema, self.parameters)
 
     def validate(self, work: Callable[[], None]) -> bool:
-        """Calls `work()` on all processes and returns whether it succeeded; see `validation.survives`."""
+        """
+        Calls `work()` on all processes and returns whether it succeeded. A failure is logged and does not end the run;
+        see `validation.survives`.
+        """
         succeeded = survives(self.accelerator, self.progress, work)
         self.log.start_clock(self.progress.global_step)
         return succeeded
@@ -320,11 +326,11 @@ class TrainingRun:
         name: str,
     ) -> None:
         """
-        Saves the result with the averaged weights; then validates and publishes it, which could fail. Raises a
+        Saves the result with the averaged weights first, because validation and publishing may fail. Raises a
         `CommandError` if the last validation has failed.
 
         Args:
-            save_result (function of a folder): As of `save_checkpoint`.
+            save_result (function of a folder): As in `save_checkpoint`.
             validate (callable): The last validation; whether it succeeded. Every process calls it.
             publish (callable): Pushes the folder of the run to the Hub, if the arguments say so.
             name (`str`): What was trained, for the log.
