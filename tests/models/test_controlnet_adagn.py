@@ -697,7 +697,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "name, inputs, message",
         [
-            ("by-class", {"class_labels": torch.tensor([1, 9])}, "`class_labels` reach from 1 to 9"),
+            ("by-class", {"class_labels": torch.tensor([1, 9])}, "`class_labels` range from 1 to 9"),
             ("by-text-added-kv", {"encoder_hidden_states": None}, "`encoder_hidden_states` is missing"),
             ("upsampler", {"timestep_cond": torch.zeros(2, 5)}, "`timestep_cond` has shape"),
             ("unconditional", {"encoder_hidden_states": torch.zeros(2, 5, 16)}, "without cross-attention"),

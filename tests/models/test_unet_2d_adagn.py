@@ -658,8 +658,14 @@ THREE_LEVELS = {
             {"class_labels": torch.zeros(2, 1, dtype=torch.long)},
             r"shape \(2, 1\); this model takes \(2,\)",
         ),
-        (CONDITIONAL, SAMPLE, {"class_labels": torch.tensor([0, 5])}, "reach from 0 to 5; .* the classes 0 to 4"),
-        (CONDITIONAL, SAMPLE, {"class_labels": torch.tensor([-1, 0])}, "reach from -1 to 0; .* the classes 0 to 4"),
+        (
+            CONDITIONAL,
+            SAMPLE,
+            {"class_labels": torch.arange(2), "down_block_additional_residuals": (torch.zeros(2, 16, 8, 8),)},
+            r"holds 1 tensors, but this network has \d+ skip connections",
+        ),
+        (CONDITIONAL, SAMPLE, {"class_labels": torch.tensor([0, 5])}, "range from 0 to 5; .* the classes 0 to 4"),
+        (CONDITIONAL, SAMPLE, {"class_labels": torch.tensor([-1, 0])}, "range from -1 to 0; .* the classes 0 to 4"),
         (
             {"class_embed_type": "timestep"},
             SAMPLE,

@@ -6,6 +6,7 @@ input silently, or fail deep inside the network with an error that names none of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def check_class_labels(config: Any, batch_size: int, class_labels: torch.Tensor 
         low, high = int(class_labels.min()), int(class_labels.max())
         if low < 0 or high >= config.num_class_embeds:
             raise ValueError(
-                f"`class_labels` reach from {low} to {high}; this model has the classes 0 to "
+                f"`class_labels` range from {low} to {high}; this model has the classes 0 to "
                 f"{config.num_class_embeds - 1}."
             )
 
@@ -89,3 +90,12 @@ def check_conditions(
         pooled = (added_cond_kwargs or {}).get("text_embeds")
         time_embed_dim = config.time_embedding_dim or 4 * config.block_out_channels[0]
         check_shape('added_cond_kwargs["text_embeds"]', pooled, (batch_size, time_embed_dim))
+
+
+def check_residuals(residuals: Sequence[torch.Tensor], skips: Sequence[torch.Tensor]) -> None:
+    """Raises a `ValueError` unless there is one residual for each skip connection."""
+    if len(residuals) != len(skips):
+        raise ValueError(
+            f"`down_block_additional_residuals` holds {len(residuals)} tensors, but this network has {len(skips)} skip "
+            "connections. Pass one tensor for each, from a ControlNet that was made for this network."
+        )

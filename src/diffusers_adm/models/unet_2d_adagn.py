@@ -1,5 +1,5 @@
 """
-AdaGNUNet2DModel: the U-Net of ablated diffusion models (ADM), whole, in one file.
+AdaGNUNet2DModel: the complete U-Net of ablated diffusion models (ADM).
 
 DDPM (Ho et al. 2020, https://huggingface.co/papers/2006.11239), Improved DDPM (Nichol & Dhariwal 2021,
 https://huggingface.co/papers/2102.09672) and ADM (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233,
@@ -52,7 +52,7 @@ from .config_checks import (
     per_level,
     with_defaults_of,
 )
-from .input_checks import check_class_labels, check_conditions, check_sample
+from .input_checks import check_class_labels, check_conditions, check_residuals, check_sample
 
 
 BlockAttention: TypeAlias = Attention | Transformer2DModel | None
@@ -89,10 +89,10 @@ def resolve_heads(config: Any, kinds: Iterable[AttentionKind | None], up: bool =
     """
     Heads of the attention at each level, from the highest resolution; `None` where the kind of attention is `None`.
 
-    `num_attention_heads`, and on the up path `num_attention_heads_up`, is always the number of heads and wins. Two
-    readings of `attention_head_dim` are diffusers', and published weights depend on them:
+    `num_attention_heads`, and on the up path `num_attention_heads_up`, is always the number of heads, and takes
+    precedence. Two readings of `attention_head_dim` are diffusers', and published weights depend on them:
     - in transformer blocks it is the *number* of heads, elsewhere the *width* of a head (`None`: one head);
-    - a list of widths is read from the front on the up path as well, where the lowest resolution comes first.
+    - a list of widths is indexed from the highest resolution, but on the up path from the lowest.
     """
     levels = len(config.block_out_channels)
     head_dims = per_level(config.attention_head_dim, levels)
@@ -147,14 +147,15 @@ class Upsample(nn.Module):
 
 class ResBlock(nn.Module):
     r"""
-    Residual block, conditioned by adaptive group normalisation (ADM, section 3.1) or by addition (DDPM). With
-    `resample` it halves ("down") or doubles ("up") height and width inside, in the block and in its shortcut (BigGAN,
-    ADM's `resblock_updown`).
+    Residual block, conditioned by adaptive group normalisation (ADM, section 3.1) or by addition (DDPM).
 
     Args:
-        in_channels, out_channels (`int`): Multiples of `groups`, the number of groups of either norm.
+        in_channels, out_channels (`int`): Multiples of `groups`.
         temb_channels (`int`): Width of the conditioning vector.
+        groups (`int`), eps (`float`), act_fn (`str`): Groups, epsilon and activation of both norms.
         time_injection (`str`): `"scale_shift"` (AdaGN) or `"default"` (added before the second norm).
+        dropout (`float`, defaults to 0.0): Dropout probability before the second convolution.
+        resample (`str`, *optional*): Halve (`"down"`) or double (`"up"`) the size, also of the shortcut (BigGAN).
         output_scale_factor (`float`, defaults to 1.0): Divides the output.
     """
 
@@ -472,7 +473,8 @@ class Layers:
             only_text = config.mid_block_only_cross_attention
             if only_text is None:
                 only_text = config.only_cross_attention is True
-            depth = per_level(per_level(config.transformer_layers_per_block, level + 1)[level], 1)[0]
+            depths = per_level(config.transformer_layers_per_block, level + 1)[level]
+            depth = depths[0] if isinstance(depths, (list, tuple)) else depths
             attention = self.attention(kind, level, heads, depth, only_text and kind == "added_kv")
         resnets = [self.plain_res_block(channels, channels, output_scale_factor=scale) for _ in range(num_resnets)]
         return MidBlock(resnets, [attention] * (num_resnets - 1), config.resnet_skip_time_act and kind == "added_kv")
@@ -502,7 +504,7 @@ class ResBlockCompileMixin(ModelMixin):
 
 
 class EncoderMixin(ResBlockCompileMixin):
-    """What a U-Net and its ControlNet share: how configs are read, and the embedding of time, class and text."""
+    """The part that U-Net and ControlNet share: reading of configs, and the embedding of time, class and text."""
 
     ignore_for_config = ["neutral_arguments"]
 
@@ -537,7 +539,7 @@ class EncoderMixin(ResBlockCompileMixin):
             timestep_input_dim = 2 * time_proj_dim
         elif config.time_embedding_type == "positional":
             self.time_proj = Timesteps(time_proj_dim, config.flip_sin_to_cos, config.freq_shift)
-        else:
+        else:  # "learned"; `check_encoder` allows no other
             self.time_proj = nn.Embedding(config.num_train_timesteps, time_proj_dim)
         self.time_embedding = TimestepEmbedding(
             timestep_input_dim, time_embed_dim, act_fn=act_fn, cond_proj_dim=config.time_cond_proj_dim
@@ -634,7 +636,7 @@ class EncoderMixin(ResBlockCompileMixin):
 
 class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
-    U-Net that predicts the noise (and, with twice the output channels, a variance) of a noisy image at a timestep.
+    U-Net that predicts the noise (or x_0 or v; with twice the output channels also a variance) of a noisy image.
 
     It takes every argument of diffusers' [`UNet2DModel`] under the same name and with the same default, loads its
     repositories with `from_pretrained`, and gives the same numbers; the same holds for the layouts of
@@ -647,7 +649,7 @@ class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         sample_size (`int` or `tuple[int, int]`, *optional*): Height and width of the samples that pipelines generate;
             the network itself takes any size divisible by `2 ** (len(block_out_channels) - 1)`.
         in_channels (`int`, defaults to 3): Channels of the input.
-        out_channels (`int`, defaults to 3): Channels of the output, literally: 2 x the image channels for a model with
+        out_channels (`int`, defaults to 3): Channels of the output: 2 x the image channels for a model with
             learned variance (mean first, variance second).
         center_input_sample (`bool`, defaults to `False`): Map inputs in [0, 1] to [-1, 1] first.
         time_embedding_type (`str`, defaults to `"positional"`): `"positional"` (sinusoid), `"fourier"` (random Fourier
@@ -686,7 +688,7 @@ class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             a number), `"identity"` (vectors, added as they are) or `"projection"` (vectors, through two layers).
         num_class_embeds (`int`, *optional*): Rows of the class embedding, the null class included.
         num_train_timesteps (`int`, *optional*): Rows of the table of `time_embedding_type="learned"`.
-        cross_attention_dim (`int` or `tuple[int]`, defaults to 1280): Width of the text states, if need be per level.
+        cross_attention_dim (`int` or `tuple[int]`, defaults to 1280): Width of the text states, optionally per level.
         transformer_layers_per_block (`int` or `tuple`, defaults to 1): Layers of each transformer block, for all levels
             or per level; the entry of a level may be a tuple with one number per block.
         reverse_transformer_layers_per_block (`tuple`, *optional*): The same for the up path, from the lowest
@@ -871,7 +873,7 @@ class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         timestep_cond: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         r"""
-        Predict the noise of images, and the raw variance where the network learns one.
+        Predict the noise of images (or x_0 or v, as trained), and the raw variance if the network learns one.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Noisy images; height and width
@@ -926,7 +928,8 @@ class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         # 4. down path, 5. middle
         hidden_states, skips = self._encode(hidden_states, temb, context)
         if down_block_additional_residuals is not None:
-            skips = tuple(a + b for a, b in zip(skips, down_block_additional_residuals, strict=True))
+            check_residuals(down_block_additional_residuals, skips)
+            skips = tuple(map(torch.add, skips, down_block_additional_residuals))
         if mid_block_additional_residual is not None:
             hidden_states = hidden_states + mid_block_additional_residual
 
