@@ -62,6 +62,8 @@ from diffusers_adm.schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY, ch
 OutputType = Literal["pil", "np", "pt", "latent"]
 # Pillow's modes for the numbers of channels that images of `output_type="pil"` may have.
 PIL_OUTPUT_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Input channels of inpainters of RGB images: noisy and masked image, mask; upsamplers also take a low-resolution image.
+INPAINTER_CHANNELS = (3 + 3 + 1, 3 + 3 + 1 + 3)
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Samples:
     latents: torch.Tensor | None
 
     def check_size(self, height: int | None, width: int | None, factor: int) -> None:
-        """Raises a `ValueError` for a size in pixels that the U-Net, which downsamples `factor` times, cannot have."""
+        """Raises a `ValueError` unless the size in pixels is divisible by `factor`, the total downsampling factor."""
         if height is None or width is None:
             raise ValueError(
                 "This model's config has no `sample_size`, so the size of the images is unknown. Pass `height` and "
@@ -198,8 +200,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     `set_progress_bar_config`.
 
     Args:
-        unet (`AdaGNUNet2DModel`, [`UNet2DModel`] or [`UNet2DConditionModel`]): Predicts the noise, and with twice the
-            channels of its input a variance as well.
+        unet (`AdaGNUNet2DModel`, [`UNet2DModel`] or [`UNet2DConditionModel`]): Predicts the noise (or x_0 or v,
+            see the scheduler's `prediction_type`), and with twice the channels of its input also a variance.
         scheduler ([`SchedulerMixin`]): `LearnedVarianceDDPMScheduler`, or a scheduler of diffusers made with
             `from_config` (docs/samplers.md compares them). Only the former and `DDPMScheduler` with
             `variance_type="learned_range"` use a learned variance; the others get only the mean channels. Each call
@@ -219,7 +221,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             trained on another noise schedule than that of `scheduler`.
     """
 
-    # The classifier is left out: it takes turns with the U-Net, so neither may send the other away.
+    # The classifier is not in the sequence: it alternates with the U-Net in every step.
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "classifier"]
     _callback_tensor_inputs = ["latents"]
@@ -263,7 +265,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels of an image for one of a sample, along each side."""
+        """Number of image pixels per sample pixel, along each side."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -283,22 +285,22 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     @property
     def reads_text(self) -> bool:
-        """Old name of `has_cross_attention`."""
+        """Former name of `has_cross_attention`."""
         warnings.warn(
-            "`reads_text` is now `has_cross_attention`. The old name will be removed in 0.3.",
+            "`reads_text` is now `has_cross_attention`, and will be removed in 0.3.",
             FutureWarning,
             stacklevel=2,
         )
         return self.has_cross_attention
 
-    # diffusers' pipelines keep these as their own attributes. Here they belong to a call: within one, that is in its
-    # callback, they are those of this call, and elsewhere those of the call that was started last.
+    # State per call: inside a callback that of its own call; elsewhere that of the most recently started call.
+    # (diffusers' pipelines keep these as attributes of the pipeline.)
 
     @property
     def guidance_scale(self) -> float:
         """
-        Strength of the classifier-free guidance; 1.0 is off. A callback may set it for the steps that follow in its
-        call. Elsewhere it is that of the latest call.
+        Scale of classifier-free guidance; 1.0 is off. A callback may set it for the remaining steps of its call.
+        Elsewhere it is that of the most recently started call.
         """
         return self._call_state.guidance_scale
 
@@ -308,14 +310,14 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     @property
     def num_timesteps(self) -> int:
-        """Number of steps, in a callback of its own call, elsewhere of the latest call."""
+        """Number of steps: inside a callback of its own call, elsewhere of the most recently started call."""
         return self._call_state.num_timesteps
 
     @property
     def interrupt(self) -> bool:
         """
         A callback that sets `pipe._interrupt = True` ends the sampling of its call after the current step. Set
-        elsewhere, in another thread, it ends the latest call.
+        elsewhere, in another thread, it ends the most recently started call.
         """
         return self._call_state.interrupt
 
@@ -414,7 +416,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
     ) -> tuple[torch.Tensor | None, ...]:
         r"""
-        Encodes prompts and negative prompts in one run of the text encoder. Gradients flow unless they are off.
+        Encodes prompts and negative prompts in one pass of the text encoder. Gradients are computed unless disabled.
 
         Args:
             prompt (`str` or list of `str`): Descriptions of the images.
@@ -422,7 +424,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 one for each. `None`: the empty prompt.
 
         Returns:
-            `tuple` of six tensors, one row a prompt, under whose names `__call__` takes them: `prompt_embeds`,
+            `tuple` of six tensors, one row per prompt, named like the arguments of `__call__`: `prompt_embeds`,
             `negative_prompt_embeds`, `pooled_prompt_embeds`, `negative_pooled_prompt_embeds` (both `None` if the
             U-Net takes none), `prompt_attention_mask`, `negative_prompt_attention_mask` (both `None` if nothing is
             masked).
@@ -482,8 +484,9 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 holds one entry for each; all that are given must agree.
             num_images_per_prompt (`int`, defaults to 1): Number of samples for each of these, one after the other.
             num_inference_steps (`int`, defaults to 50): Number of steps, chosen by the scheduler's `timestep_spacing`.
-            timestep_respacing (`str`, `int` or list of `int`, *optional*): The published forms `"250"`, `"ddim50"`,
-                `"10,10,15"`, `"fast27"`, in place of `num_inference_steps`; with `LearnedVarianceDDPMScheduler`.
+            timestep_respacing (`str`, `int` or list of `int`, *optional*): Respacing as in guided-diffusion
+                (`"250"`, `"ddim50"`, `"10,10,15"`, `"fast27"`) instead of `num_inference_steps`; only with
+                `LearnedVarianceDDPMScheduler`.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: `uncond + guidance_scale * (cond -
                 uncond)` replaces the predicted mean; 1.0 is off. `uncond` is the prediction for the null class, if the
                 model has one, and the negative prompt, if it is conditioned on text; both are predicted in one batch.
@@ -499,7 +502,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 `LearnedVarianceDDPMScheduler`, ancestral steps add variance * s * g to their mean (ADM, algorithm 1)
                 and DDIM steps, like those of every other scheduler, add s * g to the score (algorithm 2).
             negative_prompt (`str` or list of `str`, *optional*): Prompt to guide away from: one for all prompts, or one
-                for each. `None`: the empty prompt. It has an effect if `guidance_scale` has one.
+                for each. `None`: the empty prompt. Used only with classifier-free guidance.
             eta (`float`, *optional*): Noise of DDIM steps, from 0 (deterministic) to 1 (as much as DDPM). `None`:
                 ancestral steps with `LearnedVarianceDDPMScheduler`, the scheduler's own default elsewhere.
             height, width (`int`, *optional*): Size of the images in pixels, divisible by the total downsampling of
@@ -531,19 +534,28 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         Raises:
             ValueError: For arguments that are incompatible with each other, the model or the scheduler.
         """
+        # 1. check networks and scheduler, read conditions
         self._check_components()
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
+        classes, prompts = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
+
+        # 2. check other arguments, set timesteps, draw noise, prepare conditions
         sampling = self._start(
-            self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text),
+            classes,
+            [prompts],
             Steps(num_inference_steps, timestep_respacing, eta),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
             Samples(batch_size, num_images_per_prompt, height, width, generator, latents),
             Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
+
+        # 3. sample
         latents = self._denoise(sampling, sampling.call.noise * sampling.call.scheduler.init_noise_sigma)
+
+        # 4. decode
         return self._finish(self._decode(latents, output_type), return_dict)
 
     def _class_and_text(
@@ -553,18 +565,28 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         text: TextConditioning,
         negative_prompt: str | Sequence[str] | None,
         negative_text: TextConditioning,
-    ) -> list[Condition]:
-        """Reads the conditions that all pipelines take."""
+    ) -> tuple[ClassCondition, TextCondition]:
+        """Reads the conditions of all pipelines."""
         num_classes = None if self.classifier is None else self.classifier.config.num_classes
         classes = ClassCondition(self.unet.config, id2label=self.id2label, num_classifier_classes=num_classes)
         prompts = TextCondition(self.unet.config, self.text_encoder, self.tokenizer)
-        return [classes.read(class_labels), prompts.read(prompt, text, negative_prompt, negative_text)]
+        return classes.read(class_labels), prompts.read(prompt, text, negative_prompt, negative_text)
 
     def _start(
-        self, conditions: list[Condition], steps: Steps, guidance: Guidance, samples: Samples, output: Output
+        self,
+        classes: ClassCondition,
+        others: Sequence[Condition],
+        steps: Steps,
+        guidance: Guidance,
+        samples: Samples,
+        output: Output,
     ) -> Sampling:
-        """Checks the arguments of a call, draws its noise, encodes its conditions and sets its timesteps."""
+        """
+        Checks the arguments of a call, draws its noise, prepares its conditions and sets its timesteps. `classes` and
+        `others` are its conditions, of which only `classes` is also used by classifier guidance.
+        """
         # 1. check
+        conditions = [classes, *others]
         unet, device, pixels = self.unet.config, self._execution_device, self.vae_scale_factor
         steps.check(self.scheduler)
         guidance.check(conditions)
@@ -578,7 +600,6 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         samples.check_numbers(shape)
         for condition in conditions:
             condition.check_size((height, width))
-        classes = next(condition for condition in conditions if isinstance(condition, ClassCondition))
         guidance.check_classifier(self.classifier, classes, self.scheduler, steps.eta, size)
 
         # 2. timesteps, noise, conditions
@@ -600,7 +621,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         classifier_guidance = None
         if guidance.classifier_scale != 0.0:
             table = None if takes_gradient(scheduler) else scheduler.alphas_cumprod.to(device)
-            classifier_guidance = ClassifierGuidance(self.classifier, classes.labels, guidance.classifier_scale, table)
+            labels = call.rows(classes.labels)
+            classifier_guidance = ClassifierGuidance(self.classifier, labels, guidance.classifier_scale, table)
 
         # 3. warn, once each, of arguments without effect although one may have been intended
         may_guide = guidance.scale != 1.0 or output.callback is not None
@@ -616,10 +638,13 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         sample_size = self.unet.config.sample_size
         made_for = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size or (None, None)
         given = next((condition.image_size for condition in conditions if condition.image_size), (None, None))
-        height, width = (
-            asked if asked is not None else own * self.vae_scale_factor if own is not None else other
-            for asked, own, other in zip((samples.height, samples.width), made_for, given, strict=True)
-        )
+
+        def choose(asked: int | None, own: int | None, other: int | None) -> int | None:
+            if asked is not None:
+                return asked
+            return other if own is None else own * self.vae_scale_factor
+
+        height, width = map(choose, (samples.height, samples.width), made_for, given)
         return height, width
 
     def _warn_once(self, messages: list[str]) -> None:
@@ -630,7 +655,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 logging.getLogger(__name__).warning(message)
 
     def _denoise(self, sampling: Sampling, latents: torch.Tensor) -> torch.Tensor:
-        """From noise, scaled for the scheduler, to samples."""
+        """Denoises noise, scaled for the scheduler, to samples."""
         with self._running(sampling.state) as progress_bar:
             for index in range(len(sampling.timesteps)):
                 if sampling.state.interrupt:
@@ -706,8 +731,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             networks = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
             logging.getLogger(__name__).warning(
                 f"{len(numbers)} of {len(images)} images hold values that are not finite (numbers "
-                f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}). As `output_type='pil'` "
-                f"they are black there. {explain_not_finite(networks)}"
+                f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}). With `output_type='pil'` "
+                f"these pixels are black. {explain_not_finite(networks)}"
             )
 
     def _finish(self, images: Any, return_dict: bool) -> ImagePipelineOutput | tuple:
@@ -719,12 +744,12 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         check_scheduler(self.scheduler)
         unet, channels = self.unet.config, self.sample_channels
         if unet.out_channels not in (channels, 2 * channels):
+            may_inpaint = unet.in_channels in INPAINTER_CHANNELS
             raise ValueError(
                 f"`unet` has `in_channels={unet.in_channels}` and `out_channels={unet.out_channels}`. "
                 f"`{type(self).__name__}` needs as many output channels as a sample has, {channels}, or twice as many "
                 "for a learned variance."
-                # The inpainters of RGB images.
-                + (" If it inpaints, load it with `ADMInpaintPipeline`." if unet.in_channels in (7, 10) else "")
+                + (" If it inpaints, load it with `ADMInpaintPipeline`." if may_inpaint else "")
             )
         check_variance(self.scheduler, unet, channels)
         if self.vae is not None and self.vae.config.latent_channels != channels:

@@ -33,13 +33,13 @@ class ADMControlNetPipeline(ADMPipeline):
     by prompt, or by both, guided like [`ADMPipeline`].
 
     Args:
-        unet (`AdaGNUNet2DModel` or [`UNet2DConditionModel`]): As of [`ADMPipeline`]; takes the channels of a sample.
+        unet (`AdaGNUNet2DModel` or [`UNet2DConditionModel`]): As in [`ADMPipeline`]; takes the channels of a sample.
         scheduler ([`SchedulerMixin`]), vae ([`AutoencoderKL`], *optional*), text_encoder
             ([`~transformers.PreTrainedModel`], *optional*), tokenizer ([`~transformers.PreTrainedTokenizerBase`],
-            *optional*), classifier (`AdaGNClassifierModel`, *optional*): As of [`ADMPipeline`].
+            *optional*), classifier (`AdaGNClassifierModel`, *optional*): As in [`ADMPipeline`].
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`): One ControlNet or several,
             which were made for `unet`. The residuals of several are added up.
-        id2label (`dict[int, str]`, *optional*): As of [`ADMPipeline`].
+        id2label (`dict[int, str]`, *optional*): As in [`ADMPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`]; for a ControlNet that
@@ -152,12 +152,13 @@ class ADMControlNetPipeline(ADMPipeline):
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
-        conditions = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
+        classes, prompts = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
         control = ControlNetCondition(self.controlnet).read(
             image, controlnet_conditioning_scale, guess_mode, control_guidance_start, control_guidance_end
         )
         sampling = self._start(
-            [*conditions, control],
+            classes,
+            [prompts, control],
             Steps(num_inference_steps, timestep_respacing, eta),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
             Samples(batch_size, num_images_per_prompt, height, width, generator, latents),

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from diffusers_adm.conditioning.condition import Condition
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
     ControlNetCondition,
@@ -46,9 +47,9 @@ class ADMInpaintPipeline(ADMPipeline):
     For the latter two the predicted x_0 of the kept part is corrected in each step.
 
     Args:
-        unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label: As of [`ADMPipeline`].
+        unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label: As in [`ADMPipeline`].
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`, *optional*): Made for `unet`;
-            as of [`ADMControlNetPipeline`].
+            as in [`ADMControlNetPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
@@ -202,8 +203,8 @@ class ADMInpaintPipeline(ADMPipeline):
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
-        conditions = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
-        conditions.append(inpainting)
+        classes, prompts = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
+        conditions: list[Condition] = [prompts, inpainting]
         if control_image is not None:
             control = ControlNetCondition(self.controlnet, argument="control_image")
             control.read(
@@ -213,6 +214,7 @@ class ADMInpaintPipeline(ADMPipeline):
         resampling = Resampling(jump_length, jump_n_sample)
         resampling.check(self.scheduler)
         sampling = self._start(
+            classes,
             conditions,
             Steps(num_inference_steps, timestep_respacing, eta, strength),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from diffusers_adm.conditioning.condition import Condition
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
     ControlNetCondition,
@@ -42,11 +43,11 @@ class ADMSuperResolutionPipeline(ADMPipeline):
     Args:
         unet (`AdaGNUNet2DModel`, [`UNet2DModel`] or [`UNet2DConditionModel`]): Takes twice the channels of an image, 6
             for RGB. One with `time_cond_proj_dim` is conditioned on the noise level of the low-resolution image.
-        scheduler ([`SchedulerMixin`]): As of [`ADMPipeline`].
+        scheduler ([`SchedulerMixin`]): As in [`ADMPipeline`].
         vae (`None`): Must be `None`: images are upsampled in pixels.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*), tokenizer
             ([`~transformers.PreTrainedTokenizerBase`], *optional*), classifier (`AdaGNClassifierModel`, *optional*),
-            id2label (`dict[int, str]`, *optional*): As of [`ADMPipeline`].
+            id2label (`dict[int, str]`, *optional*): As in [`ADMPipeline`].
         low_res_size (`int`, *optional*): Side of the low-resolution images of training, in pixels, for large ones of
             the U-Net's `sample_size`: together they give the factor. `None`: any size is taken.
         noise_level (`int`, *optional*): Default of the calls; `None`: 0.
@@ -55,7 +56,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             for the levels of the low-resolution image: the result of
             `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`. `None`: not known.
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`, *optional*): Made for `unet`;
-            as of [`ADMControlNetPipeline`].
+            as in [`ADMControlNetPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
@@ -189,8 +190,8 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
-        conditions = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
-        conditions.append(low_resolution)
+        classes, prompts = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
+        conditions: list[Condition] = [prompts, low_resolution]
         if control_image is not None:
             control = ControlNetCondition(self.controlnet, argument="control_image")
             control.read(
@@ -198,6 +199,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             )
             conditions.append(control)
         sampling = self._start(
+            classes,
             conditions,
             Steps(num_inference_steps, timestep_respacing, eta),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),

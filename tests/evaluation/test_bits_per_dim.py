@@ -590,8 +590,8 @@ class TestErrors:
             ({"data": iter(random_images(2))}, r"shape \(3, 8, 8\)"),
             ({"data": [np.zeros((3, 8, 8))]}, "type ndarray"),
             ({"unet": random_unet(num_class_embeds=5)}, "no labels"),
-            ({"unet": random_unet(num_class_embeds=5), "data": pairs(random_images(2), [1, -1])}, "reach from -1 to 1"),
-            ({"unet": random_unet(**CONDITIONAL), "data": pairs(random_images(2), [1, 5])}, "reach from 1 to 5"),
+            ({"unet": random_unet(num_class_embeds=5), "data": pairs(random_images(2), [1, -1])}, "range from -1 to 1"),
+            ({"unet": random_unet(**CONDITIONAL), "data": pairs(random_images(2), [1, 5])}, "range from 1 to 5"),
         ],
     )
     def test_bad_arguments(self, options, message):

@@ -576,8 +576,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "kwargs, message",
         [
-            ({"class_labels": 5}, "`class_labels` reach from 5 to 5; this model has the classes 0 to 4"),
-            ({"class_labels": [0, -1]}, "`class_labels` reach from -1 to 0"),
+            ({"class_labels": 5}, "`class_labels` range from 5 to 5; this model has the classes 0 to 4"),
+            ({"class_labels": [0, -1]}, "`class_labels` range from -1 to 0"),
             ({"class_labels": [0, 1, 2], "batch_size": 2}, "`class_labels` holds 3, `batch_size` is 2"),
             ({"class_labels": [1], "batch_size": 2}, "`class_labels` holds 1, `batch_size` is 2"),
             ({"class_labels": []}, "`class_labels` has shape (0,)"),

@@ -413,7 +413,7 @@ class TestBadInput:
         [
             (CONDITIONAL, {"class_labels": None}, "there are no `class_labels` to guide towards"),
             (CONDITIONAL, {"class_labels": 4}, "hold 4, and the classifier has the classes 0 to 3"),
-            ({}, {"class_labels": 5}, "reach from 5 to 5; this model has the classes 0 to 4"),
+            ({}, {"class_labels": 5}, "range from 5 to 5; this model has the classes 0 to 4"),
             (
                 {},
                 {"class_labels": 1, "width": 16},

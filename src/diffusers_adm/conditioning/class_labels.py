@@ -18,12 +18,13 @@ ClassLabels = int | str | Sequence[int | str] | torch.Tensor | None
 
 def drop_labels(class_labels: torch.Tensor, null_class_id: int | None, dropout_prob: float) -> torch.Tensor:
     """
-    Replaces some labels of a batch by the null class, so that the model can be guided.
+    Replaces random labels of a batch by the null class, for classifier-free guidance.
 
     Args:
         class_labels (`torch.LongTensor` of shape `(batch_size,)`): -1 for unlabelled, which becomes the null class.
         null_class_id (`int`, *optional*): `None`: nothing is replaced.
-        dropout_prob (`float`): Share of the labels to replace.
+        dropout_prob (`float`): Probability of replacing each label. The random numbers are those of PyTorch's global
+            generator, seeded per batch by `TrainingRun.batches`.
     """
     if null_class_id is None:
         return class_labels
@@ -38,12 +39,12 @@ class ClassCondition(Condition):
     Args:
         unet_config (mapping): The config of the U-Net.
         id2label (mapping, *optional*): Names of the classes.
-        num_classifier_classes (`int`, *optional*): Of a classifier that guides an unconditional U-Net.
-        dropout_prob (`float`, defaults to 0.0): Share of the labels that training replaces by the null class.
+        num_classifier_classes (`int`, *optional*): Number of classes of a classifier that guides an unconditional
+            U-Net.
+        dropout_prob (`float`, defaults to 0.0): Probability of replacing each label by the null class in training.
 
     Attributes:
-        labels (`torch.Tensor` of shape `(num_prompts,)` or `(1,)`, *optional*): Those of the call; after `prepare` of
-            shape `(num_images,)`, on the device.
+        labels (`torch.Tensor` of shape `(num_prompts,)` or `(1,)`, *optional*): Labels of the call.
     """
 
     argument = "class_labels"
@@ -113,15 +114,16 @@ class ClassCondition(Condition):
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.num_classes:
             raise ValueError(
-                f"`class_labels` reach from {low} to {high}; this model has the classes 0 to {self.num_classes - 1}."
+                f"`class_labels` range from {low} to {high}; this model has the classes 0 to {self.num_classes - 1}"
+                f"{', the null class included' if self.is_droppable else ''}."
             )
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """The labels, and the null class in the unconditional pass."""
         if self.labels is None:
             return PreparedCondition.same_in_both(UNetInputs())
-        self.labels = labels = call.rows(self.labels)
-        if not self.has_embedding:  # they are the classifier's
+        labels = call.rows(self.labels)
+        if not self.has_embedding:  # only the classifier uses them
             return PreparedCondition.same_in_both(UNetInputs())
         conditional = UNetInputs({"class_labels": labels})
         if not self.is_droppable:

@@ -1,6 +1,6 @@
 """
-What all conditions have in common. Each kind of condition (class, text, low-resolution image, ...) has one owner, a
-[`Condition`]: it says what the U-Net is given with and without the condition, how training drops it, and which
+The base class of all conditions. Each kind of condition (class, text, low-resolution image, ...) has one owner, a
+[`Condition`]: it defines the inputs of the U-Net with and without the condition, how training drops it, and which
 arguments of a pipeline's call belong to it.
 
     training:  inputs = merge(condition.for_training(batch) for condition in conditions)
@@ -25,12 +25,12 @@ from ..schedulers.diffusers_schedulers import Generators
 @dataclass
 class UNetInputs:
     """
-    What a U-Net is given in addition to the noisy sample and the timestep.
+    Inputs of the U-Net in addition to the noisy sample and the timestep.
 
     Attributes:
         kwargs (`dict`): Keyword arguments of its `forward`.
         extra_channels (`torch.Tensor` of shape `(batch_size, extra_channels, height, width)`, *optional*): Concatenated
-            behind the channels of the sample.
+            after the channels of the sample.
     """
 
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +65,11 @@ def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
     return joined
 
 
+def lies_within(index: int, num_steps: int, start: float, end: float) -> bool:
+    """Whether step `index` (from 0) of `num_steps` lies between two fractions of the steps."""
+    return start <= index / num_steps and (index + 1) / num_steps <= end
+
+
 @dataclass
 class Step:
     """
@@ -81,12 +86,12 @@ class Step:
 
     def is_within(self, start: float, end: float) -> bool:
         """Whether the step lies between two fractions of the steps."""
-        return start <= self.index / self.num_steps and (self.index + 1) / self.num_steps <= end
+        return lies_within(self.index, self.num_steps, start, end)
 
 
 def warn_of_interval(subject: str, prefix: str, start: float, end: float, num_steps: int) -> list[str]:
     """A warning if no step lies between two fractions of the steps, the arguments `prefix_start` and `prefix_end`."""
-    if any(Step(i, num_steps, None).is_within(start, end) for i in range(num_steps)):
+    if any(lies_within(i, num_steps, start, end) for i in range(num_steps)):
         return []
     return [
         f"{subject} has no effect: none of the {num_steps} steps lies within `{prefix}_start` {start} and "
@@ -95,7 +100,7 @@ def warn_of_interval(subject: str, prefix: str, start: float, end: float, num_st
 
 
 def check_finite(name: str, scales: Sequence[float]) -> None:
-    """Raises a `ValueError` for a scale that would make samples NaN, which only "pil" and "np" outputs warn of."""
+    """Raises a `ValueError` for a scale that would make samples NaN, of which only "pil" and "np" outputs warn."""
     for scale in scales:
         if not math.isfinite(scale):
             raise ValueError(f"`{name}` is {scale}; it must be a finite number.")
@@ -113,16 +118,16 @@ def check_interval(prefix: str, start: float, end: float) -> None:
 @dataclass
 class SamplingCall:
     """
-    The call of a pipeline that conditions are prepared for.
+    The call of a pipeline for which conditions are prepared.
 
     Attributes:
         num_prompts (`int`): Number of different images.
         size (`tuple[int, int]`): Height and width of the samples (of latents, with an autoencoder).
-        scheduler ([`SchedulerMixin`]): That of this call, after `set_timesteps`.
+        scheduler ([`SchedulerMixin`]): Scheduler of the call, after `set_timesteps`.
         generator (`torch.Generator` or list of them, *optional*): Source of all noise.
         noise (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): The start of sampling; its
             device and dtype are those of the samples.
-        unet_dtype (`torch.dtype`): That of the U-Net.
+        unet_dtype (`torch.dtype`): Data type of the U-Net.
         guidance_scale (`float`): At the start of the call; 1.0 is off.
     """
 
@@ -135,7 +140,7 @@ class SamplingCall:
     guidance_scale: float
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Entries for all prompts, or one for each, as one row an image on the device."""
+        """One entry for all prompts, or one for each, repeated to one row per image, on the device."""
         return x.to(self.noise.device).repeat_interleave(len(self.noise) // len(x), dim=0)
 
     def draw_noise(self, shape: Sequence[int]) -> torch.Tensor:
@@ -146,10 +151,10 @@ class SamplingCall:
 @dataclass
 class PreparedCondition:
     """
-    A condition of one call, one row an image, on the device.
+    A condition of one call, with one row per image, on the device.
 
     Attributes:
-        conditional (`UNetInputs`): For the conditional pass alone.
+        conditional (`UNetInputs`): For only the conditional pass.
         both (`UNetInputs`, *optional*): For both passes in one batch, the unconditional one first. `None`: the call has
             no unconditional input for this condition, so that it cannot be guided.
         can_guide (`bool`): Whether the two passes differ.
@@ -161,7 +166,7 @@ class PreparedCondition:
 
     @classmethod
     def same_in_both(cls, inputs: UNetInputs) -> PreparedCondition:
-        """A condition that the unconditional pass gets as well."""
+        """A condition that the unconditional pass also gets."""
 
         def twice(value: Any) -> Any:
             if isinstance(value, dict):  # such as `added_cond_kwargs`
@@ -174,15 +179,28 @@ class PreparedCondition:
 class Condition:
     """
     The owner of one kind of condition. It is made from the networks and settings that it needs, for a training run, or
-    for one call of a pipeline, which then passes the arguments that belong to it to `read`.
+    for one call of a pipeline.
+
+    A subclass that pipelines use also has a method `read`. It takes the arguments of the call that belong to the
+    condition (so its signature is its own), checks them, sets `counts`, `is_given` and, with images, `image_size`, and
+    returns the condition. Pipelines call `read`, `check_size`, `prepare` and then `at_step`, in this order.
+
+    Guidance depends on four flags:
+
+    | flag | set by | meaning |
+    |---|---|---|
+    | `is_droppable` | networks | the U-Net has an unconditional input in the place of this condition |
+    | `is_given` | `read` | the call names something to guide towards, or away from |
+    | `PreparedCondition.both` is not `None` | `prepare` | the call has an unconditional input |
+    | `PreparedCondition.can_guide` | `prepare` | this input differs from the conditional one |
 
     Attributes:
-        argument (`str`): The main one of its arguments, for messages.
-        is_droppable (`bool`): Whether the U-Net has an unconditional input in its place, so that it can be guided.
-        is_given (`bool`): Whether the call has named something to guide towards, or away from.
-        counts (`dict[str, int]`): Numbers of entries of the arguments that hold one for each image, by their names;
-            without those that hold one for all images.
-        image_size (`tuple[int, int]`, *optional*): Height and width of images that have the size of those to generate.
+        argument (`str`): Its main argument, for messages.
+        is_droppable (`bool`), is_given (`bool`): See the table.
+        counts (`dict[str, int]`): Number of entries by name of argument, of the arguments that hold one entry for each
+            image (not of those that hold one for all images).
+        image_size (`tuple[int, int]`, *optional*): Height and width of given images, if they must have the size of the
+            generated images.
     """
 
     argument = ""
@@ -194,14 +212,14 @@ class Condition:
         self.counts: dict[str, int] = {}
 
     def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
-        """The inputs of the U-Net for a batch of training data; some of them dropped at random."""
+        """The inputs of the U-Net for a batch of training data, with some conditions dropped at random."""
         raise NotImplementedError
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises a `ValueError` if images of the call are incompatible with the height and width of the results."""
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
-        """The inputs of the U-Net for the call whose arguments were read."""
+        """The inputs of the U-Net for the call. Called after `read`."""
         raise NotImplementedError
 
     def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
@@ -224,7 +242,7 @@ class Condition:
         Args:
             model_input (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The input of the U-Net.
             step (`Step`), merged (`MergedConditions`): The step, and all conditions of the call.
-            runs_both (`bool`): Whether the batch holds the unconditional pass and, behind it, the conditional one.
+            runs_both (`bool`): Whether the batch holds the unconditional pass and, after it, the conditional one.
         """
         return {}
 
@@ -238,8 +256,9 @@ class MergedConditions:
         call (`SamplingCall`): The call.
 
     Attributes:
-        conditional (`UNetInputs`), both (`UNetInputs`, *optional*): As of [`PreparedCondition`]; `both` is `None`
-            unless all conditions have an unconditional input, and one of them another than the conditional one.
+        conditional (`UNetInputs`), both (`UNetInputs`, *optional*): See [`PreparedCondition`]; `both` is `None`
+            unless all conditions have an unconditional input, and at least one of these differs from its conditional
+            one.
     """
 
     def __init__(self, conditions: Sequence[Condition], call: SamplingCall):
@@ -250,11 +269,11 @@ class MergedConditions:
         self.both = merge(part.both for part in prepared) if can_guide else None
 
     def inputs(self, runs_both: bool) -> UNetInputs:
-        """What the U-Net is given in every step."""
+        """Inputs of the U-Net in every step."""
         return self.both if runs_both else self.conditional
 
     def kwargs_at(self, model_input: torch.Tensor, step: Step, runs_both: bool) -> dict[str, Any]:
-        """Keyword arguments of the U-Net in one step; arguments as of `Condition.at_step`."""
+        """Keyword arguments of the U-Net in one step; for the arguments see `Condition.at_step`."""
         kwargs = self.inputs(runs_both).kwargs
         for condition in self.conditions:
             kwargs = kwargs | condition.at_step(model_input, step, self, runs_both)
