@@ -75,7 +75,8 @@ def predict(
 def main(argv: list[str] | None = None) -> None:
     # 1. Arguments
     all_args, record = parse_run(ARGUMENT_TYPES, argv, "train_controlnet", description=__doc__)
-    model_args, data_args, diffusion_args, training_args, text_args, control_args = all_args
+    *common_args, control_args = all_args  # the former are those of `DIFFUSION_ARGUMENTS`
+    model_args, data_args, diffusion_args, training_args, text_args = common_args
     check_base_stays(model_args, diffusion_args, text_args)
     accelerator = start_run("train_controlnet", all_args, record)
     prepare_repository(accelerator, training_args)
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     diffusion = load_diffusion(
         accelerator,
         record,
-        all_args[: len(DIFFUSION_ARGUMENTS)],
+        common_args,
         keeps="a ControlNet leaves its base model as it is",
         conditioning_image_column=control_args.conditioning_image_column,
     )

@@ -44,14 +44,14 @@ LOW_RES_CHANNELS = 3  # RGB
 def main(argv: list[str] | None = None) -> None:
     # 1. Arguments
     all_args, record = parse_run(ARGUMENT_TYPES, argv, "train_super_resolution", description=__doc__)
-    model_args, data_args, diffusion_args, training_args, _, sr_args = all_args
+    *common_args, sr_args = all_args  # the former are those of `DIFFUSION_ARGUMENTS`
+    model_args, data_args, diffusion_args, training_args, _ = common_args
     model_args.check_source()
     sr_args.inherit(pretrained_pipeline_config(model_args, data_args))
     accelerator = start_run("train_super_resolution", all_args, record)
     prepare_repository(accelerator, training_args)
 
     # 2. Networks and data
-    common_args = all_args[: len(DIFFUSION_ARGUMENTS)]
     diffusion = load_diffusion(
         accelerator, record, common_args, extra_channels=LOW_RES_CHANNELS, upsampler_args=sr_args
     )
