@@ -33,13 +33,13 @@ class ADMControlNetPipeline(ADMPipeline):
     by prompt, or by both, guided like [`ADMPipeline`].
 
     Args:
-        unet (`AdaGNUNet2DModel` or [`UNet2DConditionModel`]): As in [`ADMPipeline`]; takes the channels of a sample.
+        unet (`AdaGNUNet2DModel` or [`UNet2DConditionModel`]): See [`ADMPipeline`]; takes the channels of a sample.
         scheduler ([`SchedulerMixin`]), vae ([`AutoencoderKL`], *optional*), text_encoder
             ([`~transformers.PreTrainedModel`], *optional*), tokenizer ([`~transformers.PreTrainedTokenizerBase`],
-            *optional*), classifier (`AdaGNClassifierModel`, *optional*): As in [`ADMPipeline`].
+            *optional*), classifier (`AdaGNClassifierModel`, *optional*): See [`ADMPipeline`].
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`): One ControlNet or several,
             which were made for `unet`. The residuals of several are added up.
-        id2label (`dict[int, str]`, *optional*): As in [`ADMPipeline`].
+        id2label (`dict[int, str]`, *optional*): See [`ADMPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`]; for a ControlNet that
@@ -105,21 +105,21 @@ class ADMControlNetPipeline(ADMPipeline):
         Generates a batch of images that follow others.
 
         Args:
-            prompt (`str` or list of `str`, *optional*): As in [`ADMPipeline`].
+            prompt (`str` or list of `str`, *optional*): See [`ADMPipeline`].
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*): The images to
                 follow, such as edges; required, by position or by name. One for all images, or one for each: arrays
                 `(height, width, channels)` and tensors `(channels, height, width)` in [0, 1] or of `uint8`, with a
                 batch dimension in front or without. Of the size of the generated images, also with a `vae`; nothing is
                 resized. With several ControlNets a list with one entry for each of them, which is one image, a batch or
                 a list of images.
-            class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): As in [`ADMPipeline`].
+            class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): See [`ADMPipeline`].
             batch_size (`int`, defaults to 1): Number of different images. Not needed if `image`, `prompt` or
                 `class_labels` holds one entry for each; all that are given must agree.
             num_images_per_prompt (`int`, defaults to 1): Number of samples for each of these, one after the other.
             num_inference_steps (`int`, defaults to 50), timestep_respacing (`str`, `int` or list of `int`, *optional*),
                 guidance_scale (`float`, defaults to 1.0), guidance_rescale (`float`, defaults to 0.0), guidance_start
                 (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0), classifier_guidance_scale (`float`,
-                defaults to 0.0): As in [`ADMPipeline`]. Both passes of classifier-free guidance get `image`.
+                defaults to 0.0): See [`ADMPipeline`]. Both passes of classifier-free guidance get `image`.
             controlnet_conditioning_scale (`float` or list of `float`, defaults to 1.0): Factor of the residuals of a
                 ControlNet; one for all ControlNets, or one for each. A ControlNet with 0.0 does not run.
             guess_mode (`bool`, defaults to `False`): The residuals are scaled from 0.1 at the first skip connection to
@@ -129,7 +129,7 @@ class ADMControlNetPipeline(ADMPipeline):
             control_guidance_start (`float` or list of `float`, defaults to 0.0), control_guidance_end (`float` or list
                 of `float`, defaults to 1.0): Fractions of the steps between which a ControlNet runs, for all or for
                 each; as `guidance_start` and `guidance_end`.
-            negative_prompt (`str` or list of `str`, *optional*), eta (`float`, *optional*): As in [`ADMPipeline`].
+            negative_prompt (`str` or list of `str`, *optional*), eta (`float`, *optional*): See [`ADMPipeline`].
             height, width (`int`, *optional*): Size of the images in pixels. `None`: that of the U-Net (`sample_size`,
                 times the upsampling of the `vae`), or that of `image` if its config names none.
             generator (`torch.Generator` or list of them, *optional*), latents (`torch.Tensor` of shape `(number of
@@ -139,7 +139,7 @@ class ADMControlNetPipeline(ADMPipeline):
                 pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of shape `(number of prompts,
                 width)`, *optional*), output_type (`str`, defaults to `"pil"`), return_dict (`bool`, defaults to
                 `True`), callback_on_step_end (`Callable`, *optional*), callback_on_step_end_tensor_inputs (sequence of
-                `str`, defaults to `("latents",)`): As in [`ADMPipeline`].
+                `str`, defaults to `("latents",)`): See [`ADMPipeline`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.

@@ -47,9 +47,9 @@ class ADMInpaintPipeline(ADMPipeline):
     For the latter two the predicted x_0 of the kept part is corrected in each step.
 
     Args:
-        unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label: As in [`ADMPipeline`].
+        unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label: See [`ADMPipeline`].
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`, *optional*): Made for `unet`;
-            as in [`ADMControlNetPipeline`].
+            see [`ADMControlNetPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
@@ -143,7 +143,7 @@ class ADMInpaintPipeline(ADMPipeline):
                 one for all, or one for each. An all-white mask is plain sampling (nothing is replaced or resampled), an
                 all-black one returns the image.
             prompt (`str` or list of `str`, *optional*), class_labels (`int`, `str`, list of them or `torch.Tensor`,
-                *optional*): As in [`ADMPipeline`].
+                *optional*): See [`ADMPipeline`].
             strength (`float`, defaults to 1.0): In (0, 1]. 1.0 starts from noise. Less starts from the noised image,
                 the masked part included, and takes the last `int(strength * num_inference_steps)` steps: the less, the
                 more of it remains.
@@ -189,7 +189,7 @@ class ADMInpaintPipeline(ADMPipeline):
                 for the `controlnet`: as `image` of [`ADMControlNetPipeline`]. `None`: it does not run.
             controlnet_conditioning_scale (`float` or list of `float`, defaults to 1.0), guess_mode (`bool`, defaults to
                 `False`), control_guidance_start (`float` or list of `float`, defaults to 0.0), control_guidance_end
-                (`float` or list of `float`, defaults to 1.0): As in [`ADMControlNetPipeline`].
+                (`float` or list of `float`, defaults to 1.0): See [`ADMControlNetPipeline`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.

@@ -43,11 +43,11 @@ class ADMSuperResolutionPipeline(ADMPipeline):
     Args:
         unet (`AdaGNUNet2DModel`, [`UNet2DModel`] or [`UNet2DConditionModel`]): Takes twice the channels of an image, 6
             for RGB. One with `time_cond_proj_dim` is conditioned on the noise level of the low-resolution image.
-        scheduler ([`SchedulerMixin`]): As in [`ADMPipeline`].
+        scheduler ([`SchedulerMixin`]): See [`ADMPipeline`].
         vae (`None`): Must be `None`: images are upsampled in pixels.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*), tokenizer
             ([`~transformers.PreTrainedTokenizerBase`], *optional*), classifier (`AdaGNClassifierModel`, *optional*),
-            id2label (`dict[int, str]`, *optional*): As in [`ADMPipeline`].
+            id2label (`dict[int, str]`, *optional*): See [`ADMPipeline`].
         low_res_size (`int`, *optional*): Side of the low-resolution images of training, in pixels, for large ones of
             the U-Net's `sample_size`: together they give the factor. `None`: any size is taken.
         noise_level (`int`, *optional*): Default of the calls; `None`: 0.
@@ -56,7 +56,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             for the levels of the low-resolution image: the result of
             `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`. `None`: not known.
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`, *optional*): Made for `unet`;
-            as in [`ADMControlNetPipeline`].
+            see [`ADMControlNetPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
@@ -170,7 +170,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
                 for the `controlnet`: as `image` of [`ADMControlNetPipeline`]. `None`: it does not run.
             controlnet_conditioning_scale (`float` or list of `float`, defaults to 1.0), guess_mode (`bool`, defaults to
                 `False`), control_guidance_start (`float` or list of `float`, defaults to 0.0), control_guidance_end
-                (`float` or list of `float`, defaults to 1.0): As in [`ADMControlNetPipeline`].
+                (`float` or list of `float`, defaults to 1.0): See [`ADMControlNetPipeline`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.

@@ -243,7 +243,7 @@ class Guidance:
             )
 
     def without_effect(self, num_steps: int, may_guide: bool) -> list[str]:
-        """Warnings about arguments that change nothing in a call; arguments as in `Condition.without_effect`."""
+        """Warnings about arguments that change nothing in a call; for the arguments see `Condition.without_effect`."""
         uses_classifier, warnings = self.classifier_scale != 0.0, []
         if not may_guide and self.rescale != 0.0:
             warnings.append(

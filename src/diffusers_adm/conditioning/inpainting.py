@@ -94,7 +94,7 @@ class Resampling:
 
     def walk(self, num_steps: int, jumps_by_default: bool, keeps_anything: bool) -> list[int]:
         """
-        The steps to take, as in `resampling_walk`.
+        The steps to take; see `resampling_walk`.
 
         Raises:
             ValueError: If a jump was asked for that is longer than the chain.

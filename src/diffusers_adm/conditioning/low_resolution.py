@@ -130,7 +130,7 @@ class LowResolutionCondition(Condition):
         Takes the arguments of a call; raises a `ValueError` for unusable images or levels.
 
         Args:
-            image: Low-resolution images, as in `read_images`.
+            image: Low-resolution images; see `read_images`.
             noise_level (`int`, *optional*): `None`: 0.
             back_projection (`bool`): Whether `match_low_res` follows, which needs a whole factor.
         """

@@ -259,7 +259,7 @@ class _Block(nn.Module):
         if isinstance(attention, Transformer2DModel):  # checkpoints its layers by itself
             states, mask, encoder_mask, kwargs = context
             if attention.transformer_blocks[0].only_cross_attention:
-                mask = encoder_mask  # its first attention sees the text as well
+                mask = encoder_mask  # its first attention also attends to the text
             hidden_states = attention(
                 hidden_states,
                 encoder_hidden_states=states,
@@ -675,8 +675,8 @@ class AdaGNUNet2DModel(EncoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         dropout (`float`, defaults to 0.0): Dropout before the second convolution of each residual block.
         act_fn (`str`, defaults to `"silu"`): `"silu"`, `"swish"` (the same), `"mish"`, `"gelu"` or `"relu"`. As in
             diffusers, time embedding and output of networks without text always use SiLU.
-        attention_head_dim (`int` or `tuple[int]`, *optional*, defaults to 8): Channels of an attention head; `None`:
-            one head. In transformer blocks, as in diffusers, the number of heads.
+        attention_head_dim (`int` or `tuple[int]`, *optional*, defaults to 8): Channels per attention head (`None`: one
+            head). In transformer blocks it is the number of heads, as in diffusers.
         norm_num_groups (`int`, defaults to 32): Groups of every group norm.
         attn_norm_num_groups (`int`, *optional*): Groups of the norm before the attention of the middle block. `None`:
             `norm_num_groups` for `resnet_time_scale_shift="default"`, *no norm* for `"scale_shift"`, as in diffusers.

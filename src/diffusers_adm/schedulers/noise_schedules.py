@@ -126,7 +126,7 @@ def noise_schedule_of(scheduler: SchedulerMixin) -> dict[str, Any]:
 
 def alphas_cumprod_of(noise_schedule: Mapping[str, Any]) -> np.ndarray:
     """
-    Returns bar alpha, `(num_train_timesteps,)` in float64, of a noise schedule as in [`noise_schedule_of`].
+    Returns bar alpha, `(num_train_timesteps,)` in float64, of a noise schedule; see [`noise_schedule_of`].
 
     Raises:
         TypeError: If `noise_schedule` is not a mapping.
@@ -199,7 +199,7 @@ def check_same_noise(
 
     Args:
         name (`str`): The network's name in messages.
-        noise_schedule (mapping, *optional*): The schedule it was trained on, as in [`noise_schedule_of`]; empty for
+        noise_schedule (mapping, *optional*): The schedule it was trained on, see [`noise_schedule_of`]; empty for
             clean images. `None` means unknown: nothing is compared, and a warning says so once for each `part`.
         scheduler ([`SchedulerMixin`]): The scheduler. One without `alphas_cumprod` is not compared.
         part (`object`, *optional*): The network itself. `None`: the warning is repeated in each call.

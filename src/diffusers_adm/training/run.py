@@ -330,7 +330,7 @@ class TrainingRun:
         `CommandError` if the last validation has failed.
 
         Args:
-            save_result (function of a folder): As in `save_checkpoint`.
+            save_result (function of a folder): See `save_checkpoint`.
             validate (callable): The last validation; whether it succeeded. Every process calls it.
             publish (callable): Pushes the folder of the run to the Hub, if the arguments say so.
             name (`str`): What was trained, for the log.
