@@ -479,7 +479,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 the text encoder is cut off, with a warning.
             class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Classes, by number or by name (see
                 `pipe.id2label`): one for all images, or one for each. `None`: the null class of a model that has one,
-                no class for an unconditional model. A classifier has the same classes.
+                no class for an unconditional model. The classifier uses them too.
             batch_size (`int`, defaults to 1): Number of different images. Not needed if `prompt` or `class_labels`
                 holds one entry for each; all that are given must agree.
             num_images_per_prompt (`int`, defaults to 1): Number of samples for each of these, one after the other.
