@@ -44,22 +44,23 @@ def check_sample(config: Any, sample: torch.Tensor, timestep: torch.Tensor | flo
 
 def check_class_labels(config: Any, batch_size: int, class_labels: torch.Tensor | None) -> None:
     """Check class labels, or vectors in their place, against the config of a U-Net or ControlNet."""
-    if config.class_embed_type is None and config.num_class_embeds is None:
+    embed_type, num_embeds = config.get("class_embed_type"), config.get("num_class_embeds")
+    if embed_type is None and num_embeds is None:
         if class_labels is not None:
             raise ValueError("`class_labels` were passed to a model without class embedding. Leave them out.")
         return
-    if class_labels is None and config.null_class_id is not None:
+    if class_labels is None and config.get("null_class_id") is not None:
         return
-    takes_vectors = config.class_embed_type in ("identity", "projection")
+    takes_vectors = embed_type in ("identity", "projection")
     check_shape("class_labels", class_labels, (batch_size, "width") if takes_vectors else (batch_size,))
     # Only on the CPU: reading the numbers would wait for any other device.
-    has_table, on_cpu = config.class_embed_type is None, class_labels.device.type == "cpu"
+    has_table, on_cpu = embed_type is None, class_labels.device.type == "cpu"
     if has_table and on_cpu and not torch.compiler.is_compiling():
         low, high = int(class_labels.min()), int(class_labels.max())
-        if low < 0 or high >= config.num_class_embeds:
+        if low < 0 or high >= num_embeds:
             raise ValueError(
                 f"`class_labels` range from {low} to {high}; this model has the classes 0 to "
-                f"{config.num_class_embeds - 1}."
+                f"{num_embeds - 1}."
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from .resume import RunRecord, apply_arguments
 from .setup import prepare_output_dir, write_settings
 from .timestep_samplers import TimestepSampler
 from .validation import check_last_validation, save_samples, survives
+
+
+GLOO_RELEASE_SECONDS = 0.5
 
 
 # 1. Data loader, optimizer, learning rate, average
@@ -345,6 +349,10 @@ class TrainingRun:
             self._save(save_result, output_dir)
             self.logger.info(f"Saved the {name} to {output_dir}")
         validated = validate()
+        if self.accelerator.num_processes > 1:
+            # The thread of Gloo needs the interpreter to release the tensors of the last collective. Were the networks
+            # freed before, their process group would wait for that thread with the interpreter held: a deadlock.
+            time.sleep(GLOO_RELEASE_SECONDS)
         self.accelerator.end_training()
         publish(self.accelerator, self.training_args)
         check_last_validation(self.accelerator, output_dir, validated)
