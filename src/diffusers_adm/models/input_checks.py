@@ -59,8 +59,7 @@ def check_class_labels(config: Any, batch_size: int, class_labels: torch.Tensor 
         low, high = int(class_labels.min()), int(class_labels.max())
         if low < 0 or high >= num_embeds:
             raise ValueError(
-                f"`class_labels` range from {low} to {high}; this model has the classes 0 to "
-                f"{num_embeds - 1}."
+                f"`class_labels` range from {low} to {high}; this model has the classes 0 to {num_embeds - 1}."
             )
 
 
