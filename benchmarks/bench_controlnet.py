@@ -60,8 +60,8 @@ def inputs_for(unet: AdaGNUNet2DModel, batch_size: int) -> tuple[torch.Tensor, t
 
 def build_call(args: argparse.Namespace, mode: str, network: str, dtype: str, width: str) -> Callable[[], None]:
     """
-    A training step or, in the mode "sampling", an evaluation without gradients: of the base with the width "base",
-    where training is fine-tuning, or of a ControlNet.
+    Returns a function that runs a training step or, in the mode "sampling", a forward pass without gradients. The width
+    "base" is the base model, which training fine-tunes; the other widths are ControlNets.
     """
     unet = build_unet(network, args.device)
     images, timesteps, control_images, conditions = inputs_for(unet, args.batch_size)

@@ -8,7 +8,7 @@ images. One sample is generated for each caption, without its class. Two measure
 mean over all other captions of the set):
 
 - category: the judge assigns the sample to the category of the caption's image;
-- picture: of all real images of the set, the caption's is nearest to the sample (Euclidean distance of pixels).
+- picture: the nearest of all real images (Euclidean distance of pixels) is that of the caption.
 
 The training captions have the same number of each category as the held-out set.
 """

@@ -15,13 +15,12 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from diffusers_adm.conditioning.condition import Condition
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
-    ControlNetCondition,
     ControlNets,
     as_one_model,
     check_controlnet,
+    optional_control,
 )
 from diffusers_adm.conditioning.guidance import Guidance
 from diffusers_adm.conditioning.image_inputs import ImageInput
@@ -204,18 +203,19 @@ class ADMInpaintPipeline(ADMPipeline):
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
         classes, prompts = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
-        conditions: list[Condition] = [prompts, inpainting]
-        if control_image is not None:
-            control = ControlNetCondition(self.controlnet, argument="control_image")
-            control.read(
-                control_image, controlnet_conditioning_scale, guess_mode, control_guidance_start, control_guidance_end
-            )
-            conditions.append(control)
+        control = optional_control(
+            self.controlnet,
+            control_image,
+            controlnet_conditioning_scale,
+            guess_mode,
+            control_guidance_start,
+            control_guidance_end,
+        )
         resampling = Resampling(jump_length, jump_n_sample)
         resampling.check(self.scheduler)
         sampling = self._start(
             classes,
-            conditions,
+            [prompts, inpainting, *control],
             Steps(num_inference_steps, timestep_respacing, eta, strength),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
             Samples(batch_size, num_images_per_prompt, height, width, generator, latents),

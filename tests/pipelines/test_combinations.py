@@ -198,6 +198,21 @@ class TestComponent:
         with pytest.raises(ValueError, match="`control_image` was given, but this pipeline has no `controlnet`"):
             type(task.pipe)(**components)(**task.arguments, **CONTROLLED)
 
+    @pytest.mark.parametrize(
+        "argument",
+        [
+            {"controlnet_conditioning_scale": 0.5},
+            {"guess_mode": True},
+            {"control_guidance_start": 0.2},
+            {"control_guidance_end": 0.8},
+        ],
+        ids=lambda argument: next(iter(argument)),
+    )
+    def test_its_arguments_need_an_image(self, task, argument):
+        (name,) = argument
+        with pytest.raises(ValueError, match=f"`{name}` would have no effect, as there is no `control_image`"):
+            task.pipe(**task.arguments, **argument)
+
     def test_it_is_saved_and_loaded(self, task, tmp_path):
         task.pipe.save_pretrained(tmp_path)
         found = []

@@ -198,3 +198,34 @@ class ControlNetCondition(Condition):
             down = [torch.cat([torch.zeros_like(residual), residual]) for residual in down]
             mid = torch.cat([torch.zeros_like(mid), mid])
         return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
+
+
+def optional_control(
+    controlnet: ControlNet | None,
+    control_image: ImageInput | Sequence[ImageInput] | None,
+    scale: float | Sequence[float],
+    guess_mode: bool,
+    start: float | Sequence[float],
+    end: float | Sequence[float],
+) -> list[Condition]:
+    """
+    The ControlNet condition of a pipeline that also runs without one; empty without a `control_image`.
+
+    Raises:
+        ValueError: See `ControlNetCondition.read`; for other values than the defaults without a `control_image`.
+    """
+    if control_image is not None:
+        condition = ControlNetCondition(controlnet, argument="control_image")
+        return [condition.read(control_image, scale, guess_mode, start, end)]
+    values = {
+        "controlnet_conditioning_scale": (scale, 1.0),
+        "guess_mode": (guess_mode, False),
+        "control_guidance_start": (start, 0.0),
+        "control_guidance_end": (end, 1.0),
+    }
+    given = [f"`{name}`" for name, (value, default) in values.items() if value != default]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} would have no effect, as there is no `control_image`. Pass it, or leave them out."
+        )
+    return []

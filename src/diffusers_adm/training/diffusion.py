@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -20,6 +21,7 @@ from ..data.columns import load_image_dataset
 from ..data.images import ImageDataset
 from ..data.masks import InpaintingDataset
 from ..data.text_encoders import build_text_encoder, freeze_unused_parameters, load_text_encoder, load_tokenizer
+from ..deprecations import REMOVED_IN
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.noise_schedules import noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
@@ -248,7 +250,12 @@ def caption_model_kwargs(
     text_args: TextArguments,
     unet_config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Keyword arguments of the U-Net for the captions of a batch; see `TextCondition.for_training`."""
+    """The former way to `TextCondition.for_training`, which it calls. Will be removed in 0.3."""
+    warnings.warn(
+        f"`caption_model_kwargs` is now `TextCondition.for_training`. It will be removed in {REMOVED_IN}.",
+        FutureWarning,
+        stacklevel=2,
+    )
     dropout_prob = text_args.caption_dropout_prob
     text = TextCondition(unet_config, text_encoder, empty_caption=empty_caption, dropout_prob=dropout_prob)
     return text.for_training(batch).kwargs
