@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 
-def join_processes(mixed_precision: str | None, **kwargs: Any) -> Accelerator:
+MixedPrecision = Literal["no", "fp16", "bf16"]
+
+
+def join_processes(mixed_precision: MixedPrecision | None, **kwargs: Any) -> Accelerator:
     """
     Joins the processes that Accelerate launched, if any, and sets up logging: warnings in the main process, errors in
     the others. Further arguments are those of `Accelerator`.

@@ -5,7 +5,7 @@ same way for training and sampling: edges (Canny 1986, doi:10.1109/TPAMI.1986.47
 """
 
 from collections.abc import Callable
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -103,7 +103,8 @@ def low_resolution(image: torch.Tensor) -> torch.Tensor:
     return _from_levels(upsample(low_res, *padded.shape[2:])[0, :, :height, :width])
 
 
-CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ControlImageKind = Literal["edges", "color_blocks", "regions", "low_resolution"]
+CONDITIONS: dict[ControlImageKind, Callable[[torch.Tensor], torch.Tensor]] = {
     "edges": edges,
     "color_blocks": color_blocks,
     "regions": regions,
@@ -112,10 +113,10 @@ CONDITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @overload
-def make_condition(image: torch.Tensor, kind: str) -> torch.Tensor: ...
+def make_condition(image: torch.Tensor, kind: ControlImageKind) -> torch.Tensor: ...
 @overload
-def make_condition(image: Image.Image, kind: str) -> Image.Image: ...
-def make_condition(image: torch.Tensor | Image.Image, kind: str) -> torch.Tensor | Image.Image:
+def make_condition(image: Image.Image, kind: ControlImageKind) -> Image.Image: ...
+def make_condition(image: torch.Tensor | Image.Image, kind: ControlImageKind) -> torch.Tensor | Image.Image:
     r"""
     Makes the control image of an image, in the same size and with 8-bit values.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..conditioning.control_images import make_condition
+from ..conditioning.control_images import ControlImageKind, make_condition
 from ..deprecations import renamed
 from .decoding import WHITE, UnusableImageError, decode_condition, decode_rgb
 from .seeding import derive_seed
@@ -73,7 +73,7 @@ class ImageDataset(torch.utils.data.Dataset):
         seed: int = 0,
         background: tuple[int, int, int] = WHITE,
         captions: Captions | None = None,
-        condition: str | None = None,
+        condition: ControlImageKind | None = None,
     ):
         if condition is not None:
             if "conditioning_image" in dataset.column_names:

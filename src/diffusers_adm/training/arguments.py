@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.utils import validate_repo_id
 
 from ..commands.arguments import HUB_TOKEN, arg, check_at_least
+from ..commands.processes import MixedPrecision
 from ..schedulers.noise_schedules import BetaScheduleName
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
 from .losses import Objective
@@ -224,7 +225,7 @@ class TrainingArguments:
     adam_weight_decay: float = arg(0.0, "AdamW weight decay.", resume=APPLIED)
     adam_epsilon: float = arg(1e-8, "AdamW epsilon.", resume=APPLIED)
     max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm.", resume=APPLIED)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(
+    mixed_precision: MixedPrecision | None = arg(
         None, "Mixed precision; none: as configured for Accelerate.", resume=APPLIED
     )
     allow_tf32: bool = arg(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ..commands.arguments import arg
+from ..conditioning.control_images import ControlImageKind
 from ..data.repositories import from_subfolder_or_root, reading
 from ..models.controlnet_adagn import AdaGNControlNetModel
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
@@ -30,7 +30,7 @@ from .loading import pretrained_pipeline_config, record_noise_schedule
 class ControlArguments:
     """The ControlNet and its conditioning images."""
 
-    condition: Literal["edges", "color_blocks", "regions", "low_resolution"] | None = arg(
+    condition: ControlImageKind | None = arg(
         None, "Kind of conditioning image to make from each image.", resume=PROCESS
     )
     conditioning_image_column: str | None = arg(

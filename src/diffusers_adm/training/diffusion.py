@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from ..conditioning.class_labels import ClassCondition
 from ..conditioning.condition import Condition
+from ..conditioning.control_images import ControlImageKind
 from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
 from ..data.captions import CaptionEmbeddings, CaptionTokens
 from ..data.checks import check_batch_fits, check_images
@@ -108,7 +109,9 @@ class Diffusion:
         text_encoder = {"text_encoder": self.text_encoder} if self.args.text.train_text_encoder else {}
         return {"unet": self.unet} | text_encoder
 
-    def datasets(self, masks: bool = False, condition: str | None = None) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(
+        self, masks: bool = False, condition: ControlImageKind | None = None
+    ) -> tuple[ImageDataset, ImageDataset]:
         """
         The training data, and the same images for validation: cropped at the centre and without captions. With random
         masks for inpainting, or this kind of conditioning image for ControlNets.

@@ -14,14 +14,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.effects import check_effects
 from ...commands.errors import run_command
-from ...commands.processes import join_processes
+from ...commands.processes import MixedPrecision, join_processes
 from ...data.checks import check_images
 from ...data.columns import load_image_dataset
 from ...data.images import ImageDataset
@@ -65,7 +65,7 @@ class Arguments:
     )
     clip_sample: bool | None = arg(None, "Clip the predicted image. None: as in the model's scheduler.")
     seed: int = arg(0, "Random seed of the noise and of the subset.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "None: as configured for Accelerate.")
+    mixed_precision: MixedPrecision | None = arg(None, "None: as configured for Accelerate.")
     output_dir: str = arg("bits-per-dim", "Folder for the results.")
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ import torch
 from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.effects import Rule, check_effects
 from ...commands.errors import did_you_mean, run_command
-from ...commands.processes import join_processes
+from ...commands.processes import MixedPrecision, join_processes
 from ...data.columns import load_image_dataset
 from ...data.labels import UNLABELLED, match_classes
 from ...data.repositories import check_can_be_written, reading
@@ -109,7 +109,7 @@ class Arguments:
     variant: str | None = arg(None, "Variant of the weights, e.g. fp16.")
     cache_dir: str | None = arg(None, "Cache folder of models and datasets.")
     dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Dtype of the weights.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "None: as configured for Accelerate.")
+    mixed_precision: MixedPrecision | None = arg(None, "None: as configured for Accelerate.")
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_images", "batch_size")
