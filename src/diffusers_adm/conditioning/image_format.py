@@ -136,6 +136,12 @@ class ImageFormat:
             return low + fractions * (high - low)
         return low + (fractions * (self.num_levels - 1)).round() * ((high - low) / (self.num_levels - 1))
 
+    def to_unit(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the data as fractions of the value range: the inverse of `from_unit`, not clipped."""
+        low, high = self.value_range
+        # For 0 to 255 these are the bits of `values / 255`.
+        return (values - low if low else values) / (high - low)
+
     # 2. Outputs
 
     @property
