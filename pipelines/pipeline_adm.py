@@ -38,9 +38,13 @@ from diffusers_adm.conditioning.guidance import (
     ClassifierGuidance,
     Guidance,
     check_classifier,
+    check_format_of_classifier,
     check_noise_of_classifier,
     guide,
 )
+from diffusers_adm.conditioning.image_format import MODE_CHANNELS, ImageFormat
+from diffusers_adm.conditioning.image_outputs import as_outputs, to_numpy, to_pil
+from diffusers_adm.conditioning.inpainting import sample_channels_of
 from diffusers_adm.conditioning.text import TextCondition, TextConditioning, check_text_encoder, cross_attention_width
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
@@ -60,10 +64,8 @@ from diffusers_adm.schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY, ch
 
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-# Pillow's modes for the numbers of channels that images of `output_type="pil"` may have.
+# Former list of Pillow's modes for numbers of channels; `ImageFormat.pil_mode` replaces it.
 PIL_OUTPUT_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Input channels of inpainters of RGB images: noisy and masked image, mask; upsamplers also take a low-resolution image.
-INPAINTER_CHANNELS = (3 + 3 + 1, 3 + 3 + 1 + 3)
 
 
 @dataclass
@@ -141,21 +143,40 @@ class Output:
         if isinstance(self.callback, (PipelineCallback, MultiPipelineCallbacks)):
             self.callback_inputs = self.callback.tensor_inputs
 
-    def check(self, image_channels: int, allowed_inputs: Sequence[str]) -> None:
-        """Raises a `ValueError` for outputs that do not exist, and callbacks that could not be called."""
+    def check(self, image_format: ImageFormat, is_recorded: bool, allowed_inputs: Sequence[str]) -> None:
+        """
+        Raises a `ValueError` for outputs that do not exist, and callbacks that could not be called. `is_recorded`:
+        whether the format is from the pipeline's config.
+        """
         if self.output_type not in get_args(OutputType):
             raise ValueError(f"`output_type` is {self.output_type!r}; it must be one of {list(get_args(OutputType))}.")
-        if self.output_type == "pil" and image_channels not in PIL_OUTPUT_MODES:
-            modes = ", ".join(f"{number} ({mode})" for number, mode in PIL_OUTPUT_MODES.items())
+        if self.output_type == "pil" and not image_format.is_picture:
             raise ValueError(
-                f"`output_type` is 'pil', but the images have {image_channels} channels, and Pillow's have {modes}. "
-                "Pass `output_type='np'` or `output_type='pt'`."
+                f"`output_type` is 'pil', but {_why_no_pil(image_format, is_recorded)} Pass `output_type='np'` or "
+                "`output_type='pt'`" + _how_to_record(image_format.channels) * (not is_recorded) + "."
             )
         names = self.callback_inputs
         if isinstance(names, str) or names is None or not set(names) <= set(allowed_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` is {names!r}; pass a list of names out of {allowed_inputs}."
             )
+
+
+def _why_no_pil(image_format: ImageFormat, is_recorded: bool) -> str:
+    if is_recorded:
+        return f"{image_format.why_no_pil}."
+    return (
+        f"the images have {image_format.channels} channels, whose meaning the pipeline's config does not tell "
+        "(`image_format`)."
+    )
+
+
+def _how_to_record(channels: int) -> str:
+    modes = [mode for mode, number in MODE_CHANNELS.items() if number == channels]
+    if not modes:
+        return ""
+    config = ImageFormat(modes[0], channels).to_config()
+    return f"; or, for 8-bit images of mode {modes[0]}, load the pipeline with `image_format={config}`"
 
 
 @dataclass
@@ -214,11 +235,16 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         classifier (`AdaGNClassifierModel`, *optional*): Classifies noisy samples, for classifier guidance, also of an
             unconditional U-Net.
         id2label (`dict[int, str]`, *optional*): Names of the classes, saved with the pipeline.
+        image_format (`ImageFormat` or `dict`, *optional*): Format of the images of training (with a `vae`, of those
+            that it decodes to), saved with the pipeline: mode, number of channels, the values of the data for -1 and 1,
+            and their number of levels; see `diffusers_adm.conditioning.image_format.ImageFormat`. `None`: not known;
+            images of 1 and 3 channels are 8-bit grey and RGB, those of other numbers arrays in [0, 1].
 
     Raises:
         ValueError: If just one of `unet` and `scheduler` has a learned variance, `scheduler` cannot reverse the process
-            of such a network, `vae`, `text_encoder` or `classifier` is incompatible with `unet`, or `classifier` was
-            trained on another noise schedule than that of `scheduler`.
+            of such a network, `vae`, `text_encoder` or `classifier` is incompatible with `unet`, `classifier` was
+            trained on another noise schedule than that of `scheduler` or on images of another format, or `image_format`
+            is no format of images with as many channels.
     """
 
     # The classifier is not in the sequence: it alternates with the U-Net in every step.
@@ -237,6 +263,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,
         id2label: dict[int, str] | dict[str, str] | None = None,
+        image_format: ImageFormat | dict[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -249,7 +276,9 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         )
         if id2label is not None:
             id2label = {str(label): name for label, name in id2label.items()}  # as JSON gives them back
-        self.register_to_config(id2label=id2label)
+        if isinstance(image_format, ImageFormat):
+            image_format = image_format.to_config()
+        self.register_to_config(id2label=id2label, image_format=image_format)
         self._check_components()
         if classifier is not None:
             check_noise_of_classifier(classifier, scheduler)
@@ -277,6 +306,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     def image_channels(self) -> int:
         """Channels of an image: those that the `vae` decodes samples to, or those of a sample."""
         return self.sample_channels if self.vae is None else self.vae.config.get("out_channels", 3)
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """Format of the images, as in the config; without one it follows from the number of channels."""
+        return ImageFormat.from_config(self.config.image_format, self.image_channels)
 
     @property
     def has_cross_attention(self) -> bool:
@@ -518,9 +552,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 length)`, *optional*): 1 for the states that cross-attention attends to, 0 for padding. `None`: all.
             pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of shape `(number of prompts, width)`,
                 *optional*): One vector a prompt, for a U-Net with `addition_embed_type="text_embeds"`.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, for images of 1 (mode L), 3 (RGB) or 4 (RGBA) channels;
-                `"np"`: `(batch_size, height, width, channels)` in [0, 1]; `"pt"`: `(batch_size, channels, height,
-                width)` in [0, 1]; `"latent"`: the last sample as it is, not decoded; about [-1, 1] for pixels.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, for pictures (a `pipe.image_format` of mode L, LA, RGB or
+                RGBA with whole numbers that are not negative): values of the data, in mode I;16 for grey of more than 8
+                bits; colours of more are reduced to 8. `"np"`: `(batch_size, height, width, channels)`; `"pt"`:
+                `(batch_size, channels, height, width)`; both in [0, 1] for pictures, and values of the data for other
+                formats. `"latent"`: the last sample as it is, not decoded; about [-1, 1] for pixels.
             return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each step as `callback(pipe, step, timestep,
                 callback_kwargs)`; `latents` in the dictionary it returns replaces the sample. It may set
@@ -590,7 +626,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         unet, device, pixels = self.unet.config, self._execution_device, self.vae_scale_factor
         steps.check(self.scheduler)
         guidance.check(conditions)
-        output.check(self.image_channels, self._callback_tensor_inputs)
+        output.check(self.image_format, self.config.image_format is not None, self._callback_tensor_inputs)
         num_prompts = number_of_prompts(conditions, samples.batch_size)
         num_images = num_prompts * samples.num_images_per_prompt
         height, width = self._size(samples, conditions)
@@ -630,6 +666,13 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         for condition in conditions:
             self._warn_once(condition.without_effect(len(timesteps), may_guide, uses_classifier))
         self._warn_once(guidance.without_effect(len(timesteps), may_guide))
+        if output.output_type == "pil" and self.image_format.loses_depth_in_pil:
+            self._warn_once(
+                [
+                    f"The model has {self.image_format}, but Pillow's colours have 8 bits: `output_type='pil'` reduces "
+                    "them. Pass `output_type='np'` or `output_type='pt'` for all bits."
+                ]
+            )
         step_kwargs = steps.step_kwargs(scheduler, samples.generator)
         return Sampling(state, call, timesteps, step_kwargs, merged, guidance, classifier_guidance, output)
 
@@ -717,12 +760,18 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if self.vae is not None and output_type != "latent":
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype)).sample
+        if output_type == "latent":
+            return latents
         if output_type in ("pil", "np"):  # tensors may stay on the device, which nothing has to wait for
             self._warn_of_not_finite(latents)
         if output_type == "pil":
             # 8-bit numbers have no NaN, and NumPy's conversion of it depends on the processor. Infinity is clamped.
             latents = latents.nan_to_num(nan=-1.0, posinf=math.inf, neginf=-math.inf)
-        return self.image_processor.postprocess(latents, output_type=output_type)
+        fractions = self.image_processor.postprocess(latents, output_type="pt")
+        if output_type == "pil":
+            return to_pil(fractions, self.image_format)
+        images = as_outputs(fractions, self.image_format)
+        return to_numpy(images) if output_type == "np" else images
 
     def _warn_of_not_finite(self, images: torch.Tensor) -> None:
         """Warns of images with values that are not finite, at every call: Pillow's show no other sign of it."""
@@ -744,12 +793,19 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         check_scheduler(self.scheduler)
         unet, channels = self.unet.config, self.sample_channels
         if unet.out_channels not in (channels, 2 * channels):
-            may_inpaint = unet.in_channels in INPAINTER_CHANNELS
+            # More input channels than those of the mean, without or with a learned variance, are those of a condition.
+            has_more = unet.in_channels > unet.out_channels
+            may_inpaint = (sample_channels_of(unet) or channels) < channels
             raise ValueError(
                 f"`unet` has `in_channels={unet.in_channels}` and `out_channels={unet.out_channels}`. "
                 f"`{type(self).__name__}` needs as many output channels as a sample has, {channels}, or twice as many "
                 "for a learned variance."
-                + (" If it inpaints, load it with `ADMInpaintPipeline`." if may_inpaint else "")
+                + " If it inpaints, load it with `ADMInpaintPipeline`." * may_inpaint
+                + (
+                    " If its other input channels are those of an image to start from, load it with "
+                    "`ADMImageToImagePipeline`."
+                )
+                * has_more
             )
         check_variance(self.scheduler, unet, channels)
         if self.vae is not None and self.vae.config.latent_channels != channels:
@@ -758,7 +814,10 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 f"{unet.in_channels}`, for samples of {channels}. Use a U-Net that was trained on the latents of this "
                 "autoencoder."
             )
+        image_format = self.image_format  # checks the entry of the config
         if self.text_encoder is not None:
             check_text_encoder(self.text_encoder, self.tokenizer, unet)
         if self.classifier is not None:
             check_classifier(self.classifier, unet)
+            if self.config.image_format is not None:
+                check_format_of_classifier(self.classifier, image_format)

@@ -4,6 +4,7 @@ model and ControlNets (Zhang et al. 2023, https://huggingface.co/papers/2302.055
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
@@ -18,6 +19,7 @@ from diffusers_adm.conditioning.controlnet import (
     check_controlnet,
 )
 from diffusers_adm.conditioning.guidance import Guidance
+from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
@@ -40,6 +42,7 @@ class ADMControlNetPipeline(ADMPipeline):
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`): One ControlNet or several,
             which were made for `unet`. The residuals of several are added up.
         id2label (`dict[int, str]`, *optional*): See [`ADMPipeline`].
+        image_format (`ImageFormat` or `dict`, *optional*): See [`ADMPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`]; for a ControlNet that
@@ -60,10 +63,11 @@ class ADMControlNetPipeline(ADMPipeline):
         classifier: AdaGNClassifierModel | None,
         controlnet: ControlNet | ControlNets,
         id2label: dict[int, str] | dict[str, str] | None = None,
+        image_format: ImageFormat | dict[str, Any] | None = None,
     ):
         # First, because all components are checked against each other at the end of the other constructor.
         self.register_modules(controlnet=as_one_model(controlnet))
-        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label)
+        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label, image_format)
 
     @torch.no_grad()
     def __call__(

@@ -23,7 +23,9 @@ from diffusers_adm.conditioning.controlnet import (
     optional_control,
 )
 from diffusers_adm.conditioning.guidance import Guidance
+from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import ImageInput
+from diffusers_adm.conditioning.image_outputs import to_numpy, to_pil
 from diffusers_adm.conditioning.inpainting import InpaintingCondition, Resampling, sample_channels_of
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
@@ -49,6 +51,7 @@ class ADMInpaintPipeline(ADMPipeline):
         unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label: See [`ADMPipeline`].
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`, *optional*): Made for `unet`;
             see [`ADMControlNetPipeline`].
+        image_format (`ImageFormat` or `dict`, *optional*): See [`ADMPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
@@ -68,10 +71,11 @@ class ADMInpaintPipeline(ADMPipeline):
         classifier: AdaGNClassifierModel | None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         controlnet: ControlNet | ControlNets | None = None,
+        image_format: ImageFormat | dict[str, Any] | None = None,
     ):
         # First, because all components are checked against each other at the end of the other constructor.
         self.register_modules(controlnet=None if controlnet is None else as_one_model(controlnet))
-        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label)
+        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label, image_format)
 
     @property
     def sample_channels(self) -> int:
@@ -136,7 +140,8 @@ class ADMInpaintPipeline(ADMPipeline):
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): One for all results, or
                 one for each: arrays `(height, width, channels)` and tensors `(channels, height, width)` in [0, 1] or of
-                `uint8`, with a batch dimension in front or without. Of the size of the results; nothing is resized.
+                `uint8`, with a batch dimension in front or without; for other formats than 8-bit grey and RGB see
+                `pipe.image_format`. Of the size of the results; nothing is resized.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): White (1, 255) for
                 pixels to inpaint, black for those to keep; at least half white counts as white. Of the size of `image`;
                 one for all, or one for each. An all-white mask is plain sampling (nothing is replaced or resampled), an
@@ -175,10 +180,10 @@ class ADMInpaintPipeline(ADMPipeline):
                 *optional*), prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(number of
                 prompts, length)`, *optional*), pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of
                 shape `(number of prompts, width)`, *optional*): Encoded prompts, as in [`ADMPipeline`].
-            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"`: `(batch_size, height, width, channels)` in
-                [0, 1]; `"pt"`: `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: the last sample with the
-                kept part set to that of `image`, encoded by the `vae` if there is one. In the former three the kept
-                pixels are those of `image`, bit by bit (as float32; `uint8` values divided by 255).
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` and `"pt"` as in [`ADMPipeline`]; `"latent"`: the
+                last sample with the kept part set to that of `image`, encoded by the `vae` if there is one. In the
+                former three the kept pixels are those of `image`, bit by bit (as float32; integers of pictures as
+                fractions, `uint8` values divided by 255).
             return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each evaluation of the network as
                 `callback(pipe, number of the evaluation, timestep, callback_kwargs)`; otherwise as in [`ADMPipeline`].
@@ -197,7 +202,8 @@ class ADMInpaintPipeline(ADMPipeline):
             ValueError: For arguments that are incompatible with each other, the model or the scheduler.
         """
         self._check_components()
-        inpainting = InpaintingCondition(self.unet.config, self.vae).read(image, mask_image, low_res_image)
+        inpainting = InpaintingCondition(self.unet.config, self.vae, self.image_format)
+        inpainting.read(image, mask_image, low_res_image)
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
@@ -266,14 +272,14 @@ class ADMInpaintPipeline(ADMPipeline):
         """Samples as images of `output_type`, with the kept pixels as they were given."""
         if output_type == "latent":
             return torch.where(inpainting.keep_mask, inpainting.original, latents)
-        # In [0, 1] and not in [-1, 1], where the last bit of the given pixels would be lost.
+        # In the values of the given pixels and not in [-1, 1], where their last bit would be lost.
         images = torch.where(inpainting.keep_pixels, inpainting.images, self._decode(latents, "pt"))
         if output_type == "pt":
             return images
         self._warn_of_not_finite(images)
         if output_type == "np":
-            return self.image_processor.pt_to_numpy(images)
-        return self.image_processor.numpy_to_pil(self.image_processor.pt_to_numpy(images.nan_to_num(nan=0.0)))
+            return to_numpy(images)
+        return to_pil(images.nan_to_num(nan=0.0), self.image_format)
 
     def _check_components(self) -> None:
         if self.vae is not None and self.image_channels != self.vae.config.in_channels:

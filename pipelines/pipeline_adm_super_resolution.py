@@ -23,8 +23,9 @@ from diffusers_adm.conditioning.controlnet import (
     optional_control,
 )
 from diffusers_adm.conditioning.guidance import Guidance
+from diffusers_adm.conditioning.image_format import ImageFormat, as_sample_size
 from diffusers_adm.conditioning.image_inputs import ImageInput
-from diffusers_adm.conditioning.low_resolution import LowResolutionCondition, match_low_res
+from diffusers_adm.conditioning.low_resolution import LowResolutionCondition, check_low_res_size, match_low_res
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
@@ -47,8 +48,9 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         text_encoder ([`~transformers.PreTrainedModel`], *optional*), tokenizer
             ([`~transformers.PreTrainedTokenizerBase`], *optional*), classifier (`AdaGNClassifierModel`, *optional*),
             id2label (`dict[int, str]`, *optional*): See [`ADMPipeline`].
-        low_res_size (`int`, *optional*): Side of the low-resolution images of training, in pixels, for large ones of
-            the U-Net's `sample_size`: together they give the factor. `None`: any size is taken.
+        low_res_size (`int` or `[height, width]`, *optional*): Size of the low-resolution images of training, in pixels
+            (a number: a square), for large ones of the U-Net's `sample_size`: together they give the factor, the same
+            along both sides. `None`: any size is taken.
         noise_level (`int`, *optional*): Default of the calls; `None`: 0.
         max_noise_level (`int`, *optional*): Highest level of training; `None`: not known.
         noise_schedule (`dict`, *optional*): The noise schedule that the U-Net was trained on, for the large image and
@@ -56,6 +58,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`. `None`: not known.
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`, *optional*): Made for `unet`;
             see [`ADMControlNetPipeline`].
+        image_format (`ImageFormat` or `dict`, *optional*): See [`ADMPipeline`].
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
@@ -75,17 +78,20 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,
         id2label: dict[int, str] | dict[str, str] | None = None,
-        low_res_size: int | None = None,
+        low_res_size: int | Sequence[int] | None = None,
         noise_level: int | None = None,
         max_noise_level: int | None = None,
         noise_schedule: dict[str, Any] | None = None,
         controlnet: ControlNet | ControlNets | None = None,
+        image_format: ImageFormat | dict[str, Any] | None = None,
     ):
         # First, because components and noise schedule are checked in the other constructor.
         self.register_modules(controlnet=None if controlnet is None else as_one_model(controlnet))
-        self.register_to_config(noise_schedule=noise_schedule)
-        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label)
-        self.register_to_config(low_res_size=low_res_size, noise_level=noise_level, max_noise_level=max_noise_level)
+        if low_res_size is not None:
+            low_res_size = as_sample_size(low_res_size)
+        self.register_to_config(noise_schedule=noise_schedule, low_res_size=low_res_size)
+        super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label, image_format)
+        self.register_to_config(noise_level=noise_level, max_noise_level=max_noise_level)
 
     @property
     def sample_channels(self) -> int:
@@ -136,9 +142,10 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or list of one of them): Low-resolution images of one
                 size, such as the results of `ADMPipeline` for `output_type` "pil", "np" or "pt". Arrays are `(number,
-                height, width, channels)`, tensors `(number, channels, height, width)`, both in [0, 1]; the number may
-                be left out for a single one. If the pipeline has a `low_res_size`, the upsampling factor must be that
-                of training; otherwise any smaller size is taken. One image is used for all prompts or classes.
+                height, width, channels)`, tensors `(number, channels, height, width)`, both in [0, 1] for pictures and
+                with values of the data for other formats (see `pipe.image_format`); the number may be left out for a
+                single one. If the pipeline has a `low_res_size`, the upsampling factor must be that of training;
+                otherwise any smaller size is taken. One image is used for all prompts or classes.
             prompt (`str` or list of `str`, *optional*): Description of the images, for a U-Net with cross-attention:
                 one for all, or one for each.
             class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Their classes, by number or by
@@ -184,6 +191,7 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             self.scheduler,
             low_res_size=config.low_res_size,
             max_noise_level=config.max_noise_level,
+            image_format=self.image_format,
         ).read(image, config.noise_level if noise_level is None else noise_level, back_projection)
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
@@ -215,6 +223,8 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         if self.vae is not None:
             raise ValueError("`vae` was given, but images are upsampled in pixels. Pass `vae=None`.")
         super()._check_components()
+        if self.config.low_res_size is not None:
+            check_low_res_size(self.config.low_res_size, self.unet.config.sample_size)
         check_same_noise("This upsampler", self.config.noise_schedule, self.scheduler, self.unet)
         if self.controlnet is not None:
             check_controlnet(self.controlnet, self.unet, self.scheduler)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import read_control_images, read_images, read_masks
 
 
@@ -34,41 +35,43 @@ class TestImages:
         ],
     )
     def test_forms(self, images):
-        actual = read_images(images, "image", 3)
+        actual = read_images(images, "image", ImageFormat.of_channels(3))
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual, EXPECTED, rtol=0, atol=1e-7)
 
     def test_one(self):
         for image in (Image.fromarray(PIXELS[0]), PIXELS[0], EXPECTED[0]):
-            assert read_images(image, "image", 3).shape == (1, 3, 5, 4)
+            assert read_images(image, "image", ImageFormat.of_channels(3)).shape == (1, 3, 5, 4)
 
     @pytest.mark.parametrize(
         "images", [[Image.fromarray(grey) for grey in GREY], GREY, GREY[..., None], torch.from_numpy(GREY)[:, None]]
     )
     def test_one_channel(self, images):
-        assert torch.equal(read_images(images, "image", 1), torch.from_numpy(GREY)[:, None].float() / 255)
-        assert read_images(images[0], "image", 1).shape == (1, 1, 5, 4)
+        assert torch.equal(
+            read_images(images, "image", ImageFormat.of_channels(1)), torch.from_numpy(GREY)[:, None].float() / 255
+        )
+        assert read_images(images[0], "image", ImageFormat.of_channels(1)).shape == (1, 1, 5, 4)
 
     def test_values_come_back(self):
         """Of floating point numbers every bit, of 8-bit images every value."""
         images = torch.rand(1, 3, 5, 4)
-        assert torch.equal(read_images(images, "image", 3), images)
+        assert torch.equal(read_images(images, "image", ImageFormat.of_channels(3)), images)
         every = np.arange(256, dtype=np.uint8).reshape(16, 16)
-        read = read_images(Image.fromarray(every), "image", 1)
+        read = read_images(Image.fromarray(every), "image", ImageFormat.of_channels(1))
         assert (np.round(255 * read[0, 0].numpy()) == every).all()
 
     def test_modes_that_lose_nothing(self):
         colours = Image.fromarray(PIXELS[0])
         for image in (Image.fromarray(GREY[0]), colours.quantize(4), colours.convert("1")):
             expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
-            assert torch.equal(read_images(image, "image", 3)[0], expected)
+            assert torch.equal(read_images(image, "image", ImageFormat.of_channels(3))[0], expected)
 
     def test_the_argument_is_not_changed(self):
         images = PIXELS.copy()
-        read_images(images, "image", 3).zero_()
+        read_images(images, "image", ImageFormat.of_channels(3)).zero_()
         assert (images == PIXELS).all()
         given = EXPECTED.clone()
-        (read_images(given, "image", 3) * 2).zero_()
+        (read_images(given, "image", ImageFormat.of_channels(3)) * 2).zero_()
         assert torch.equal(given, EXPECTED)
 
     @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ class TestImages:
     )
     def test_refused(self, images, channels, message):
         with pytest.raises(ValueError, match=re.escape(message)):
-            read_images(images, "image", channels)
+            read_images(images, "image", ImageFormat.of_channels(channels))
 
 
 class TestMasks:
@@ -175,7 +178,7 @@ class TestConditions:
         ids=["bool", "float", "uint8", "tensor", "float-tensor", "1", "L", "RGB-L", "LA-opaque"],
     )
     def test_every_form_of_edges(self, form, channels):
-        found = read_control_images(form(self.EDGES), "image", channels)
+        found = read_control_images(form(self.EDGES), "image", ImageFormat.of_channels(channels))
         expected = torch.from_numpy(self.EDGES).float().expand(1, channels, 4, 5)
         assert torch.equal(found, expected)
 
@@ -193,26 +196,29 @@ class TestConditions:
     def test_8_bit_ones_are_next_to_black(self, condition):
         """The type tells the range; but it is said, since most who pass them mean white."""
         with pytest.warns(UserWarning, match="`image` holds no 8-bit value above 1"):
-            found = read_control_images([condition], "image", 3)
+            found = read_control_images([condition], "image", ImageFormat.of_channels(3))
         expected = torch.from_numpy(self.EDGES).float().expand(1, 3, 4, 5) / 255
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # one rounding of a division
 
     def test_black_is_one(self):
-        assert not read_control_images(Image.new("RGB", (5, 4)), "image", 3).any()
+        assert not read_control_images(Image.new("RGB", (5, 4)), "image", ImageFormat.of_channels(3)).any()
 
     def test_opaque_pictures_need_no_background(self):
         picture = Image.fromarray(np.random.default_rng(1).integers(256, size=(4, 5, 3), dtype=np.uint8))
         for read in (read_images, read_control_images):
-            assert torch.equal(read(picture.convert("RGBA"), "image", 3), read_images(picture, "image", 3))
+            assert torch.equal(
+                read(picture.convert("RGBA"), "image", ImageFormat.of_channels(3)),
+                read_images(picture, "image", ImageFormat.of_channels(3)),
+            )
 
     def test_drawings_on_a_transparent_layer_belong_on_black(self):
         with pytest.raises(ValueError, match="image.size, 'black'"):
-            read_control_images(Image.new("RGBA", (5, 4)), "image", 3)
+            read_control_images(Image.new("RGBA", (5, 4)), "image", ImageFormat.of_channels(3))
 
     def test_arrays_that_cannot_be_written_to(self, recwarn):
         array = np.asarray(Image.new("RGB", (5, 4)))
         assert not array.flags.writeable
-        read_images(array, "image", 3)
+        read_images(array, "image", ImageFormat.of_channels(3))
         assert not recwarn.list
 
 

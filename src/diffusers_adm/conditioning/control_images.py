@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
+from .image_format import ImageFormat
 from .image_inputs import read_images
 from .low_resolution import downsample, upsample
 
@@ -137,7 +138,7 @@ def make_condition(image: torch.Tensor | Image.Image, kind: ControlImageKind) ->
     if kind not in CONDITIONS:
         raise ValueError(f"`kind` is {kind!r}; it must be one of {', '.join(map(repr, CONDITIONS))}.")
     if isinstance(image, Image.Image):
-        return _to_pil(CONDITIONS[kind](read_images(image, "image", 3)[0]))
+        return _to_pil(CONDITIONS[kind](read_images(image, "image", ImageFormat("RGB", 3))[0]))
     _check_image(image)
     return CONDITIONS[kind](image)
 

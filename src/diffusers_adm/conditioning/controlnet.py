@@ -27,6 +27,7 @@ from .condition import (
     check_interval,
     warn_of_interval,
 )
+from .image_format import ImageFormat
 from .image_inputs import ImageInput, read_control_images
 
 
@@ -76,6 +77,12 @@ def check_controlnet(controlnet: ControlNet, unet: ModelMixin, scheduler: Schedu
         check_same_noise(name, net.config.get("noise_schedule"), scheduler, net)
 
 
+def condition_format_of(controlnet: AdaGNControlNetModel) -> ImageFormat:
+    """Format of the images of a ControlNet: that of its config (`condition_format`), or that of its channels."""
+    config = controlnet.config
+    return ImageFormat.from_config(config.get("condition_format"), config.conditioning_channels)
+
+
 class ControlNetCondition(Condition):
     """
     The images that ControlNets are given.
@@ -123,7 +130,7 @@ class ControlNetCondition(Condition):
             )
         entries = self._one_for_each(image, self.argument) if self.is_multiple else [image]
         self.images = [
-            read_control_images(entry, self._name(i), net.config.conditioning_channels)
+            read_control_images(entry, self._name(i), condition_format_of(net))
             for i, (entry, net) in enumerate(zip(entries, self.nets, strict=True))
         ]
         self.image_size = tuple(self.images[0].shape[2:])

@@ -21,6 +21,7 @@ from ..schedulers.noise_schedules import check_same_noise, unknown_choice
 from ..schedulers.scheduling_ddpm_learned_variance import PredictionType
 from .class_labels import ClassCondition
 from .condition import Condition, Step, check_finite, check_interval, warn_of_interval
+from .image_format import ImageFormat
 
 
 # Multiplies a classifier's log-probability before its gradient is taken, and divides the gradient, which is around 1e-5
@@ -325,6 +326,19 @@ def check_classifier(classifier: ModelMixin, unet_config: Mapping[str, Any]) -> 
         raise ValueError(
             f"`unet` has `null_class_id={null_class_id}`, but with a `classifier` it must be the last one, "
             f"{num_classes}, so that the other classes have the same numbers in both."
+        )
+
+
+def check_format_of_classifier(classifier: ModelMixin, image_format: ImageFormat) -> None:
+    """Raises a `ValueError` for a classifier whose config records another format of images."""
+    config = classifier.config.get("image_format")
+    if config is None:
+        return
+    trained = ImageFormat.from_config(config, config["channels"])
+    if trained != image_format:
+        raise ValueError(
+            f"`classifier` was trained on {trained}, but the `image_format` of the pipeline is {image_format}, so the "
+            "same sample means another image to it. Train the classifier on images of this format."
         )
 
 

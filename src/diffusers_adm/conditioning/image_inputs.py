@@ -7,37 +7,70 @@ import torch
 from PIL import Image
 
 from ..deprecations import renamed
+from .image_format import ImageFormat
 
 
 OneImage = Image.Image | np.ndarray | torch.Tensor
 ImageInput = OneImage | list[OneImage] | tuple[OneImage, ...]
 
-# Pillow's modes for a number of channels, and those that are converted to them without loss.
-PIL_MODES = {1: "L", 3: "RGB"}
-LOSSLESS_PIL_MODES = {1: ("1", "L"), 3: ("1", "L", "P", "RGB")}
+# Pillow's modes that are converted to that of a model without loss. Pillow has no colours of more than 8 bits.
+LOSSLESS_PIL_MODES = {
+    "L": ("1", "L"),
+    "LA": ("1", "L", "LA"),
+    "RGB": ("1", "L", "P", "RGB"),
+    "RGBA": ("1", "L", "LA", "P", "PA", "RGB", "RGBA"),
+    "I;16": ("I;16", "I;16L", "I;16B", "I"),
+}
+# Share of the value range by which floating point numbers may lie outside: a rounding error of float32 or two.
+RANGE_TOLERANCE = 1e-6
 # At least this much means "inpaint", as in diffusers' `VaeImageProcessor(do_binarize=True)`.
 MASK_THRESHOLD = 0.5
+MASK_FORMAT = ImageFormat("L", 1)
 
 
-def read_images(images: ImageInput, name: str, channels: int, background: str = "white") -> torch.Tensor:
+def read_images(images: ImageInput, name: str, image_format: ImageFormat, background: str = "white") -> torch.Tensor:
     r"""
-    Reads images as a tensor `(batch_size, channels, height, width)` in [0, 1], float32, on their own device.
+    Reads images as a tensor `(batch_size, channels, height, width)` in [0, 1], fractions of the format's value range,
+    float32, on their own device.
+
+    Args:
+        images, name, image_format, background: See `read_values`.
+
+    Raises:
+        ValueError: See `read_values`.
+    """
+    return as_fractions(read_values(images, name, image_format, background), image_format)
+
+
+def as_fractions(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
+    """Converts the results of `read_values` to fractions of the value range in [0, 1]."""
+    return values if image_format.is_picture else image_format.to_unit(values).clamp(0, 1)
+
+
+def read_values(images: ImageInput, name: str, image_format: ImageFormat, background: str = "white") -> torch.Tensor:
+    r"""
+    Reads images as a tensor `(batch_size, channels, height, width)`, float32, on their own device, with the values of a
+    pipeline's outputs "np" and "pt": fractions of the value range in [0, 1] for pictures (`image_format.is_picture`),
+    values of the data for other formats.
 
     Args:
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): Arrays are `(height, width,
-            channels)` and tensors `(channels, height, width)`, with a batch dimension in front or without, in [0, 1];
-            or `uint8`. With one channel its dimension may be missing.
+            channels)` and tensors `(channels, height, width)`, with a batch dimension in front or without. Floating
+            point numbers have the values of the result. Integers are values of the data, as those of Pillow images; 8
+            bits of a colour image stand for the whole range of a model of more. Only `uint8` for 8-bit images; it is
+            divided by 255 for continuous data in [0, 1]. With one channel its dimension may be missing.
         name (`str`): Name of the argument, for messages.
-        channels (`int`): Number of channels of the model's images.
+        image_format (`ImageFormat`): Format of the model's images.
         background (`str`, defaults to `"white"`): Colour that messages recommend to put behind transparent images.
 
     Raises:
-        ValueError: For another type, shape or mode, transparency, values out of range, or images of several sizes.
+        ValueError: For another type, shape or mode, transparency that the model has no channel for, values out of
+            range, or images of several sizes.
     """
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
         raise ValueError(f"`{name}` is empty; pass at least one image.")
-    batches = [_read_one(item, name, channels, background) for item in items]
+    batches = [_read_one(item, name, image_format, background) for item in items]
     sizes = sorted({tuple(batch.shape[2:]) for batch in batches})
     if len(sizes) > 1:
         raise ValueError(
@@ -47,7 +80,7 @@ def read_images(images: ImageInput, name: str, channels: int, background: str = 
     return torch.cat(batches)
 
 
-def read_control_images(conditions: ImageInput, name: str, channels: int) -> torch.Tensor:
+def read_control_images(conditions: ImageInput, name: str, image_format: ImageFormat) -> torch.Tensor:
     r"""
     Reads control images, such as edges, as `read_images` does; also of `bool`, and with one channel in place of three.
 
@@ -60,17 +93,17 @@ def read_control_images(conditions: ImageInput, name: str, channels: int) -> tor
     read = []
     for item in items:
         if isinstance(item, (np.ndarray, torch.Tensor)):
-            item = _from_bool(item)
-            if item.ndim == 2 and channels == 3:
+            item = _from_bool(item, image_format)
+            if item.ndim == 2 and image_format.channels == 3:
                 item = np.stack([item] * 3, axis=-1) if isinstance(item, np.ndarray) else item.expand(3, -1, -1)
-        if _is_next_to_black(item):
+        if reads_bytes(image_format) and _is_next_to_black(item):
             warnings.warn(
                 f"`{name}` holds no 8-bit value above 1, which is almost black: white is 255. If 1 means white, pass "
                 "0 and 255, or `bool`, or floating point numbers in [0, 1].",
                 stacklevel=2,
             )
         read.append(item)
-    return read_images(read, name, channels, background="black")
+    return read_images(read, name, image_format, background="black")
 
 
 def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
@@ -89,24 +122,34 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
     items = list(masks) if isinstance(masks, (list, tuple)) else [masks]
     grey = []
     for item in items:
-        if isinstance(item, Image.Image) and item.mode in LOSSLESS_PIL_MODES[3] and not item.has_transparency_data:
+        if isinstance(item, Image.Image) and item.mode in LOSSLESS_PIL_MODES["RGB"] and not item.has_transparency_data:
             item = item.convert("L")
         elif isinstance(item, (np.ndarray, torch.Tensor)):
-            item = _one_channel(_from_bool(item), name)
+            item = _one_channel(_from_bool(item, MASK_FORMAT), name)
         if _is_next_to_black(item):  # such a mask would select nothing
             raise ValueError(
                 f"`{name}` holds 8-bit numbers up to 1, but white is 255. Pass 0 and 255, or `bool`, or "
                 "floating point numbers in [0, 1]."
             )
         grey.append(item)
-    return read_images(grey, name, 1) >= MASK_THRESHOLD
+    return read_images(grey, name, MASK_FORMAT) >= MASK_THRESHOLD
 
 
-def _from_bool(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    """Converts `bool` to 0 and 255."""
+def reads_bytes(image_format: ImageFormat) -> bool:
+    """Whether `uint8` numbers are divided by 255: 8-bit images, and continuous data in [0, 1]."""
+    return image_format.value_range == (0, 255) or (
+        image_format.value_range == (0, 1) and image_format.num_levels is None
+    )
+
+
+def _from_bool(image: np.ndarray | torch.Tensor, image_format: ImageFormat) -> np.ndarray | torch.Tensor:
+    """Converts `bool` to the lowest and the highest value: 0 and 255 for 8 bits."""
     if image.dtype not in (np.bool_, torch.bool):
         return image
-    return image * np.uint8(255) if isinstance(image, np.ndarray) else image.to(torch.uint8) * 255
+    if reads_bytes(image_format):
+        return image * np.uint8(255) if isinstance(image, np.ndarray) else image.to(torch.uint8) * 255
+    low, high = (0, 1) if image_format.is_picture else image_format.value_range
+    return low + (high - low) * (image.astype(np.float64) if isinstance(image, np.ndarray) else image.double())
 
 
 def _is_next_to_black(image: OneImage) -> bool:
@@ -130,46 +173,31 @@ def _one_channel(mask: np.ndarray | torch.Tensor, name: str) -> np.ndarray | tor
     return mask  # three masks, whose dimension of channels is missing
 
 
-def _read_one(image: OneImage, name: str, channels: int, background: str) -> torch.Tensor:
+def _read_one(image: OneImage, name: str, image_format: ImageFormat, background: str) -> torch.Tensor:
     """Reads one image, or a batch of them as one array or tensor, as a batch."""
-    is_text = isinstance(image, str)
+    is_text, channels = isinstance(image, str), image_format.channels
     if isinstance(image, Image.Image):
-        mode = PIL_MODES.get(channels)
-        if mode is None:
-            raise ValueError(
-                f"`{name}` is a Pillow image, but this model's images have {channels} channels. Pass an array (height, "
-                "width, channels) or a tensor (channels, height, width) in [0, 1]."
-            )
-        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() == (255, 255):
-            image = image.convert("RGB" if channels == 3 else "L")  # drawing programs save opaque images like this
-        if image.has_transparency_data:
-            raise ValueError(
-                f"`{name}` has mode {image.mode} and transparent pixels, whose colour is not known. Put a background "
-                f"behind it first, such as `Image.alpha_composite(Image.new('RGBA', image.size, {background!r}), "
-                f"image.convert('RGBA')).convert('{mode}')`."
-            )
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            raise ValueError(
-                f"`{name}` has mode {image.mode}, whose range of values is not known. Pass an array of floating point "
-                "numbers in [0, 1], such as `np.asarray(image) / 65535` for 16 bits."
-            )
-        if image.mode not in LOSSLESS_PIL_MODES[channels]:
-            raise ValueError(
-                f"`{name}` has mode {image.mode}, but this model's images have {channels} channels. Pass "
-                f"`image.convert('{mode}')`."
-            )
-        image = np.asarray(image.convert(mode))
+        image = _read_pil(image, name, image_format, background)
     if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "biuf":
+            raise ValueError(f"`{name}` is an array of type {image.dtype}; pass one of numbers.")
         if channels == 1 and image.shape[-1:] != (1,):
             image = image[..., None]
-        tensor = torch.from_numpy(np.array(image, order="C"))  # a copy: some cannot be written to, which torch warns of
+        if image.dtype.kind == "u" and image.dtype.itemsize > 1:
+            image = image.astype(np.int64)  # torch computes with few unsigned types
+        # A copy in the order of bytes of this machine: some cannot be written to, which torch warns of.
+        tensor = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
         tensor = tensor.movedim(-1, -3) if tensor.ndim in (3, 4) else tensor
         layout = "(height, width, channels)"
+        is_other_layout = image.ndim in (3, 4) and image.shape[-3] == channels
+        way_out = " These are (channels, height, width): pass `np.moveaxis(array, -3, -1)`."
     elif isinstance(image, torch.Tensor):
         tensor = image
         if channels == 1 and tensor.ndim in (2, 3) and tensor.shape[:-2] != (1,):
             tensor = tensor.unsqueeze(-3)
         layout = "(channels, height, width)"
+        is_other_layout = image.ndim in (3, 4) and image.shape[-1] == channels
+        way_out = " These are (height, width, channels): pass `tensor.movedim(-1, -3)`."
     else:
         raise ValueError(
             f"`{name}` is a {type(image).__name__}; pass a Pillow image, an array, a tensor, or a list of one of them."
@@ -179,20 +207,91 @@ def _read_one(image: OneImage, name: str, channels: int, background: str) -> tor
     if tensor.ndim not in (3, 4) or tensor.shape[-3] != channels or 0 in tensor.shape:
         raise ValueError(
             f"`{name}` has shape {tuple(image.shape)}; pass {layout}, with or without a batch dimension in front, with "
-            f"{channels} channels."
+            f"{channels} channels." + way_out * is_other_layout
         )
-    if tensor.dtype == torch.uint8:
-        tensor = tensor.float() / 255
-    elif not tensor.is_floating_point():
-        raise ValueError(f"`{name}` is of type {tensor.dtype}; pass `uint8`, or floating point numbers in [0, 1].")
-    tensor = tensor.float()
-    low, high = float(tensor.min()), float(tensor.max())
-    if not (low >= 0 and high <= 1):  # in this form, NaN is refused as well
+    values = _to_values(tensor, name, image_format)
+    return values if values.ndim == 4 else values[None]
+
+
+def _read_pil(image: Image.Image, name: str, image_format: ImageFormat, background: str) -> np.ndarray:
+    """Pillow's numbers, or, if they are not those of the data, fractions."""
+    channels, mode = image_format.channels, image_format.pil_mode
+    if mode is None:
         raise ValueError(
-            f"`{name}` has values from {low:g} to {high:g}; they must lie in [0, 1]. Divide 0 to 255 by 255; of -1 to "
-            "1 take `x / 2 + 0.5`."
+            f"`{name}` is a Pillow image, but this model's images have {channels} channels ({image_format}). Pass an "
+            f"array (height, width, channels) or a tensor (channels, height, width) {_in_range(image_format)}."
         )
-    return tensor if tensor.ndim == 4 else tensor[None]
+    if mode in ("L", "RGB") and image.has_transparency_data:
+        if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            raise ValueError(
+                f"`{name}` has mode {image.mode} and transparent pixels, whose colour is not known. Put a background "
+                f"behind it first, such as `Image.alpha_composite(Image.new('RGBA', image.size, {background!r}), "
+                f"image.convert('RGBA')).convert('{mode}')`."
+            )
+        image = image.convert(mode)  # drawing programs save opaque images like this
+    if mode == "I;16" and image.mode in ("1", "L"):
+        raise ValueError(
+            f"`{name}` has mode {image.mode}, of 8 bits, but this model's images have values from "
+            "{:g} to {:g}. Pass an image of mode I;16 with such values, or an array of floating point numbers in "
+            "[0, 1], such as `np.asarray(image) / 255`.".format(*image_format.value_range)
+        )
+    if mode != "I;16" and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        raise ValueError(
+            f"`{name}` has mode {image.mode}, whose range of values is not known. Pass an array of floating point "
+            "numbers in [0, 1], such as `np.asarray(image) / 65535` for 16 bits."
+        )
+    if image.mode not in LOSSLESS_PIL_MODES[mode]:
+        raise ValueError(
+            f"`{name}` has mode {image.mode}, but this model's images have {channels} channels. Pass "
+            + (f"`image.convert('{mode}')`." if mode != "I;16" else "grey images of mode I;16.")
+        )
+    if mode == "I;16":
+        return np.asarray(image)
+    pixels = np.asarray(image.convert(mode))
+    is_binary = image.mode == "1" and image_format.value_range[1] != 255
+    return pixels / 255 if image_format.loses_depth_in_pil or is_binary else pixels
+
+
+def _in_range(image_format: ImageFormat) -> str:
+    if image_format.is_picture:
+        return "in [0, 1]"
+    return "with values of the data, from {:g} to {:g}".format(*image_format.value_range)
+
+
+def _to_values(tensor: torch.Tensor, name: str, image_format: ImageFormat) -> torch.Tensor:
+    """The values of `read_values`, from the numbers of an array."""
+    low, high = image_format.value_range
+    is_bytes, is_picture = reads_bytes(image_format), image_format.is_picture
+    if tensor.dtype == torch.bool or (is_bytes and not tensor.is_floating_point() and tensor.dtype != torch.uint8):
+        integers = "`uint8`" if is_bytes else "integers"
+        raise ValueError(
+            f"`{name}` is of type {tensor.dtype}; pass {integers}, or floating point numbers {_in_range(image_format)}."
+        )
+    if is_bytes and tensor.dtype == torch.uint8:
+        return tensor.float() / 255 if is_picture or high == 1 else tensor.float()
+    if tensor.is_floating_point():
+        lowest, highest = (0, 1) if is_picture else (low, high)
+    else:
+        lowest, highest = low, high
+        if tensor.dtype == torch.uint8 and is_picture and high > 255:
+            raise ValueError(
+                f"`{name}` is of type {tensor.dtype}, of 8 bits, but this model's images have values from {low:g} to "
+                f"{high:g}. Pass such values as `uint16`, or floating point numbers in [0, 1]: 8 bits divided by 255."
+            )
+    values = tensor.float()
+    smallest, largest = float(values.min()), float(values.max())
+    tolerance = 0.0 if is_picture else RANGE_TOLERANCE * (high - low)
+    if not (smallest >= lowest - tolerance and largest <= highest + tolerance):  # in this form, NaN is refused as well
+        given = f"`{name}` has values from {smallest:g} to {largest:g}; they must lie in [{lowest:g}, {highest:g}]"
+        if not is_picture or not tensor.is_floating_point():
+            raise ValueError(f"{given}, the value range of this model's images (`image_format`).")
+        if is_bytes:
+            raise ValueError(f"{given}. Divide 0 to 255 by 255; of -1 to 1 take `x / 2 + 0.5`.")
+        raise ValueError(
+            f"{given}. Pass values from {low:g} to {high:g} as integers, such as `uint16`, or divided by {high:g}; of "
+            "-1 to 1 take `x / 2 + 0.5`."
+        )
+    return image_format.to_unit(values) if is_picture and not tensor.is_floating_point() else values
 
 
 __getattr__ = renamed(__name__, {"read_conditions": "read_control_images"})

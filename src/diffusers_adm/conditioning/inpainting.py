@@ -20,7 +20,8 @@ from ..deprecations import renamed
 from ..schedulers.diffusers_schedulers import keeps_no_state
 from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
 from .guidance import exact_prediction, signal_and_std
-from .image_inputs import ImageInput, read_images, read_masks
+from .image_format import ImageFormat
+from .image_inputs import ImageInput, as_fractions, read_images, read_masks, read_values
 from .low_resolution import upsample
 
 
@@ -130,9 +131,11 @@ class InpaintingCondition(Condition):
     Args:
         unet_config (mapping, *optional*): The config of the U-Net. Not needed for training.
         vae (`AutoencoderKL`, *optional*): Encodes the images.
+        image_format (`ImageFormat`, *optional*): Format of the images. `None`: that of a model whose config has none.
 
     Attributes, after `prepare` one row an image and on the device:
-        images (`torch.Tensor` of shape `(num_images, channels, height, width)`): In [0, 1], as given.
+        images (`torch.Tensor` of shape `(num_images, channels, height, width)`): As given, see `read_values`: fractions
+            in [0, 1] for pictures, values of the data for other formats.
         keep_pixels (`torch.BoolTensor` of shape `(num_images, 1, height, width)`): Where the images are kept.
         original (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): x_0 of the images.
         keep_mask (`torch.BoolTensor` of shape `(num_images, 1, height, width)`): Where x_0 is kept.
@@ -142,13 +145,20 @@ class InpaintingCondition(Condition):
 
     argument = "image"
 
-    def __init__(self, unet_config: Mapping[str, Any] | None = None, vae: ModelMixin | None = None):
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any] | None = None,
+        vae: ModelMixin | None = None,
+        image_format: ImageFormat | None = None,
+    ):
         super().__init__()
         self.vae = vae
         if unet_config is not None:
             self.channels = sample_channels_of(unet_config)
             self.is_trained = unet_config["in_channels"] > self.channels
             self.takes_low_res = unet_config["in_channels"] == 3 * self.channels + 1
+            channels = self.channels if vae is None else vae.config.in_channels
+            self.image_format = ImageFormat.of_channels(channels) if image_format is None else image_format
         self.low_res: torch.Tensor | None = None
 
     def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
@@ -157,12 +167,11 @@ class InpaintingCondition(Condition):
 
     def read(self, image: ImageInput, mask_image: ImageInput, low_res_image: ImageInput | None) -> InpaintingCondition:
         """Takes the arguments of a call; raises a `ValueError` for those that `read_images` and `read_masks` refuse."""
-        channels = self.channels if self.vae is None else self.vae.config.in_channels
-        self.images = read_images(image, "image", channels)
+        self.images = read_values(image, "image", self.image_format)
         self.keep_pixels = ~read_masks(mask_image, "mask_image")
         numbers = {"image": len(self.images), "mask_image": len(self.keep_pixels)}
         if low_res_image is not None:
-            self.low_res = 2 * read_images(low_res_image, "low_res_image", channels) - 1
+            self.low_res = 2 * read_images(low_res_image, "low_res_image", self.image_format) - 1
             numbers["low_res_image"] = len(self.low_res)
         self.counts = {name: number for name, number in numbers.items() if number > 1}
         self.image_size = tuple(self.images.shape[2:])
@@ -217,7 +226,7 @@ class InpaintingCondition(Condition):
         """The channels of a U-Net that was trained to inpaint, in both passes."""
         dtype, device = call.noise.dtype, call.noise.device
         self.images, self.keep_pixels = call.rows(self.images.to(dtype)), call.rows(self.keep_pixels)
-        pixels = 2 * self.images - 1
+        pixels = 2 * as_fractions(self.images, self.image_format) - 1
         if self.vae is None:
             self.original, visible, self.keep_mask = pixels, pixels, self.keep_pixels
         else:

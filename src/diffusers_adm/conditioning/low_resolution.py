@@ -21,21 +21,29 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from ..deprecations import renamed
 from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
+from .image_format import ImageFormat, Size, as_size
 from .image_inputs import ImageInput, read_images
 
 
-def downsample(images: torch.Tensor, factor: int) -> torch.Tensor:
+def downsample(images: torch.Tensor, factor: int, num_levels: int | None = 256) -> torch.Tensor:
     r"""
-    Downsamples 8-bit images by averaging blocks of `factor` x `factor` pixels, and rounds to 8 bits (halves up), as
-    Pillow's `Image.reduce(factor)` does.
+    Downsamples images by averaging blocks of `factor` x `factor` pixels, and rounds to the levels of the data (halves
+    up), 8 bits by default, as Pillow's `Image.reduce(factor)` does.
 
     Args:
-        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): 8-bit values scaled to [-1, 1];
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Values of the data scaled to [-1, 1];
             `factor` divides height and width.
         factor (`int`): At least 1.
+        num_levels (`int`, *optional*, defaults to 256): Number of values that the data can have; see `ImageFormat`.
+            `None`: continuous data, whose means are not rounded.
     """
-    levels = ((images + 1) * 127.5).round()  # whole numbers, so that halves of their means are exact
-    return (F.avg_pool2d(levels, factor) + 0.5).floor() / 127.5 - 1
+    if num_levels is None:
+        return F.avg_pool2d(images, factor)
+    half = (num_levels - 1) / 2
+    levels = ((images + 1) * half).round()  # whole numbers, so that halves of their means are exact
+    if (num_levels - 1) * factor**2 > 2**24 and images.device.type != "mps":  # float32 does not hold such sums
+        levels = levels.double()
+    return (F.avg_pool2d(levels, factor) + 0.5).floor().to(images.dtype) / half - 1
 
 
 def add_noise_to_low_res(
@@ -59,6 +67,23 @@ def add_noise_to_low_res(
 def noise_level_embedding(noise_levels: torch.Tensor, dim: int) -> torch.Tensor:
     """The sinusoidal embedding `(batch_size, dim)`, float32, of the level for a U-Net with `time_cond_proj_dim=dim`."""
     return get_timestep_embedding(noise_levels, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+
+
+def check_low_res_size(low_res_size: Size, sample_size: Size | None) -> None:
+    """
+    Raises a `ValueError` unless images of the size `low_res_size`, upsampled by one factor along both sides, have the
+    size `sample_size`, if that is known.
+    """
+    (h, w), large = as_size(low_res_size), as_size(sample_size)
+    if large is None:
+        return
+    height, width = large
+    if h * width != w * height or h > height:
+        raise ValueError(
+            f"`low_res_size` is {h} x {w} (height x width) and the `sample_size` of the U-Net is {height} x {width}; "
+            "the factor must be the same along both sides, and at least 1. Pass both sides, such as "
+            f"`low_res_size=[{max(1, height // 4)}, {max(1, width // 4)}]` for a factor of 4."
+        )
 
 
 def match_low_res(images: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
@@ -87,8 +112,16 @@ class LowResolutionCondition(Condition):
     Args:
         unet_config (mapping): The config of the U-Net. With `time_cond_proj_dim` it takes the noise level.
         scheduler ([`SchedulerMixin`]): Its noise schedule is that of the levels.
-        low_res_size (`int`, *optional*): Side of the low-resolution images of training.
+        low_res_size (`int` or `(height, width)`, *optional*): Size of the low-resolution images of training: a square,
+            or both sides.
         max_noise_level (`int`, *optional*): Highest level of training; `None`: not known.
+        num_levels (`int`, *optional*, defaults to 256): Number of values of the data, to which training rounds the
+            low-resolution images; see `downsample`.
+        image_format (`ImageFormat`, *optional*): Format of the images that `read` is given. `None`: that of a model
+            whose config has none.
+
+    Raises:
+        ValueError: For a `low_res_size` that is not the U-Net's `sample_size` divided by one factor.
 
     Attributes:
         low_res (`torch.Tensor`): The images of the call in [-1, 1], after `prepare` one row an image, without noise.
@@ -101,22 +134,28 @@ class LowResolutionCondition(Condition):
         unet_config: Mapping[str, Any],
         scheduler: SchedulerMixin,
         *,
-        low_res_size: int | None = None,
+        low_res_size: Size | None = None,
         max_noise_level: int | None = None,
+        num_levels: int | None = 256,
+        image_format: ImageFormat | None = None,
     ):
         super().__init__()
-        self.channels, self.sample_size = unet_config.get("in_channels", 0) // 2, unet_config.get("sample_size")
+        if low_res_size is not None:
+            check_low_res_size(low_res_size, unet_config.get("sample_size"))
+        channels = unet_config.get("in_channels", 0) // 2
+        self.image_format = ImageFormat.of_channels(channels) if image_format is None and channels else image_format
+        self.num_levels, self.sample_size = num_levels, as_size(unet_config.get("sample_size"))
         self.embedding_dim = unet_config.get("time_cond_proj_dim")
         self.alphas_cumprod = scheduler.alphas_cumprod
-        self.low_res_size, self.max_noise_level = low_res_size, max_noise_level
+        self.low_res_size, self.max_noise_level = as_size(low_res_size), max_noise_level
 
     def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
         """
-        Downsamples `images` `(batch_size, channels, size, size)` in [-1, 1] to `low_res_size`; with a level embedding,
-        noises them to random levels up to `max_noise_level`.
+        Downsamples `images` `(batch_size, channels, height, width)` in [-1, 1] to `low_res_size`; with a level
+        embedding, noises them to random levels up to `max_noise_level`.
         """
         images = batch["images"]
-        low_res, kwargs = downsample(images, images.shape[-1] // self.low_res_size), {}
+        low_res, kwargs = downsample(images, images.shape[-1] // self.low_res_size[1], self.num_levels), {}
         if self.embedding_dim is not None:
             if self.alphas_cumprod.device != images.device:  # once, not in each step
                 self.alphas_cumprod = self.alphas_cumprod.float().to(images.device)
@@ -134,7 +173,7 @@ class LowResolutionCondition(Condition):
             noise_level (`int`, *optional*): `None`: 0.
             back_projection (`bool`): Whether `match_low_res` follows, which needs a whole factor.
         """
-        self.low_res = 2 * read_images(image, "image", self.channels) - 1  # (N, C, h, w) in [-1, 1]
+        self.low_res = 2 * read_images(image, "image", self.image_format) - 1  # (N, C, h, w) in [-1, 1]
         self.noise_level = 0 if noise_level is None else noise_level
         self._check_level(self.noise_level)
         self.back_projection = back_projection
@@ -166,12 +205,15 @@ class LowResolutionCondition(Condition):
             raise ValueError(
                 f"{given}, but `back_projection` needs a whole factor, the same along both sides. Leave it off."
             )
-        trained = self.low_res_size
-        if trained is not None and (h * self.sample_size, w * self.sample_size) != (height * trained, width * trained):
-            factor = self.sample_size / trained
+        small, large = self.low_res_size, self.sample_size
+        if small is None or large is None:
+            return
+        if (h * large[0], w * large[0]) != (height * small[0], width * small[0]):
+            factor = large[0] / small[0]
+            sizes = [side if side == other else f"{side} x {other}" for side, other in (small, large)]
             raise ValueError(
-                f"{given}, but this model was trained to upsample {factor:g} times, from {trained} to "
-                f"{self.sample_size}. Resize the image, or pass `height={h * factor:g}` and `width={w * factor:g}`."
+                f"{given}, but this model was trained to upsample {factor:g} times, from {sizes[0]} to {sizes[1]}. "
+                f"Resize the image, or pass `height={h * factor:g}` and `width={w * factor:g}`."
             )
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:

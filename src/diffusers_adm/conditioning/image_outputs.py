@@ -1,0 +1,42 @@
+"""Images of a pipeline in the forms that it returns: Pillow, NumPy, torch."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .image_format import ImageFormat
+
+
+def as_outputs(fractions: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
+    r"""
+    Images with the values of the outputs "np" and "pt": fractions as they are for pictures (`image_format.is_picture`),
+    values of the data, float32 at least, for other formats.
+
+    Args:
+        fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Of the value range, in [0, 1].
+        image_format (`ImageFormat`): Format of the images.
+    """
+    if image_format.is_picture:
+        return fractions
+    return image_format.from_unit(fractions.to(torch.promote_types(fractions.dtype, torch.float32)))
+
+
+def to_numpy(images: torch.Tensor) -> np.ndarray:
+    """Images as an array `(batch_size, height, width, channels)`, float32."""
+    return images.cpu().permute(0, 2, 3, 1).float().numpy()
+
+
+def to_pil(fractions: torch.Tensor, image_format: ImageFormat) -> list[Image.Image]:
+    r"""
+    Pictures as Pillow images, with values of the data. Colours of more than 8 bits, which Pillow does not have, are
+    reduced to 8.
+
+    Args:
+        fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Of the value range, in [0, 1].
+        image_format (`ImageFormat`): Format of the images; a picture.
+    """
+    if image_format.loses_depth_in_pil:
+        image_format = ImageFormat(image_format.mode, image_format.channels)
+    values = to_numpy(image_format.from_unit(fractions.cpu().float()))
+    pixels = values.astype(np.uint16 if image_format.pil_mode == "I;16" else np.uint8)
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
