@@ -69,20 +69,23 @@ class ImageFormat:
         return cls("array", channels, (0, 1), None)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None, channels: int) -> ImageFormat:
+    def from_config(cls, config: Mapping[str, Any] | None, channels: int, name: str = "image_format") -> ImageFormat:
         """
-        The format of an `image_format` entry of a config, for images of `channels` channels; `None`: `of_channels`.
-        Raises a `ValueError` for an entry that is not a format, or of other channels.
+        The format of the entry `name` of a config, for images of `channels` channels; `None`: `of_channels`. Raises a
+        `ValueError` for an entry that is not a format, or of other channels.
         """
         if config is None:
             return cls.of_channels(channels)
         keys = ("mode", "channels", "value_range", "num_levels")
-        if not isinstance(config, Mapping) or set(config) != set(keys) or len(config["value_range"]) != 2:
-            raise ValueError(f"`image_format` is {config!r}; it must be a dict with the entries {', '.join(keys)}.")
+        if not isinstance(config, Mapping) or set(config) != set(keys) or not _is_pair(config["value_range"]):
+            raise ValueError(
+                f"`{name}` is {config!r}; it must be a dict with the entries {', '.join(keys)}, as by "
+                "`ImageFormat.to_config`."
+            )
         image_format = cls(config["mode"], config["channels"], tuple(config["value_range"]), config["num_levels"])
         if image_format.channels != channels:
             raise ValueError(
-                f"`image_format` has {image_format.channels} channels, but the images of this model have {channels}."
+                f"`{name}` has {image_format.channels} channels, but the images of this model have {channels}."
             )
         return image_format
 
@@ -175,6 +178,10 @@ class ImageFormat:
     def loses_depth_in_pil(self) -> bool:
         """Whether Pillow shows only 8 of more bits: it has no colour images of 16 bits."""
         return self.is_picture and self.value_range[1] > 255 and self.mode != "L"
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)
 
 
 # 3. Sizes
