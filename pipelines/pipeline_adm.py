@@ -42,7 +42,7 @@ from diffusers_adm.conditioning.guidance import (
     check_noise_of_classifier,
     guide,
 )
-from diffusers_adm.conditioning.image_format import MODE_CHANNELS, ImageFormat
+from diffusers_adm.conditioning.image_format import MODE_CHANNELS, ImageFormat, as_size
 from diffusers_adm.conditioning.image_outputs import as_outputs, to_numpy, to_pil
 from diffusers_adm.conditioning.inpainting import sample_channels_of
 from diffusers_adm.conditioning.text import TextCondition, TextConditioning, check_text_encoder, cross_attention_width
@@ -678,8 +678,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     def _size(self, samples: Samples, conditions: list[Condition]) -> tuple[int | None, int | None]:
         """Height and width of the images in pixels: as asked for, or the U-Net's, or that of given images."""
-        sample_size = self.unet.config.sample_size
-        made_for = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size or (None, None)
+        made_for = as_size(self.unet.config.sample_size) or (None, None)
         given = next((condition.image_size for condition in conditions if condition.image_size), (None, None))
 
         def choose(asked: int | None, own: int | None, other: int | None) -> int | None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 
 from .image_format import ImageFormat
 from .image_inputs import read_images
+from .image_outputs import to_pil
 from .low_resolution import downsample, upsample
 
 
@@ -88,20 +89,24 @@ def regions(image: torch.Tensor) -> torch.Tensor:
     return _from_pil(posterised.filter(ImageFilter.ModeFilter(3)).convert("RGB"))
 
 
-def low_resolution(image: torch.Tensor) -> torch.Tensor:
+def low_resolution(image: torch.Tensor, num_levels: int | None = 256) -> torch.Tensor:
     r"""
     Downsamples by `LOW_RESOLUTION_FACTOR` (block means) and upsamples again (bilinearly).
 
     Args:
-        image (`torch.Tensor` of shape `(3, height, width)`): In [0, 1].
+        image (`torch.Tensor` of shape `(channels, height, width)`): In [0, 1].
+        num_levels (`int`, *optional*, defaults to 256): Number of values that the data can have. `None`: continuous.
     """
     height, width = image.shape[1:]
     # Sides that blocks do not divide are padded with their last pixels.
     padding = (0, -width % LOW_RESOLUTION_FACTOR, 0, -height % LOW_RESOLUTION_FACTOR)
     padded = F.pad(image[None], padding, mode="replicate")
+    low_res = (downsample(2 * padded - 1, LOW_RESOLUTION_FACTOR, num_levels) + 1) / 2
+    if num_levels is None:
+        return upsample(low_res, *padded.shape[2:])[0, :, :height, :width]
     # Whole numbers times multiples of 1 / 64 are exact, and so are the halves that are rounded up.
-    low_res = ((downsample(2 * padded - 1, LOW_RESOLUTION_FACTOR) + 1) * 127.5).round()
-    return _from_levels(upsample(low_res, *padded.shape[2:])[0, :, :height, :width])
+    levels = upsample((low_res * (num_levels - 1)).round(), *padded.shape[2:])[0, :, :height, :width]
+    return _from_levels(levels, num_levels)
 
 
 ControlImageKind = Literal["edges", "color_blocks", "regions", "low_resolution"]
@@ -113,39 +118,91 @@ CONDITIONS: dict[ControlImageKind, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@overload
-def make_condition(image: torch.Tensor, kind: ControlImageKind) -> torch.Tensor: ...
-@overload
-def make_condition(image: Image.Image, kind: ControlImageKind) -> Image.Image: ...
-def make_condition(image: torch.Tensor | Image.Image, kind: ControlImageKind) -> torch.Tensor | Image.Image:
-    r"""
-    Makes the control image of an image, in the same size and with 8-bit values.
+# Kinds that look at colours, not at numbers.
+COLOR_KINDS: tuple[ControlImageKind, ...] = ("edges", "color_blocks", "regions")
 
-    It depends only on the 8-bit values of the image: Pillow images, saved or not, and tensors give the same.
 
-    Args:
-        image (`torch.Tensor` of shape `(3, height, width)` or `PIL.Image.Image`): A tensor is float32, in [0, 1], on
-            the CPU; a Pillow image is RGB or grey, without transparency.
-        kind (`str`): One of `CONDITIONS`: "edges", "color_blocks", "regions", "low_resolution".
-
-    Returns:
-        `torch.Tensor` of the same shape, float32, in [0, 1]; for a Pillow image, one of mode RGB.
+def condition_format_of(kind: ControlImageKind, image_format: ImageFormat) -> ImageFormat:
+    """
+    The format of the control images of a kind: that of the images for "low_resolution", 8-bit grey (for images of mode
+    L and LA) or RGB for the other kinds.
 
     Raises:
-        ValueError: For another kind, and images that are not as described.
-        ImportError: For edges without scikit-image.
+        ValueError: For another kind, and for a kind that looks at colours with images that have none.
     """
     if kind not in CONDITIONS:
         raise ValueError(f"`kind` is {kind!r}; it must be one of {', '.join(map(repr, CONDITIONS))}.")
+    if kind not in COLOR_KINDS:
+        return image_format
+    if image_format.mode == "array":
+        raise ValueError(
+            f"Control images of the kind {kind!r} are made from grey or RGB images, but these are {image_format}, "
+            "whose channels are no colours. Use 'low_resolution', which takes any channels, or make the control "
+            "images yourself and train on pairs of images."
+        )
+    return ImageFormat("L", 1) if image_format.mode in ("L", "LA") else ImageFormat("RGB", 3)
+
+
+@overload
+def make_condition(
+    image: torch.Tensor, kind: ControlImageKind, image_format: ImageFormat | None = None
+) -> torch.Tensor: ...
+@overload
+def make_condition(
+    image: Image.Image, kind: ControlImageKind, image_format: ImageFormat | None = None
+) -> Image.Image: ...
+def make_condition(
+    image: torch.Tensor | Image.Image, kind: ControlImageKind, image_format: ImageFormat | None = None
+) -> torch.Tensor | Image.Image:
+    r"""
+    Makes the control image of an image, in the same size and with the values of `condition_format_of`: 8 bits, except
+    for low-resolution images of other data.
+
+    It depends only on the values of the data: Pillow images, saved or not, and tensors give the same.
+
+    Args:
+        image (`torch.Tensor` of shape `(channels, height, width)` or `PIL.Image.Image`): A tensor is float32, in [0,
+            1] (fractions of the value range), on the CPU; a Pillow image is RGB or grey, without transparency, or of
+            the mode of `image_format`.
+        kind (`str`): One of `CONDITIONS`: "edges", "color_blocks", "regions", "low_resolution".
+        image_format (`ImageFormat`, *optional*): Format of the image. `None`: 8-bit RGB. Transparent images are laid on
+            white for the kinds that look at colours.
+
+    Returns:
+        `torch.Tensor` of shape `(channels of the control image, height, width)`, float32, in [0, 1]: 1 for the kinds
+        that look at colours of grey images, 3 for those of RGB images; for low resolution as many as the image has. For
+        a Pillow image a Pillow image.
+
+    Raises:
+        ValueError: For another kind, a kind that looks at colours with data that are none, and images that are not as
+            described.
+        ImportError: For edges without scikit-image.
+    """
+    image_format = ImageFormat("RGB", 3) if image_format is None else image_format
+    condition_format = condition_format_of(kind, image_format)
     if isinstance(image, Image.Image):
-        return _to_pil(CONDITIONS[kind](read_images(image, "image", ImageFormat("RGB", 3))[0]))
-    _check_image(image)
-    return CONDITIONS[kind](image)
+        tensor = read_images(image, "image", image_format)[0]
+    else:
+        _check_image(image, image_format.channels)
+        tensor = image
+    if kind in COLOR_KINDS:
+        condition = CONDITIONS[kind](_on_white(tensor, image_format))[: condition_format.channels]
+    else:
+        condition = low_resolution(tensor, image_format.num_levels)
+    return to_pil(condition[None], condition_format)[0] if isinstance(image, Image.Image) else condition
 
 
-def _check_image(image: torch.Tensor) -> None:
-    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"`image` has shape {tuple(image.shape)}. Pass one image, (3, height, width).")
+def _on_white(image: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
+    """The image as RGB: transparent ones on white."""
+    if image_format.mode in ("LA", "RGBA"):
+        image, alpha = image[:-1], image[-1:]
+        image = alpha * image + 1 - alpha
+    return image.expand(3, -1, -1)
+
+
+def _check_image(image: torch.Tensor, channels: int) -> None:
+    if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape:
+        raise ValueError(f"`image` has shape {tuple(image.shape)}. Pass one image, ({channels}, height, width).")
     if image.dtype != torch.float32 or image.device.type != "cpu":
         raise ValueError(
             f"`image` is {image.dtype} on {image.device}. Pass `image.cpu().float()`; 8-bit values divided by 255."
@@ -160,8 +217,8 @@ def _levels(image: torch.Tensor) -> torch.Tensor:
     return (image * 255).round()
 
 
-def _from_levels(levels: torch.Tensor) -> torch.Tensor:
-    return (levels + 0.5).floor().float() / 255  # halves up, as `downsample`
+def _from_levels(levels: torch.Tensor, num_levels: int = 256) -> torch.Tensor:
+    return (levels + 0.5).floor().float() / (num_levels - 1)  # halves up, as `downsample`
 
 
 def _to_pil(image: torch.Tensor) -> Image.Image:

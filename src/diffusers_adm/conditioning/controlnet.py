@@ -74,13 +74,14 @@ def check_controlnet(controlnet: ControlNet, unet: ModelMixin, scheduler: Schedu
     for i, net in enumerate(nets):
         net.check_base(unet)
         name = f"ControlNet {i} (counted from 0)" if len(nets) > 1 else "`controlnet`"
+        condition_format_of(net)  # checks the entry of its config
         check_same_noise(name, net.config.get("noise_schedule"), scheduler, net)
 
 
 def condition_format_of(controlnet: AdaGNControlNetModel) -> ImageFormat:
     """Format of the images of a ControlNet: that of its config (`condition_format`), or that of its channels."""
     config = controlnet.config
-    return ImageFormat.from_config(config.get("condition_format"), config.conditioning_channels)
+    return ImageFormat.from_config(config.get("condition_format"), config.conditioning_channels, "condition_format")
 
 
 class ControlNetCondition(Condition):

@@ -21,7 +21,7 @@ from ..schedulers.noise_schedules import check_same_noise, unknown_choice
 from ..schedulers.scheduling_ddpm_learned_variance import PredictionType
 from .class_labels import ClassCondition
 from .condition import Condition, Step, check_finite, check_interval, warn_of_interval
-from .image_format import ImageFormat
+from .image_format import ImageFormat, as_size
 
 
 # Multiplies a classifier's log-probability before its gradient is taken, and divides the gradient, which is around 1e-5
@@ -225,7 +225,7 @@ class Guidance:
             )
         check_noise_of_classifier(classifier, scheduler)
         # Most poolings would take another size without an error.
-        if size != (expected := _pair(classifier.config.sample_size)):
+        if size != (expected := as_size(classifier.config.sample_size)):
             raise ValueError(
                 f"{given}, but the classifier was trained on samples of {expected[0]} x {expected[1]}, and `height` "
                 f"and `width` ask for {size[0]} x {size[1]}. Pass its size, or leave it at 0.0."
@@ -301,14 +301,10 @@ class ClassifierGuidance:
         return torch.cat([mean, model_output[:, channels:]], dim=1), {}
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def check_classifier(classifier: ModelMixin, unet_config: Mapping[str, Any]) -> None:
     """Raises a `ValueError` for a classifier of other classes or samples than the U-Net's."""
     sizes = classifier.config.sample_size, unet_config.get("sample_size")
-    if sizes[1] is not None and _pair(sizes[0]) != _pair(sizes[1]):
+    if sizes[1] is not None and as_size(sizes[0]) != as_size(sizes[1]):
         raise ValueError(
             f"`classifier` has `sample_size={sizes[0]}`, but `unet` has `sample_size={sizes[1]}`. Train the classifier "
             "on samples of that size."

@@ -131,6 +131,9 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         noise_schedule (`dict`, *optional*): The noise schedule that it was trained with, as returned by
             `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`; pipelines compare it with that of
             their scheduler. It does not change the network. Empty: trained on clean images. `None`: not known.
+        image_format (`dict`, *optional*): Format of the images that it was trained on, the result of
+            `diffusers_adm.conditioning.image_format.ImageFormat.to_config()`; pipelines compare it with theirs. It does
+            not change the network. `None`: not known.
 
     Raises:
         ValueError: For a combination of arguments that describes no network of this family.
@@ -167,6 +170,7 @@ class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, Con
         time_proj_dim: int | None = None,
         timestep_scale: float = 1.0,
         noise_schedule: dict[str, Any] | None = None,
+        image_format: dict[str, Any] | None = None,
     ):
         super().__init__()
         config, last = self.config, len(block_out_channels) - 1
