@@ -136,8 +136,12 @@ def check_variance(scheduler: SchedulerMixin, unet_config: Mapping[str, Any], ch
             f"{given}, which needs a learned variance, but `unet` predicts none: it has `out_channels={out_channels}` "
             f"for `in_channels={in_channels}`. Make the scheduler with `variance_type='fixed_small'`, or train a model "
             f"with `out_channels={2 * channels}`."
-            # The upsamplers of RGB images.
-            + (" If it is an upsampler, load it with `ADMSuperResolutionPipeline`." if channels == 6 else "")
+            # Half of the channels may be those of the sample, 3 for RGB images.
+            + (
+                " If half of its input channels are those of a low-resolution image, load it with "
+                "`ADMSuperResolutionPipeline`; if they are those of another image, with `ADMImageToImagePipeline`."
+            )
+            * (channels % 2 == 0)
         )
     # Our scheduler, which has this property, refuses what it would have to ignore; others get the mean.
     if out_channels == 2 * channels and not getattr(scheduler, "has_learned_variance", True):
