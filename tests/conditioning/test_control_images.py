@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_adm.conditioning.control_images import CONDITIONS, make_condition
+from diffusers_adm.conditioning.control_images import CONDITIONS, control_image_format, make_condition
+from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm.conditioning.low_resolution import downsample
 
 
 KINDS = list(CONDITIONS)
@@ -289,3 +291,66 @@ class TestBadInput:
     def test_kinds(self):
         with pytest.raises(ValueError, match="`kind` is 'depth'; it must be one of 'edges', 'color_blocks', 'regions'"):
             make_condition(torch.zeros(3, 8, 8), "depth")
+
+
+class TestFormats:
+    """Images that are not 8-bit RGB."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_grey(self, kind):
+        """As the first channel of the same image in colour."""
+        levels = random_levels(12, 20)[..., 0]
+        colour = torch.from_numpy(levels / np.float32(255)).expand(3, -1, -1)
+        for mode, channels in (("L", colour[:1]), ("LA", torch.cat([colour[:1], torch.ones(1, 12, 20)]))):
+            condition = make_condition(channels, kind, ImageFormat(mode, len(channels)))
+            number = len(channels) if kind == "low_resolution" else 1
+            assert condition.shape == (number, 12, 20)
+            torch.testing.assert_close(condition[:1], make_condition(colour, kind)[:1], rtol=0, atol=0)
+        picture = make_condition(Image.fromarray(levels), kind, ImageFormat("L", 1))
+        assert picture.mode == "L"
+        assert np.array_equal(np.asarray(picture), to_levels(make_condition(colour, kind))[..., 0])
+
+    @pytest.mark.parametrize("kind", ["edges", "color_blocks", "regions"])
+    def test_transparency_is_laid_on_white(self, kind):
+        colour = to_tensor(random_levels(8, 16))
+        visible = (torch.arange(16) < 8).expand(1, 8, 16).float()
+        condition = make_condition(torch.cat([colour, visible]), kind, ImageFormat("RGBA", 4))
+        assert torch.equal(condition, make_condition(colour * visible + 1 - visible, kind))
+
+    @pytest.mark.parametrize("kind", ["edges", "color_blocks", "regions"])
+    def test_data_have_no_colours(self, kind):
+        image_format = ImageFormat("array", 5, (0, 10000), 10001)
+        with pytest.raises(ValueError, match=f"'{kind}' are made from grey or RGB .* 5-channel .*'low_resolution'"):
+            make_condition(torch.zeros(5, 8, 8), kind, image_format)
+        with pytest.raises(ValueError, match="are made from grey or RGB images"):
+            control_image_format(kind, image_format)
+
+    @pytest.mark.parametrize("num_levels", [4096, None])
+    def test_low_resolution_of_any_data(self, num_levels):
+        """Means of 4 x 4 pixels, between the values of the data, and bilinear between their centres."""
+        image_format = ImageFormat("array", 5, (0, 4095), num_levels)
+        values = np.random.default_rng(0).integers(0, 4096, (5, 8, 16))
+        image = torch.from_numpy(values).float() / 4095
+        means = values.reshape(5, 2, 4, 4, 4).mean(axis=(2, 4))
+        if num_levels:
+            means = np.floor(means + 0.5)
+        large = torch.nn.functional.interpolate(torch.from_numpy(means)[None], scale_factor=4, mode="bilinear")[0]
+        expected = (large + 0.5).floor() if num_levels else large
+        result = make_condition(image, "low_resolution", image_format)
+        assert control_image_format("low_resolution", image_format) == image_format
+        torch.testing.assert_close(4095 * result.double(), expected, rtol=0, atol=2e-3)
+
+
+class TestDownsampling:
+    @pytest.mark.parametrize("num_levels", [2, 256, 4096, 65536, None])
+    @pytest.mark.parametrize("factor", [1, 2, 32])
+    def test_means_by_brute_force(self, num_levels, factor):
+        levels = np.random.default_rng(0).integers(0, num_levels or 1000, (1, 2, 32, 64))
+        half = ((num_levels or 1000) - 1) / 2
+        means = levels.reshape(1, 2, 32 // factor, factor, 64 // factor, factor).mean(axis=(3, 5))
+        if num_levels is not None:
+            means = np.floor(means + 0.5)
+        images = torch.from_numpy(levels / half - 1).float()
+        result = (downsample(images, factor, num_levels).double() + 1) * half
+        assert downsample(images, factor, num_levels).dtype == torch.float32
+        torch.testing.assert_close(result, torch.from_numpy(means), rtol=0, atol=1e-6 * half)

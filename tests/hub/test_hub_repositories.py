@@ -29,6 +29,7 @@ from diffusers_adm import (
     ADMSuperResolutionPipeline,
     LearnedVarianceDDPMScheduler,
 )
+from diffusers_adm.conditioning.image_format import ImageFormat
 
 
 NONE = dict.fromkeys(("vae", "text_encoder", "tokenizer", "classifier"))
@@ -43,6 +44,7 @@ CALLS = {
     "upscale": CONDITIONED | {"image": SMALL},
     "control": CONDITIONED | {"image": IMAGE},
     "controls": CONDITIONED | {"image": [IMAGE, IMAGE]},
+    "field": {"num_inference_steps": 2, "output_type": "pt"},
 }
 SHARED = """
 import os, sys, torch
@@ -83,6 +85,10 @@ def make_pipelines() -> dict[str, ADMPipeline]:
         "upscale": ADMSuperResolutionPipeline(**common | {"unet": upsampler}),
         "control": ADMControlNetPipeline(**common, controlnet=nets[0]),
         "controls": ADMControlNetPipeline(**common, controlnet=nets),
+        "field": ADMPipeline(
+            **common | {"unet": random_unet(in_channels=2, out_channels=4)},
+            image_format=ImageFormat("array", 2, (-300.5, 40), None),
+        ),
     }
 
 
