@@ -15,7 +15,7 @@ import torch
 
 ImageMode = Literal["L", "LA", "RGB", "RGBA", "array"]
 # Channels of the modes whose channels have a meaning to a viewer, as in Pillow. "array" has any number of them.
-MODE_CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
+MODE_CHANNELS: dict[ImageMode, int] = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 # float32 holds so many levels exactly in [-1, 1], with digits to spare.
 MAX_LEVELS = 2**16
 Size = int | Sequence[int]
