@@ -501,7 +501,7 @@ class TestSaveAndLoad:
 
     def test_no_component_of_the_constructor_has_a_default(self):
         parameters = inspect.signature(ADMPipeline.__init__).parameters.values()
-        assert [p.name for p in parameters if p.default is not p.empty] == ["id2label"]  # which is no component
+        assert [p.name for p in parameters if p.default is not p.empty] == ["id2label", "image_format"]  # no components
 
     def test_from_pipe(self, conditional_pipe):
         again = ADMPipeline.from_pipe(conditional_pipe)
