@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_adm.conditioning.control_images import CONDITIONS, control_image_format, make_condition
+from diffusers_adm.conditioning.control_images import CONDITIONS, condition_format_of, make_condition
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.low_resolution import downsample
 
@@ -323,7 +323,7 @@ class TestFormats:
         with pytest.raises(ValueError, match=f"'{kind}' are made from grey or RGB .* 5-channel .*'low_resolution'"):
             make_condition(torch.zeros(5, 8, 8), kind, image_format)
         with pytest.raises(ValueError, match="are made from grey or RGB images"):
-            control_image_format(kind, image_format)
+            condition_format_of(kind, image_format)
 
     @pytest.mark.parametrize("num_levels", [4096, None])
     def test_low_resolution_of_any_data(self, num_levels):
@@ -337,7 +337,7 @@ class TestFormats:
         large = torch.nn.functional.interpolate(torch.from_numpy(means)[None], scale_factor=4, mode="bilinear")[0]
         expected = (large + 0.5).floor() if num_levels else large
         result = make_condition(image, "low_resolution", image_format)
-        assert control_image_format("low_resolution", image_format) == image_format
+        assert condition_format_of("low_resolution", image_format) == image_format
         torch.testing.assert_close(4095 * result.double(), expected, rtol=0, atol=2e-3)
 
 

@@ -122,7 +122,7 @@ CONDITIONS: dict[ControlImageKind, Callable[[torch.Tensor], torch.Tensor]] = {
 COLOR_KINDS: tuple[ControlImageKind, ...] = ("edges", "color_blocks", "regions")
 
 
-def control_image_format(kind: ControlImageKind, image_format: ImageFormat) -> ImageFormat:
+def condition_format_of(kind: ControlImageKind, image_format: ImageFormat) -> ImageFormat:
     """
     The format of the control images of a kind: that of the images for "low_resolution", 8-bit grey (for images of mode
     L and LA) or RGB for the other kinds.
@@ -155,7 +155,7 @@ def make_condition(
     image: torch.Tensor | Image.Image, kind: ControlImageKind, image_format: ImageFormat | None = None
 ) -> torch.Tensor | Image.Image:
     r"""
-    Makes the control image of an image, in the same size and with the values of `control_image_format`: 8 bits, except
+    Makes the control image of an image, in the same size and with the values of `condition_format_of`: 8 bits, except
     for low-resolution images of other data.
 
     It depends only on the values of the data: Pillow images, saved or not, and tensors give the same.
@@ -179,7 +179,7 @@ def make_condition(
         ImportError: For edges without scikit-image.
     """
     image_format = ImageFormat("RGB", 3) if image_format is None else image_format
-    condition_format = control_image_format(kind, image_format)
+    condition_format = condition_format_of(kind, image_format)
     if isinstance(image, Image.Image):
         tensor = read_images(image, "image", image_format)[0]
     else:

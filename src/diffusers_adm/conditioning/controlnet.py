@@ -74,11 +74,11 @@ def check_controlnet(controlnet: ControlNet, unet: ModelMixin, scheduler: Schedu
     for i, net in enumerate(nets):
         net.check_base(unet)
         name = f"ControlNet {i} (counted from 0)" if len(nets) > 1 else "`controlnet`"
-        condition_format_of(net)  # checks the entry of its config
+        controlnet_format_of(net)  # checks the entry of its config
         check_same_noise(name, net.config.get("noise_schedule"), scheduler, net)
 
 
-def condition_format_of(controlnet: AdaGNControlNetModel) -> ImageFormat:
+def controlnet_format_of(controlnet: AdaGNControlNetModel) -> ImageFormat:
     """Format of the images of a ControlNet: that of its config (`condition_format`), or that of its channels."""
     config = controlnet.config
     return ImageFormat.from_config(config.get("condition_format"), config.conditioning_channels, "condition_format")
@@ -131,7 +131,7 @@ class ControlNetCondition(Condition):
             )
         entries = self._one_for_each(image, self.argument) if self.is_multiple else [image]
         self.images = [
-            read_control_images(entry, self._name(i), condition_format_of(net))
+            read_control_images(entry, self._name(i), controlnet_format_of(net))
             for i, (entry, net) in enumerate(zip(entries, self.nets, strict=True))
         ]
         self.image_size = tuple(self.images[0].shape[2:])
