@@ -27,6 +27,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
 from .diffusion_process import Coefficient, Coefficients, DDIMCoefficients, DiffusionProcess, Timesteps
+from .gaussians import discretized_gaussian_log_likelihood, normal_kl
 from .noise_schedules import (
     BETA_SCHEDULE_ALIASES,
     NOISE_SCHEDULE_KEYS,
@@ -56,45 +57,6 @@ VARIANCE_TYPE_HINTS = {
 # default. For these, that would be another process: the default betas of some diffusers schedulers are Stable
 # Diffusion's.
 PROCESS_KEYS = (*NOISE_SCHEDULE_KEYS, "variance_type", "prediction_type")
-# Smaller probabilities are raised to this one before the logarithm, as in the papers' code.
-MIN_PROBABILITY = 1e-12
-
-
-def normal_kl(
-    mean1: torch.Tensor, log_variance1: torch.Tensor, mean2: torch.Tensor, log_variance2: torch.Tensor
-) -> torch.Tensor:
-    """KL(N(mean1, e^log_variance1) || N(mean2, e^log_variance2)) elementwise, in nats."""
-    # In the order of the papers' code: if both are nearly the same, the order decides the last digits.
-    return 0.5 * (
-        -1.0
-        + log_variance2
-        - log_variance1
-        + torch.exp(log_variance1 - log_variance2)
-        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    )
-
-
-def discretized_gaussian_log_likelihood(
-    samples: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor
-) -> torch.Tensor:
-    r"""
-    Log-probability in nats of 8-bit images under a Gaussian that is integrated over 256 bins (DDPM, eq. 13).
-
-    Args:
-        samples (`torch.Tensor`): 8-bit values scaled to [-1, 1]: `2 * k / 255 - 1`. The outer bins extend to infinity.
-        mean, log_std (`torch.Tensor`): Parameters of the Gaussian, of the shape of `samples`.
-    """
-
-    def cdf(x: torch.Tensor) -> torch.Tensor:
-        # The tanh approximation (error below 2e-4) of the papers' code, with which their bits are reported.
-        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
-
-    centered, inverse_std = samples - mean, torch.exp(-log_std)
-    cdf_plus = cdf(inverse_std * (centered + 1.0 / 255.0))
-    cdf_minus = cdf(inverse_std * (centered - 1.0 / 255.0))
-    probability = torch.where(samples < -0.999, cdf_plus, cdf_plus - cdf_minus)
-    probability = torch.where(samples > 0.999, 1.0 - cdf_minus, probability)
-    return torch.log(probability.clamp(min=MIN_PROBABILITY))
 
 
 def check_floating_point(**samples: torch.Tensor | None) -> None:
@@ -619,6 +581,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         *,
         clip_sample: bool | None = None,
         timestep_respacing: Respacing | None = None,
+        num_levels: int | None = 256,
     ) -> torch.Tensor:
         r"""
         The term of the bound at `timesteps` (Improved DDPM, eqs. 4 to 7): KL(q(x_{t-1} | x_t, x_0) ||
@@ -626,12 +589,14 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, channels or 2 * channels, ...)`): Output of the network.
-            original_samples (`torch.Tensor` of shape `(batch_size, channels, ...)`): x_0: 8-bit values scaled to
-                [-1, 1].
+            original_samples (`torch.Tensor` of shape `(batch_size, channels, ...)`): x_0: values on `num_levels` levels
+                scaled to [-1, 1].
             noisy_samples (`torch.Tensor` of that shape): x_t.
             timesteps (`int` or `torch.LongTensor` of shape `(batch_size,)`): Training timesteps.
             clip_sample (`bool`, *optional*): As in `predicted_distribution`.
             timestep_respacing (`str`, `int` or list of `int`, *optional*): As in `posterior_distribution`.
+            num_levels (`int`, *optional*, defaults to 256): Number of levels of the data: 256 for 8 bits. `None`: they
+                are continuous; the first term is then -log *density* of the scaled values, and may be negative.
 
         Returns:
             `torch.Tensor` of shape `(batch_size,)`: In *bits per dimension*, at least float32. The sum over all
@@ -648,7 +613,7 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         )
         kl = mean_per_example(normal_kl(true_mean, true_log_variance, mean, log_variance))
         decoder = -mean_per_example(
-            discretized_gaussian_log_likelihood(original_samples.to(mean.dtype), mean, 0.5 * log_variance)
+            discretized_gaussian_log_likelihood(original_samples.to(mean.dtype), mean, 0.5 * log_variance, num_levels)
         )
         first = int(process.timesteps[0])
         if isinstance(timesteps, int):

@@ -77,6 +77,7 @@ def training_losses(
     snr_gamma: float | None = None,
     extra_channels: torch.Tensor | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    num_levels: int | None = 256,
 ) -> TrainingLosses:
     r"""
     Adds noise to `original_samples`, runs the network once and computes the loss of each example.
@@ -88,7 +89,8 @@ def training_losses(
             or a tensor.
         scheduler ([`LearnedVarianceDDPMScheduler`]): The diffusion process; `set_timesteps` has no effect here.
         original_samples (`torch.Tensor` of shape `(batch_size, channels, ...)`): x_0, floating point. For the bound:
-            8-bit values scaled to [-1, 1]. A warning is logged once for images that seem to be in [0, 1] or [0, 255].
+            values on `num_levels` levels scaled to [-1, 1]. A warning is logged once for images that seem to be in
+            [0, 1] or [0, 255].
         timesteps (`torch.LongTensor` of shape `(batch_size,)`): In `[0, num_train_timesteps)`; 0 is one step of noise.
         noise (`torch.Tensor`, *optional*): Standard normal noise of the shape of `original_samples`; drawn by default.
         objective (`str`, defaults to `"hybrid"`): `"simple"`: squared error only. `"hybrid"`: squared error + T/1000
@@ -98,6 +100,8 @@ def training_losses(
         extra_channels (`torch.Tensor` of shape `(batch_size, extra, ...)`, *optional*): Input channels without noise
             that follow the noisy samples: e.g. a low-resolution image, or a masked image and its mask.
         model_kwargs (`dict`, *optional*): Further arguments of the model, e.g. `class_labels`.
+        num_levels (`int`, *optional*, defaults to 256): Number of levels of the data, for the bound: 256 for 8 bits.
+            `None`: they are continuous; see [`~LearnedVarianceDDPMScheduler.variational_bound`].
 
     Returns:
         [`TrainingLosses`]: Values per example, to be weighted and averaged by the caller.
@@ -141,7 +145,9 @@ def training_losses(
     if objective != "vlb":
         # The bound must not move the mean: its gradient there is as noisy as L_vlb's, which L_simple was made to avoid.
         model_output = torch.cat([prediction.detach(), variance_output], dim=1)
-    vb = scheduler.variational_bound(model_output, original_samples, noisy_samples, timesteps, clip_sample=False)
+    vb = scheduler.variational_bound(
+        model_output, original_samples, noisy_samples, timesteps, clip_sample=False, num_levels=num_levels
+    )
     num_timesteps = scheduler.config.num_train_timesteps
     vb = vb * {"hybrid": num_timesteps / HYBRID_VB_DIVISOR, "hybrid_unscaled": 1, "vlb": num_timesteps}[objective]
     if objective == "vlb":

@@ -26,6 +26,7 @@ from ...data.labels import UNLABELLED
 from ...data.seeding import derive_seed
 from ...models.input_checks import check_class_labels
 from ...ops.finiteness import explain_not_finite, not_finite
+from ...schedulers.gaussians import check_num_levels
 from ...schedulers.scheduling_ddpm_learned_variance import (
     LearnedVarianceDDPMScheduler,
     mean_per_example,
@@ -36,7 +37,7 @@ from ..common import choose, make_bar
 
 logger = logging.getLogger(__name__)
 
-# How far a value may be from its 8-bit level without a warning, in levels.
+# How far a value may be from its level without a warning, in levels.
 LEVEL_TOLERANCE = 0.01
 # Plot: up to so many timesteps each has a marker; and the range of the logarithmic axes.
 MAX_MARKERS = 60
@@ -153,7 +154,7 @@ class BitsPerDim:
         left.plot(steps[-1:], [self.prior.mean().item()], "s", label="prior")
         for axes, values in ((left, self.terms), (right, torch.cat([self.x0_mse, self.epsilon_mse], dim=1))):
             largest = values.mean(dim=0).max().item()
-            if largest > 0:
+            if largest > 0 and (axes is not left or self.decoder.mean() >= 0):  # the logarithm of a density may be
                 axes.set_yscale("log", nonpositive="clip")
                 # The cosine schedule ends at 1e-9, which would compress the rest.
                 axes.set_ylim(bottom=max(axes.get_ylim()[0], largest / SHOWN_RANGE))
@@ -188,6 +189,7 @@ def bits_per_dim(
     seed: int = 0,
     accelerator: Accelerator | None = None,
     progress_bar: bool = True,
+    num_levels: int | None = 256,
 ) -> BitsPerDim:
     r"""
     Evaluates the variational bound with one sample of x_t per image and timestep (Improved DDPM, eqs. 4 to 7).
@@ -200,8 +202,8 @@ def bits_per_dim(
         unet: Called as `unet(noisy_samples, timesteps)`, with `class_labels=` if it has classes; returns an output with
             `.sample`, a tuple, or a tensor. A module is in eval mode meanwhile.
         scheduler ([`LearnedVarianceDDPMScheduler`], or a scheduler of diffusers with a compatible config): The process.
-        data: x_0: 8-bit values scaled to [-1, 1], `2 * k / 255 - 1`. Either a sequence of examples, such as an
-            `ImageDataset` or a tensor `(N, channels, height, width)`; or an iterable of batches, such as a `DataLoader`
+        data: x_0: values on `num_levels` levels scaled to [-1, 1], for 8 bits `2 * k / 255 - 1`. Either a sequence of
+            examples, such as an `ImageDataset` or a tensor `(N, channels, height, width)`; or an iterable of batches, such as a `DataLoader`
             (which must not be prepared: every process reads it completely). An example or batch is a tensor, a pair of
             images and labels, or a dict of `images` and `class_labels`. Labels are ignored by a network without
             classes; -1 is the null class, and so are missing labels.
@@ -215,6 +217,10 @@ def bits_per_dim(
         accelerator (`accelerate.Accelerator`, *optional*): Shares the images between its processes, and runs the
             network in its precision. Every process must call this function; each gets the whole result.
         progress_bar (`bool`, defaults to `True`): Show a progress bar in the main process.
+        num_levels (`int`, *optional*, defaults to 256): Number of levels of the data: 256 for 8 bits, 65536 for 16.
+            `None`: they are continuous, and the result is a *differential* bound, of -log2 of the density of the scaled
+            values. It can be negative, depends on their unit (in that of values v times as large it is log2(v)
+            higher), and cannot be compared with bits of levels.
 
     Returns:
         [`BitsPerDim`]: Per image, in the order of the data.
@@ -224,6 +230,7 @@ def bits_per_dim(
         RuntimeError: If a term is not finite.
     """
     # 1. check
+    check_num_levels(num_levels)
     for name, value in (("batch_size", batch_size), ("num_images", num_images)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
@@ -261,7 +268,7 @@ def bits_per_dim(
         while chunk := list(itertools.islice(examples, batch_size)):
             indices, images_of_chunk, labels = zip(*chunk, strict=True)
             images = torch.stack(images_of_chunk)
-            _check_images(images, first=indices[0], warn=rank == 0 and num_done == 0)
+            _check_images(images, num_levels, first=indices[0], warn=rank == 0 and num_done == 0)
             class_labels = _class_labels(unet, labels)
             originals = images.to(device, torch.promote_types(images.dtype, torch.float32))
             if class_labels is not None:
@@ -285,7 +292,7 @@ def bits_per_dim(
                     model_output = model_output[0]  # a tuple, or an output class, whose first entry is `.sample`
                 model_output = model_output.to(x_t.dtype)
                 options = {"clip_sample": clip_sample, "timestep_respacing": timestep_respacing}
-                terms.append(scheduler.variational_bound(model_output, x_0, x_t, t, **options))
+                terms.append(scheduler.variational_bound(model_output, x_0, x_t, t, num_levels=num_levels, **options))
                 _, _, pred_x_0 = scheduler.predicted_distribution(model_output, t, x_t, **options)
                 x0_mse.append(mean_per_example((pred_x_0 - x_0) ** 2))
                 bar.update(stop - start)
@@ -383,18 +390,21 @@ def _images_and_labels(item: Any, ndim: int) -> tuple[torch.Tensor, Any]:
     return images, labels
 
 
-def _check_images(images: torch.Tensor, first: int, warn: bool) -> None:
+def _check_images(images: torch.Tensor, num_levels: int | None, first: int, warn: bool) -> None:
+    values = "values" if num_levels is None else "8-bit values" if num_levels == 256 else f"{num_levels} levels"
     if not (images.abs() <= 1).all():  # also for NaN
         low, high = images.min().item(), images.max().item()
         raise ValueError(
             f"Images from number {first} on hold values from {low:.6g} to {high:.6g}, but the bound is defined for "
-            "8-bit values scaled to [-1, 1]. Pass `images / 127.5 - 1` for 0..255, `2 * images - 1` for [0, 1]."
+            f"{values} scaled to [-1, 1]. Pass `images / 127.5 - 1` for 0..255, `2 * images - 1` for [0, 1]."
         )
-    levels = (images.double() + 1) * 127.5
-    if warn and (levels - levels.round()).abs().max() > LEVEL_TOLERANCE:
+    if num_levels is None or not warn:
+        return
+    levels = (images.double() + 1) * ((num_levels - 1) / 2)
+    if (levels - levels.round()).abs().max() > LEVEL_TOLERANCE:
         logger.warning(
-            "The images are not on the 256 levels 2 * k / 255 - 1. The bound is that of 8-bit values; for other values "
-            "it is not comparable."
+            f"The images are not on the {num_levels} levels 2 * k / {num_levels - 1} - 1. The bound is that of "
+            f"{values}; for other values it is not comparable."
         )
 
 
