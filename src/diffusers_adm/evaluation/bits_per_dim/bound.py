@@ -203,10 +203,10 @@ def bits_per_dim(
             `.sample`, a tuple, or a tensor. A module is in eval mode meanwhile.
         scheduler ([`LearnedVarianceDDPMScheduler`], or a scheduler of diffusers with a compatible config): The process.
         data: x_0: values on `num_levels` levels scaled to [-1, 1], for 8 bits `2 * k / 255 - 1`. Either a sequence of
-            examples, such as an `ImageDataset` or a tensor `(N, channels, height, width)`; or an iterable of batches, such as a `DataLoader`
-            (which must not be prepared: every process reads it completely). An example or batch is a tensor, a pair of
-            images and labels, or a dict of `images` and `class_labels`. Labels are ignored by a network without
-            classes; -1 is the null class, and so are missing labels.
+            examples, such as an `ImageDataset` or a tensor `(N, channels, height, width)`; or an iterable of batches,
+            such as a `DataLoader` (which must not be prepared: every process reads it completely). An example or batch
+            is a tensor, a pair of images and labels, or a dict of `images` and `class_labels`. Labels are ignored by a
+            network without classes; -1 is the null class, and so are missing labels.
         batch_size (`int`, defaults to 64): Noisy images per forward pass and process. Timesteps of one image share
             a pass, so a few images suffice to fill it.
         timestep_respacing (`str`, `int` or list of `int`, *optional*): For fewer steps; see [`respaced_timesteps`].
