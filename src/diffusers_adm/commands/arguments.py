@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -28,7 +28,7 @@ HUB_TOKEN = re.compile(r"[\w.|-]+", re.ASCII)
 
 
 def arg(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a dataclass of arguments, with its help text and further metadata."""
+    """A field of a dataclass of arguments, with its help text and further metadata; see [`parse_args`] for `parse`."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -47,7 +47,8 @@ def parse_args(
     Fills dataclasses from `--config recipe.yaml` and the command line.
 
     Every field is an argument of the same name. Its type is `str`, `int`, `float`, `bool`, a `Literal` of strings, a
-    list of one of these, or one of these `| None`. A boolean `flag` is given as `--flag` or `--flag false`, and as
+    list of one of these, or one of these `| None`; or any type, with a function `parse=` in its metadata (see `arg`)
+    that converts one word, or raises a `ValueError`. A boolean `flag` is given as `--flag` or `--flag false`, and as
     `--no_flag` if it is True by default. `none` stands for None where a field is optional.
 
     A recipe is a flat mapping from field names to values, required ones included. A value in a recipe means what the
@@ -119,9 +120,12 @@ class _Argument:
     def __init__(self, field: dataclasses.Field, hint: Any):
         self.name, self.help = field.name, field.metadata.get("help", "")
         self.default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        self.parse: Callable[[str], Any] | None = field.metadata.get("parse")
         self.is_optional = type(None) in get_args(hint)
         if self.is_optional:
-            (hint,) = (option for option in get_args(hint) if option is not type(None))
+            hint, *others = (option for option in get_args(hint) if option is not type(None))
+            if others and self.parse is None:
+                raise TypeError(f"The field {self.name} has several types; it needs a `parse`.")
         self.is_list = get_origin(hint) is list
         self.kind = get_args(hint)[0] if self.is_list else hint
         self.choices = get_args(self.kind) if get_origin(self.kind) is Literal else ()
@@ -135,6 +139,11 @@ class _Argument:
                 choices = ", ".join(map(repr, self.choices))
                 raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {choices})")
             return text
+        if self.parse is not None:
+            try:
+                return self.parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from error
         try:
             return BOOLEAN_WORDS[text.lower()] if self.kind is bool else self.kind(text)
         except (KeyError, ValueError) as error:
