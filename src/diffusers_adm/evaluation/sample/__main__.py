@@ -75,7 +75,11 @@ class Arguments:
     model: str = field(metadata={"help": "Pipeline, on the Hub or in a folder."})
     num_images: int = field(metadata={"help": "Number of images, over all processes."})
     output_dir: str = field(metadata={"help": "Folder for the images; that of an interrupted run to continue it."})
-    output_format: OutputFormat = arg("png", "Single files, or samples.npz as expected by guided-diffusion's scripts.")
+    output_format: OutputFormat | None = arg(
+        None,
+        "Single files, or samples.npz as expected by guided-diffusion's scripts, of values of the data that the model "
+        "was trained on. None: png for grey of 8 or 16 bits and colours of 8, tiff for other images.",
+    )
     seed: int = arg(0, "Random seed of the noise.")
     batch_size: int = arg(32, "Images per process and batch.")
 

@@ -24,19 +24,20 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ...commands.errors import CommandError
+from ...conditioning.image_format import ImageFormat, ImageMode
 from ...data.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
 from ...data.seeding import derive_seed
 from ...models.config_checks import check_choice
 from ...ops.finiteness import explain_not_finite, not_finite
 from ...pipelines.pipeline_adm import PIL_OUTPUT_MODES
-from ..common import make_bar, versions
+from ..common import make_bar, require, versions
 
 
-OutputFormat = Literal["png", "npz"]
+OutputFormat = Literal["png", "tiff", "npz"]
 
 # Files next to the images: settings, labels, and all images in one file.
 SETTINGS_NAME, METADATA_NAME, NPZ_NAME = "sampling.json", "metadata.jsonl", "samples.npz"
-IMAGE_NAME = re.compile(r"(\d{6,})\.(png|npy)")  # .npy: before they are packed, for channels that PNG lacks
+IMAGE_NAME = re.compile(r"(\d{6,})\.(png|tiff|npy)")  # .npy: before they are packed, for what PNG does not hold
 # Prefix of unfinished files; hidden from readers of the folder.
 WRITING_PREFIX = ".writing-"
 # Arguments of the pipeline that are not settings of a run: made for each batch, or without effect on the images.
@@ -57,7 +58,7 @@ def sample_images(
     prompts: Sequence[str] | None = None,
     batch_size: int = 32,
     seed: int = 0,
-    output_format: OutputFormat = "png",
+    output_format: OutputFormat | None = None,
     pipeline_options: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     progress_bar: bool = True,
@@ -79,9 +80,12 @@ def sample_images(
         prompts (sequence of `str`, *optional*): Image i is generated for `prompts[i % len(prompts)]`.
         batch_size (`int`, defaults to 32): Images per process and batch.
         seed (`int`, defaults to 0): Random seed of the noise.
-        output_format (`str`, defaults to `"png"`): `"npz"`: at the end the images are moved into `samples.npz`, as
-            expected by guided-diffusion's scripts (`arr_0`: uint8 of shape `(num_images, height, width, channels)`,
-            with any number of channels; `arr_1`: the class labels, if any).
+        output_format (`str`, *optional*): `"png"`: grey of 8 or 16 bits, colours of 8; `"tiff"`: any image, written by
+            `tifffile`; `"npz"`: any image; at the end they are moved into `samples.npz`, as expected by
+            guided-diffusion's scripts (`arr_0` of shape `(num_images, height, width, channels)`; `arr_1`: the class
+            labels, if any). `None`: `"png"` if that holds images of the pipeline's format, else `"tiff"`. Files hold
+            values of the data (`pipe.image_format`) in its dtype; those of a pipeline whose config has no format are
+            8-bit.
         pipeline_options (mapping, *optional*): Further arguments of the pipeline's call, the same for all images; plain
             values.
         accelerator (`accelerate.Accelerator`, *optional*): Shares the images between its processes, and runs the
@@ -93,14 +97,19 @@ def sample_images(
 
     Raises:
         ValueError: If the folder holds images of other settings (the message lists the differences) or more than
-            `num_images`; for arguments out of range, and images of other than 1, 3 or 4 channels as PNG files.
+            `num_images`; for arguments out of range, and an output format that cannot hold the images.
+        ImportError: For TIFF files without `tifffile`.
         TypeError: For `pipeline_options` that are not plain values.
         OSError: If the folder cannot be created, read or written; in all processes, if it is so in the first.
         RuntimeError: If an image holds a value that is not a number.
     """
     # 1. check
     options = dict(pipeline_options or {})
-    _check_arguments(pipe, num_images, class_labels, prompts, batch_size, output_format, options)
+    image_format = _recorded_format(pipe)
+    output_format = _settle_output_format(output_format, image_format)
+    _check_arguments(pipe, num_images, class_labels, prompts, batch_size, options)
+    if image_format is None and getattr(pipe, "image_channels", None) is not None:
+        _check_channels(pipe.image_channels, output_format)
     conditions: dict[str, list[Any]] = {}
     if class_labels is not None:
         conditions["class_labels"] = [int(label) for label in class_labels]
@@ -122,6 +131,7 @@ def sample_images(
                 "class_labels": conditions.get("class_labels"),
                 "prompts": conditions.get("prompt"),
                 "mixed_precision": "no" if accelerator is None else accelerator.mixed_precision,
+                "image_format": None if image_format is None else image_format.to_config(),
                 **_pipeline_settings(pipe, options),
             }
             # As read back from the file, where tuples are lists.
@@ -145,20 +155,21 @@ def sample_images(
             inputs = inputs or {"batch_size": len(indices)}
             generators = [torch.Generator().manual_seed(derive_seed(seed, "sample", i)) for i in indices]
             with autocast():
-                # (B, H, W, C) in [0, 1]
+                # (B, H, W, C) in [0, 1]; values of the data for formats that are no pictures
                 images = pipe(**inputs, **options, generator=generators, output_type="np").images
                 bad = not_finite(torch.from_numpy(images))
                 if bad:
                     reason = explain_not_finite(_networks(pipe))
                     raise CommandError(f"Image {indices[bad[0]]} holds values that are not finite. {reason}", 1)
-            _check_channels(images.shape[-1], output_format)  # of pipelines without `image_channels`
+            if image_format is None:
+                _check_channels(images.shape[-1], output_format)  # of pipelines without `image_channels`
             if start == 0:
                 # Only now: settings that the pipeline refuses leave nothing behind.
                 (folder / METADATA_NAME).unlink(missing_ok=True)  # of the smaller set
                 with _writing(folder / SETTINGS_NAME, suffix=f".{rank}") as file:
                     file.write(record)
-            for index, pixels in zip(indices, (images * 255).round().astype(np.uint8), strict=True):
-                _write_image(folder, index, pixels)
+            for index, pixels in zip(indices, _to_pixels(images, image_format), strict=True):
+                _write_image(folder, index, pixels, output_format, image_format)
             bar.update(len(indices))
 
     # 4. files about all images
@@ -167,7 +178,7 @@ def sample_images(
     if rank == 0 and output_format == "npz":
         _pack(folder, num_images, conditions.get("class_labels"))
     elif rank == 0 and conditions:
-        _write_metadata(folder, num_images, conditions, getattr(pipe, "id2label", None))
+        _write_metadata(folder, num_images, output_format, conditions, getattr(pipe, "id2label", None))
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return folder / NPZ_NAME if output_format == "npz" else folder
@@ -179,7 +190,6 @@ def _check_arguments(
     class_labels: Sequence[int] | None,
     prompts: Sequence[str] | None,
     batch_size: int,
-    output_format: str,
     options: Mapping[str, Any],
 ) -> None:
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
@@ -188,9 +198,6 @@ def _check_arguments(
     for name, values in (("class_labels", class_labels), ("prompts", prompts)):
         if values is not None and (isinstance(values, str) or len(values) == 0):
             raise ValueError(f"`{name}` is {values!r}; pass a list of at least one, or None.")
-    check_choice("output_format", output_format, get_args(OutputFormat))
-    if getattr(pipe, "image_channels", None) is not None:
-        _check_channels(pipe.image_channels, output_format)
     tensors = [name for name, value in options.items() if torch.is_tensor(value)]
     if tensors:
         raise ValueError(f"`{tensors[0]}` is a tensor; `pipeline_options` are plain values, the same for all images.")
@@ -201,6 +208,30 @@ def _check_arguments(
     if wrong:
         reason = "it is made for each batch" if wrong[0] in options and wrong[0] in RESERVED else "it does not take it"
         raise ValueError(f"`{wrong[0]}` cannot be passed on to a {type(pipe).__name__}: {reason}.")
+
+
+def _recorded_format(pipe: Any) -> ImageFormat | None:
+    """The format in the pipeline's config; `None` if there is none: images in [0, 1], to be written as 8 bits."""
+    if pipe.config.get("image_format") is None:
+        return None
+    return pipe.image_format
+
+
+def _settle_output_format(output_format: OutputFormat | None, image_format: ImageFormat | None) -> OutputFormat:
+    """The format of the files; a `ValueError` if they cannot hold the images."""
+    why_no_png = None
+    if image_format is not None and image_format.loses_depth_in_pil:
+        why_no_png = f"the images are {image_format}, and colours have 8 bits in the PNG files that Pillow writes"
+    elif image_format is not None:
+        why_no_png = image_format.why_no_pil
+    if output_format is None:
+        output_format = "png" if why_no_png is None else "tiff"
+    check_choice("output_format", output_format, get_args(OutputFormat))
+    if output_format == "png" and why_no_png is not None:
+        raise ValueError(f"`output_format` is 'png', but {why_no_png}. Use 'tiff' or 'npz'.")
+    if output_format == "tiff":
+        require("tifffile")
+    return output_format
 
 
 def _check_channels(channels: int, output_format: str) -> None:
@@ -318,22 +349,50 @@ def _bar_of_steps(pipe: Any, show: bool) -> Iterator[None]:
 # 3. Files
 
 
-def _image_name(index: int) -> str:
-    return f"{index:06d}.png"
+def _image_name(index: int, suffix: str = "png") -> str:
+    return f"{index:06d}.{suffix}"
 
 
-def _write_image(folder: Path, index: int, pixels: np.ndarray) -> None:
+def _to_pixels(images: np.ndarray, image_format: ImageFormat | None) -> np.ndarray:
+    """Images of the pipeline's output "np" as values of the data, in the dtype of their format."""
+    if image_format is None:
+        return (images * 255).round().astype(np.uint8)
+    values = torch.from_numpy(images)
+    values = image_format.from_unit(values) if image_format.is_picture else values
+    return (values.round() if image_format.dtype.kind in "iu" else values).numpy().astype(image_format.dtype)
+
+
+def _write_image(
+    folder: Path, index: int, pixels: np.ndarray, output_format: OutputFormat, image_format: ImageFormat | None
+) -> None:
     path = folder / _image_name(index)
-    if pixels.shape[-1] in PIL_OUTPUT_MODES:
+    grey = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    if output_format == "tiff":
+        mode = image_format.mode if image_format is not None else "RGB" if pixels.shape[-1] == 3 else "array"
+        with _writing(folder / _image_name(index, "tiff")) as file:
+            _write_tiff(file, grey, mode)
+    elif output_format == "png" or (pixels.dtype == np.uint8 and pixels.shape[-1] in PIL_OUTPUT_MODES):
         with _writing(path) as file:
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="png")
+            Image.fromarray(grey).save(file, format="png")
     else:
         with _writing(path.with_suffix(".npy")) as file:
             np.save(file, pixels)
 
 
+def _write_tiff(file: BinaryIO, pixels: np.ndarray, mode: ImageMode) -> None:
+    """Writes `(height, width)` or `(height, width, channels)`: the channels of a pixel together, as in most files."""
+    import tifffile  # of the extra `eval`
+
+    options: dict[str, Any] = {"photometric": "rgb" if mode in ("RGB", "RGBA") else "minisblack", "metadata": None}
+    if pixels.ndim == 3:
+        options["planarconfig"] = "contig"
+    if mode in ("LA", "RGBA"):
+        options["extrasamples"] = ["unassalpha"]
+    tifffile.imwrite(file, pixels, compression="zlib", **options)
+
+
 def _read_image(folder: Path, index: int) -> np.ndarray:
-    """`(height, width, channels)`"""
+    """An image before it is packed: `(height, width, channels)`"""
     path = folder / _image_name(index)
     if not path.exists():
         return np.load(path.with_suffix(".npy"))
@@ -354,12 +413,16 @@ def _writing(path: Path, suffix: str = "") -> Iterator[BinaryIO]:
 
 
 def _write_metadata(
-    folder: Path, num_images: int, conditions: Mapping[str, Sequence[Any]], id2label: Mapping[int, str] | None
+    folder: Path,
+    num_images: int,
+    output_format: OutputFormat,
+    conditions: Mapping[str, Sequence[Any]],
+    id2label: Mapping[int, str] | None,
 ) -> None:
     labels, prompts = conditions.get("class_labels"), conditions.get("prompt")
     with _writing(folder / METADATA_NAME) as file:
         for index in range(num_images):
-            row: dict[str, Any] = {"file_name": _image_name(index)}
+            row: dict[str, Any] = {"file_name": _image_name(index, output_format)}
             if labels is not None:
                 row["label"] = labels[index % len(labels)]
                 if id2label is not None:
@@ -373,10 +436,11 @@ def _pack(folder: Path, num_images: int, labels: Sequence[int] | None) -> None:
     """Moves the images into one `.npz` file, one at a time: together they may not fit into memory."""
     path = folder / NPZ_NAME
     if not path.exists():
-        shape = (num_images, *_read_image(folder, 0).shape)
+        first = _read_image(folder, 0)
+        shape, descr = (num_images, *first.shape), np.lib.format.dtype_to_descr(first.dtype)
         with _writing(path) as file, zipfile.ZipFile(file, "w") as archive:  # not compressed, as by `numpy.savez`
             with archive.open("arr_0.npy", "w", force_zip64=True) as array:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                header = {"descr": descr, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(array, header)
                 for index in range(num_images):
                     array.write(_read_image(folder, index).tobytes())
