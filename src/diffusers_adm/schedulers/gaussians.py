@@ -119,10 +119,9 @@ def _log_probability_of_bin(middle: torch.Tensor, half: torch.Tensor) -> torch.T
     is_narrow = (half <= NARROW) & (slope <= MAX_SLOPE)
     # As above, each way computes harmless values where the other is taken.
     width, rise = torch.where(is_narrow, half, NARROW), torch.where(is_narrow, slope, 0.0)
-    mean = sum(
-        weight * torch.cosh(point * rise) * torch.exp(-0.5 * (point * width) ** 2)
-        for point, weight in zip(POINTS, WEIGHTS, strict=True)
-    )
+    mean = torch.zeros_like(width)
+    for point, weight in zip(POINTS, WEIGHTS, strict=True):
+        mean = mean + weight * torch.cosh(point * rise) * torch.exp(-0.5 * (point * width) ** 2)
     narrow = _log_density(torch.where(is_narrow, middle, 0.0)) + torch.log(2 * width) + torch.log(mean)
 
     low, high = torch.where(is_narrow, 0.0, middle - half), torch.where(is_narrow, 1.0, middle + half)
