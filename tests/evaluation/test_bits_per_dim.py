@@ -28,6 +28,7 @@ from torch.testing import assert_close
 from toy_models import CONDITIONAL, random_diffusers_unet, random_unet
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.evaluation import BitsPerDim, bits_per_dim
 from diffusers_adm.evaluation.bits_per_dim import bound
 from diffusers_adm.evaluation.bits_per_dim.__main__ import main
@@ -70,32 +71,40 @@ def pairs(images, labels):
 
 class TestGaussian:
     """
-    Gaussian data snapped to the 256 levels, and the network that is optimal for them: the bound is the true number of
-    bits (see tests/schedulers/test_analytic_sampling.py). A "channel" is a pixel of its own.
+    Gaussian data snapped to 256 or more levels, or not at all, and the network that is optimal for them: the bound is
+    the true number of bits (see tests/schedulers/test_analytic_sampling.py). A "channel" is a pixel of its own.
     """
 
     pixels = 2**12
 
     @staticmethod
-    def true_bits(std):
-        """Entropy of N(0, std^2) whose mass is collected in 256 bins, the outer ones reaching to infinity."""
+    def true_bits(std, num_levels=256):
+        """Entropy of N(0, std^2) whose mass is collected in bins, the outer ones reaching to infinity."""
+        if num_levels is None:
+            return math.log2(std * math.sqrt(2 * math.pi * math.e))
         infinity = torch.tensor([math.inf], dtype=torch.float64)
-        probabilities = torch.special.ndtr(torch.cat([-infinity, LEVELS[:-1] + 1 / 255, infinity]) / std).diff()
+        levels = torch.linspace(-1, 1, num_levels, dtype=torch.float64)
+        edges = torch.cat([-infinity, levels[:-1] + 1 / (num_levels - 1), infinity])
+        probabilities = torch.special.ndtr(edges / std).diff()
         return -torch.xlogy(probabilities, probabilities).sum().item() / math.log(2)
 
     @staticmethod
-    def snapped(std, normal):
-        return (((std * normal).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    def snapped(std, normal, num_levels=256):
+        half = (num_levels - 1) / 2
+        return (((std * normal).clamp(-1, 1) + 1) * half).round() / half - 1
 
     @staticmethod
-    def network(std, kept):
+    def network(std, kept, num_levels=256):
         # Snapping adds the variance of a uniform bin to the data; the decoder's bins add it again to the last step.
-        bin_variance = (2 / 255) ** 2 / 12
+        bin_variance = 0 if num_levels is None else (2 / (num_levels - 1)) ** 2 / 12
         data = Gaussian(mean=[0.0], std=[math.sqrt(std**2 + bin_variance)])
         return OptimalNetwork(data, BETAS["linear"](1000), kept, first_variance_offset=-bin_variance)
 
-    @pytest.mark.parametrize("std", [0.25, 0.1])
-    def test_full_chain_equals_the_entropy(self, std, monkeypatch):
+    @pytest.mark.parametrize(
+        "std,num_levels", [(0.25, 256), (0.1, 256), (0.25, 4096), (0.25, 65536), (0.25, None), (0.1, None)]
+    )
+    def test_full_chain_equals_the_entropy(self, std, num_levels, monkeypatch):
+        """Of continuous data, the differential entropy, which is negative for the narrower ones."""
         # A low-discrepancy set of pairs (x_0, noise), its noise shifted at each timestep: 4096 pixels then tell the
         # bound to 0.003 bits, where random numbers leave 0.02.
         points = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(self.pixels, dtype=torch.float64)
@@ -107,10 +116,15 @@ class TestGaussian:
             return torch.special.ndtri(shifted.clamp(1e-9, 1 - 1e-9)).reshape(len(places), *shape).float()
 
         monkeypatch.setattr(bound, "_draw_noise", noise)
-        images = self.snapped(std, torch.special.ndtri(points[:, 0])).float().reshape(1, self.pixels, 1, 1)
+        normal = torch.special.ndtri(points[:, 0])
+        values = (std * normal).clamp(-1, 1) if num_levels is None else self.snapped(std, normal, num_levels)
+        images = values.float().reshape(1, self.pixels, 1, 1)
         scheduler = LearnedVarianceDDPMScheduler(clip_sample=False)
-        result = evaluate(self.network(std, range(1000)), scheduler, images)
-        assert result.bits_per_dim == pytest.approx(self.true_bits(std), abs=0.01)
+        network = self.network(std, range(1000), num_levels)
+        result = evaluate(network, scheduler, images, num_levels=num_levels)
+        assert result.bits_per_dim == pytest.approx(self.true_bits(std, num_levels), abs=0.01)
+        if num_levels is None:
+            return
         # Known wrong: without the last tenth of the chain's terms, or with one twice.
         assert result.terms[0, 900:].sum() < 0.01  # the truth has no bits there ...
         assert result.decoder.item() > 0.5  # ... but here
@@ -576,6 +590,21 @@ class TestErrors:
         evaluate(random_unet(), short_scheduler(1), 0.7 * random_images(2))
         assert "256 levels" in caplog.text
 
+    @pytest.mark.parametrize("num_levels", [2, 4096, 65536])
+    def test_values_between_other_levels_are_warned_of(self, num_levels, caplog):
+        half = (num_levels - 1) / 2
+        images = ((random_images(2) + 1) * half).round() / half - 1
+        evaluate(random_unet(), short_scheduler(1), images, num_levels=num_levels)
+        assert not caplog.records
+        evaluate(random_unet(), short_scheduler(1), images * 0.9, num_levels=num_levels)
+        assert f"not on the {num_levels} levels 2 * k / {num_levels - 1} - 1" in caplog.text
+
+    def test_continuous_values_have_no_levels(self, caplog, tmp_path):
+        result = evaluate(random_unet(), short_scheduler(1), 0.7 * random_images(2), num_levels=None)
+        assert not caplog.records
+        result.terms[:, 0] = -3  # a density may be that high
+        assert str(result.plot(tmp_path / "plot.png")).endswith("plot.png")
+
     @pytest.mark.parametrize(
         "options,message",
         [
@@ -610,7 +639,7 @@ class TestErrors:
 # 7. The command
 
 
-def save_model(folder, unet, scheduler=None, id2label=None):
+def save_model(folder, unet, scheduler=None, id2label=None, **config):
     ADMPipeline(
         unet=unet,
         scheduler=scheduler or short_scheduler(),
@@ -619,7 +648,22 @@ def save_model(folder, unet, scheduler=None, id2label=None):
         tokenizer=None,
         classifier=None,
         id2label=id2label,
+        **config,
     ).save_pretrained(folder)
+    return str(folder)
+
+
+DEEP = ImageFormat("L", 1, (0, 4095), 4096)
+
+
+def wide_grey_unet():
+    return random_unet(sample_size=(8, 16), in_channels=1, out_channels=2)
+
+
+def write_arrays(folder, arrays):
+    folder.mkdir()
+    for index, array in enumerate(arrays):
+        np.save(folder / f"{index}.npy", array)
     return str(folder)
 
 
@@ -662,6 +706,10 @@ def stock(tmp_path_factory):
     FlowMatchEulerDiscreteScheduler().save_pretrained(path / "flow" / "scheduler")
     write_images(path / "images", {"a": 1, "b": 1})
     write_images(path / "splits", {"train": 1, "test": 1})
+    save_model(path / "deep", wide_grey_unet(), image_format=DEEP.to_config())
+    save_model(path / "field", wide_grey_unet(), image_format=ImageFormat("array", 1, (-3, 5), None).to_config())
+    write_arrays(path / "wide", [np.zeros((8, 16), np.uint16)] * 2 + [np.full((8, 16), 5000, np.uint16)])
+    write_arrays(path / "floats", [np.zeros((8, 16), np.float32)] * 2)
     (path / "empty").mkdir()
     return path
 
@@ -735,6 +783,44 @@ class TestCommand:
         run(tmp_path, model=model, dataset=write_images(tmp_path / "images", {"a": 2}))
         assert "null class" in caplog.text
 
+    def test_a_size_that_is_none(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            run(tmp_path, model="nowhere", dataset="nowhere", resolution="8y8")
+        assert "`resolution` is '8y8'; pass the side of a square in pixels" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "image_format,arguments",
+        [
+            (DEEP, {}),
+            (None, {"image_mode": "L", "value_range": [0, 4095]}),
+            (None, {"value_range": "auto"}),
+            (None, {}),
+        ],
+    )
+    def test_levels_and_shape_of_the_data(self, image_format, arguments, tmp_path, caplog):
+        """12-bit grey images that are not square, in files of 16 bits."""
+        config = {} if image_format is None else {"image_format": image_format.to_config()}
+        model = save_model(tmp_path / "model", wide_grey_unet(), **config)
+        values = np.random.default_rng(0).integers(0, 4096, (3, 8, 16), dtype=np.uint16)
+        values[0, 0, :2] = 0, 4095
+        (tmp_path / "images").mkdir()
+        for index, pixels in enumerate(values):
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+        content = run(tmp_path, model=model, dataset=tmp_path / "images", seed=3, **arguments)
+        num_levels = 65536 if image_format is None and not arguments else 4096
+        assert content["settings"]["image_format"]["num_levels"] == num_levels
+        assert content["settings"]["resolution"] == [8, 16]
+        samples = torch.from_numpy(2 * values.astype(np.float64) / (num_levels - 1) - 1).float()[:, None]
+        expected = evaluate(wide_grey_unet(), short_scheduler(), samples, seed=3, num_levels=num_levels)
+        assert content["bits_per_dim"] == pytest.approx(expected.bits_per_dim, rel=1e-4)
+        coarse = evaluate(wide_grey_unet(), short_scheduler(), samples, seed=3)
+        assert content["decoder"] > coarse.decoder.mean() + 1
+        assert ("fill 6%" in caplog.text) == (num_levels == 65536)
+
+        content = run(tmp_path, model=model, dataset=tmp_path / "images", resolution="4x8", **arguments)
+        assert content["settings"]["resolution"] == [4, 8]
+        assert "The resolution is 4 x 8, but the model was trained at 8 x 16" in caplog.text
+
     @pytest.mark.parametrize(
         "arguments,message",
         [
@@ -761,7 +847,13 @@ class TestCommand:
                 {"model": "{path}/conditional", "label_column": "label"},
                 "2 classes and the network 5, .* names no classes",
             ),
-            ({"model": "{path}/grey"}, r"this model takes \(batch_size, 1"),
+            ({"model": "{path}/grey"}, r"network has 1 channel\(s\), .* 2 RGB images"),
+            ({"value_range": ["0", "many"]}, "`value_range` is '0 many'; pass two numbers"),
+            ({"image_mode": "L"}, r"`--image_mode` L has 1 channel\(s\), but the network has 3"),
+            ({"model": "{path}/deep", "dataset": "{path}/wide"}, "outside of it: .*/2.npy"),
+            ({"model": "{path}/field", "dataset": "{path}/floats"}, "density, whose bits depend on the unit"),
+            ({"model": "{path}/deep", "dataset": "{path}/floats"}, "floating point numbers"),
+            ({"model": "{path}/deep", "dataset": "{path}/images"}, "2 RGB images"),
             ({"model": "{path}/flow"}, "FlowMatchEulerDiscreteScheduler"),
         ],
     )

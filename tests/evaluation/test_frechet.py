@@ -16,6 +16,9 @@ from scipy.spatial.distance import cdist
 from toy_models import CONDITIONAL, random_classifier, random_unet
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm.data.formats import FormatRequest
+from diffusers_adm.data.seeding import derive_seed
 from diffusers_adm.evaluation import (
     ClassifierFeatures,
     GaussianStatistics,
@@ -300,10 +303,32 @@ def test_classifier_features_are_those_of_clean_images_at_0():
     assert half.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("config", [{"in_channels": 1}, {"sample_size": (8, 16)}])
-def test_other_classifiers_are_refused(config):
-    with pytest.raises(ValueError, match="RGB images, 3 channels, of a square size"):
-        ClassifierFeatures(random_classifier(**config))
+DEEP = ImageFormat("L", 1, (0, 4095), 4096)
+FIELD = ImageFormat("array", 2, (-3.5, 12.25), None)
+
+
+def scaled(values, image_format):
+    """To [-1, 1], in float64."""
+    low, high = image_format.value_range
+    return 2 * (torch.as_tensor(np.asarray(values)).double() - low) / (high - low) - 1
+
+
+@pytest.mark.parametrize("image_format", [ImageFormat("L", 1), DEEP, FIELD, ImageFormat("array", 5)], ids=str)
+def test_classifiers_of_any_images(image_format):
+    """Of values of the data, in the shape of its training."""
+    channels, (low, high) = image_format.channels, image_format.value_range
+    classifier = random_classifier(in_channels=channels, sample_size=(8, 16))
+    if image_format != ImageFormat("L", 1):  # that of such a classifier without an entry in its config
+        classifier.register_to_config(image_format=image_format.to_config())
+    network = ClassifierFeatures(classifier)
+    assert network.resolution == (8, 16)
+    assert network.image_format == image_format
+    values = low + (high - low) * torch.rand(4, channels, 8, 16, generator=torch.Generator().manual_seed(0))
+    values = values if image_format.num_levels is None else values.round()
+    found = network(values.to(torch.uint8) if (low, high) == (0, 255) else values)
+    with torch.no_grad():
+        expected = classifier(scaled(values, image_format).float(), 0)
+    torch.testing.assert_close(found, (expected.features, expected.logits))
 
 
 def test_inception_says_what_it_needs(monkeypatch):
@@ -383,6 +408,92 @@ class TestComparison:
         result = compare_image_sets(Pixels(), samples, self.images(20, seed=1)[0], progress_bar=False)
         assert result.feature_dim == 12
         assert result.inception_score is result.accuracy is None
+
+    class Formatted(list):
+        """A dataset with a format."""
+
+        def __init__(self, values, image_format):
+            super().__init__({"images": scaled(image, image_format).float()} for image in values)
+            self.image_format = image_format
+
+    @staticmethod
+    def values(image_format, number=20, seed=0):
+        low, high = image_format.value_range
+        shape = (number, image_format.channels, 4, 6)
+        values = low + (high - low) * torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+        return values if image_format.num_levels is None else values.round()
+
+    @pytest.mark.parametrize(
+        "image_format", [ImageFormat(), ImageFormat("array", 5), DEEP, FIELD], ids=["RGB", "bands", "deep", "field"]
+    )
+    def test_networks_of_a_format_take_values_of_the_data(self, image_format):
+        seen = []
+
+        class Network:
+            resolution = None
+
+            def __call__(self, images):
+                seen.append(images)
+                return images.flatten(1).double()[:, :3], None
+
+        network = Network()
+        network.image_format = image_format
+        sets = [self.values(image_format, seed=seed) for seed in (0, 1)]
+        samples, reference = (self.Formatted(values, image_format) for values in sets)
+        compare_image_sets(network, samples, reference, progress_bar=False)
+        assert {images.dtype for images in seen} == {
+            torch.uint8 if image_format.value_range == (0, 255) else torch.float32
+        }
+        for images, values in zip(seen, sets, strict=True):
+            torch.testing.assert_close(images.float(), values, rtol=0, atol=1e-5)
+        # Without a format of their own, they are taken for those of the network.
+        seen.clear()
+        compare_image_sets(network, list(samples), list(reference), progress_bar=False)
+        torch.testing.assert_close(seen[0].float(), sets[0], rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "image_format", [ImageFormat("L", 1), DEEP, ImageFormat("RGB", 3, (0, 65535), 65536)], ids=str
+    )
+    def test_networks_of_rgb_images(self, image_format, caplog):
+        """Grey is repeated, and more than 8 bits are reduced with a warning."""
+        seen = []
+
+        class Network:
+            resolution = None
+
+            def __call__(self, images):
+                seen.append(images)
+                return images.flatten(1).double()[:, ::30], None
+
+        samples, reference = (self.values(image_format, seed=seed) for seed in (0, 1))
+        sets = [self.Formatted(values, image_format) for values in (samples, reference)]
+        compare_image_sets(Network(), *sets, progress_bar=False)
+        expected = (samples.double() / image_format.value_range[1] * 255).round().expand(-1, 3, -1, -1)
+        assert seen[0].dtype == torch.uint8
+        assert (seen[0] - expected).abs().max() <= (0 if image_format.num_levels == 256 else 1)
+        is_reduced = "reduced to 256 levels" in caplog.text
+        assert is_reduced == (image_format.num_levels > 256)
+
+    @pytest.mark.parametrize(
+        "formats,taken,message",
+        [
+            (
+                (DEEP, ImageFormat("L", 1)),
+                None,
+                r"`samples` holds L images from 0 to 4095 .*, and `reference` L images from 0 to 255 .*one format",
+            ),
+            ((ImageFormat(), DEEP), DEEP, "`samples` holds RGB images .*, and `reference` L images"),
+            ((FIELD, FIELD), None, r"takes RGB images, but .* hold 2-channel images.* only grey .* classifier:PATH"),
+            ((DEEP, DEEP), ImageFormat(), "takes RGB images from 0 to 255 .*, but .* hold L images from 0 to 4095"),
+        ],
+    )
+    def test_formats_that_do_not_match(self, formats, taken, message):
+        network = self.ChannelMeans()
+        if taken is not None:
+            network.image_format = taken
+        sets = [self.Formatted(self.values(image_format), image_format) for image_format in formats]
+        with pytest.raises(ValueError, match=message.replace("L images", "(L|grey) images")):
+            compare_image_sets(network, *sets, progress_bar=False)
 
     def test_few_images_are_warned_of(self, caplog):
         compare_image_sets(self.ChannelMeans(), self.images(10)[0], self.images(10)[0], splits=1, progress_bar=False)
@@ -554,6 +665,127 @@ def test_selection_leaves_the_others_where_they_were(stock):
 def test_images_are_resized(stock):
     for source in ("png", "npz"):
         assert read_images([str(stock / source)], 4)[0]["images"].shape == (3, 4, 4)
+
+
+SAMPLED = [
+    (DEEP, None),
+    (ImageFormat("RGB", 3), None),
+    (ImageFormat("RGBA", 4), None),
+    (ImageFormat("L", 1, (-1024, 3071), 4096), None),
+    (ImageFormat("array", 5, (0, 10000), 10001), None),
+    (FIELD, None),
+    (DEEP, "tiff"),
+    (ImageFormat("array", 5, (0, 10000), 10001), "npz"),
+    (FIELD, "npz"),
+]
+
+
+def draw_samples(image_format, folder, number=3, output_format=None, **config):
+    scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=20, beta_end=0.2)
+    channels = {"in_channels": image_format.channels, "out_channels": 2 * image_format.channels}
+    unet = random_unet(sample_size=(8, 12), **channels, **config)
+    pipe = ADMPipeline(unet, scheduler, None, None, None, None, image_format=image_format.to_config())
+    options = {"pipeline_options": {"num_inference_steps": 2}, "progress_bar": False, "output_format": output_format}
+    if config:
+        options["class_labels"] = [3, 1]
+    sample_images(pipe, number, folder, **options)
+    generators = [torch.Generator().manual_seed(derive_seed(0, "sample", index)) for index in range(number)]
+    images = pipe(generator=generators, batch_size=number, output_type="pt", num_inference_steps=2).images
+    return 2 * images - 1 if image_format.is_picture else scaled(images, image_format)
+
+
+@pytest.mark.parametrize("image_format,output_format", SAMPLED, ids=str)
+def test_samples_are_read_in_the_format_of_their_model(image_format, output_format, tmp_path):
+    """All of an image, which is not square, and its values."""
+    expected = draw_samples(image_format, tmp_path, output_format=output_format).double()
+    levels = image_format.num_levels or 1e6
+    for request in (None, FormatRequest(channels=image_format.channels)):
+        dataset = read_images([str(tmp_path)], None, request=request)
+        assert dataset.image_format == image_format
+        assert dataset.resolution == (8, 12)
+        found = torch.stack([dataset[index]["images"] for index in range(3)]).double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=2 / (levels - 1) + 1e-5)
+    assert read_images([str(tmp_path)], (4, 6))[0]["images"].shape == (image_format.channels, 4, 6)
+    other = ImageFormat("array", image_format.channels, (0, 77), 78)
+    with pytest.raises(ValueError, match=r"`samples` holds .*, but .*-channel images from 0 to 77 .* are expected"):
+        read_images([str(tmp_path)], None, request=FormatRequest(known=other), argument="samples")
+
+
+def test_labels_of_samples_in_tiff_files(tmp_path):
+    draw_samples(ImageFormat("array", 5, (0, 10000), 10001), tmp_path, **CONDITIONAL)
+    dataset = read_images([str(tmp_path)], None)
+    assert [int(item["class_labels"]) for item in dataset] == [3, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "array,request_of,expected",
+    [
+        (np.full((4, 6, 1), 1000, np.uint16), {}, ImageFormat("L", 1, (0, 65535), 65536)),
+        (np.full((4, 6, 1), 1000, np.uint16), {"known": DEEP}, DEEP),
+        (np.full((4, 6, 2), 7.5, np.float32), {"value_range": (-3.5, 12.25)}, FIELD),
+        (np.full((4, 6, 2), 7.5, np.float64), {"known": FIELD}, FIELD),
+        (np.full((4, 6, 3), 9, np.int16), {}, ImageFormat("RGB", 3, (-32768, 32767), 65536)),
+        (np.full((4, 6, 4), 9, np.uint8), {}, ImageFormat("array", 4)),
+        (np.full((4, 6, 4), 9, np.uint8), {"image_mode": "RGBA"}, ImageFormat("RGBA", 4)),
+        (np.full((4, 6, 1), 9, np.uint8), {"channels": 3}, ImageFormat("RGB", 3)),
+    ],
+)
+def test_npz_files_of_any_format(array, request_of, expected, tmp_path):
+    np.savez(tmp_path / "file.npz", np.stack([array] * 3))
+    dataset = read_images([str(tmp_path / "file.npz")], None, request=FormatRequest(**request_of))
+    assert dataset.image_format == expected
+    target = scaled(np.moveaxis(array.astype(np.float64), -1, 0), expected).float()
+    torch.testing.assert_close(dataset[1]["images"], target.expand(expected.channels, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "arrays,request_of,message",
+    [
+        (np.zeros((2, 4, 6, 2), np.float32), {}, "`dataset` cannot be used: .*float32.*--value_range LOW HIGH"),
+        (np.full((2, 4, 6, 2), np.nan), {"value_range": (0, 1)}, "2 images hold NaN or infinite values: row 0"),
+        (np.full((2, 4, 6, 1), 5000, np.uint16), {"known": DEEP}, "2 images have values outside of it: row 0"),
+        (np.zeros((2, 4, 6, 2), np.uint8), {"channels": 5}, "5 channel"),
+        (np.zeros((2, 4, 6), np.uint8), {}, r"uint8 of shape \(2, 4, 6\). It must hold numbers, of shape"),
+        (np.zeros((0, 4, 6, 1), np.uint8), {}, r"shape \(0, 4, 6, 1\)"),
+        (np.zeros((2, 4, 6, 1), bool).astype("U3"), {}, "It must hold numbers"),
+    ],
+)
+def test_npz_files_without_a_clear_format(arrays, request_of, message, tmp_path):
+    np.savez(tmp_path / "file.npz", arrays)
+    with pytest.raises(ValueError, match=message):
+        read_images([str(tmp_path / "file.npz")], None, request=FormatRequest(**request_of))
+
+
+def test_command_on_grey_images_that_are_not_square(tmp_path, capsys):
+    draw_samples(ImageFormat("L", 1), tmp_path / "samples", 18)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 12), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "images" / f"{index:02d}.png")
+    np.savez(tmp_path / "images.npz", pixels[..., None])
+    random_classifier(num_classes=4, in_channels=1, sample_size=(8, 12)).save_pretrained(tmp_path / "classifier")
+    arguments = {"samples": tmp_path / "samples", "features": f"classifier:{tmp_path / 'classifier'}", "splits": 2}
+    results = [measure(capsys, reference=tmp_path / name, **arguments) for name in ("images", "images.npz")]
+    assert results[0]["settings"]["resolution"] == [8, 12]
+    assert results[0]["settings"]["image_format"] == ImageFormat("L", 1).to_config()
+    assert results[0]["frechet_distance"] == pytest.approx(results[1]["frechet_distance"], rel=1e-4)
+    samples = torch.stack([item["images"] for item in read_images([str(tmp_path / "samples")], None)])
+    network = random_classifier(num_classes=4, in_channels=1, sample_size=(8, 12))
+    with torch.no_grad():
+        features = [network(x.float(), 0).features for x in (samples, scaled(pixels[:, None], ImageFormat("L", 1)))]
+    means, covariances = zip(*((x.double().mean(dim=0), torch.cov(x.double().T)) for x in features), strict=True)
+    expected = frechet_distance(means[0], covariances[0], means[1], covariances[1])
+    assert results[0]["frechet_distance"] == pytest.approx(expected, rel=1e-3)
+
+    # Other images are refused, and both are named.
+    np.savez(tmp_path / "deep.npz", np.full((20, 8, 12, 1), 1000, np.uint16))
+    with pytest.raises(ValueError, match="`reference` cannot be used: .* 0 to 255 .* 20 images have values outside"):
+        measure(capsys, reference=tmp_path / "deep.npz", **arguments)
+    draw_samples(DEEP, tmp_path / "deep", 18)
+    with pytest.raises(
+        ValueError, match="The classifier was trained on .* 0 to 255 .*, but the samples are .* 0 to 4095"
+    ):
+        measure(capsys, reference=tmp_path / "images", **arguments | {"samples": tmp_path / "deep"})
 
 
 def test_unfinished_samples_are_refused(stock, tmp_path, capsys):

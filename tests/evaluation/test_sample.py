@@ -1,5 +1,6 @@
 """Many images: the same whatever they are drawn together with, also after a `kill -9`; the files; the command."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ from toy_models import (
 )
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm.data.pixels import open_image
 from diffusers_adm.evaluation import sample_images
 from diffusers_adm.evaluation.sample.__main__ import main
 from diffusers_adm.training import derive_seed, save_id2label
@@ -40,10 +43,11 @@ def own_process_state(monkeypatch):
     GradientState._reset_state()
 
 
-def toy_pipeline(unet=None, id2label=None, **components):
+def toy_pipeline(unet=None, id2label=None, image_format=None, **components):
     scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=20, beta_end=0.2)
     components = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None, **components}
-    return ADMPipeline(unet or random_unet(), scheduler, **components, id2label=id2label)
+    config = {"id2label": id2label, "image_format": image_format}
+    return ADMPipeline(unet or random_unet(), scheduler, **components, **config)
 
 
 def class_pipeline():
@@ -394,6 +398,117 @@ def test_channels_that_no_png_file_holds(channels, tmp_path):
         draw(pipe, 1, tmp_path / "out")
     assert calls == []
     assert not (tmp_path / "out").exists()
+
+
+# Format, default format of files, dtype.
+FORMATS = [
+    (ImageFormat("RGB", 3), "png", np.uint8),
+    (ImageFormat("L", 1), "png", np.uint8),
+    (ImageFormat("L", 1, (0, 255), 2), "png", np.uint8),
+    (ImageFormat("LA", 2), "png", np.uint8),
+    (ImageFormat("RGBA", 4), "png", np.uint8),
+    (ImageFormat("L", 1, (0, 4095), 4096), "png", np.uint16),
+    (ImageFormat("L", 1, (0, 65535), 65536), "png", np.uint16),
+    (ImageFormat("L", 1, (-1024, 3071), 4096), "tiff", np.int16),
+    (ImageFormat("RGB", 3, (0, 65535), 65536), "tiff", np.uint16),
+    (ImageFormat("RGBA", 4, (0, 65535), 65536), "tiff", np.uint16),
+    (ImageFormat("array", 3), "tiff", np.uint8),
+    (ImageFormat("array", 4, (0, 65535), 65536), "tiff", np.uint16),
+    (ImageFormat("array", 5, (0, 10000), 10001), "tiff", np.uint16),
+    (ImageFormat("array", 2, (-3.5, 12.25), None), "tiff", np.float32),
+    (ImageFormat("L", 1, (0, 1), None), "tiff", np.float32),
+]
+
+
+def formatted_pipeline(image_format):
+    """Of images that are not square."""
+    unet = random_unet(sample_size=(8, 12), in_channels=image_format.channels, out_channels=2 * image_format.channels)
+    return toy_pipeline(unet, image_format=image_format.to_config())
+
+
+@pytest.mark.parametrize("image_format,suffix,dtype", FORMATS, ids=lambda value: str(value))
+def test_files_hold_values_of_the_data(image_format, suffix, dtype, tmp_path):
+    """Of any format, in each form that holds it, also after an interruption."""
+    pipe, low, high = formatted_pipeline(image_format), *image_format.value_range
+    generators = [torch.Generator().manual_seed(derive_seed(0, "sample", i)) for i in range(3)]
+    expected = pipe(generator=generators, batch_size=3, output_type="np", **FEW_STEPS).images
+    if image_format.is_picture:
+        steps = image_format.num_levels - 1
+        expected = np.round(expected.astype(np.float64) * steps) * (high - low) / steps
+    assert expected.min() >= low
+    assert expected.max() <= high
+    tolerance = 1e-5 * (high - low)  # sums in another order, in batches of another size
+    if image_format.num_levels is not None:
+        tolerance += (high - low) / (image_format.num_levels - 1)
+
+    folder = draw(pipe, 3, tmp_path / "single", class_labels=None)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [*(f"00000{index}.{suffix}" for index in range(3)), "sampling.json"]
+    stored = json.loads((folder / "sampling.json").read_text())["settings"]
+    assert stored["image_format"] == image_format.to_config()
+    assert stored["output_format"] == suffix
+    (folder / f"000001.{suffix}").unlink()
+    draw(pipe, 3, folder, batch_size=1)
+    for index in range(3):
+        with open_image(
+            {"path": str(folder / f"00000{index}.{suffix}"), "bytes": None}, image_format.channels
+        ) as image:
+            pixels = image.read()
+            assert (image.mode, image.dtype) == (image_format.mode, dtype)
+        assert pixels.shape == (8, 12, image_format.channels)
+        assert np.abs(pixels.astype(np.float64) - expected[index]).max() <= tolerance
+
+    draw(pipe, 3, tmp_path / "packed", output_format="npz")
+    assert {path.name for path in (tmp_path / "packed").iterdir()} == {"samples.npz", "sampling.json"}
+    with np.load(tmp_path / "packed" / "samples.npz") as arrays:
+        assert arrays["arr_0"].dtype == dtype
+        assert np.abs(arrays["arr_0"] - expected).max() <= tolerance
+
+    if suffix == "tiff":
+        steps = []
+        pipe.unet.register_forward_pre_hook(lambda *args: steps.append(args))
+        with pytest.raises(ValueError, match="`output_format` is 'png', but .* Use 'tiff' or 'npz'"):
+            draw(pipe, 3, tmp_path / "refused", output_format="png")
+        assert not steps
+        assert not (tmp_path / "refused").exists()
+    else:
+        folder = draw(pipe, 1, tmp_path / "chosen", output_format="tiff")
+        with open_image({"path": str(folder / "000000.tiff"), "bytes": None}) as image:
+            assert (image.mode, image.dtype) == (image_format.mode, dtype)
+            assert np.abs(image.read().astype(np.float64) - expected[0]).max() <= tolerance
+
+
+def test_another_format_is_another_run(tmp_path):
+    draw(formatted_pipeline(ImageFormat("L", 1)), 2, tmp_path)
+    with pytest.raises(ValueError, match="`image_format` had value_range="):
+        draw(formatted_pipeline(ImageFormat("L", 1, (0, 4095), 4096)), 3, tmp_path)
+
+
+def test_metadata_name_the_files(tmp_path):
+    unet = random_unet(in_channels=5, out_channels=10, **CONDITIONAL)
+    pipe = toy_pipeline(unet, NAMES, image_format=ImageFormat("array", 5, (0, 1), None).to_config())
+    draw(pipe, 2, tmp_path, class_labels=[2, 0])
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["label"]) for row in rows] == [("000000.tiff", 2), ("000001.tiff", 0)]
+    assert {path.name for path in tmp_path.glob("0*")} == {"000000.tiff", "000001.tiff"}
+
+
+def test_tiff_says_what_it_needs(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tifffile" else find_spec(name))
+    with pytest.raises(ImportError, match=r"tifffile.*diffusers-adm\[eval\]"):
+        draw(formatted_pipeline(ImageFormat("array", 5, (0, 1), None)), 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_writes_what_the_model_was_trained_on(tmp_path):
+    model = saved(formatted_pipeline(ImageFormat("L", 1, (0, 4095), 4096)), tmp_path / "model")
+    run(model=model, num_images=2, output_dir=tmp_path / "out", num_inference_steps=2)
+    pixels = read(tmp_path / "out")["000000.png"]
+    assert pixels.dtype == np.uint16
+    assert 255 < pixels.max() <= 4095
+    run(model=model, num_images=1, output_dir=tmp_path / "tiff", num_inference_steps=2, output_format="tiff")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "tiff" / "000000.tiff")), pixels)
 
 
 def test_a_command_that_fails_leaves_no_settings(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import zipfile
@@ -16,10 +17,12 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..conditioning.image_format import ImageFormat, Size
 from ..data.checks import check_images
 from ..data.columns import load_image_dataset
-from ..data.decoding import decode_rgb
+from ..data.decoding import decode_image, decoded_size
 from ..data.folders import METADATA_FILES, SPLIT_FOLDERS
+from ..data.formats import FormatRequest, find_image_format
 from ..data.images import ImageDataset
 from ..data.labels import load_id2label
 from ..data.repositories import from_subfolder_or_root, reading
@@ -109,21 +112,22 @@ class ArrayImages:
     Images of a `.npz` file, the format of guided-diffusion's samples and reference batches, for an [`ImageDataset`].
 
     Args:
-        path (`str` or `os.PathLike`): File with `arr_0`, uint8 of shape `(N, height, width, channels)` with 1 or 3
-            channels, and optionally `arr_1`, N class numbers. It is read into memory.
+        path (`str` or `os.PathLike`): File with `arr_0`, numbers of shape `(N, height, width, channels)`, and
+            optionally `arr_1`, N class numbers. It is read into memory.
         to_class (mapping, *optional*): From class numbers of the file to others.
+        any_format (`bool`, defaults to `False`): Also read other images than those of 8 bits in grey or RGB.
     """
 
-    def __init__(self, path: str | os.PathLike, to_class: Mapping[int, int] | None = None):
+    def __init__(self, path: str | os.PathLike, to_class: Mapping[int, int] | None = None, *, any_format: bool = False):
         arrays = _read_npz(path)
         if "arr_0" not in arrays:
             raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but no `arr_0`, the images.")
         self.pixels, self.labels = arrays["arr_0"], arrays.get("arr_1")
-        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or self.pixels.shape[3] not in (1, 3):
-            raise ValueError(
-                f"`arr_0` of {path} is {self.pixels.dtype} of shape {self.pixels.shape}. It must be uint8 of shape (N, "
-                "height, width, channels) with 1 or 3 channels."
-            )
+        found = f"`arr_0` of {path} is {self.pixels.dtype} of shape {self.pixels.shape}"
+        if self.pixels.ndim != 4 or 0 in self.pixels.shape or self.pixels.dtype.kind not in "uif":
+            raise ValueError(f"{found}. It must hold numbers, of shape (N, height, width, channels).")
+        if not any_format and (self.pixels.dtype != np.uint8 or self.pixels.shape[3] not in (1, 3)):
+            raise ValueError(f"{found}. It must be uint8 of shape (N, height, width, channels) with 1 or 3 channels.")
         if self.labels is not None and self.labels.shape != self.pixels.shape[:1]:
             raise ValueError(
                 f"`arr_1` of {path} has shape {self.labels.shape} for {len(self.pixels)} images; it must hold one "
@@ -145,11 +149,19 @@ class ArrayImages:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.indices[index]
         pixels = self.pixels[row]
-        example: dict[str, Any] = {"image": Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)}
+        example: dict[str, Any] = {"image": pixels}
+        if pixels.dtype == np.uint8 and pixels.shape[-1] in (1, 3):
+            example["image"] = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         if self.labels is not None:
             label = int(self.labels[row])
             example["label"] = self.to_class.get(label, label)
         return example
+
+
+def format_of_run(run: Mapping[str, Any] | None) -> ImageFormat | None:
+    """The format in the settings of a run of `sample`; `None` if it recorded none."""
+    recorded = None if run is None else run["settings"].get("image_format")
+    return None if recorded is None else ImageFormat.from_config(recorded, recorded["channels"])
 
 
 def run_of_sample(source: Sequence[str]) -> dict[str, Any] | None:
@@ -173,8 +185,9 @@ def run_of_sample(source: Sequence[str]) -> dict[str, Any] | None:
 
 def read_images(
     source: Sequence[str],
-    resolution: int | None,
+    resolution: Size | None,
     *,
+    request: FormatRequest | None = None,
     to_class: Mapping[int, int] | None = None,
     dataset_config_name: str | None = None,
     split: str | None = None,
@@ -191,7 +204,10 @@ def read_images(
     Args:
         source (sequence of `str`): A `.npz` file, a folder of images, the folder of a run of `sample`, parquet files,
             or a dataset on the Hub.
-        resolution (`int`, *optional*): Image size in pixels; `None`: the shorter side of the first image.
+        resolution (`int` or `tuple[int, int]`, *optional*): Image size in pixels: of a square, or (height, width).
+            `None`: that of all images of a `.npz` file and of `sample`, else the shorter side of the first image.
+        request (`FormatRequest`, *optional*): What is asked of the format of the images, and what is known of it. A run
+            of `sample` knows it, too. `None`, and without such a run: 8-bit RGB.
         to_class (mapping, *optional*): From class numbers of the source to others.
         dataset_config_name (`str`, *optional*): Configuration of a dataset on the Hub.
         split (`str`, *optional*): Split of the dataset, if it has several.
@@ -205,6 +221,12 @@ def read_images(
     run = run_of_sample(source)
     if run is not None and (Path(source[0]) / NPZ_NAME).exists():
         source = [str(Path(source[0]) / NPZ_NAME)]
+    sampled = format_of_run(run)
+    if sampled is not None:
+        request = request or FormatRequest(sampled.channels)
+        if request.known is not None and request.known != sampled:
+            raise ValueError(f"`{argument}` holds {sampled}, but {request.known} are expected.")
+        request = dataclasses.replace(request, known=sampled)
     is_array = len(source) == 1 and source[0].endswith(".npz")
     is_labelled_run = run is not None and run["settings"]["class_labels"] is not None
     if is_array or is_labelled_run:
@@ -212,7 +234,7 @@ def read_images(
         if names := [f"`{name}`" for name, value in given.items() if value not in (None, "image")]:
             raise ValueError(f"{' and '.join(names)} would have no effect: {source[0]} is not a dataset. Omit it.")
     if is_array:
-        images = ArrayImages(source[0], to_class)
+        images = ArrayImages(source[0], to_class, any_format=request is not None)
     elif is_labelled_run:
         images, id2label = load_image_dataset(train_data_dir=source[0], label_column="label", cache_dir=cache_dir)
         # `datasets` numbers only the classes that occur.
@@ -227,8 +249,16 @@ def read_images(
             raise ValueError(f"`{argument}` cannot be read: {error}") from error
     if num_images is not None and num_images < len(images):
         images = images.select(choose(len(images), num_images, seed))
+    image_format = None
+    if request is not None:
+        try:
+            image_format = find_image_format(images, request)
+        except ValueError as error:  # which tells only one side of the comparison
+            raise ValueError(f"`{argument}` cannot be used: {error}") from error
     if resolution is None:
-        resolution = min(decode_rgb(images[0]["image"]).size)
+        width, height = decoded_size(decode_image(images[0]["image"], image_format))
+        have_one_size = is_array or run is not None
+        resolution = (height, width) if have_one_size and height != width else min(height, width)
     if not isinstance(images, ArrayImages):
-        images, _ = check_images(images, resolution)
-    return ImageDataset(images, resolution, center_crop=True)
+        images, _ = check_images(images, resolution, image_format=image_format)
+    return ImageDataset(images, resolution, center_crop=True, image_format=image_format)

@@ -9,6 +9,7 @@ Evaluates the variational bound of a saved model on images, in bits per dimensio
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -22,15 +23,17 @@ from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.effects import check_effects
 from ...commands.errors import run_command
 from ...commands.processes import MixedPrecision, join_processes
+from ...conditioning.image_format import ImageFormat, ImageMode, Size, as_size, describe_size, parse_size
 from ...data.checks import check_images
 from ...data.columns import load_image_dataset
+from ...data.formats import find_image_format
 from ...data.images import ImageDataset
 from ...data.labels import match_classes, renumber_labels
 from ...data.repositories import check_can_be_written, from_subfolder_or_root, reading
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, VarianceType
 from ...schedulers.timestep_spacing import respaced_timesteps
-from ..common import REVISION_RULE, require, versions
+from ..common import REVISION_RULE, format_request, require, versions
 from ..data import find_dataset, num_real_classes
 from .bound import bits_per_dim, learned_variance_scheduler
 
@@ -56,7 +59,20 @@ class Arguments:
     image_column: str = arg("image", "Column of the images.")
     label_column: str | None = arg(None, "Column of the labels. None: without labels, as the network's null class.")
     cache_dir: str | None = arg(None, "Cache folder of datasets and models.")
-    resolution: int | None = arg(None, "Image size in pixels. None: the model's `sample_size`.")
+    image_mode: ImageMode | None = arg(
+        None,
+        "Meaning of the channels: L (grey), LA, RGB, RGBA (A is alpha), or array (no colours). None: the model's.",
+    )
+    value_range: list[str] | None = arg(
+        None,
+        "Values of the data for -1 and 1, LOW HIGH; auto: measured over the images. None: the model's, or the whole "
+        "range of the integer type.",
+    )
+    resolution: Size | None = arg(
+        None,
+        "Image size in pixels: the side of a square, or HEIGHTxWIDTH. None: the model's `sample_size`.",
+        parse=functools.partial(parse_size, "resolution"),
+    )
     num_images: int | None = arg(None, "Size of a random subset to evaluate. None: all images.")
     batch_size: int = arg(64, "Noisy images per process and forward pass.")
     timestep_respacing: str | None = arg(None, "Fewer timesteps: 250, ddim50, or 10,10,15. None: all.")
@@ -69,7 +85,7 @@ class Arguments:
     output_dir: str = arg("bits-per-dim", "Folder for the results.")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "resolution", "num_images", "batch_size")
+        check_at_least(self, 1, "num_images", "batch_size")
         check_effects(self, rules=(REVISION_RULE,))
 
 
@@ -90,17 +106,36 @@ def load_index(args: Arguments) -> dict[str, Any]:
     return index
 
 
-def check_network(args: Arguments, config: Any, resolution: Any) -> None:
+def check_network(args: Arguments, config: Any, resolution: Size | None) -> None:
     """Checks what the network itself does not, before any data are read."""
     has_classes = config.num_class_embeds is not None or config.class_embed_type is not None
     if args.label_column is not None and not has_classes:
         raise ValueError("`label_column` was passed, but the network has no class embedding. Omit it.")
     if args.label_column is None and has_classes:
         logger.warning("Without `label_column`, every image is evaluated with the network's null class.")
-    if not isinstance(resolution, int):
-        raise ValueError(f"The model's `sample_size` is {resolution!r}, not a square size. Pass `--resolution`.")
-    if config.sample_size is not None and resolution != config.sample_size:
-        logger.warning(f"The resolution is {resolution}, but the model was trained at {config.sample_size}.")
+    if resolution is None:
+        raise ValueError(f"The model's `sample_size` is {resolution!r}, which is no size. Pass `--resolution`.")
+    if config.sample_size is not None and as_size(resolution) != as_size(config.sample_size):
+        here, before = (
+            str(size[0]) if size[0] == size[1] else describe_size(size)
+            for size in (as_size(resolution), as_size(config.sample_size))
+        )
+        logger.warning(f"The resolution is {here}, but the model was trained at {before}.")
+
+
+def recorded_format(index: dict[str, Any], channels: int) -> ImageFormat | None:
+    """The format of the images of training in `model_index.json`; `None`: not recorded."""
+    recorded = index.get("image_format")
+    return None if recorded is None else ImageFormat.from_config(recorded, channels)
+
+
+def check_levels(image_format: ImageFormat) -> None:
+    if image_format.num_levels is None:
+        raise ValueError(
+            f"These are {image_format}. Values without levels have a probability density, whose bits depend on the "
+            "unit and cannot be compared with those of levels, so this command does not measure them. The function "
+            "`bits_per_dim(..., num_levels=None)` does."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,13 +173,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_classes = num_real_classes(unet.config)
             to_class = match_classes(id2label, index.get("id2label"), num_classes, by_number=True)
             images = renumber_labels(images, to_class)
+        channels = unet.config.in_channels
+        known = recorded_format(index, channels)
+        if known is None and channels == 3 and args.image_mode is args.value_range is None:
+            image_format = None  # any images, as 8-bit RGB
+        else:
+            request = format_request(channels, args.image_mode, args.value_range, known)
+            image_format = find_image_format(images, request)
+            check_levels(image_format)
         images, _ = check_images(
             images,
             resolution,
+            image_format=image_format,
             allow_unlabelled=id2label is None or unet.config.null_class_id is not None,
             output_dir=args.output_dir if accelerator.is_main_process else None,
         )
-    data = ImageDataset(images, resolution, center_crop=True, random_flip=False)
+    data = ImageDataset(images, resolution, center_crop=True, random_flip=False, image_format=image_format)
 
     # 3. the bound
     result = bits_per_dim(
@@ -156,12 +200,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         clip_sample=args.clip_sample,
         seed=args.seed,
         accelerator=accelerator,
+        num_levels=data.image_format.num_levels,
     )
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         settings = vars(args) | {
             "resolution": resolution,
+            "image_format": data.image_format.to_config(),
             "variance_type": scheduler.config.variance_type,
             "clip_sample": scheduler.config.clip_sample if args.clip_sample is None else args.clip_sample,
             "mixed_precision": accelerator.mixed_precision,

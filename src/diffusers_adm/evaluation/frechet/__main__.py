@@ -9,6 +9,8 @@ Samples are a folder of `python -m diffusers_adm.evaluation.sample`, or any othe
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -18,9 +20,11 @@ import torch
 
 from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.errors import run_command
+from ...conditioning.image_format import ImageFormat, ImageMode, Size, parse_size
+from ...data.formats import FormatRequest
 from ...data.labels import match_classes
-from ..common import require, versions
-from ..data import load_classifier, read_images, run_of_sample
+from ..common import format_request, require, versions
+from ..data import format_of_run, load_classifier, read_images, run_of_sample
 from .comparison import compare_image_sets
 from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
 
@@ -44,7 +48,21 @@ class Arguments:
     dataset_config_name: str | None = arg(None, "Configuration of a reference on the Hub. Not for the samples.")
     split: str | None = arg(None, "Split of the reference, if it has several. Not for the samples.")
     image_column: str = arg("image", "Image column of the reference. Not for the samples.")
-    resolution: int | None = arg(None, "Image size in pixels. None: that of the classifier, or of the samples.")
+    image_mode: ImageMode | None = arg(
+        None,
+        "Meaning of the channels: L (grey), LA, RGB, RGBA (A is alpha), or array (no colours). None: that of the "
+        "classifier, of the samples, or by the number of channels.",
+    )
+    value_range: list[str] | None = arg(
+        None,
+        "Values of the data for -1 and 1, LOW HIGH; auto: measured over the samples. None: those of the classifier, of "
+        "the samples, or the whole range of the integer type.",
+    )
+    resolution: Size | None = arg(
+        None,
+        "Image size in pixels: the side of a square, or HEIGHTxWIDTH. None: that of the classifier, or of the samples.",
+        parse=functools.partial(parse_size, "resolution"),
+    )
     num_images: int | None = arg(None, "Size of a random choice from either set. None: all images.")
     k: int = arg(3, "k of the k-nearest-neighbour manifold, for precision and recall.")
     splits: int = arg(10, "Splits of the inception score.")
@@ -54,7 +72,7 @@ class Arguments:
     json: bool = arg(False, "Print JSON, with the settings and versions.")
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "resolution", "num_images", "k", "splits", "batch_size")
+        check_at_least(self, 1, "num_images", "k", "splits", "batch_size")
 
 
 def load_features(
@@ -86,6 +104,21 @@ def renumber_classes(
     return match_classes(names, id2label, network.classifier.config.num_classes, by_number=True)
 
 
+def request_format(args: Arguments, network: FeatureNetwork) -> FormatRequest | None:
+    """What is asked of the images; `None`: any images, as 8-bit RGB."""
+    known: ImageFormat | None = getattr(network, "image_format", None)
+    if known == ImageFormat() and args.image_mode is args.value_range is None:
+        return None
+    sampled = format_of_run(run_of_sample(args.samples)) or format_of_run(run_of_sample(args.reference))
+    if known is not None and sampled is not None and known != sampled:
+        raise ValueError(f"The classifier was trained on {known}, but the samples are {sampled}. Use one for them.")
+    known = known or sampled
+    channels = None if known is None else known.channels
+    if known is None and args.image_mode is None:
+        channels = 3  # of Inception
+    return format_request(channels, args.image_mode, args.value_range, known)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_args(Arguments, argv, description=__doc__)
     require("datasets")
@@ -99,10 +132,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. images
     common = {"num_images": args.num_images, "seed": args.seed, "cache_dir": args.cache_dir}
     to_class = renumber_classes(args.samples, network, id2label)
-    samples = read_images(args.samples, resolution, to_class=to_class, argument="samples", **common)
+    request = request_format(args, network)
+    samples = read_images(args.samples, resolution, request=request, to_class=to_class, argument="samples", **common)
+    if args.value_range == ["auto"]:  # once
+        request = dataclasses.replace(request, value_range=samples.image_format.value_range)
     reference = read_images(
         args.reference,
         samples.resolution,
+        request=request,
         dataset_config_name=args.dataset_config_name,
         split=args.split,
         image_column=args.image_column,
@@ -117,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.json:
         print(result)
         return
-    settings = vars(args) | {"resolution": samples.resolution}
+    settings = vars(args) | {"resolution": samples.resolution, "image_format": samples.image_format.to_config()}
     print(json.dumps({**result.to_dict(), "settings": settings, "versions": versions()}, indent=1, allow_nan=False))
 
 

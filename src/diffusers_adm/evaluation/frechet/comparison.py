@@ -8,8 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from ...conditioning.image_format import ImageFormat
 from ...data.labels import UNLABELLED
 from ...data.seeding import derive_seed
 from ...ops.finiteness import explain_not_finite, not_finite
@@ -101,9 +103,11 @@ def compare_image_sets(
 
     Args:
         network ([`FeatureNetwork`]): For example a [`ClassifierFeatures`].
-        samples, reference (datasets): Sequences such as an `ImageDataset`, whose items are dicts of `images`, 8-bit
-            values scaled to [-1, 1], `(3, height, width)`. Items of `samples` may have `class_labels`, the classes of
-            the network that they were generated for; -1 is unlabelled.
+        samples, reference (datasets): Sequences such as an `ImageDataset`, whose items are dicts of `images`, values
+            of their `image_format` scaled to [-1, 1], `(channels, height, width)`. Sequences without this attribute
+            hold images as the network takes them: 8-bit RGB, or of its format. A network of RGB images takes grey ones,
+            too, and more than 8 bits are reduced for it. Items of `samples` may have `class_labels`, the classes of the
+            network that they were generated for; -1 is unlabelled.
         k (`int`, defaults to 3): k of [`precision_recall`].
         splits (`int`, defaults to 10): Splits of [`inception_score`], which takes the samples in random order.
         batch_size (`int`, defaults to 64): Images per forward pass.
@@ -111,10 +115,11 @@ def compare_image_sets(
         progress_bar (`bool`, defaults to `True`): Show a progress bar.
 
     Raises:
-        ValueError: For sets too small for `k` or `splits`, features that are not finite, and labels that the network
-            does not have.
+        ValueError: For sets too small for `k` or `splits`, features that are not finite, labels that the network does
+            not have, sets of two formats, and formats that the network does not take.
     """
     # 1. features of both sets
+    _check_formats(network, samples, reference)
     check_neighbours(k, samples=len(samples), reference=len(reference))  # type: ignore[arg-type]
     fake, logits, labels = _extract(network, samples, "samples", batch_size, progress_bar, splits)
     real, _, _ = _extract(network, reference, "reference", batch_size, progress_bar)
@@ -159,6 +164,41 @@ def compare_image_sets(
     return result
 
 
+def _check_formats(network: FeatureNetwork, samples: object, reference: object) -> None:
+    taken = getattr(network, "image_format", None)
+    formats = [getattr(images, "image_format", None) or taken or ImageFormat() for images in (samples, reference)]
+    if formats[0] != formats[1]:
+        raise ValueError(
+            f"`samples` holds {formats[0]}, and `reference` {formats[1]}. Only images of one format can be compared; "
+            "set it with `--image_mode` and `--value_range`."
+        )
+    if taken is not None and taken != formats[0]:
+        raise ValueError(
+            f"The feature network takes {taken}, but `samples` and `reference` hold {formats[0]}. Use a network for "
+            "such images."
+        )
+    if taken is None and formats[0].channels not in (1, 3):
+        raise ValueError(
+            f"The feature network takes RGB images, but `samples` and `reference` hold {formats[0]}: only grey can "
+            "become RGB. Use a classifier of such images: `--features classifier:PATH`."
+        )
+    if taken is None and (formats[0].num_levels is None or formats[0].num_levels > 256):
+        logger.warning(
+            f"The feature network takes 8-bit images, so these {formats[0]} are reduced to 256 levels: differences "
+            "below them do not count."
+        )
+
+
+def _values_for(network: FeatureNetwork, samples: torch.Tensor, image_format: ImageFormat | None) -> torch.Tensor:
+    """What the network takes for images in [-1, 1]: values of the data in its format, or uint8 RGB."""
+    taken = getattr(network, "image_format", None)
+    if taken is None:
+        pixels = ((samples + 1) * 127.5).round().to(torch.uint8)
+        return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 and image_format is not None else pixels
+    values = taken.to_values(samples)
+    return values.to(torch.uint8) if taken.dtype == np.uint8 else values
+
+
 def _gaussian(features: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance."""
     statistics = GaussianStatistics()
@@ -180,7 +220,7 @@ def _extract(
     number = len(images)  # type: ignore[arg-type]
     with make_bar(number, f"Features of the {name}", "image", show=progress_bar) as bar:
         for batch in torch.utils.data.DataLoader(images, batch_size=batch_size):
-            pixels = ((batch["images"] + 1) * 127.5).round().to(torch.uint8)
+            pixels = _values_for(network, batch["images"], getattr(images, "image_format", None))
             outputs = [output.float().cpu() for output in network(pixels) if output is not None]
             bad = not_finite(torch.cat(outputs, dim=1))
             if bad:

@@ -11,23 +11,27 @@ from typing import Any, Protocol
 
 import torch
 
+from ...conditioning.image_format import ImageFormat, Size, as_size
 from ...models.classifier_adagn import AdaGNClassifierModel
 
 
 class FeatureNetwork(Protocol):
     """
-    A function from images to features.
+    A function from images to features. It may have an attribute `image_format`, an `ImageFormat`, to take images of
+    that format; without one it takes 8-bit RGB.
 
     Attributes:
-        resolution (`int`, *optional*): Height and width of the images in pixels; `None`: any.
+        resolution (`int` or `tuple[int, int]`, *optional*): Size of the images in pixels: of a square, or (height,
+            width); `None`: any.
     """
 
-    resolution: int | None
+    resolution: Size | None
 
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): uint8, RGB.
+            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Values of the data: uint8 if the
+                format is of 8 bits, as for RGB, else float32.
 
         Returns:
             `tuple`: Features, `(batch_size, dim)`; and logits, `(batch_size, num_classes)`, or `None`.
@@ -40,23 +44,23 @@ class ClassifierFeatures:
     although these images have none.
 
     Args:
-        classifier ([`AdaGNClassifierModel`]): A classifier of square RGB images; used on its device and in its dtype,
-            and put into eval mode.
+        classifier ([`AdaGNClassifierModel`]): A classifier of images of any channels and size; used on its device and
+            in its dtype, and put into eval mode.
+
+    Attributes:
+        image_format (`ImageFormat`): That of the images of its training, from its config.
     """
 
     def __init__(self, classifier: AdaGNClassifierModel):
         config = classifier.config
-        if config.in_channels != 3 or not isinstance(config.sample_size, int):
-            raise ValueError(
-                f"The classifier takes {config.in_channels} channels and a `sample_size` of {config.sample_size}. It "
-                "must take RGB images, 3 channels, of a square size."
-            )
         self.classifier = classifier.eval()
-        self.resolution: int | None = config.sample_size
+        self.image_format = ImageFormat.from_config(config.get("image_format"), config.in_channels)
+        size = as_size(config.sample_size)
+        self.resolution: Size | None = size if size is None or size[0] != size[1] else size[0]
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sample = images.to(self.classifier.device, self.classifier.dtype) / 127.5 - 1
+        sample = self.image_format.to_samples(images.to(self.classifier.device)).to(self.classifier.dtype)
         output = self.classifier(sample, 0)
         return output.features, output.logits
 
@@ -72,7 +76,7 @@ class InceptionFeatures:
         device (`str` or `torch.device`, defaults to `"cpu"`): Device of the network.
     """
 
-    resolution: int | None = None  # it resizes to 299 itself
+    resolution: Size | None = None  # it resizes to 299 itself
 
     def __init__(self, weights: str | None = None, device: str | torch.device = "cpu"):
         try:
