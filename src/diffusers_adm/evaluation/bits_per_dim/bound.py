@@ -396,7 +396,8 @@ def _check_images(images: torch.Tensor, num_levels: int | None, first: int, warn
         low, high = images.min().item(), images.max().item()
         raise ValueError(
             f"Images from number {first} on hold values from {low:.6g} to {high:.6g}, but the bound is defined for "
-            f"{values} scaled to [-1, 1]. Pass `images / 127.5 - 1` for 0..255, `2 * images - 1` for [0, 1]."
+            f"{values} scaled to [-1, 1]. Pass `2 * (images - low) / (high - low) - 1` for the range low to high: "
+            "`images / 127.5 - 1` for 0..255, `2 * images - 1` for [0, 1]."
         )
     if num_levels is None or not warn:
         return
