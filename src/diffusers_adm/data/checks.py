@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL
 
-from .decoding import UnusableImageError, decode_condition, decode_rgb
+from ..conditioning.image_format import ImageFormat, Size, as_size, describe_size
+from .decoding import UnusableImageError, decode_condition, decode_image, decoded_size
 from .images import example_name
 from .labels import UNLABELLED, list_names
 
@@ -26,18 +27,20 @@ SKIP_REPORT_NAME = "skipped_images.txt"
 # Reasons to skip an image, in addition to those of decoding.py.
 TOO_SMALL, NO_LABEL = "too small", "no label"
 # Bump when `_examine` changes its verdicts: cached results of older versions are then not used.
-CHECK_VERSION = 3
+CHECK_VERSION = 4
 
 
 def check_images(
     dataset: datasets.Dataset,
-    resolution: int,
+    resolution: Size,
     min_image_size: int | None = None,
     allow_unlabelled: bool = True,
     num_proc: int | None = None,
     output_dir: str | os.PathLike | None = None,
     max_names: int = 10,
     id2label: Mapping[int, str] | None = None,
+    image_format: ImageFormat | None = None,
+    condition_format: ImageFormat | None = None,
 ) -> tuple[datasets.Dataset, dict[str, list[str]]]:
     """
     Decodes every image, and its conditioning image if there is one, and drops those that cannot be used. Their number
@@ -48,9 +51,9 @@ def check_images(
 
     Args:
         dataset (`datasets.Dataset`): From `load_image_dataset`.
-        resolution (`int`): Training resolution in pixels.
-        min_image_size (`int`, *optional*): Images whose shorter side has fewer pixels are dropped. Defaults to half of
-            `resolution`: upsampling by more than 2 teaches the model blur.
+        resolution (`int` or `tuple[int, int]`): Training resolution in pixels: of a square, or (height, width).
+        min_image_size (`int`, *optional*): Images whose shorter side has fewer pixels are dropped. By default, those
+            that are lower or narrower than half of `resolution`: upsampling by more than 2 teaches the model blur.
         allow_unlabelled (`bool`, defaults to True): Keep examples whose label is -1.
         num_proc (`int`, *optional*): Number of processes that decode.
         output_dir (`str` or `os.PathLike`, *optional*): Folder for `skipped_images.txt`, which lists all dropped
@@ -58,6 +61,9 @@ def check_images(
             report of an earlier launch is replaced, or removed if nothing is dropped now.
         max_names (`int`, defaults to 10): Names to log for each reason.
         id2label (mapping, *optional*): Names of the classes, for the warning about classes that lose all images.
+        image_format (`ImageFormat`, *optional*): The format of the images, from `find_image_format`; images of other
+            channels or values are dropped, too. None: 8-bit RGB, which any file of 8 bits, or grey of 16, becomes.
+        condition_format (`ImageFormat`, *optional*): The same for the conditioning images.
 
     Returns:
         `tuple` of the dataset without these images, and the names of the dropped ones by reason. A name is the path of
@@ -66,12 +72,17 @@ def check_images(
     Raises:
         ValueError: If no image is left.
     """
-    min_image_size = max(1, resolution // 2) if min_image_size is None else min_image_size
+    if min_image_size is None:
+        smallest = tuple(max(1, side // 2) for side in as_size(resolution))
+    else:
+        smallest = as_size(min_image_size)
     verdicts = dataset.map(
         _examine,
         remove_columns=dataset.column_names,
         fn_kwargs={
-            "min_image_size": min_image_size,
+            "smallest": smallest,
+            "image_format": image_format,
+            "condition_format": condition_format,
             "allow_unlabelled": allow_unlabelled,
             "version": (CHECK_VERSION, PIL.__version__),
         },
@@ -96,7 +107,7 @@ def check_images(
     if len(lines) == len(dataset):
         raise ValueError(
             f"None of the {len(dataset)} images can be used: {counts}. The first: {lines[0].strip()!r}. "
-            f"`min_image_size` is {min_image_size} for a resolution of {resolution}."
+            f"`min_image_size` is {_describe(smallest)} for a resolution of {_describe(resolution)}."
         )
 
     if lines:
@@ -125,21 +136,37 @@ def check_images(
     return dataset, skipped
 
 
-def _examine(example: dict[str, Any], min_image_size: int, allow_unlabelled: bool, version: tuple) -> dict[str, Any]:
+def _examine(
+    example: dict[str, Any],
+    smallest: tuple[int, int],
+    image_format: ImageFormat | None,
+    condition_format: ImageFormat | None,
+    allow_unlabelled: bool,
+    version: tuple,
+) -> dict[str, Any]:
     """Returns the verdict on one example; `version` is only a part of the cache's key."""
     reason, details, dark = "", "", False
     try:
-        size = decode_rgb(example["image"]).size
+        width, height = decoded_size(decode_image(example["image"], image_format))
         if "conditioning_image" in example:
-            dark = int(np.asarray(decode_condition(example["conditioning_image"], size)).max()) == 1
+            condition = np.asarray(decode_condition(example["conditioning_image"], (width, height), condition_format))
+            white = 255 if condition_format is None else condition_format.value_range[1]
+            dark = int(condition.max()) == 1 and white == 255
     except UnusableImageError as error:
         reason, details = error.reason, str(error)
     else:
-        if min(size) < min_image_size:
-            reason, details = TOO_SMALL, f"{size[0]} x {size[1]} pixels, shorter side below {min_image_size}"
+        if height < smallest[0] or width < smallest[1]:
+            reason = TOO_SMALL
+            shorter = "shorter side " if smallest[0] == smallest[1] else ""
+            details = f"{width} x {height} pixels, {shorter}below {_describe(smallest[::-1])}"
         elif not allow_unlabelled and example.get("label") == UNLABELLED:
             reason, details = NO_LABEL, "unlabelled examples are not allowed"
     return {"reason": reason, "details": details, "dark": dark}
+
+
+def _describe(size: Size) -> str:
+    first, second = as_size(size)
+    return str(first) if first == second else describe_size(size)
 
 
 def check_batch_fits(num_examples: int, train_batch_size: int, num_processes: int = 1) -> None:

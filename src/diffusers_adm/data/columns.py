@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,9 +17,12 @@ from .sources import load_source
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 
 logger = logging.getLogger(__name__)
+
+ENCODING_BATCH_SIZE = 100  # arrays
 
 
 def load_image_dataset(
@@ -54,7 +58,8 @@ def load_image_dataset(
         data_files (`str` or sequence of `str`, *optional*): Parquet files: paths, patterns or URLs.
         split (`str`, defaults to "train"): The split to train on; slices such as `train[:10%]` work except for a
             folder.
-        image_column (`str`, defaults to "image"): Images, encoded images or paths of images.
+        image_column (`str`, defaults to "image"): Images, encoded images, paths of images, or arrays (nested lists,
+            `Array2D` or `Array3D`): `(height, width)` or `(height, width, channels)`.
         label_column (`str`, *optional*): Class names, integers or text. None loads no labels.
         cache_dir (`str`, *optional*): Cache folder of `datasets`.
         max_train_samples (`int`, *optional*): Keep a random subset of that size, in order; the classes stay those of
@@ -68,7 +73,7 @@ def load_image_dataset(
 
     Returns:
         `tuple` of the dataset and `id2label`. The dataset has the columns `image` (not decoded: a dict of `bytes` and
-        `path`), `row` (the index in the source) and, with `label_column`, `label`: an int64 in `[0, len(id2label))`, or
+        `path`; arrays are the bytes of a `.npy` file, which keeps their type), `row` (the index in the source) and, with `label_column`, `label`: an int64 in `[0, len(id2label))`, or
         -1 for an example without a label (None, NaN, -1 or empty text); with `caption_column`, `caption`: text, "" for
         a missing one; with `conditioning_image_column`, `conditioning_image`, not decoded; and those of
         `tensor_columns`. `id2label` (`dict[int, str]`) is None without `label_column`. Class names keep their ids;
@@ -162,10 +167,70 @@ def _cast_to_images(dataset: datasets.Dataset, column: str, description: str) ->
     import datasets
     import pyarrow
 
+    if _holds_arrays(dataset.features[column]):
+        return (
+            dataset.with_format("arrow")
+            .map(
+                _encode_arrays,
+                with_indices=True,
+                batched=True,
+                batch_size=ENCODING_BATCH_SIZE,
+                fn_kwargs={"column": column, "description": description},
+                features=datasets.Features({**dataset.features, column: datasets.Image(decode=False)}),
+                desc="Reading arrays",
+            )
+            .with_format(None)
+        )
     try:
         return dataset.cast_column(column, datasets.Image(decode=False))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{description} is of type {dataset.features[column]}, which cannot hold images, encoded images or paths "
-            "of images. Pass the name of a column that does."
+            f"{description} is of type {dataset.features[column]}, which cannot hold images, encoded images, paths of "
+            "images or arrays (2 or 3 nested lists of numbers). Pass the name of a column that does."
         ) from error
+
+
+def _holds_arrays(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
+        return True
+    depth = 0
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature, depth = feature.feature, depth + 1
+    numbers = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "float", "bool"))
+    return depth in (2, 3) and numbers
+
+
+def _encode_arrays(batch: pyarrow.Table, indices: Sequence[int], column: str, description: str) -> pyarrow.Table:
+    """Replaces the arrays of a column by the bytes of `.npy` files: lists would lose their type, and are slow."""
+    import pyarrow
+
+    values = batch.column(column).combine_chunks()
+    if isinstance(values, pyarrow.ExtensionArray):
+        values = values.storage
+    rows = []
+    for index, row in zip(indices, values, strict=True):
+        file = BytesIO()
+        if row.is_valid:
+            np.save(file, _to_array(row, f"Row {index} of {description}"), allow_pickle=False)
+        rows.append({"bytes": file.getvalue(), "path": None} if row.is_valid else None)
+    position = batch.column_names.index(column)
+    type_ = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    return batch.set_column(position, column, pyarrow.array(rows, type=type_))
+
+
+def _to_array(row: pyarrow.ListScalar, name: str) -> np.ndarray:
+    """Nested lists as an array of their own type."""
+    import pyarrow
+
+    values, shape = row.values, [len(row.values)]
+    while pyarrow.types.is_nested(values.type):
+        lengths = values.value_lengths().unique()
+        if values.null_count or len(lengths) > 1:
+            raise ValueError(f"{name} holds lists of different lengths, or missing ones. Store arrays with equal rows.")
+        shape.append(lengths[0].as_py() if len(lengths) else 0)
+        values = values.flatten()
+    if values.null_count:
+        raise ValueError(f"{name} holds {values.null_count} missing values (null). Replace them.")
+    return values.to_numpy(zero_copy_only=False).reshape(shape)

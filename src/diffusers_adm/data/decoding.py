@@ -1,4 +1,7 @@
-"""Decoding: any image file becomes 8-bit RGB, as a viewer would show it, or an error that says why it is unusable."""
+"""
+Decoding: any image becomes the channels and values of an `ImageFormat`, for 8-bit RGB as a viewer would show it, or an
+error that says why it is unusable.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,30 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from ..conditioning.image_format import ImageFormat, ImageMode
+from .pixels import (
+    MISSING,
+    UNREADABLE,
+    ImageSource,
+    StoredImage,
+    UnusableImageError,
+    alpha_of_opaque,
+    explained_errors,
+    is_deep_grey,
+    open_image,
+)
 
 
-# Reasons to skip an image, as they appear in logs and in the report.
-MISSING, UNREADABLE, TOO_LARGE = "missing", "unreadable", "too large (decompression bomb)"
+# Reasons to skip an image, in addition to those of pixels.py.
 NO_CONDITION, MISSHAPEN_CONDITION = "no usable condition", "condition of another aspect ratio"
+OTHER_CHANNELS, OTHER_VALUES = "other channels", "values outside the range"
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+# Of ITU-R BT.601 in units of 1 / 65536, as in Pillow's mode "L".
+LUMINANCE = (19595, 38470, 7471)
 
-
-class UnusableImageError(Exception):
-    """An image that cannot be used. `reason` is one of the constants of this module; the message has the details."""
-
-    def __init__(self, reason: str, details: str):
-        super().__init__(details)
-        self.reason = reason
+Decoded = Image.Image | np.ndarray
 
 
 def decode_rgb(image: dict[str, Any] | Image.Image | None, background: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -43,64 +55,169 @@ def decode_rgb(image: dict[str, Any] | Image.Image | None, background: tuple[int
     """
     if image is None:
         raise UnusableImageError(MISSING, "the entry is empty")
-    try:
+    with explained_errors():
         if isinstance(image, Image.Image):
             return _to_rgb(image, background)
         with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
             return _to_rgb(opened, background)
-    except UnusableImageError:
-        raise
-    except FileNotFoundError as error:
-        raise UnusableImageError(MISSING, "no such file") from error
-    except UnidentifiedImageError as error:
-        raise UnusableImageError(UNREADABLE, "not an image that Pillow knows") from error
-    except Image.DecompressionBombError as error:
-        raise UnusableImageError(TOO_LARGE, str(error)) from error
-    except Exception as error:
-        # Damaged files make Pillow's decoders raise almost anything (OSError, SyntaxError, struct.error, IndexError,
-        # zlib.error, MemoryError ...). None of it may end a run, and all of it is reported with the name of the file.
-        raise UnusableImageError(UNREADABLE, f"{type(error).__name__}: {error}") from error
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    source_format = image.format
+    is_deep = is_deep_grey(image)
     image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and source_format == "PPM"):
+    if is_deep:
         # `convert` would clip at 255 and make nearly every pixel white. 65535 / 257 = 255.
-        eight_bit = np.round(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
+        upright = ImageOps.exif_transpose(image)
+        eight_bit = np.round(np.asarray(upright, dtype=np.float64) / 257).astype(np.uint8)
         return Image.fromarray(eight_bit).convert("RGB")
     if image.mode in ("I", "F"):
         raise UnusableImageError(UNREADABLE, f"pixels of mode {image.mode} have no known range; save as 8 or 16 bits")
-    if image.has_transparency_data:
+    return _convert_pillow(image, "RGB", background)
+
+
+def _convert_pillow(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
+    """Converts a loaded image of 8 bits per channel, upright; transparency is laid on the background or kept."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data and mode in ("L", "RGB"):
         canvas = Image.new("RGBA", image.size, (*background, 255))
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
-def decode_condition(condition: dict[str, Any] | None, image_size: tuple[int, int]) -> Image.Image:
+def is_eight_bit(image_format: ImageFormat) -> bool:
+    """Whether Pillow's images of 8 bits per channel have this format."""
+    is_colour = image_format.mode != "array"
+    return is_colour and tuple(image_format.value_range) == (0, 255) and image_format.num_levels == 256
+
+
+def decode_image(
+    image: ImageSource, image_format: ImageFormat | None, background: tuple[int, int, int] = WHITE
+) -> Image.Image | np.ndarray:
     """
-    Decodes a conditioning image for a ControlNet like `decode_rgb`; transparency becomes black, "no condition".
+    Decodes an image completely and converts it to the channels of a format.
+
+    Grey becomes colour and the reverse as in Pillow, at any depth. Alpha is kept in the modes "LA" and "RGBA", and
+    opaque for images without; otherwise, the image is composited over `background`. In the mode "array", nothing is
+    converted. Applies the orientation in the file and takes the first frame of an animation.
+
+    Args:
+        image (`dict`, `PIL.Image.Image`, `np.ndarray` or nested lists): See [`open_image`].
+        image_format (`ImageFormat`, *optional*): The format. None: 8-bit RGB of any file, by `decode_rgb`.
+        background (`tuple[int, int, int]`, defaults to white): RGB, each 0 to 255; scaled to the value range.
+
+    Returns:
+        `PIL.Image.Image` of the mode of the format, if it has 8 bits, else `np.ndarray` of shape `(height, width,
+        channels)`: values of the data.
+
+    Raises:
+        UnusableImageError: Whatever is wrong with the image, or if it has other channels, or values outside the range.
+        ImportError: If a file needs tifffile or imagecodecs, which is not installed.
+    """
+    if image_format is None:
+        return decode_rgb(image, background)
+    with open_image(image, image_format.channels) as stored:
+        is_eight = is_eight_bit(image_format)
+        if is_eight and stored.pillow is not None:
+            stored.pillow.load()
+            return _convert_pillow(stored.pillow, image_format.mode, background)
+        if not can_convert(stored.mode, stored.channels, image_format):
+            raise UnusableImageError(
+                OTHER_CHANNELS, f"{describe_channels(stored)} cannot become {image_format.mode} images"
+            )
+        values = _convert_values(stored, image_format, background)
+        if not in_range(values, image_format):
+            low, high = image_format.value_range
+            details = f"values from {values.min():g} to {values.max():g}, outside of {low:g} to {high:g}"
+            raise UnusableImageError(OTHER_VALUES, details)
+        if not is_eight:
+            return values
+        values = values.astype(np.uint8)
+        return Image.fromarray(values[..., 0] if image_format.mode == "L" else values, image_format.mode)
+
+
+def in_range(values: np.ndarray, image_format: ImageFormat) -> bool:
+    """Whether all values lie within the range of the format; NaN does not."""
+    low, high = image_format.value_range
+    return bool(values.min() >= low and values.max() <= high)
+
+
+def can_convert(mode: ImageMode, channels: int, image_format: ImageFormat) -> bool:
+    """Whether images of this mode and number of channels can become images of the format."""
+    if mode == "array" or image_format.mode == "array":
+        return channels == image_format.channels
+    return True
+
+
+def describe_channels(stored: StoredImage) -> str:
+    """The channels of an image in words: "RGB images", "arrays of 5 channels"."""
+    return f"arrays of {stored.channels} channels" if stored.mode == "array" else f"{stored.mode} images"
+
+
+def decoded_size(image: Decoded) -> tuple[int, int]:
+    """Width and height of a decoded image."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def _convert_values(stored: StoredImage, image_format: ImageFormat, background: tuple[int, int, int]) -> np.ndarray:
+    values = stored.read()
+    if values.dtype.kind == "b":
+        values = values.astype(np.uint8)
+    mode, target = stored.mode, image_format.mode
+    if target == "array" or mode in ("array", target):
+        return values
+    opaque = alpha_of_opaque(stored.dtype)
+    alpha = values[..., -1:] if mode in ("LA", "RGBA") else None
+    colours = values if alpha is None else values[..., :-1]
+    low, high = image_format.value_range
+    if alpha is not None and target in ("L", "RGB"):
+        page = low + np.array(background, dtype=np.float64) / 255 * (high - low)
+        page = page if colours.shape[-1] == 3 else _to_grey(page)
+        colours = _round_like(page + (colours - page) * (alpha / opaque), colours.dtype)
+    if colours.shape[-1] == 3 and target in ("L", "LA"):
+        colours = _round_like(_to_grey(colours.astype(np.float64)), colours.dtype)
+    elif colours.shape[-1] == 1 and target in ("RGB", "RGBA"):
+        colours = np.repeat(colours, 3, axis=-1)
+    if target in ("LA", "RGBA"):
+        alpha = np.full_like(colours[..., :1], high) if alpha is None else alpha
+        colours = np.concatenate([colours, alpha], axis=-1)
+    return colours
+
+
+def _to_grey(colours: np.ndarray) -> np.ndarray:
+    return (colours @ np.array(LUMINANCE, dtype=np.float64) / 65536)[..., None]
+
+
+def _round_like(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Values in this type; whole numbers are rounded, halves up as in Pillow."""
+    return np.floor(values + 0.5).astype(dtype) if dtype.kind in "ui" else values.astype(dtype)
+
+
+def decode_condition(
+    condition: ImageSource, image_size: tuple[int, int], condition_format: ImageFormat | None = None
+) -> Image.Image | np.ndarray:
+    """
+    Decodes a conditioning image like `decode_image`; transparency becomes black, "no condition".
 
     Args:
         condition (`dict`): As `datasets` stores images.
         image_size (`tuple[int, int]`): Width and height of the decoded image that it belongs to.
+        condition_format (`ImageFormat`, *optional*): Its format. None: 8-bit RGB.
 
     Returns:
-        `PIL.Image.Image`: Mode RGB.
+        `PIL.Image.Image` or `np.ndarray`: As from `decode_image`.
 
     Raises:
         UnusableImageError: If the conditioning image is unusable, or if its aspect ratio differs from that of its image
             by more than a pixel per side. The message names its file, if it has one.
     """
-    path = (condition or {}).get("path")
+    path = condition.get("path") if isinstance(condition, dict) else None
     name = f"the condition {path}" if path else "the condition"
     try:
-        decoded = decode_rgb(condition, background=BLACK)
+        decoded = decode_image(condition, condition_format, background=BLACK)
     except UnusableImageError as error:
         raise UnusableImageError(NO_CONDITION, f"{name} is {error.reason}: {error}") from error
-    (width, height), (image_width, image_height) = decoded.size, image_size
+    (width, height), (image_width, image_height) = decoded_size(decoded), image_size
     # One scale brings the image within a pixel of both sides.
     if abs(width * image_height - height * image_width) > image_width + image_height:
         details = f"{name} has {width} x {height} pixels, its image {image_width} x {image_height}"

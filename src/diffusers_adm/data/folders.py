@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from .labels import list_names
+from .pixels import ARRAY_SUFFIXES
 
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def load_image_folder(
 
     root = _split_folder(folder, split)
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN}
+    extensions |= {*ARRAY_SUFFIXES}
     files = list(_walk(root))
     images = [path for path in files if path.suffix.lower() in extensions]
     metadata = [path for path in files if path.name in METADATA_FILES]

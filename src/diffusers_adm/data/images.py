@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +10,10 @@ import torch
 from PIL import Image
 
 from ..conditioning.control_images import ControlImageKind, make_condition
+from ..conditioning.image_format import ImageFormat, Size, as_size
 from ..deprecations import renamed
-from .decoding import WHITE, UnusableImageError, decode_condition, decode_rgb
-from .seeding import derive_seed
+from .decoding import WHITE, UnusableImageError, decode_condition, decode_image, decoded_size
+from .resizing import draw_window
 
 
 if TYPE_CHECKING:
@@ -40,8 +39,7 @@ class ImageDataset(torch.utils.data.Dataset):
     prepared loaders call `set_epoch`, unless the sampler has a `set_epoch` of its own; use `EpochShuffleSampler`, which
     has none.
 
-    The shorter side is resized to `resolution` with Pillow's bicubic filter, which antialiases when downsampling and is
-    the filter of ADM's own data loader. Lanczos is slightly sharper but rings at hard edges.
+    Images are resized, with their aspect ratio, to just cover `resolution` (see `data/resizing.py`), and cropped.
 
     If an image or its conditioning image becomes unreadable during training, the next readable example takes its place,
     and its name is logged once (again only if two workers meet it at the same moment).
@@ -49,7 +47,7 @@ class ImageDataset(torch.utils.data.Dataset):
     Args:
         dataset (`datasets.Dataset`): From `load_image_dataset` and `check_images`. `label`, `conditioning_image` and
             tensor columns are optional.
-        resolution (`int`): Height and width in pixels.
+        resolution (`int` or `tuple[int, int]`): Size in pixels: of a square, or (height, width).
         center_crop (`bool`, defaults to False): Crop at the centre; otherwise at random.
         random_flip (`bool`, defaults to False): Mirror half of the images left to right.
         seed (`int`, defaults to 0): The seed of the run.
@@ -58,31 +56,50 @@ class ImageDataset(torch.utils.data.Dataset):
             are part of example i.
         condition (`str`, *optional*): The kind of conditioning image (see `conditioning.control_images.CONDITIONS`) to
             make from each image, for a ControlNet. None reads the column `conditioning_image`, if there is one.
+        image_format (`ImageFormat`, *optional*): The format of the images, from `find_image_format`. None: 8-bit RGB.
+        condition_format (`ImageFormat`, *optional*): The same for the column `conditioning_image`.
+
+    Attributes:
+        size (`tuple[int, int]`): Height and width.
+        resolution, image_format, condition_format: As passed; the formats are never None.
 
     Raises:
-        ValueError: For an unknown `condition`, or one in addition to the column `conditioning_image`.
+        ValueError: For an unknown `condition`, one in addition to the column `conditioning_image`, or one of images
+            that are not 8-bit grey or RGB.
         ImportError: For edges without scikit-image.
     """
 
     def __init__(
         self,
         dataset: datasets.Dataset,
-        resolution: int,
+        resolution: Size,
         center_crop: bool = False,
         random_flip: bool = False,
         seed: int = 0,
         background: tuple[int, int, int] = WHITE,
         captions: Captions | None = None,
         condition: ControlImageKind | None = None,
+        image_format: ImageFormat | None = None,
+        condition_format: ImageFormat | None = None,
     ):
+        # None is decoded in its own way: any image becomes 8-bit RGB.
+        self._decoded_as = image_format, condition_format
+        self.image_format = image_format or ImageFormat()
+        self.condition_format = condition_format or ImageFormat()
         if condition is not None:
             if "conditioning_image" in dataset.column_names:
                 raise ValueError(
                     f"`condition` is {condition!r}, but the dataset has a `conditioning_image` column, too."
                 )
+            if self.image_format.mode not in ("L", "RGB") or not self.image_format.is_picture:
+                raise ValueError(
+                    f"`condition` is {condition!r}, which is made from grey or RGB images of whole numbers, not from "
+                    f"{self.image_format}. Store the conditions in a column instead."
+                )
             make_condition(torch.zeros(3, 1, 1), condition)  # an unknown kind or a missing package fails here
         self.dataset = dataset
         self.resolution = resolution
+        self.size = as_size(resolution)
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.seed = seed
@@ -109,10 +126,11 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `dict`: `images`, float32 of shape `(3, resolution, resolution)` in [-1, 1], where `(images + 1) * 127.5`
-            gives back the 8-bit values; with conditioning images, `conditions`, of the same shape in [0, 1], cropped
-            and flipped like the image; with labels, `class_labels`, an int64 scalar, -1 for unlabelled; tensor columns
-            under their names, in float32; the tensors of `captions`.
+            `dict`: `images`, float32 of shape `(channels, height, width)` in [-1, 1], where `image_format.to_values`
+            gives back the values of the data; with conditioning images, `conditions`, `(condition channels, height,
+            width)` in [0, 1], the fractions of their value range, cropped and flipped like the image; with labels,
+            `class_labels`, an int64 scalar, -1 for unlabelled; tensor columns under their names, in float32; the
+            tensors of `captions`.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"Index {index} is out of range for {len(self)} examples.")
@@ -139,43 +157,45 @@ class ImageDataset(torch.utils.data.Dataset):
         )
 
     def _image_tensors(self, example: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
-        image = decode_rgb(example["image"], self.background)
-        pixels = self._transform(image, index).float()
-        tensors = {"images": pixels / 127.5 - 1}
+        image_format, condition_format = self._decoded_as
+        image = decode_image(example["image"], image_format, self.background)
+        size = decoded_size(image)
+        values = self._cut(image, index, size, self.image_format)
+        tensors = {"images": self.image_format.to_samples(values).float()}
         if self.condition is not None:
-            tensors["conditions"] = make_condition(pixels / 255, self.condition)
+            fractions = fractions_of(values, self.image_format).expand(3, -1, -1)
+            tensors["conditions"] = make_condition(fractions, self.condition)
         elif "conditioning_image" in example:
-            condition = decode_condition(example["conditioning_image"], image.size)
-            tensors["conditions"] = self._transform(condition, index, source_size=image.size).float() / 255
+            condition = decode_condition(example["conditioning_image"], size, condition_format)
+            values = self._cut(condition, index, size, self.condition_format)
+            tensors["conditions"] = fractions_of(values, self.condition_format)
         return tensors
 
-    def _transform(self, image: Image.Image, index: int, source_size: tuple[int, int] | None = None) -> torch.Tensor:
+    def _cut(
+        self, image: Image.Image | np.ndarray, index: int, image_size: tuple[int, int], image_format: ImageFormat
+    ) -> torch.Tensor:
         """
         Resizes, crops and flips an image by the seed, the epoch and the index; a conditioning image like its image of
-        `source_size` (width, height). Returns 8-bit pixels, `(3, resolution, resolution)`.
+        `image_size` (width, height). Returns values of the data, `(channels, height, width)`, float32 or float64.
         """
-        # All three are drawn whatever the options, so that changing one option does not affect the others.
-        generator = random.Random(derive_seed(self.seed, "augmentation", self.epoch, index))
-        x, y, flip = generator.random(), generator.random(), generator.random() < 0.5
-        if self.center_crop:
-            x = y = 0.5
-
-        width, height = source_size or image.size
-        ratio = self.resolution / min(width, height)
-        size = (max(self.resolution, round(width * ratio)), max(self.resolution, round(height * ratio)))
-        if size != image.size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        left = math.floor(x * (size[0] - self.resolution + 1))
-        top = math.floor(y * (size[1] - self.resolution + 1))
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        if self.random_flip and flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        window = draw_window(
+            self.seed, self.epoch, index, image_size, self.size, self.center_crop, flip=self.random_flip
+        )
+        values = np.ascontiguousarray(window.cut(image, image_format).transpose(2, 0, 1))
+        # float32 holds all numbers of 16 bits.
+        is_exact = values.dtype.itemsize <= 2 or values.dtype == np.float32
+        return torch.from_numpy(values).to(torch.float32 if is_exact else torch.float64)
 
 
-def example_name(example: dict[str, Any], index: int) -> str:
+def fractions_of(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
+    """Values of the data as fractions of the value range, float32 in [0, 1]."""
+    low, high = image_format.value_range
+    return ((values - low if low else values) / (high - low)).float()
+
+
+def example_name(example: dict[str, Any], index: int, column: str = "image") -> str:
     """Names an example for messages: the path of its file, or its row in the source with the path stored there."""
-    image = example["image"]
+    image = example[column]
     path = image["path"] if isinstance(image, dict) else None
     if path and image["bytes"] is None:
         return path

@@ -1,0 +1,444 @@
+"""
+The format of a dataset: `find_image_format` reads the headers of all images, and their values where these are needed,
+and decides on the meaning of the channels and the value range, or says why the images cannot be used together.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from ..conditioning.image_format import MAX_LEVELS, MODE_CHANNELS, ImageFormat, ImageMode
+from .decoding import can_convert
+from .images import example_name
+from .labels import list_names
+from .pixels import UNSUPPORTED, UnusableImageError, open_image
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+logger = logging.getLogger(__name__)
+
+ValueRange = tuple[float, float] | Literal["auto"]
+MODES_OF_CHANNELS: dict[int, ImageMode] = {1: "L", 3: "RGB"}
+# A warning follows if data of more than 8 bits fill a smaller share of their type's range.
+MIN_SHARE_OF_RANGE = 0.5
+# Bump when `_read_header` or `_measure` changes: cached results of older versions are then not used.
+SURVEY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FormatRequest:
+    """
+    What a network and a user ask of the images.
+
+    Args:
+        channels (`int`, *optional*): Number of channels of the network. None: any.
+        image_mode (`str`, *optional*): `--image_mode`: "L", "LA", "RGB", "RGBA" or "array".
+        value_range (`tuple[float, float]` or "auto", *optional*): `--value_range`: the values of the data for -1 and 1.
+            "auto": the lowest and the highest of all images.
+        known (`ImageFormat`, *optional*): The format of a pretrained model. It is kept where the others are None.
+
+    Raises:
+        ValueError: If these contradict each other.
+    """
+
+    channels: int | None = None
+    image_mode: ImageMode | None = None
+    value_range: ValueRange | None = None
+    known: ImageFormat | None = None
+
+    def __post_init__(self) -> None:
+        mode, channels, known = self.image_mode, self.channels, self.known
+        if mode is not None and mode not in get_args(ImageMode):
+            raise ValueError(f"`--image_mode` is {mode!r}; it must be one of {', '.join(get_args(ImageMode))}.")
+        if mode is not None and channels is not None and MODE_CHANNELS.get(mode, channels) != channels:
+            raise ValueError(
+                f"`--image_mode` {mode} has {MODE_CHANNELS[mode]} channel(s), but the network has {channels}. Pass "
+                f"`--image_mode {_mode_for(channels)}`, or set the channels of the network to {MODE_CHANNELS[mode]}."
+            )
+        if known is not None and channels not in (None, known.channels):
+            raise ValueError(
+                f"The pretrained model was trained on {known}, {known.channels} channel(s), but the network has "
+                f"{channels}. Start from a model of {channels} channel(s), or without one."
+            )
+        if known is not None and mode not in (None, known.mode):
+            raise ValueError(
+                f"`--image_mode` is {mode}, but the pretrained model was trained on {known}. Omit it, or pass "
+                f"`--image_mode {known.mode}`."
+            )
+        if self.value_range is None or self.value_range == "auto":
+            return
+        if isinstance(self.value_range, str) or len(self.value_range) != 2:
+            raise ValueError(f"`--value_range` is {self.value_range!r}. Pass two numbers, LOW HIGH, or auto.")
+        low, high = self.value_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"`--value_range` is {low:g} {high:g}; both must be finite, and the first the lower.")
+
+    @property
+    def expected_channels(self) -> int | None:
+        """The number of channels, if any of the settings tells it."""
+        known = None if self.known is None else self.known.channels
+        return self.channels or MODE_CHANNELS.get(self.image_mode) or known
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Images of the same channels and type."""
+
+    mode: ImageMode
+    channels: int
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        words = f"arrays of {self.channels} channels" if self.mode == "array" else f"{self.mode} images"
+        return f"{words} ({self.dtype})"
+
+
+class _Survey:
+    """All images of a column, with their names for messages."""
+
+    def __init__(self, dataset: datasets.Dataset, column: str, num_proc: int | None):
+        self.dataset, self.column, self.num_proc = dataset, column, num_proc
+
+    def map(self, function: Callable[..., dict], description: str, **kwargs: Any) -> dict[str, list]:
+        """The results of a function for all examples, as lists by name. `datasets` caches them."""
+        kwargs |= {"column": self.column, "version": SURVEY_VERSION}
+        if not hasattr(self.dataset, "map"):
+            rows = [function(self.dataset[index], **kwargs) for index in range(len(self.dataset))]
+            return {name: [row[name] for row in rows] for name in rows[0]}
+        results = self.dataset.map(
+            function,
+            remove_columns=self.dataset.column_names,
+            fn_kwargs=kwargs,
+            num_proc=self.num_proc,
+            desc=description,
+        )
+        return {name: results[name][:] for name in results.column_names}
+
+    def name(self, indices: Sequence[int], details: Sequence[str] | None = None) -> str:
+        """Names the first three of these examples, with details in brackets."""
+        first = [example_name(self.dataset[index], index, self.column) for index in indices[:3]]
+        if details is not None:
+            first = [f"{name} ({detail})" for name, detail in zip(first, details, strict=False)]
+        return list_names([*first, *indices[3:]], 3, str)
+
+
+def find_image_format(
+    dataset: datasets.Dataset, request: FormatRequest, *, num_proc: int | None = None, column: str = "image"
+) -> ImageFormat:
+    """
+    Finds the format of all images of a dataset, as a network and a user ask for it.
+
+    Of images with 8 bits per channel, only the headers are read, unless a value range is given. Unreadable files are
+    ignored here; `check_images` drops and reports them.
+
+    - **Channels**: the mode is `image_mode`, that of the pretrained model, or follows from the channels of the network:
+      1 "L", 3 "RGB", others "array"; without all these, from the images. Grey images become colour for a network with
+      3 channels. Colour only becomes grey, or gets an alpha channel, if `image_mode` says so.
+    - **Range**: `value_range`, that of the pretrained model, or the whole range of the type of integers.
+
+    Args:
+        dataset (`datasets.Dataset`): From `load_image_dataset`.
+        request (`FormatRequest`): What is asked for.
+        num_proc (`int`, *optional*): Number of processes.
+        column (`str`, defaults to "image"): "image" or "conditioning_image".
+
+    Returns:
+        `ImageFormat`: For `check_images`, `ImageDataset` and the config of a pipeline.
+
+    Raises:
+        ValueError: If the images have different or unsuitable channels or types, values that are not finite or lie
+            outside the range, or if the range of floating point numbers, or of integers of more than 16 bits, is not
+            given. The message names the first three files.
+        ImportError: If a file needs tifffile or imagecodecs, which is not installed.
+    """
+    survey = _Survey(dataset, column, num_proc)
+    kinds = _find_kinds(survey, request)
+    if not kinds:  # `check_images` says why
+        return request.known or _format_without_images(request)
+    _check_depths(survey, kinds)
+    mode, channels = _choose_mode(request, list(kinds))
+    _check_channels(survey, request, kinds, mode, channels)
+    (dtype,) = {kind.dtype for kind in kinds}
+    value_range, num_levels = _find_range(survey, request, dtype, mode)
+    return ImageFormat(mode, channels, value_range, num_levels)
+
+
+def _format_without_images(request: FormatRequest) -> ImageFormat:
+    channels = request.expected_channels or 3
+    return ImageFormat(request.image_mode or _mode_for(channels), channels)
+
+
+def _mode_for(channels: int) -> ImageMode:
+    return MODES_OF_CHANNELS.get(channels, "array")
+
+
+# 1. Channels
+
+
+def _read_header(example: dict[str, Any], column: str, channels: int | None, version: int) -> dict[str, Any]:
+    header = {"mode": "", "channels": 0, "dtype": "", "is_transposed": False, "problem": ""}
+    try:
+        with open_image(example[column], channels) as stored:
+            header |= {"mode": stored.mode, "channels": stored.channels, "dtype": stored.dtype.name}
+            header["is_transposed"] = stored.is_transposed
+    except UnusableImageError as error:
+        header["problem"] = str(error) if error.reason == UNSUPPORTED else ""
+    return header
+
+
+def _find_kinds(survey: _Survey, request: FormatRequest) -> dict[_Kind, list[int]]:
+    """The rows of the images by their kind, without the unreadable ones."""
+    headers = survey.map(_read_header, "Reading headers", channels=request.expected_channels)
+    problems = {index: problem for index, problem in enumerate(headers["problem"]) if problem}
+    if problems:
+        raise ValueError(
+            f"{len(problems)} file(s) cannot be used as images: "
+            f"{survey.name(list(problems), list(problems.values()))}. Convert or remove them."
+        )
+    kinds: dict[_Kind, list[int]] = {}
+    for index, (mode, channels, dtype) in enumerate(
+        zip(headers["mode"], headers["channels"], headers["dtype"], strict=True)
+    ):
+        if mode:
+            kinds.setdefault(_Kind(mode, channels, np.dtype(dtype)), []).append(index)
+    transposed = [index for index, is_transposed in enumerate(headers["is_transposed"]) if is_transposed]
+    if transposed:
+        logger.info(
+            f"{len(transposed)} arrays of shape (channels, height, width) are transposed to (height, width, channels): "
+            f"{survey.name(transposed)}."
+        )
+    return kinds
+
+
+def _check_depths(survey: _Survey, kinds: dict[_Kind, list[int]]) -> None:
+    by_type: dict[str, list[int]] = {}
+    for kind, indices in kinds.items():
+        by_type.setdefault(kind.dtype.name, []).extend(indices)
+    if len(by_type) > 1:
+        parts = "; ".join(f"{len(rows)} {name}: {survey.name(sorted(rows))}" for name, rows in by_type.items())
+        raise ValueError(
+            f"The images have different types of values. {parts}. Save all with the same number of bits, or remove the "
+            "others."
+        )
+
+
+def _choose_mode(request: FormatRequest, kinds: Sequence[_Kind]) -> tuple[ImageMode, int]:
+    channels = request.expected_channels
+    if request.image_mode is not None or request.known is not None:
+        mode = request.image_mode or request.known.mode
+    elif channels is not None:
+        mode = _mode_for(channels)
+    elif all(kind.mode in ("L", "LA") for kind in kinds):
+        mode = "L"
+    elif all(kind.mode != "array" or kind.channels == 3 for kind in kinds):
+        mode = "RGB"
+    else:
+        mode = "array"
+    return mode, channels or MODE_CHANNELS.get(mode) or kinds[0].channels
+
+
+def _check_channels(
+    survey: _Survey, request: FormatRequest, kinds: dict[_Kind, list[int]], mode: ImageMode, channels: int
+) -> None:
+    image_format = ImageFormat(mode, channels)
+    # Colour and alpha only become something else where the user says so, except for RGB.
+    only = ("L", "LA") if mode == "L" else get_args(ImageMode) if mode == "RGB" else ("array", mode)
+    is_asked_for = request.image_mode is not None
+    wrong = {
+        kind: indices
+        for kind, indices in kinds.items()
+        if not can_convert(kind.mode, kind.channels, image_format)
+        or not (is_asked_for or mode == "array" or kind.mode in only)
+    }
+    if not wrong:
+        with_alpha = next((kind.mode for kind in kinds if kind.mode in ("LA", "RGBA")), None)
+        if mode == "array" and with_alpha:
+            logger.warning(
+                f"The alpha of {with_alpha} images is taken for a channel like the others. If it is transparency, pass "
+                f"`--image_mode {with_alpha}`."
+            )
+        return
+    found = "; ".join(f"{len(rows)} {kind}: {survey.name(rows)}" for kind, rows in kinds.items())
+    if request.expected_channels is None:
+        raise ValueError(f"The images have different channels. {found}. Keep images of one kind only.")
+    ways = []
+    if all(kind.mode != "array" for kind in wrong) and request.image_mode is None and request.known is None:
+        for_channels = {count: name for name, count in MODE_CHANNELS.items()}.get(channels)
+        ways += [f"pass `--image_mode {for_channels}` to convert them"] if for_channels else []
+    elif all(kind.mode != "array" for kind in wrong) and mode != "array":
+        ways.append(f"pass `--image_mode {mode}` to convert them")
+    numbers = {kind.channels for kind in kinds}
+    if len(numbers) == 1:
+        ways.append(f"use a network of {numbers.pop()} channel(s)")
+    else:
+        ways.append("keep images of one kind only")
+    what = f"`--image_mode` is {mode}" if request.image_mode else f"The network has {channels} channel(s)"
+    raise ValueError(f"{what}, but the images are other: {found}. Either {', or '.join(ways)}.")
+
+
+# 2. Values
+
+
+def _measure(
+    example: dict[str, Any], column: str, channels: int | None, keeps_alpha: bool, version: int
+) -> dict[str, Any]:
+    """Lowest and highest finite value of an image, and the number of the others."""
+    nothing = {"low": math.inf, "high": -math.inf, "num_not_finite": 0}
+    try:
+        with open_image(example[column], channels) as stored:
+            values = stored.read()
+            if stored.mode in ("LA", "RGBA") and not keeps_alpha:
+                values = values[..., :-1]
+    except UnusableImageError:
+        return nothing
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        if not finite.all():
+            nothing["num_not_finite"] = int((~finite).sum())
+            values = values[finite]
+    return nothing | ({"low": float(values.min()), "high": float(values.max())} if values.size else {})
+
+
+@dataclass
+class _Measured:
+    """Lowest and highest values of each image and of all."""
+
+    lows: np.ndarray
+    highs: np.ndarray
+
+    @property
+    def low(self) -> float:
+        return float(self.lows.min())
+
+    @property
+    def high(self) -> float:
+        return float(self.highs.max())
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
+def _measure_all(survey: _Survey, request: FormatRequest, mode: ImageMode) -> _Measured:
+    keeps_alpha = mode in ("LA", "RGBA", "array")
+    results = survey.map(_measure, "Reading values", channels=request.expected_channels, keeps_alpha=keeps_alpha)
+    not_finite = [index for index, number in enumerate(results["num_not_finite"]) if number]
+    if not_finite:
+        details = [f"{results['num_not_finite'][index]} values" for index in not_finite[:3]]
+        raise ValueError(
+            f"{len(not_finite)} images hold NaN or infinite values: {survey.name(not_finite, details)}. Replace these "
+            "values, or remove the images."
+        )
+    return _Measured(np.array(results["low"]), np.array(results["high"]))
+
+
+def _find_range(
+    survey: _Survey, request: FormatRequest, dtype: np.dtype, mode: ImageMode
+) -> tuple[tuple[float, float], int | None]:
+    """The value range and the number of levels."""
+    known = None if request.known is None else (tuple(request.known.value_range), request.known.num_levels)
+    if dtype == np.uint8 and request.value_range is None and known in (None, ((0, 255), 256)):
+        return (0, 255), 256
+    measured = _measure_all(survey, request, mode)
+    if request.value_range is None and known is not None:
+        _check_known(survey, request.known, dtype, measured)
+        return known
+    value_range = _whole_range(dtype, measured) if request.value_range is None else request.value_range
+    if value_range == "auto":
+        if measured.low == measured.high:
+            raise ValueError(
+                f"All values of the images are {measured.low:g}, so that `--value_range auto` finds no range. Check the "
+                "images, or pass `--value_range LOW HIGH`."
+            )
+        value_range = (measured.low, measured.high)
+        logger.info(f"`--value_range auto`: the images range from {measured.low:.9g} to {measured.high:.9g}.")
+    _check_inside(survey, value_range, measured, "`--value_range`")
+    if request.value_range is not None and known is not None and tuple(value_range) != known[0]:
+        logger.warning(
+            f"`--value_range` is {value_range[0]:g} to {value_range[1]:g}, but the pretrained model was trained on "
+            f"{request.known}. Its weights must adapt to the other range."
+        )
+    if request.value_range is None:
+        _warn_of_share(dtype, value_range, measured)
+    return _levels_of(dtype, value_range)
+
+
+def _whole_range(dtype: np.dtype, measured: _Measured) -> tuple[float, float]:
+    """The range of a type, where it is a default."""
+    way_out = (
+        f"Pass `--value_range LOW HIGH`, the values that stand for black and white, or `--value_range auto` for "
+        f"{measured}, the range of the images."
+    )
+    if dtype.kind == "b":
+        return 0, 1
+    if dtype.kind == "f":
+        raise ValueError(f"The images are floating point numbers ({dtype}), whose range is not known. {way_out}")
+    if dtype.itemsize > 2:
+        raise ValueError(f"The images are {dtype}, whose whole range has more than {MAX_LEVELS} levels. {way_out}")
+    info = np.iinfo(dtype)
+    return info.min, info.max
+
+
+def _check_inside(survey: _Survey, value_range: Sequence[float], measured: _Measured, what: str) -> None:
+    low, high = value_range
+    outside = np.flatnonzero((measured.lows < low) | (measured.highs > high)).tolist()
+    if outside:
+        details = [f"{measured.lows[index]:g} to {measured.highs[index]:g}" for index in outside[:3]]
+        raise ValueError(
+            f"{what} is {low:g} to {high:g}, but {len(outside)} images have values outside of it: "
+            f"{survey.name(outside, details)}. All images range from {measured}: pass `--value_range LOW HIGH` that "
+            "includes them, or `--value_range auto`."
+        )
+
+
+def _check_known(survey: _Survey, known: ImageFormat, dtype: np.dtype, measured: _Measured) -> None:
+    """Checks that the data suit the range of the pretrained model."""
+    low, high = known.value_range
+    if dtype.kind == "f" and known.num_levels is not None:
+        raise ValueError(
+            f"The images are floating point numbers ({dtype}) from {measured}, but the pretrained model was trained on "
+            f"{known}. Pass the range of the images as `--value_range LOW HIGH`."
+        )
+    if dtype == np.uint8 and known.num_levels is not None and (low, high) != (0, 255):
+        raise ValueError(
+            f"The images have 8 bits per channel, but the pretrained model was trained on {known}. Pass the range of the "
+            "images as `--value_range 0 255`."
+        )
+    _check_inside(survey, (low, high), measured, f"The range of the pretrained model, trained on {known},")
+
+
+def _warn_of_share(dtype: np.dtype, value_range: Sequence[float], measured: _Measured) -> None:
+    low, high = value_range
+    share = (measured.high - measured.low) / (high - low)
+    if dtype.itemsize < 2 or share >= MIN_SHARE_OF_RANGE:
+        return
+    ways = "`--value_range auto`"
+    if measured.low >= 0 and measured.high >= 1:
+        ways += f" or `--value_range 0 {2 ** int(measured.high).bit_length() - 1}`"
+    logger.warning(f"The images range from {measured} and fill {share:.0%} of {low:g} to {high:g}: pass {ways}.")
+
+
+def _levels_of(dtype: np.dtype, value_range: Sequence[float]) -> tuple[tuple[float, float], int | None]:
+    low, high = value_range
+    if dtype.kind == "f":
+        return (float(low), float(high)), None
+    if low != int(low) or high != int(high):
+        raise ValueError(
+            f"`--value_range` is {low:g} to {high:g}, but the images are integers ({dtype}). Pass whole numbers, or "
+            "convert the images to floating point numbers."
+        )
+    num_levels = int(high) - int(low) + 1
+    if num_levels > MAX_LEVELS:
+        raise ValueError(
+            f"The integers from {low:g} to {high:g} are {num_levels} levels, more than {MAX_LEVELS}. Pass a narrower "
+            "`--value_range`, or convert the images to floating point numbers, which are continuous."
+        )
+    return (int(low), int(high)), num_levels

@@ -1,0 +1,393 @@
+"""
+Readers: any image file or array becomes an array (height, width, channels) in its stored type, with the meaning of its
+channels, or an error that says why it is unusable. Files of 8 bits, and of 16 bits in grey, are read by Pillow, other
+TIFF files by tifffile, PNG files in 16-bit colour by imagecodecs, `.npy` and `.npz` by NumPy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..conditioning.image_format import MODE_CHANNELS, ImageMode
+
+
+# Reasons to skip an image, as they appear in logs and in the report.
+MISSING, UNREADABLE, TOO_LARGE = "missing", "unreadable", "too large (decompression bomb)"
+# A reason to refuse the whole dataset: the file is intact, but is no image, or none that can be read without a loss.
+UNSUPPORTED = "unsupported"
+ARRAY_SUFFIXES = (".npy", ".npz")
+ImageSource = dict[str, Any] | Image.Image | np.ndarray | Sequence | None
+
+NPY_MAGIC, ZIP_MAGIC, PICKLE_MAGIC = b"\x93NUMPY", b"PK\x03\x04", pickle.PROTO
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAGIC_LENGTH = 6
+# Pillow's names of the layouts of which it keeps the upper 8 bits. "BGR;16", without a byte order, has 5 or 6 bits.
+REDUCED_LAYOUT = re.compile(r";16[BLNS]")
+# Tags of TIFF files.
+BITS_PER_SAMPLE, PHOTOMETRIC, DESCRIPTION, ORIENTATION, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 270, 274, 338, 339
+MIN_IS_WHITE, MIN_IS_BLACK, RGB, PALETTE = 0, 1, 2, 3  # photometric interpretations
+PREMULTIPLIED_ALPHA, ALPHA = 1, 2  # kinds of extra samples; 0 is a band of unknown meaning
+# Programs that store channels as pages say so here.
+PAGES_OF_ONE_IMAGE = re.compile(r'^\{"shape"|^ImageJ=|<OME')
+# From the orientation in the file to the upright image.
+TO_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda values: np.rot90(values, 2),
+    4: np.flipud,
+    5: lambda values: values.swapaxes(0, 1),
+    6: lambda values: np.rot90(values, -1),
+    7: lambda values: np.rot90(values, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+class UnusableImageError(Exception):
+    """An image that cannot be used. `reason` is one of the constants of this module; the message has the details."""
+
+    def __init__(self, reason: str, details: str):
+        super().__init__(details)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """
+    An image whose header has been read, and whose pixels can be.
+
+    Attributes:
+        mode (`str`): Meaning of the channels: "L", "LA", "RGB", "RGBA", or "array", channels without a known meaning.
+            Grey has one channel in arrays, too, and is "L".
+        channels (`int`): Number of channels.
+        dtype (`np.dtype`): Type of the values: bool, integers or floating point numbers.
+        read (`Callable`): Decodes the image: an array `(height, width, channels)` of this type.
+        pillow (`Image.Image`, *optional*): The image as Pillow opened it, if it is one of 8 bits (or fewer) per
+            channel.
+        is_transposed (`bool`): Whether `read` moves the channels of an array from its first axis to its last.
+    """
+
+    mode: ImageMode
+    channels: int
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    pillow: Image.Image | None = None
+    is_transposed: bool = False
+
+
+@contextlib.contextmanager
+def explained_errors() -> Iterator[None]:
+    """Turns errors of readers into an `UnusableImageError` that says what is wrong with the image."""
+    try:
+        yield
+    except (UnusableImageError, ImportError):
+        raise
+    except FileNotFoundError as error:
+        raise UnusableImageError(MISSING, "no such file") from error
+    except UnidentifiedImageError as error:
+        raise UnusableImageError(UNREADABLE, "not an image that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise UnusableImageError(TOO_LARGE, str(error)) from error
+    except Exception as error:
+        # Damaged files make decoders raise almost anything (OSError, SyntaxError, struct.error, IndexError, zlib.error,
+        # MemoryError ...). None of it may end a run, and all of it is reported with the name of the file.
+        raise UnusableImageError(UNREADABLE, f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def open_image(image: ImageSource, channels: int | None = None) -> Iterator[StoredImage]:
+    """
+    Opens an image and reads its header. It can be decoded until the context ends; errors in the context are explained.
+
+    Args:
+        image (`dict`, `PIL.Image.Image`, `np.ndarray` or nested lists): A dict of `bytes` and `path`, as `datasets`
+            stores images, an open image, or an array, `(height, width)` or `(height, width, channels)`.
+        channels (`int`, *optional*): The number of channels that is expected. It tells arrays of shape `(channels,
+            height, width)` from those of the expected shape.
+
+    Raises:
+        UnusableImageError: Whatever is wrong with the image.
+        ImportError: If a file needs tifffile or imagecodecs, which is not installed.
+    """
+    if image is None:
+        raise UnusableImageError(MISSING, "the entry is empty")
+    with explained_errors(), contextlib.ExitStack() as stack:
+        if isinstance(image, Image.Image):
+            yield _of_pillow(image)
+        elif isinstance(image, dict):
+            encoded, path = image["bytes"], image["path"]
+            file = stack.enter_context(open(path, "rb") if encoded is None else BytesIO(encoded))  # noqa: SIM115
+            yield _of_file(file, str(path or ""), channels, stack)
+        else:
+            yield _of_array(np.asarray(image), channels)
+
+
+def _of_file(file: IO[bytes], name: str, channels: int | None, stack: contextlib.ExitStack) -> StoredImage:
+    magic = file.read(MAGIC_LENGTH)
+    file.seek(0)
+    if magic == NPY_MAGIC or magic.startswith(ZIP_MAGIC) or name.lower().endswith(ARRAY_SUFFIXES):
+        return _of_array(_load_array(file, magic), channels)
+    is_tiff = magic.startswith(TIFF_MAGICS)
+    try:
+        opened = stack.enter_context(Image.open(file))
+    except UnidentifiedImageError:
+        if not is_tiff:
+            raise
+        opened = None
+    if is_tiff and (opened is None or not _pillow_suits(opened)):
+        file.seek(0)
+        return _of_tiff(stack.enter_context(_import("tifffile").TiffFile(file)), channels)
+    if _is_reduced(opened):
+        return _of_deep_colour(file, opened)
+    return _of_pillow(opened)
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"This image needs {module}: `pip install diffusers-adm[train]`.") from error
+
+
+# 1. Pillow
+
+
+def _of_pillow(image: Image.Image) -> StoredImage:
+    if is_deep_grey(image):
+        return StoredImage("L", 1, np.dtype(np.uint16), lambda: _read_deep_grey(image))
+    if image.mode in ("I", "F"):
+        return _of_array(np.asarray(ImageOps.exif_transpose(image)), 1)
+    has_alpha = image.has_transparency_data
+    if image.mode in ("1", "L", "LA", "La"):
+        mode = "LA" if has_alpha else "L"
+    else:
+        mode = "RGBA" if has_alpha else "RGB"
+    return StoredImage(mode, MODE_CHANNELS[mode], np.dtype(np.uint8), lambda: _read_pillow(image, mode), image)
+
+
+def is_deep_grey(image: Image.Image) -> bool:
+    """Whether an opened image is grey of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _read_pillow(image: Image.Image, mode: str) -> np.ndarray:
+    image.load()
+    return as_channels(np.asarray(ImageOps.exif_transpose(image).convert(mode)))
+
+
+def _read_deep_grey(image: Image.Image) -> np.ndarray:
+    image.load()
+    return as_channels(np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16))
+
+
+def as_channels(values: np.ndarray) -> np.ndarray:
+    """Adds the axis of the channels to grey images."""
+    return values[..., None] if values.ndim == 2 else values
+
+
+def _is_reduced(image: Image.Image) -> bool:
+    """Whether Pillow would reduce the channels of an opened image to 8 bits."""
+    if image.mode.startswith("I"):
+        return False
+    for tile in image.tile:
+        arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        if tile.codec_name == "ppm" and isinstance(arguments[-1], int) and arguments[-1] > 255:
+            return True
+        if any(isinstance(argument, str) and REDUCED_LAYOUT.search(argument) for argument in arguments):
+            return True
+    return False
+
+
+def _of_deep_colour(file: IO[bytes], image: Image.Image) -> StoredImage:
+    """An image in colour, or with alpha, of 16 bits, of which Pillow only reads the header."""
+    if image.format != "PNG":
+        raise UnusableImageError(
+            UNSUPPORTED,
+            f"a {image.format} file of 16 bits per channel, which Pillow reduces to 8. Save it as PNG or TIFF",
+        )
+    decode = _import("imagecodecs").png_decode
+    # In this order: `getexif` reads the file to its end.
+    mode = "LA" if "LA;16" in str(image.tile[0].args) else image.mode
+    orientation = image.getexif().get(ORIENTATION, 1)
+
+    def read() -> np.ndarray:
+        file.seek(0)
+        return TO_UPRIGHT.get(orientation, np.asarray)(decode(file.read())[..., : MODE_CHANNELS[mode]])
+
+    return StoredImage(mode, MODE_CHANNELS[mode], np.dtype(np.uint16), read)
+
+
+# 2. TIFF
+
+
+def _pillow_suits(image: Image.Image) -> bool:
+    """Whether Pillow reads the values and the meaning of the channels of an opened TIFF file as they are stored."""
+    tags = image.tag_v2
+    if PAGES_OF_ONE_IMAGE.search(str(tags.get(DESCRIPTION, ""))) and image.n_frames > 1:
+        return False
+    if set(tags.get(SAMPLE_FORMAT, (1,))) != {1} or 0 in tags.get(EXTRA_SAMPLES, ()):
+        return False
+    is_deep = max(tags.get(BITS_PER_SAMPLE, (1,))) > 8
+    return not is_deep or (is_deep_grey(image) and tags.get(PHOTOMETRIC) == MIN_IS_BLACK)
+
+
+def _of_tiff(file: Any, channels: int | None) -> StoredImage:
+    series, page = file.series[0], file.pages[0]
+    size = page.imagewidth * page.imagelength
+    if Image.MAX_IMAGE_PIXELS and size > 2 * Image.MAX_IMAGE_PIXELS:
+        raise UnusableImageError(TOO_LARGE, f"{size} pixels exceed twice Pillow's limit of {Image.MAX_IMAGE_PIXELS}")
+    orientation = getattr(page.tags.get(ORIENTATION), "value", 1)
+    stored = _of_pages(series, channels) if series.ndim == 3 and "S" not in series.axes else None
+    stored = stored or _of_page(page)
+
+    def read() -> np.ndarray:
+        return TO_UPRIGHT.get(orientation, np.asarray)(stored.read())
+
+    return replace(stored, read=read)
+
+
+def _of_pages(series: Any, channels: int | None) -> StoredImage | None:
+    """Pages that are one array, if the file says so; otherwise the first page is the image, as for animations."""
+    if not set(series.axes) & {"C", "Q"}:
+        return None
+    shape = series.shape
+    is_transposed = series.axes.startswith("C") or _has_channels_first(shape, channels)
+    count = shape[0] if is_transposed else shape[-1]
+    axes = (1, 2, 0) if is_transposed else (0, 1, 2)
+    read = lambda: series.asarray().transpose(axes)  # noqa: E731
+    return StoredImage(_mode_of_array(count), count, _checked_dtype(series.dtype, shape), read, None, is_transposed)
+
+
+def _of_page(page: Any) -> StoredImage:
+    extras = tuple(map(int, page.extrasamples))
+    photometric = int(page.photometric)
+    names = {MIN_IS_WHITE: "L", MIN_IS_BLACK: "L", RGB: "RGB", PALETTE: "RGB"}
+    if photometric not in names:
+        raise UnusableImageError(
+            UNSUPPORTED,
+            f"a TIFF file of photometric interpretation {page.photometric.name} that Pillow cannot read. Save it as "
+            "grey, RGB or RGBA",
+        )
+    dtype = _checked_dtype(page.dtype, page.shape)
+    mode, channels = names[photometric], page.samplesperpixel
+    if photometric == PALETTE:
+        channels, dtype = 3, np.dtype(np.uint16)
+    if photometric == MIN_IS_WHITE and dtype.kind == "f":
+        raise UnusableImageError(
+            UNSUPPORTED, "a TIFF file of floating point numbers in which the lowest is white (MINISWHITE). Invert it"
+        )
+    if len(extras) == 1 and extras[0] in (PREMULTIPLIED_ALPHA, ALPHA):
+        mode += "A"
+    if channels != MODE_CHANNELS[mode]:
+        mode = "array"
+    return StoredImage(mode, channels, dtype, lambda: _read_page(page, photometric, extras))
+
+
+def _read_page(page: Any, photometric: int, extras: tuple[int, ...]) -> np.ndarray:
+    values = page.asarray()
+    values = values.transpose(1, 2, 0) if page.axes == "SYX" else as_channels(values)
+    if photometric == PALETTE:
+        return np.moveaxis(page.colormap[:, values[..., 0]], 0, -1)
+    if photometric == MIN_IS_WHITE:
+        count = values.shape[-1] - len(extras)
+        # Within the bits of a sample, which may be fewer than those of the type. Signed numbers: -1 - value.
+        white = 2**page.bitspersample - 1 if values.dtype.kind == "u" else -1
+        grey = ~values[..., :count] if values.dtype.kind == "b" else white - values[..., :count]
+        values = np.concatenate([grey, values[..., count:]], axis=-1)
+    if extras == (PREMULTIPLIED_ALPHA,):
+        values = _unpremultiplied(values)
+    return values
+
+
+def _unpremultiplied(values: np.ndarray) -> np.ndarray:
+    opaque = alpha_of_opaque(values.dtype)
+    colours, alpha = values[..., :-1].astype(np.float64), values[..., -1:].astype(np.float64)
+    colours = np.minimum(colours * opaque / np.maximum(alpha, np.finfo(np.float64).tiny), opaque)
+    colours = colours.round() if values.dtype.kind in "ui" else colours
+    return np.concatenate([colours.astype(values.dtype), values[..., -1:]], axis=-1)
+
+
+def alpha_of_opaque(dtype: np.dtype) -> float:
+    """The alpha of opaque pixels in data of this type."""
+    return np.iinfo(dtype).max if dtype.kind in "ui" else 1.0
+
+
+# 3. Arrays
+
+
+def _load_array(file: IO[bytes], magic: bytes) -> np.ndarray:
+    """The array of a `.npy` or `.npz` file. Pickled objects are never read."""
+    try:
+        if magic == NPY_MAGIC:
+            return np.load(file, allow_pickle=False)
+        if magic.startswith(ZIP_MAGIC):
+            with zipfile.ZipFile(file) as archive:
+                names = archive.namelist()
+            if len(names) != 1:
+                raise UnusableImageError(
+                    UNSUPPORTED,
+                    f"a .npz file with {len(names)} arrays ({', '.join(names[:3])}). Save one image per file",
+                )
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return arrays[arrays.files[0]]
+    except ValueError as error:
+        if "object" in str(error).lower():
+            details = "an array of Python objects, which is never unpickled. Save an array of numbers"
+            raise UnusableImageError(UNSUPPORTED, details) from error
+        raise
+    if magic.startswith(PICKLE_MAGIC):
+        raise UnusableImageError(UNSUPPORTED, "a pickle, which is never unpickled. Save it with `np.save`")
+    raise UnusableImageError(UNREADABLE, "neither a .npy nor a .npz file")
+
+
+def _of_array(array: np.ndarray, channels: int | None) -> StoredImage:
+    dtype = _checked_dtype(array.dtype, array.shape)
+    if array.ndim not in (2, 3):
+        raise UnusableImageError(
+            UNSUPPORTED,
+            f"an array of shape {array.shape}. Store one image as (height, width) or (height, width, channels)",
+        )
+    is_transposed = array.ndim == 3 and _has_channels_first(array.shape, channels)
+    values = np.moveaxis(array, 0, -1) if is_transposed else as_channels(array)
+    values = values.astype(dtype, copy=False)
+    return StoredImage(
+        _mode_of_array(values.shape[-1]), values.shape[-1], dtype, lambda: values, is_transposed=is_transposed
+    )
+
+
+def _mode_of_array(channels: int) -> ImageMode:
+    return "L" if channels == 1 else "array"
+
+
+def _checked_dtype(dtype: np.dtype, shape: tuple[int, ...]) -> np.dtype:
+    """The type in the byte order of this machine; raises an `UnusableImageError` unless it is of numbers."""
+    if dtype is None or dtype.kind not in "buif" or dtype.itemsize > 8:
+        allowed = "bool, integers, or floating point numbers of at most 64 bits"
+        raise UnusableImageError(UNSUPPORTED, f"an array of type {dtype}. Save {allowed}")
+    if 0 in shape:
+        raise UnusableImageError(UNSUPPORTED, f"an empty array of shape {shape}")
+    return dtype.newbyteorder("=")
+
+
+def _has_channels_first(shape: tuple[int, ...], channels: int | None) -> bool:
+    """Whether an array is of shape (channels, height, width); it can only be told by the number of channels."""
+    if channels is not None:
+        # If neither axis has this number, the shorter one is named in the error about other channels.
+        return shape[-1] != channels and (shape[0] == channels or shape[0] < shape[-1])
+    if shape[-1] > shape[0]:
+        raise UnusableImageError(
+            UNSUPPORTED,
+            f"an array of shape {shape}, which looks like (channels, height, width). Arrays are (height, width, "
+            "channels); state the number of channels, or transpose the array",
+        )
+    return False
