@@ -73,11 +73,12 @@ def load_image_dataset(
 
     Returns:
         `tuple` of the dataset and `id2label`. The dataset has the columns `image` (not decoded: a dict of `bytes` and
-        `path`; arrays are the bytes of a `.npy` file, which keeps their type), `row` (the index in the source) and, with `label_column`, `label`: an int64 in `[0, len(id2label))`, or
-        -1 for an example without a label (None, NaN, -1 or empty text); with `caption_column`, `caption`: text, "" for
-        a missing one; with `conditioning_image_column`, `conditioning_image`, not decoded; and those of
-        `tensor_columns`. `id2label` (`dict[int, str]`) is None without `label_column`. Class names keep their ids;
-        integers and text get ids in sorted order.
+        `path`; arrays are the bytes of a `.npy` file, which keeps their type), `row` (the index in the source) and,
+        with `label_column`, `label`: an int64 in `[0, len(id2label))`, or -1 for an example without a label (None, NaN,
+        -1 or empty text); with `caption_column`, `caption`: text, "" for a missing one; with
+        `conditioning_image_column`, `conditioning_image`, not decoded; and those of `tensor_columns`. `id2label`
+        (`dict[int, str]`) is None without `label_column`. Class names keep their ids; integers and text get ids in
+        sorted order.
 
     Raises:
         ValueError: If not exactly one source is given, it does not exist or is empty, the split or a column is missing,

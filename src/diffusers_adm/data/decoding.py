@@ -6,7 +6,7 @@ error that says why it is unusable.
 from __future__ import annotations
 
 from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -115,7 +115,7 @@ def decode_image(
         ImportError: If a file needs tifffile or imagecodecs, which is not installed.
     """
     if image_format is None:
-        return decode_rgb(image, background)
+        return decode_rgb(cast(dict, image), background)
     with open_image(image, image_format.channels) as stored:
         is_eight = is_eight_bit(image_format)
         if is_eight and stored.pillow is not None:
@@ -126,20 +126,18 @@ def decode_image(
                 OTHER_CHANNELS, f"{describe_channels(stored)} cannot become {image_format.mode} images"
             )
         values = _convert_values(stored, image_format, background)
-        if not in_range(values, image_format):
-            low, high = image_format.value_range
-            details = f"values from {values.min():g} to {values.max():g}, outside of {low:g} to {high:g}"
-            raise UnusableImageError(OTHER_VALUES, details)
         if not is_eight:
             return values
         values = values.astype(np.uint8)
         return Image.fromarray(values[..., 0] if image_format.mode == "L" else values, image_format.mode)
 
 
-def in_range(values: np.ndarray, image_format: ImageFormat) -> bool:
-    """Whether all values lie within the range of the format; NaN does not."""
+def _check_range(values: np.ndarray, image_format: ImageFormat) -> None:
     low, high = image_format.value_range
-    return bool(values.min() >= low and values.max() <= high)
+    lowest, highest = values.min(), values.max()
+    if not (lowest >= low and highest <= high):  # NaN too
+        details = f"values from {lowest:g} to {highest:g}, outside of {low:g} to {high:g}"
+        raise UnusableImageError(OTHER_VALUES, details)
 
 
 def can_convert(mode: ImageMode, channels: int, image_format: ImageFormat) -> bool:
@@ -165,15 +163,16 @@ def _convert_values(stored: StoredImage, image_format: ImageFormat, background: 
         values = values.astype(np.uint8)
     mode, target = stored.mode, image_format.mode
     if target == "array" or mode in ("array", target):
+        _check_range(values, image_format)
         return values
-    opaque = alpha_of_opaque(stored.dtype)
     alpha = values[..., -1:] if mode in ("LA", "RGBA") else None
     colours = values if alpha is None else values[..., :-1]
+    _check_range(colours, image_format)
     low, high = image_format.value_range
     if alpha is not None and target in ("L", "RGB"):
         page = low + np.array(background, dtype=np.float64) / 255 * (high - low)
         page = page if colours.shape[-1] == 3 else _to_grey(page)
-        colours = _round_like(page + (colours - page) * (alpha / opaque), colours.dtype)
+        colours = _round_like(page + (colours - page) * (alpha / alpha_of_opaque(stored.dtype)), colours.dtype)
     if colours.shape[-1] == 3 and target in ("L", "LA"):
         colours = _round_like(_to_grey(colours.astype(np.float64)), colours.dtype)
     elif colours.shape[-1] == 1 and target in ("RGB", "RGBA"):

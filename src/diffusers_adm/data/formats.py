@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import PIL
 
 from ..conditioning.image_format import MAX_LEVELS, MODE_CHANNELS, ImageFormat, ImageMode
 from .decoding import can_convert
@@ -79,6 +80,7 @@ class FormatRequest:
         if isinstance(self.value_range, str) or len(self.value_range) != 2:
             raise ValueError(f"`--value_range` is {self.value_range!r}. Pass two numbers, LOW HIGH, or auto.")
         low, high = self.value_range
+        object.__setattr__(self, "value_range", (low, high))  # of a list from the command line
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"`--value_range` is {low:g} {high:g}; both must be finite, and the first the lower.")
 
@@ -110,13 +112,13 @@ class _Survey:
 
     def map(self, function: Callable[..., dict], description: str, **kwargs: Any) -> dict[str, list]:
         """The results of a function for all examples, as lists by name. `datasets` caches them."""
-        kwargs |= {"column": self.column, "version": SURVEY_VERSION}
+        kwargs |= {"column": self.column, "version": (SURVEY_VERSION, PIL.__version__)}
         if not hasattr(self.dataset, "map"):
             rows = [function(self.dataset[index], **kwargs) for index in range(len(self.dataset))]
             return {name: [row[name] for row in rows] for name in rows[0]}
-        results = self.dataset.map(
+        results = self.dataset.select_columns(self.column).map(
             function,
-            remove_columns=self.dataset.column_names,
+            remove_columns=[self.column],
             fn_kwargs=kwargs,
             num_proc=self.num_proc,
             desc=description,
@@ -184,7 +186,7 @@ def _mode_for(channels: int) -> ImageMode:
 # 1. Channels
 
 
-def _read_header(example: dict[str, Any], column: str, channels: int | None, version: int) -> dict[str, Any]:
+def _read_header(example: dict[str, Any], column: str, channels: int | None, version: tuple) -> dict[str, Any]:
     header = {"mode": "", "channels": 0, "dtype": "", "is_transposed": False, "problem": ""}
     try:
         with open_image(example[column], channels) as stored:
@@ -282,7 +284,8 @@ def _check_channels(
     else:
         ways.append("keep images of one kind only")
     what = f"`--image_mode` is {mode}" if request.image_mode else f"The network has {channels} channel(s)"
-    raise ValueError(f"{what}, but the images are other: {found}. Either {', or '.join(ways)}.")
+    way_out = ", or ".join(ways)
+    raise ValueError(f"{what}, but the images have others: {found}. {way_out[0].upper()}{way_out[1:]}.")
 
 
 # 2. Values
@@ -344,27 +347,28 @@ def _find_range(
     survey: _Survey, request: FormatRequest, dtype: np.dtype, mode: ImageMode
 ) -> tuple[tuple[float, float], int | None]:
     """The value range and the number of levels."""
-    known = None if request.known is None else (tuple(request.known.value_range), request.known.num_levels)
-    if dtype == np.uint8 and request.value_range is None and known in (None, ((0, 255), 256)):
-        return (0, 255), 256
+    known = request.known
+    whole, asked = (0, 255), request.value_range
+    if dtype == np.uint8 and (asked == whole or (asked is None and (known is None or known.value_range == whole))):
+        return whole, 256 if asked or known is None else known.num_levels
     measured = _measure_all(survey, request, mode)
     if request.value_range is None and known is not None:
-        _check_known(survey, request.known, dtype, measured)
-        return known
+        _check_known(survey, known, dtype, measured)
+        return known.value_range, known.num_levels
     value_range = _whole_range(dtype, measured) if request.value_range is None else request.value_range
     if value_range == "auto":
         if measured.low == measured.high:
             raise ValueError(
-                f"All values of the images are {measured.low:g}, so that `--value_range auto` finds no range. Check the "
-                "images, or pass `--value_range LOW HIGH`."
+                f"All values of the images are {measured.low:g}, so that `--value_range auto` finds no range. Check "
+                "the images, or pass `--value_range LOW HIGH`."
             )
         value_range = (measured.low, measured.high)
         logger.info(f"`--value_range auto`: the images range from {measured.low:.9g} to {measured.high:.9g}.")
     _check_inside(survey, value_range, measured, "`--value_range`")
-    if request.value_range is not None and known is not None and tuple(value_range) != known[0]:
+    if request.value_range is not None and known is not None and tuple(value_range) != known.value_range:
         logger.warning(
             f"`--value_range` is {value_range[0]:g} to {value_range[1]:g}, but the pretrained model was trained on "
-            f"{request.known}. Its weights must adapt to the other range."
+            f"{known}. Its weights must adapt to the other range."
         )
     if request.value_range is None:
         _warn_of_share(dtype, value_range, measured)
@@ -407,11 +411,13 @@ def _check_known(survey: _Survey, known: ImageFormat, dtype: np.dtype, measured:
             f"The images are floating point numbers ({dtype}) from {measured}, but the pretrained model was trained on "
             f"{known}. Pass the range of the images as `--value_range LOW HIGH`."
         )
-    if dtype == np.uint8 and known.num_levels is not None and (low, high) != (0, 255):
-        raise ValueError(
-            f"The images have 8 bits per channel, but the pretrained model was trained on {known}. Pass the range of the "
-            "images as `--value_range 0 255`."
-        )
+    if dtype.kind != "f" and dtype.itemsize <= 2 and known.num_levels is not None:
+        lowest, highest = _whole_range(dtype, measured)
+        if low < lowest or high > highest:
+            raise ValueError(
+                f"The images are {dtype}, from {lowest} to {highest}, but the pretrained model was trained on {known}. "
+                f"Pass the range of the images as `--value_range {lowest} {highest}`."
+            )
     _check_inside(survey, (low, high), measured, f"The range of the pretrained model, trained on {known},")
 
 

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -125,13 +125,13 @@ def open_image(image: ImageSource, channels: int | None = None) -> Iterator[Stor
             yield _of_pillow(image)
         elif isinstance(image, dict):
             encoded, path = image["bytes"], image["path"]
-            file = stack.enter_context(open(path, "rb") if encoded is None else BytesIO(encoded))  # noqa: SIM115
-            yield _of_file(file, str(path or ""), channels, stack)
+            file: Any = open(path, "rb") if encoded is None else BytesIO(encoded)  # noqa: SIM115
+            yield _of_file(stack.enter_context(file), str(path or ""), channels, stack)
         else:
             yield _of_array(np.asarray(image), channels)
 
 
-def _of_file(file: IO[bytes], name: str, channels: int | None, stack: contextlib.ExitStack) -> StoredImage:
+def _of_file(file: BinaryIO, name: str, channels: int | None, stack: contextlib.ExitStack) -> StoredImage:
     magic = file.read(MAGIC_LENGTH)
     file.seek(0)
     if magic == NPY_MAGIC or magic.startswith(ZIP_MAGIC) or name.lower().endswith(ARRAY_SUFFIXES):
@@ -161,17 +161,17 @@ def _import(module: str) -> Any:
 # 1. Pillow
 
 
-def _of_pillow(image: Image.Image) -> StoredImage:
+def _of_pillow(image: Any) -> StoredImage:
     if is_deep_grey(image):
         return StoredImage("L", 1, np.dtype(np.uint16), lambda: _read_deep_grey(image))
     if image.mode in ("I", "F"):
         return _of_array(np.asarray(ImageOps.exif_transpose(image)), 1)
-    has_alpha = image.has_transparency_data
-    if image.mode in ("1", "L", "LA", "La"):
-        mode = "LA" if has_alpha else "L"
-    else:
-        mode = "RGBA" if has_alpha else "RGB"
+    mode = _mode_of("L" if image.mode in ("1", "L", "LA", "La") else "RGB", image.has_transparency_data)
     return StoredImage(mode, MODE_CHANNELS[mode], np.dtype(np.uint8), lambda: _read_pillow(image, mode), image)
+
+
+def _mode_of(colours: str, has_alpha: bool) -> ImageMode:
+    return cast(ImageMode, colours + "A" * has_alpha)
 
 
 def is_deep_grey(image: Image.Image) -> bool:
@@ -194,10 +194,12 @@ def as_channels(values: np.ndarray) -> np.ndarray:
     return values[..., None] if values.ndim == 2 else values
 
 
-def _is_reduced(image: Image.Image) -> bool:
+def _is_reduced(image: Any) -> bool:
     """Whether Pillow would reduce the channels of an opened image to 8 bits."""
     if image.mode.startswith("I"):
         return False
+    if image.format == "JPEG2000":
+        return _bits_of_jpeg2000(image.fp) > 8
     for tile in image.tile:
         arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         if tile.codec_name == "ppm" and isinstance(arguments[-1], int) and arguments[-1] > 255:
@@ -207,7 +209,18 @@ def _is_reduced(image: Image.Image) -> bool:
     return False
 
 
-def _of_deep_colour(file: IO[bytes], image: Image.Image) -> StoredImage:
+def _bits_of_jpeg2000(file: BinaryIO) -> int:
+    """Bits of the first channel, from the first two segments of the code stream."""
+    position = file.tell()
+    file.seek(0)
+    head = file.read(4096)
+    file.seek(position)
+    start = head.find(b"\xff\x4f\xff\x51")
+    bits = head[start + 42 : start + 43] if start >= 0 else b""
+    return (bits[0] & 0x7F) + 1 if bits else 0
+
+
+def _of_deep_colour(file: BinaryIO, image: Any) -> StoredImage:
     """An image in colour, or with alpha, of 16 bits, of which Pillow only reads the header."""
     if image.format != "PNG":
         raise UnusableImageError(
@@ -216,7 +229,7 @@ def _of_deep_colour(file: IO[bytes], image: Image.Image) -> StoredImage:
         )
     decode = _import("imagecodecs").png_decode
     # In this order: `getexif` reads the file to its end.
-    mode = "LA" if "LA;16" in str(image.tile[0].args) else image.mode
+    mode = _mode_of("L" if "LA;16" in str(image.tile[0].args) else "RGB", image.mode == "RGBA")
     orientation = image.getexif().get(ORIENTATION, 1)
 
     def read() -> np.ndarray:
@@ -229,7 +242,7 @@ def _of_deep_colour(file: IO[bytes], image: Image.Image) -> StoredImage:
 # 2. TIFF
 
 
-def _pillow_suits(image: Image.Image) -> bool:
+def _pillow_suits(image: Any) -> bool:
     """Whether Pillow reads the values and the meaning of the channels of an opened TIFF file as they are stored."""
     tags = image.tag_v2
     if PAGES_OF_ONE_IMAGE.search(str(tags.get(DESCRIPTION, ""))) and image.n_frames > 1:
@@ -250,7 +263,7 @@ def _of_tiff(file: Any, channels: int | None) -> StoredImage:
     stored = stored or _of_page(page)
 
     def read() -> np.ndarray:
-        return TO_UPRIGHT.get(orientation, np.asarray)(stored.read())
+        return TO_UPRIGHT.get(orientation, np.asarray)(stored.read()).astype(stored.dtype, copy=False)
 
     return replace(stored, read=read)
 
@@ -278,15 +291,14 @@ def _of_page(page: Any) -> StoredImage:
             "grey, RGB or RGBA",
         )
     dtype = _checked_dtype(page.dtype, page.shape)
-    mode, channels = names[photometric], page.samplesperpixel
+    has_alpha = len(extras) == 1 and extras[0] in (PREMULTIPLIED_ALPHA, ALPHA)
+    mode, channels = _mode_of(names[photometric], has_alpha), page.samplesperpixel
     if photometric == PALETTE:
         channels, dtype = 3, np.dtype(np.uint16)
     if photometric == MIN_IS_WHITE and dtype.kind == "f":
         raise UnusableImageError(
             UNSUPPORTED, "a TIFF file of floating point numbers in which the lowest is white (MINISWHITE). Invert it"
         )
-    if len(extras) == 1 and extras[0] in (PREMULTIPLIED_ALPHA, ALPHA):
-        mode += "A"
     if channels != MODE_CHANNELS[mode]:
         mode = "array"
     return StoredImage(mode, channels, dtype, lambda: _read_page(page, photometric, extras))
@@ -324,7 +336,7 @@ def alpha_of_opaque(dtype: np.dtype) -> float:
 # 3. Arrays
 
 
-def _load_array(file: IO[bytes], magic: bytes) -> np.ndarray:
+def _load_array(file: BinaryIO, magic: bytes) -> np.ndarray:
     """The array of a `.npy` or `.npz` file. Pickled objects are never read."""
     try:
         if magic == NPY_MAGIC:
