@@ -82,7 +82,7 @@ def _convert_pillow(image: Image.Image, mode: str, background: tuple[int, int, i
         canvas = Image.new("RGBA", image.size, (*background, 255))
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def is_eight_bit(image_format: ImageFormat) -> bool:

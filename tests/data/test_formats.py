@@ -1,0 +1,576 @@
+"""The format of a dataset: round trips of every kind of data, and data that cannot be used together."""
+
+import io
+
+import datasets
+import imagecodecs
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm.data.checks import check_images
+from diffusers_adm.data.columns import load_image_dataset
+from diffusers_adm.data.decoding import decode_image
+from diffusers_adm.data.formats import FormatRequest, find_image_format
+from diffusers_adm.data.images import ImageDataset
+
+
+SIZE = (12, 20)  # height, width
+
+
+def integers(seed, channels, high, low=0, dtype=np.uint16):
+    """Values of which the first two are the lowest and the highest."""
+    values = np.random.default_rng(seed).integers(low, high, (*SIZE, channels), endpoint=True)
+    values[0, :2] = [[low], [high]]
+    return values.astype(dtype)
+
+
+def floats(seed, channels, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal((*SIZE, channels)).astype(dtype)
+
+
+def save_png(path, values):
+    path.write_bytes(imagecodecs.png_encode(values[..., 0] if values.shape[-1] == 1 else values))
+
+
+def save_tiff(path, values):
+    photometric = "rgb" if values.shape[-1] == 3 else "minisblack"
+    if values.shape[-1] == 1:
+        tifffile.imwrite(path, values[..., 0], photometric=photometric)
+    else:
+        tifffile.imwrite(path, values, photometric=photometric, planarconfig="contig")
+
+
+def save_npz(path, values):
+    np.savez(path, values=np.moveaxis(values, -1, 0))  # channels first
+
+
+SAVE = {"png": save_png, "tif": save_tiff, "npy": np.save, "npz": save_npz}
+
+
+def load(folder, **files):
+    """The dataset of a folder with these arrays, by names such as `a_png`."""
+    for name, values in files.items():
+        stem, suffix = name.rsplit("_", 1)
+        SAVE[suffix](folder / f"{stem}.{suffix}", values)
+    return load_image_dataset(train_data_dir=str(folder), cache_dir=str(folder / ".cache"))[0]
+
+
+def find(dataset, **request):
+    return find_image_format(dataset, FormatRequest(**request))
+
+
+def tensors(dataset, image_format, size=SIZE, **options):
+    dataset, skipped = check_images(dataset, size, image_format=image_format)
+    assert not skipped
+    return [example["images"] for example in ImageDataset(dataset, size, image_format=image_format, **options)]
+
+
+def check_round_trip(dataset, image_format, arrays):
+    """Exact for levels, 1e-6 of the range for floating point numbers."""
+    low, high = image_format.value_range
+    samples = tensors(dataset, image_format)
+    for sample, values in zip(samples, arrays, strict=True):
+        assert (sample.dtype, sample.shape) == (torch.float32, (values.shape[-1], *SIZE))
+        assert sample.abs().max() <= 1
+        found = image_format.to_values(sample).permute(1, 2, 0).double().numpy()
+        tolerance = 0 if image_format.num_levels else 1e-6 * (high - low)
+        np.testing.assert_allclose(found, values.astype(np.float64), rtol=0, atol=tolerance)
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        "suffix,channels,dtype,high",
+        [
+            ("png", 1, np.uint8, 255),
+            ("png", 3, np.uint8, 255),
+            ("png", 1, np.uint16, 65535),
+            ("png", 3, np.uint16, 65535),
+            ("tif", 1, np.uint16, 65535),
+            ("tif", 3, np.uint16, 65535),
+            ("tif", 5, np.uint8, 255),
+            ("tif", 5, np.uint16, 65535),
+            ("npy", 2, np.uint16, 65535),
+            ("npz", 13, np.uint8, 255),
+        ],
+    )
+    def test_whole_range_of_unsigned_integers(self, tmp_path, suffix, channels, dtype, high):
+        arrays = [integers(seed, channels, high, dtype=dtype) for seed in range(2)]
+        dataset = load(tmp_path, **{f"{name}_{suffix}": values for name, values in zip("ab", arrays, strict=True)})
+        image_format = find(dataset, channels=channels)
+        mode = {1: "L", 3: "RGB"}.get(channels, "array")
+        assert image_format == ImageFormat(mode, channels, (0, high), high + 1)
+        check_round_trip(dataset, image_format, arrays)
+
+    @pytest.mark.parametrize("mode,channels", [("LA", 2), ("RGBA", 4)])
+    @pytest.mark.parametrize("dtype,high", [(np.uint8, 255), (np.uint16, 65535)])
+    def test_alpha_is_kept_if_asked_for(self, tmp_path, mode, channels, dtype, high):
+        arrays = [integers(seed, channels, high, dtype=dtype) for seed in range(2)]
+        dataset = load(tmp_path, a_png=arrays[0], b_png=arrays[1])
+        image_format = find(dataset, channels=channels, image_mode=mode)
+        assert image_format == ImageFormat(mode, channels, (0, high), high + 1)
+        check_round_trip(dataset, image_format, arrays)
+
+    @pytest.mark.parametrize("suffix", ["tif", "npy"])
+    @pytest.mark.parametrize("dtype,low,high", [(np.int16, -1024, 3071), (np.int32, -70000, -5000), (np.int64, 7, 9)])
+    def test_range_of_integers(self, tmp_path, suffix, dtype, low, high):
+        if suffix == "tif" and dtype == np.int64:
+            pytest.skip("A type that TIFF files do not have.")
+        arrays = [integers(seed, 2, high, low, dtype) for seed in range(2)]
+        dataset = load(tmp_path, **{f"a_{suffix}": arrays[0], f"b_{suffix}": arrays[1]})
+        for value_range in ((low, high), "auto"):
+            image_format = find(dataset, channels=2, value_range=value_range)
+            assert image_format == ImageFormat("array", 2, (low, high), high - low + 1)
+        check_round_trip(dataset, image_format, arrays)
+
+    @pytest.mark.parametrize("suffix", ["tif", "npy", "npz"])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("channels", [1, 3, 5])
+    def test_floating_point_numbers(self, tmp_path, suffix, dtype, channels):
+        arrays = [floats(seed, channels, dtype) + 100 for seed in range(2)]
+        dataset = load(tmp_path, **{f"a_{suffix}": arrays[0], f"b_{suffix}": arrays[1]})
+        image_format = find(dataset, channels=channels, value_range="auto")
+        assert image_format.value_range == (np.min(arrays), np.max(arrays))
+        assert image_format.num_levels is None
+        check_round_trip(dataset, image_format, arrays)
+        assert find(dataset, channels=channels, value_range=(90, 110)).value_range == (90, 110)
+
+    def test_booleans_are_two_levels(self, tmp_path):
+        arrays = [integers(seed, 1, 1).astype(bool) for seed in range(2)]
+        dataset = load(tmp_path, a_npy=arrays[0], b_npy=arrays[1])
+        image_format = find(dataset, channels=1)
+        assert image_format == ImageFormat("L", 1, (0, 1), 2)
+        check_round_trip(dataset, image_format, arrays)
+        assert set(np.unique(tensors(dataset, image_format))) == {-1, 1}
+
+    @pytest.mark.parametrize("feature", ["lists", "Array2D", "Array3D"])
+    @pytest.mark.parametrize("dtype", ["uint16", "float32"])
+    def test_array_columns(self, tmp_path, feature, dtype):
+        channels = 1 if feature == "Array2D" else 4
+        arrays = [integers(seed, channels, 4000, dtype=dtype) for seed in range(3)]
+        columns = {"scan": [values[..., 0] if channels == 1 else values for values in arrays], "kind": ["a", "b", "a"]}
+        path = str(tmp_path / "data.parquet")
+        if feature == "lists":
+            type_ = pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.from_numpy_dtype(np.dtype(dtype)))))
+            scans = pyarrow.array([values.tolist() for values in columns["scan"]], type=type_)
+            pyarrow.parquet.write_table(pyarrow.table({"scan": scans, "kind": columns["kind"]}), path)
+        else:
+            shape = columns["scan"][0].shape
+            features = {"scan": getattr(datasets, feature)(shape, dtype), "kind": datasets.Value("string")}
+            datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(path)
+        dataset, id2label = load_image_dataset(
+            data_files=path, image_column="scan", label_column="kind", cache_dir=str(tmp_path)
+        )
+        assert id2label == {0: "a", 1: "b"}
+        image_format = find(dataset, channels=channels, value_range=(0, 4000))
+        assert image_format.num_levels == (4001 if dtype == "uint16" else None)
+        check_round_trip(dataset, image_format, arrays)
+
+    def test_nested_lists_of_grey(self, tmp_path):
+        pyarrow.parquet.write_table(pyarrow.table({"image": [[[0, 7], [3, 5]], None]}), tmp_path / "data.parquet")
+        dataset, _ = load_image_dataset(data_files=str(tmp_path / "data.parquet"), cache_dir=str(tmp_path))
+        image_format = find(dataset, value_range="auto")
+        assert image_format == ImageFormat("L", 1, (0, 7), 8)
+        dataset, skipped = check_images(dataset, 2, image_format=image_format)
+        assert skipped == {"missing": ["row 1"]}
+        sample = ImageDataset(dataset, 2, image_format=image_format)[0]["images"]
+        assert image_format.to_values(sample).tolist() == [[[0, 7], [3, 5]]]
+
+
+class TestConversion:
+    def test_grey_becomes_colour_for_a_network_of_three_channels(self, tmp_path):
+        grey, colour = integers(0, 1, 255, dtype=np.uint8), integers(1, 3, 255, dtype=np.uint8)
+        dataset = load(tmp_path, a_png=grey, b_png=colour, c_npy=grey, d_npy=colour)
+        for channels in (3, None):
+            image_format = find(dataset, channels=channels)
+            assert image_format == ImageFormat()
+            check_round_trip(dataset, image_format, [grey.repeat(3, axis=-1), colour] * 2)
+
+    def test_colour_becomes_grey_as_in_pillow(self, tmp_path):
+        colour = integers(0, 3, 255, dtype=np.uint8)
+        expected = np.asarray(Image.fromarray(colour).convert("L"))[..., None]
+        dataset = load(tmp_path, a_png=colour)
+        check_round_trip(dataset, find(dataset, channels=1, image_mode="L"), [expected])
+
+    def test_colour_becomes_grey_at_any_depth(self):
+        """65536 levels are 257 for each of 256; what is rounded to these must be Pillow's."""
+        colour = integers(0, 3, 255, dtype=np.uint8)
+        deep = decode_image(
+            {"bytes": imagecodecs.png_encode(colour.astype(np.uint16) * 257), "path": None},
+            ImageFormat("L", 1, (0, 65535), 65536),
+        )
+        exact = colour @ [0.299, 0.587, 0.114]
+        np.testing.assert_allclose(deep[..., 0] / 257, exact, rtol=0, atol=1 / 257 + 255 * 2e-5)
+        rounded = np.asarray(Image.fromarray(colour).convert("L"))
+        assert np.abs(np.round(deep[..., 0] / 257) - rounded).max() <= 1
+
+    @pytest.mark.parametrize("background", [(255, 255, 255), (0, 100, 200)])
+    def test_alpha_is_laid_on_the_background_at_any_depth(self, background):
+        values = integers(0, 4, 65535)
+        image = {"bytes": imagecodecs.png_encode(values), "path": None}
+        alpha = values[..., 3:] / 65535
+        exact = values[..., :3] * alpha + np.array(background) * 257 * (1 - alpha)
+        found = decode_image(image, ImageFormat("RGB", 3, (0, 65535), 65536), background)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=0.5001)
+        eight = {"bytes": imagecodecs.png_encode((values / 257).round().astype(np.uint8)), "path": None}
+        np.testing.assert_allclose(np.asarray(decode_image(eight, ImageFormat(), background)), exact / 257, atol=1.5)
+        # In a range of 12 bits, white is 4095.
+        values[..., :3] //= 16
+        found = decode_image(
+            {"bytes": imagecodecs.png_encode(values), "path": None}, ImageFormat("RGB", 3, (0, 4095), 4096)
+        )
+        exact = values[..., :3] * alpha + 4095 * (1 - alpha)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=0.5001)
+
+    def test_images_without_alpha_are_opaque(self, tmp_path):
+        grey = integers(0, 1, 65535)
+        dataset = load(tmp_path, a_png=grey)
+        expected = np.concatenate([grey, grey, grey, np.full_like(grey, 65535)], axis=-1)
+        check_round_trip(dataset, find(dataset, image_mode="RGBA"), [expected])
+
+    def test_alpha_is_a_channel_of_arrays_with_a_warning(self, tmp_path, caplog):
+        values = integers(0, 4, 255, dtype=np.uint8)
+        dataset = load(tmp_path, a_png=values)
+        image_format = find(dataset, channels=4)
+        assert image_format.mode == "array"
+        assert "The alpha of RGBA images is taken for a channel like the others" in caplog.text
+        assert "`--image_mode RGBA`" in caplog.text
+        check_round_trip(dataset, image_format, [values])
+
+    def test_without_a_network_the_images_decide(self, tmp_path):
+        for name, values, expected in (
+            ("grey", integers(0, 1, 255, dtype=np.uint8), ImageFormat("L", 1)),
+            ("colour", integers(0, 3, 255, dtype=np.uint8), ImageFormat("RGB", 3)),
+            ("alpha", integers(0, 4, 255, dtype=np.uint8), ImageFormat("RGB", 3)),
+        ):
+            (tmp_path / name).mkdir()
+            assert find(load(tmp_path / name, a_png=values)) == expected
+        (tmp_path / "bands").mkdir()
+        assert find(load(tmp_path / "bands", a_tif=integers(0, 5, 255, dtype=np.uint8))) == ImageFormat("array", 5)
+
+
+class TestRange:
+    def test_twelve_bits_in_sixteen(self, tmp_path, caplog):
+        """Without a word, they would end in a sixteenth of the range."""
+        values = integers(0, 1, 4000, low=16)
+        dataset = load(tmp_path, a_png=values)
+        assert find(dataset, channels=1).value_range == (0, 65535)
+        assert "The images range from 16 to 4000 and fill 6% of 0 to 65535" in caplog.text
+        assert "pass `--value_range auto` or `--value_range 0 4095`" in caplog.text
+        caplog.clear()
+        image_format = find(dataset, channels=1, value_range=[0, 4095])  # as from a command line
+        assert (image_format.value_range, image_format.num_levels) == ((0, 4095), 4096)
+        check_round_trip(dataset, image_format, [values])
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+    def test_auto_is_measured_over_all_images_and_logged(self, tmp_path, caplog):
+        dataset = load(tmp_path, a_png=integers(0, 1, 4000, low=16), b_png=integers(1, 1, 900, low=3))
+        with caplog.at_level("INFO"):
+            image_format = find(dataset, channels=1, value_range="auto")
+        assert image_format == ImageFormat("L", 1, (3, 4000), 3998)
+        assert "`--value_range auto`: the images range from 3 to 4000." in caplog.text
+
+    def test_eight_bits_are_measured_only_if_asked(self, tmp_path):
+        dataset = load(tmp_path, a_png=integers(0, 1, 200, low=5, dtype=np.uint8))
+        assert find(dataset, channels=1) == ImageFormat("L", 1)
+        assert find(dataset, channels=1, value_range="auto") == ImageFormat("L", 1, (5, 200), 196)
+
+    def test_headers_are_enough_for_eight_bits(self, tmp_path):
+        save_png(tmp_path / "a.png", integers(0, 3, 255, dtype=np.uint8))
+        content = (tmp_path / "a.png").read_bytes()
+        (tmp_path / "a.png").write_bytes(content[:60])
+        assert find(load(tmp_path), channels=3) == ImageFormat()
+
+    def test_the_survey_is_cached(self, tmp_path):
+        dataset = load(tmp_path, a_png=integers(0, 1, 4000), b_png=integers(1, 1, 900))
+        find(dataset, channels=1, value_range="auto")
+
+        def cached():
+            return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache-*.arrow")}
+
+        files = cached()
+        assert len(files) == 2
+        find(dataset, channels=1, value_range="auto")
+        assert cached() == files
+
+    @pytest.mark.parametrize("num_proc", [None, 2])
+    def test_outside(self, tmp_path, num_proc):
+        files = {f"{name}_png": integers(seed, 1, 1000 * seed) for seed, name in enumerate("abcdef", start=1)}
+        dataset = load(tmp_path, **files)
+        with pytest.raises(ValueError, match="is 0 to 1500, but 5 images have values outside of it: ") as caught:
+            find_image_format(dataset, FormatRequest(channels=1, value_range=(0, 1500)), num_proc=num_proc)
+        message = str(caught.value)
+        assert "b.png (0 to 2000)" in message
+        assert "d.png (0 to 4000) and 2 more. All images range from 0 to 6000" in message
+
+    def test_floating_point_numbers_need_a_range(self, tmp_path):
+        dataset = load(tmp_path, a_npy=floats(0, 1) * 0 + np.linspace(-2.5, 7, 20, dtype=np.float32)[:, None])
+        with pytest.raises(
+            ValueError, match=r"\(float32\), whose range is not known.*`--value_range LOW HIGH`"
+        ) as error:
+            find(dataset, channels=1)
+        assert "`--value_range auto` for -2.5 to 7" in str(error.value)
+
+    def test_many_levels(self, tmp_path):
+        dataset = load(tmp_path, a_npy=integers(0, 1, 70000, dtype=np.int32))
+        with pytest.raises(
+            ValueError, match="int32, whose whole range has more than 65536 levels.*auto. for 0 to 70000"
+        ):
+            find(dataset)
+        with pytest.raises(
+            ValueError, match="from 0 to 70000 are 70001 levels, more than 65536.*convert the images to fl"
+        ):
+            find(dataset, value_range="auto")
+
+    def test_integers_need_whole_numbers(self, tmp_path):
+        dataset = load(tmp_path, a_png=integers(0, 1, 100))
+        with pytest.raises(
+            ValueError, match="is -0.5 to 100.5, but the images are integers .uint16.. Pass whole numbers"
+        ):
+            find(dataset, value_range=(-0.5, 100.5))
+
+    def test_one_value(self, tmp_path):
+        dataset = load(tmp_path, a_npy=np.full((*SIZE, 1), 3.0))
+        with pytest.raises(
+            ValueError, match="All values of the images are 3, so that `--value_range auto` finds no range"
+        ):
+            find(dataset, value_range="auto")
+
+
+class TestPretrained:
+    known = ImageFormat("L", 1, (0, 4095), 4096)
+
+    def test_wins_where_nothing_is_said(self, tmp_path):
+        values = integers(0, 1, 1000)
+        dataset = load(tmp_path, a_png=values)
+        assert find(dataset, channels=1, known=self.known) == self.known
+        assert find(load(tmp_path), known=ImageFormat("L", 1, (-10, 5000), None)).num_levels is None
+        check_round_trip(dataset, self.known, [values])
+
+    def test_a_range_that_is_said_wins_with_a_warning(self, tmp_path, caplog):
+        dataset = load(tmp_path, a_png=integers(0, 1, 1000))
+        assert find(dataset, value_range=(0, 1023), known=self.known) == ImageFormat("L", 1, (0, 1023), 1024)
+        assert "`--value_range` is 0 to 1023, but the pretrained model was trained on grey images from 0 to 4095" in (
+            caplog.text
+        )
+
+    def test_contradictions_with_the_data(self, tmp_path):
+        for name, values, message in (
+            (
+                "deep",
+                integers(0, 1, 5000),
+                "The range of the pretrained model, trained on grey images .* 1 images have",
+            ),
+            (
+                "eight",
+                integers(0, 1, 255, dtype=np.uint8),
+                "The images are uint8, from 0 to 255, but the pretrained mod",
+            ),
+            (
+                "float",
+                floats(0, 1),
+                "are floating point numbers .float32. from .*, but the pretrained model was trained",
+            ),
+        ):
+            (tmp_path / name).mkdir()
+            dataset = load(tmp_path / name, **{"a_npy": values})
+            with pytest.raises(ValueError, match=message):
+                find(dataset, known=self.known)
+        colour = load(tmp_path, b_png=integers(0, 3, 255, dtype=np.uint8)).select([0])
+        with pytest.raises(ValueError, match="The network has 1 channel.*b.png.*Pass `--image_mode L` to convert"):
+            find(colour, known=ImageFormat("L", 1))
+
+    def test_contradictions_with_arguments(self):
+        with pytest.raises(ValueError, match="`--image_mode` is array, but the pretrained model was trained on grey"):
+            FormatRequest(image_mode="array", known=self.known)
+        with pytest.raises(ValueError, match="trained on grey images .*, 1 channel.*, but the network has 3"):
+            FormatRequest(channels=3, known=self.known)
+        with pytest.raises(
+            ValueError, match="`--image_mode` RGB has 3 channel.*, but the network has 1. Pass `--image_m"
+        ):
+            FormatRequest(channels=1, image_mode="RGB")
+        with pytest.raises(ValueError, match="`--image_mode` is 'CMYK'; it must be one of L, LA, RGB"):
+            FormatRequest(image_mode="CMYK")
+        for value_range in ((1, 1), (0, float("inf")), (float("nan"), 1)):
+            with pytest.raises(ValueError, match="both must be finite, and the first the lower"):
+                FormatRequest(value_range=value_range)
+        with pytest.raises(ValueError, match="`--value_range` is 'all'. Pass two numbers, LOW HIGH, or auto"):
+            FormatRequest(value_range="all")
+
+
+class TestRefusals:
+    def test_mixed_depths(self, tmp_path):
+        dataset = load(tmp_path, a_png=integers(0, 1, 255, dtype=np.uint8), b_png=integers(0, 1, 65535))
+        with pytest.raises(
+            ValueError, match=r"different types of values. 1 uint8: .*a.png; 1 uint16: .*b.png. Save all"
+        ):
+            find(dataset, channels=1)
+
+    def test_mixed_channels(self, tmp_path):
+        dataset = load(tmp_path, a_npy=floats(0, 5), b_npy=floats(0, 4), c_npy=floats(0, 5))
+        with pytest.raises(
+            ValueError, match="have different channels. 2 arrays of 5 channels .float32.: .*c.npy; 1 array"
+        ):
+            find(dataset, value_range="auto")
+        with pytest.raises(ValueError, match="The network has 5 channel.*: 2 arrays .*Keep images of one kind only"):
+            find(dataset, channels=5, value_range="auto")
+
+    def test_other_channels_than_the_network(self, tmp_path):
+        dataset = load(tmp_path, a_png=integers(0, 3, 255, dtype=np.uint8))
+        with pytest.raises(
+            ValueError, match="network has 1 channel.*: 1 RGB images .*a.png. Pass `--image_mode L` to conv"
+        ):
+            find(dataset, channels=1)
+        with pytest.raises(
+            ValueError, match="network has 5 channel.*: 1 RGB images .*a.png. Use a network of 3 channel"
+        ):
+            find(dataset, channels=5)
+        dataset = load(tmp_path, a_npy=floats(0, 5)).select([0])
+        with pytest.raises(
+            ValueError, match="`--image_mode` is L, but .* arrays of 5 channels.*Use a network of 5 channel"
+        ):
+            find(dataset, image_mode="L", value_range="auto")
+
+    def test_a_fourth_band_of_unknown_meaning_is_not_dropped(self, tmp_path):
+        values = integers(0, 4, 255, dtype=np.uint8)
+        tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=["unspecified"])
+        dataset = load(tmp_path)
+        with pytest.raises(ValueError, match="network has 3 channel.*arrays of 4 channels.*Use a network of 4 channel"):
+            find(dataset, channels=3)
+        check_round_trip(dataset, find(dataset, channels=4), [values])
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("suffix", ["npy", "tif"])
+    def test_values_that_are_not_finite(self, tmp_path, value, suffix):
+        bad = floats(0, 5)
+        bad[2, 3, :2] = value
+        dataset = load(tmp_path, **{f"a_{suffix}": floats(1, 5), f"b_{suffix}": bad})
+        for value_range in ("auto", (-100, 100), None):
+            with pytest.raises(ValueError, match=rf"1 images hold NaN or infinite values: .*b.{suffix} \(2 values\)"):
+                find(dataset, channels=5, value_range=value_range)
+
+    def test_channels_first(self, tmp_path, caplog):
+        values = floats(0, 5)
+        dataset = load(tmp_path, a_npz=values)
+        with pytest.raises(ValueError, match=r"a.npz \(an array of shape \(5, 12, 20\), which looks like \(channels"):
+            find(dataset, value_range="auto")
+        with caplog.at_level("INFO"):
+            image_format = find(dataset, channels=5, value_range="auto")
+        assert caplog.text.count("arrays of shape (channels, height, width) are transposed") == 1
+        check_round_trip(dataset, image_format, [values])
+        with pytest.raises(ValueError, match="The network has 4 channel.* arrays of 5 channels"):
+            find(dataset, channels=4, value_range="auto")
+
+    def test_files_that_are_no_images(self, tmp_path):
+        np.save(tmp_path / "a.npy", np.array([[1, None]], dtype=object), allow_pickle=True)
+        np.save(tmp_path / "b.npy", np.zeros((0, 4)))
+        np.savez(tmp_path / "c.npz", a=np.zeros((4, 4)), b=np.zeros((4, 4)))
+        (tmp_path / "d.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(12))
+        with pytest.raises(
+            ValueError, match="4 file.s. cannot be used as images: .*a.npy .an array of Python objects"
+        ) as error:
+            find(load(tmp_path))
+        assert "b.npy (an empty array" in str(error.value)
+        assert "c.npz (a .npz file with 2 arrays" in str(error.value)
+        assert "and 1 more" in str(error.value)
+
+    def test_unreadable_files_are_left_to_the_check(self, tmp_path):
+        dataset = load(tmp_path, a_png=integers(0, 1, 255, dtype=np.uint8))
+        (tmp_path / "b.png").write_bytes(b"no image")
+        (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00damaged")
+        dataset = load(tmp_path)
+        image_format = find(dataset, channels=1)
+        kept, skipped = check_images(dataset, SIZE, image_format=image_format)
+        assert len(kept) == 1
+        assert len(skipped["unreadable"]) == 2
+        only_bad = dataset.select([1, 2])
+        with pytest.raises(ValueError, match="None of the 2 images can be used: 2 unreadable"):
+            check_images(only_bad, SIZE, image_format=find(only_bad, channels=1))
+
+    def test_ragged_lists(self, tmp_path):
+        for name, rows, message in (
+            ("ragged", [[[1, 2], [3]]], "Row 0 of `image_column` 'image' of .* holds lists of different lengths"),
+            ("null", [[[1, 2], [3, 4]], [[1, None], [3, 4]]], "Row 1 of .* holds 1 missing values"),
+        ):
+            path = str(tmp_path / f"{name}.parquet")
+            pyarrow.parquet.write_table(pyarrow.table({"image": rows}), path)
+            with pytest.raises(ValueError, match=message):
+                load_image_dataset(data_files=path, cache_dir=str(tmp_path))
+        pyarrow.parquet.write_table(pyarrow.table({"image": [[1, 2]]}), tmp_path / "flat.parquet")
+        with pytest.raises(ValueError, match="cannot hold images, encoded images, paths of images or arrays"):
+            load_image_dataset(data_files=str(tmp_path / "flat.parquet"), cache_dir=str(tmp_path))
+
+
+def test_values_that_change_after_the_survey_are_replaced(tmp_path, caplog):
+    """By the next readable image, as files that become unreadable."""
+    good = integers(0, 1, 1000)
+    dataset = load(tmp_path, a_png=good, b_png=good)
+    image_format = find(dataset, channels=1, value_range=(0, 1000))
+    save_png(tmp_path / "a.png", integers(0, 1, 2000))
+    sample = ImageDataset(dataset, SIZE, image_format=image_format)[0]["images"]
+    np.testing.assert_array_equal(image_format.to_values(sample).permute(1, 2, 0).numpy(), good)
+    assert "a.png became values outside the range (values from 0 to 2000, outside of 0 to 1000)" in caplog.text
+
+
+def test_images_in_memory_are_surveyed_without_a_cache():
+    class Images:
+        column_names = ["image"]
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return {"image": floats(index, 2)}
+
+    image_format = find_image_format(Images(), FormatRequest(value_range=(-9, 9)))
+    assert image_format == ImageFormat("array", 2, (-9, 9), None)
+    sample = ImageDataset(Images(), SIZE, image_format=image_format)[1]["images"]
+    np.testing.assert_allclose(image_format.to_values(sample).permute(1, 2, 0), floats(1, 2), rtol=0, atol=18e-6)
+
+
+def test_conditions_of_any_format(tmp_path):
+    images = [integers(seed, 1, 4095) for seed in range(2)]
+    conditions = [integers(seed + 5, 3, 6, dtype=np.uint8) for seed in range(2)]
+
+    def encoded(values):
+        file = io.BytesIO()
+        np.save(file, values)
+        return {"bytes": file.getvalue(), "path": None}
+
+    table = pyarrow.table({"image": list(map(encoded, images)), "regions": list(map(encoded, conditions))})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    dataset, _ = load_image_dataset(
+        data_files=str(tmp_path / "data.parquet"), conditioning_image_column="regions", cache_dir=str(tmp_path)
+    )
+    image_format = find(dataset, value_range=(0, 4095))
+    request = FormatRequest(image_mode="array", value_range="auto")
+    condition_format = find_image_format(dataset, request, column="conditioning_image")
+    assert condition_format == ImageFormat("array", 3, (0, 6), 7)
+    formats = {"image_format": image_format, "condition_format": condition_format}
+    dataset, skipped = check_images(dataset, SIZE, **formats)
+    assert not skipped
+    data = ImageDataset(dataset, SIZE, random_flip=True, **formats)
+    assert (data.size, data.resolution, data.condition_format) == (SIZE, SIZE, condition_format)
+    flipped = set()
+    for epoch in range(8):
+        data.set_epoch(epoch)
+        example = data[1]
+        image, condition = images[1], conditions[1] / 6
+        found = image_format.to_values(example["images"]).permute(1, 2, 0).numpy()
+        if not np.array_equal(found, image):
+            image, condition = image[:, ::-1], condition[:, ::-1]
+            flipped.add(epoch)
+        np.testing.assert_array_equal(found, image)
+        np.testing.assert_allclose(example["conditions"].permute(1, 2, 0), condition, rtol=0, atol=1e-7)
+    assert 0 < len(flipped) < 8
+
+
+def test_made_conditions_need_pictures():
+    dataset = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": None}]})
+    with pytest.raises(ValueError, match="`condition` is 'edges', which is made from grey or RGB images"):
+        ImageDataset(dataset, 8, condition="edges", image_format=ImageFormat("array", 3))
