@@ -116,11 +116,17 @@ class TestRoundTrip:
         assert image_format == ImageFormat(mode, channels, (0, high), high + 1)
         check_round_trip(dataset, image_format, arrays)
 
-    @pytest.mark.parametrize("suffix", ["tif", "npy"])
-    @pytest.mark.parametrize("dtype,low,high", [(np.int16, -1024, 3071), (np.int32, -70000, -5000), (np.int64, 7, 9)])
+    @pytest.mark.parametrize(
+        "suffix,dtype,low,high",
+        [
+            ("tif", np.int16, -1024, 3071),
+            ("npy", np.int16, -1024, 3071),
+            ("tif", np.int32, -70000, -5000),
+            ("npy", np.int64, 7, 9),
+            ("npy", np.uint8, 3, 9),
+        ],
+    )
     def test_range_of_integers(self, tmp_path, suffix, dtype, low, high):
-        if suffix == "tif" and dtype == np.int64:
-            pytest.skip("A type that TIFF files do not have.")
         arrays = [integers(seed, 2, high, low, dtype) for seed in range(2)]
         dataset = load(tmp_path, **{f"a_{suffix}": arrays[0], f"b_{suffix}": arrays[1]})
         for value_range in ((low, high), "auto"):

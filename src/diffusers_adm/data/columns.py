@@ -182,12 +182,15 @@ def _cast_to_images(dataset: datasets.Dataset, column: str, description: str) ->
             )
             .with_format(None)
         )
+    feature = dataset.features[column]
     try:
+        if isinstance(feature, (datasets.List, datasets.LargeList)):  # which `datasets` would take for a row of pixels
+            raise TypeError("a list of another kind")
         return dataset.cast_column(column, datasets.Image(decode=False))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{description} is of type {dataset.features[column]}, which cannot hold images, encoded images, paths of "
-            "images or arrays (2 or 3 nested lists of numbers). Pass the name of a column that does."
+            f"{description} is of type {feature}, which cannot hold images, encoded images, paths of images or arrays "
+            "(2 or 3 nested lists of numbers). Pass the name of a column that does."
         ) from error
 
 
