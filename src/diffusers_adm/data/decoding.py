@@ -9,7 +9,7 @@ from io import BytesIO
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..conditioning.image_format import ImageFormat, ImageMode
 from .pixels import (
@@ -19,9 +19,10 @@ from .pixels import (
     StoredImage,
     UnusableImageError,
     alpha_of_opaque,
-    explained_errors,
+    explain,
     is_deep_grey,
     open_image,
+    upright,
 )
 
 
@@ -55,29 +56,33 @@ def decode_rgb(image: dict[str, Any] | Image.Image | None, background: tuple[int
     """
     if image is None:
         raise UnusableImageError(MISSING, "the entry is empty")
-    with explained_errors():
+    try:
         if isinstance(image, Image.Image):
             return _to_rgb(image, background)
         with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
             return _to_rgb(opened, background)
+    except Exception as error:
+        raise explain(error) from error
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    is_deep = is_deep_grey(image)
-    image.load()
-    if is_deep:
+    if is_deep_grey(image):
         # `convert` would clip at 255 and make nearly every pixel white. 65535 / 257 = 255.
-        upright = ImageOps.exif_transpose(image)
-        eight_bit = np.round(np.asarray(upright, dtype=np.float64) / 257).astype(np.uint8)
+        eight_bit = np.round(np.asarray(upright(image), dtype=np.float64) / 257).astype(np.uint8)
         return Image.fromarray(eight_bit).convert("RGB")
     if image.mode in ("I", "F"):
+        image.load()
         raise UnusableImageError(UNREADABLE, f"pixels of mode {image.mode} have no known range; save as 8 or 16 bits")
-    return _convert_pillow(image, "RGB", background)
+    converted = _convert_pillow(image, "RGB", background)
+    return converted.copy() if converted is image else converted
 
 
 def _convert_pillow(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
-    """Converts a loaded image of 8 bits per channel, upright; transparency is laid on the background or kept."""
-    image = ImageOps.exif_transpose(image)
+    """
+    Decodes an opened image of 8 bits per channel, upright; transparency is laid on the background or kept. It is the
+    same object if there is nothing to convert.
+    """
+    image = upright(image)
     if image.has_transparency_data and mode in ("L", "RGB"):
         canvas = Image.new("RGBA", image.size, (*background, 255))
         canvas.alpha_composite(image.convert("RGBA"))
@@ -119,7 +124,6 @@ def decode_image(
     with open_image(image, image_format.channels) as stored:
         is_eight = is_eight_bit(image_format)
         if is_eight and stored.pillow is not None:
-            stored.pillow.load()
             return _convert_pillow(stored.pillow, image_format.mode, background)
         if not can_convert(stored.mode, stored.channels, image_format):
             raise UnusableImageError(

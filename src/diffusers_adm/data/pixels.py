@@ -12,9 +12,8 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -60,8 +59,7 @@ class UnusableImageError(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class StoredImage:
+class StoredImage(NamedTuple):
     """
     An image whose header has been read, and whose pixels can be.
 
@@ -84,23 +82,19 @@ class StoredImage:
     is_transposed: bool = False
 
 
-@contextlib.contextmanager
-def explained_errors() -> Iterator[None]:
-    """Turns errors of readers into an `UnusableImageError` that says what is wrong with the image."""
-    try:
-        yield
-    except (UnusableImageError, ImportError):
-        raise
-    except FileNotFoundError as error:
-        raise UnusableImageError(MISSING, "no such file") from error
-    except UnidentifiedImageError as error:
-        raise UnusableImageError(UNREADABLE, "not an image that Pillow knows") from error
-    except Image.DecompressionBombError as error:
-        raise UnusableImageError(TOO_LARGE, str(error)) from error
-    except Exception as error:
-        # Damaged files make decoders raise almost anything (OSError, SyntaxError, struct.error, IndexError, zlib.error,
-        # MemoryError ...). None of it may end a run, and all of it is reported with the name of the file.
-        raise UnusableImageError(UNREADABLE, f"{type(error).__name__}: {error}") from error
+def explain(error: Exception) -> UnusableImageError:
+    """What an error of a reader says about the image."""
+    if isinstance(error, UnusableImageError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return UnusableImageError(MISSING, "no such file")
+    if isinstance(error, UnidentifiedImageError):
+        return UnusableImageError(UNREADABLE, "not an image that Pillow knows")
+    if isinstance(error, Image.DecompressionBombError):
+        return UnusableImageError(TOO_LARGE, str(error))
+    # Damaged files make decoders raise almost anything (OSError, SyntaxError, struct.error, IndexError, zlib.error,
+    # MemoryError ...). None of it may end a run, and all of it is reported with the name of the file.
+    return UnusableImageError(UNREADABLE, f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
@@ -120,32 +114,36 @@ def open_image(image: ImageSource, channels: int | None = None) -> Iterator[Stor
     """
     if image is None:
         raise UnusableImageError(MISSING, "the entry is empty")
-    with explained_errors(), contextlib.ExitStack() as stack:
+    try:
         if isinstance(image, Image.Image):
             yield _of_pillow(image)
         elif isinstance(image, dict):
             encoded, path = image["bytes"], image["path"]
-            file: Any = open(path, "rb") if encoded is None else BytesIO(encoded)  # noqa: SIM115
-            yield _of_file(stack.enter_context(file), str(path or ""), channels, stack)
+            with open(path, "rb") if encoded is None else BytesIO(encoded) as file:
+                yield _of_file(cast(BinaryIO, file), path, channels)
         else:
             yield _of_array(np.asarray(image), channels)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise explain(error) from error
 
 
-def _of_file(file: BinaryIO, name: str, channels: int | None, stack: contextlib.ExitStack) -> StoredImage:
+def _of_file(file: BinaryIO, path: str | None, channels: int | None) -> StoredImage:
     magic = file.read(MAGIC_LENGTH)
     file.seek(0)
-    if magic == NPY_MAGIC or magic.startswith(ZIP_MAGIC) or name.lower().endswith(ARRAY_SUFFIXES):
+    if magic == NPY_MAGIC or magic.startswith(ZIP_MAGIC) or (path and path.lower().endswith(ARRAY_SUFFIXES)):
         return _of_array(_load_array(file, magic), channels)
     is_tiff = magic.startswith(TIFF_MAGICS)
     try:
-        opened = stack.enter_context(Image.open(file))
+        opened = Image.open(file)
     except UnidentifiedImageError:
         if not is_tiff:
             raise
         opened = None
     if is_tiff and (opened is None or not _pillow_suits(opened)):
         file.seek(0)
-        return _of_tiff(stack.enter_context(_import("tifffile").TiffFile(file)), channels)
+        return _of_tiff(_import("tifffile").TiffFile(file), channels)
     if _is_reduced(opened):
         return _of_deep_colour(file, opened)
     return _of_pillow(opened)
@@ -165,7 +163,7 @@ def _of_pillow(image: Any) -> StoredImage:
     if is_deep_grey(image):
         return StoredImage("L", 1, np.dtype(np.uint16), lambda: _read_deep_grey(image))
     if image.mode in ("I", "F"):
-        return _of_array(np.asarray(ImageOps.exif_transpose(image)), 1)
+        return _of_array(np.asarray(upright(image)), 1)
     mode = _mode_of("L" if image.mode in ("1", "L", "LA", "La") else "RGB", image.has_transparency_data)
     return StoredImage(mode, MODE_CHANNELS[mode], np.dtype(np.uint8), lambda: _read_pillow(image, mode), image)
 
@@ -180,13 +178,17 @@ def is_deep_grey(image: Image.Image) -> bool:
 
 
 def _read_pillow(image: Image.Image, mode: str) -> np.ndarray:
-    image.load()
-    return as_channels(np.asarray(ImageOps.exif_transpose(image).convert(mode)))
+    return as_channels(np.asarray(upright(image).convert(mode)))
 
 
 def _read_deep_grey(image: Image.Image) -> np.ndarray:
+    return as_channels(np.asarray(upright(image)).astype(np.uint16))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decodes an opened image and applies its EXIF orientation; without one, it is the same object."""
     image.load()
-    return as_channels(np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16))
+    return image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def as_channels(values: np.ndarray) -> np.ndarray:
@@ -201,10 +203,10 @@ def _is_reduced(image: Any) -> bool:
     if image.format == "JPEG2000":
         return _bits_of_jpeg2000(image.fp) > 8
     for tile in image.tile:
-        arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
-        if tile.codec_name == "ppm" and isinstance(arguments[-1], int) and arguments[-1] > 255:
+        if tile.codec_name == "ppm" and tile.args[-1] > 255:
             return True
-        if any(isinstance(argument, str) and REDUCED_LAYOUT.search(argument) for argument in arguments):
+        layout = tile.args if isinstance(tile.args, str) else tile.args and tile.args[0]
+        if isinstance(layout, str) and REDUCED_LAYOUT.search(layout):
             return True
     return False
 
@@ -265,7 +267,7 @@ def _of_tiff(file: Any, channels: int | None) -> StoredImage:
     def read() -> np.ndarray:
         return TO_UPRIGHT.get(orientation, np.asarray)(stored.read()).astype(stored.dtype, copy=False)
 
-    return replace(stored, read=read)
+    return stored._replace(read=read)
 
 
 def _of_pages(series: Any, channels: int | None) -> StoredImage | None:

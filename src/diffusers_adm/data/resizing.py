@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,8 +16,7 @@ from ..conditioning.image_format import ImageFormat
 from .seeding import derive_seed
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """
     What is cut from an image: it is resized to `resized` (width, height), cropped to `height` x `width` from `left` and
     `top` on, and mirrored if `flip`.
