@@ -6,9 +6,9 @@ Time of loading an image with `ImageDataset` relative to Pillow alone.
 Each row decodes, resizes and crops all images of a small dataset in memory, from `--source_size` to `--size` pixels, in
 one process without workers. The baseline is the same number of 8-bit RGB images of the same size through `decode_rgb`,
 Pillow's `resize` and `crop`, and the map to [-1, 1], written out here, without random crops. The rows alternate with
-the baseline `--pairs` times; given is the median of the pairwise ratios of times with a 95% bootstrap interval. A row of
-8-bit RGB fails above a ratio of 1.25 (crops and flips from the seed, and the choice of the reader, are in it), 16-bit grey
-above 2. The images are waves with noise; photographs compress, and so decode, alike.
+the baseline `--pairs` times; given is the median of the pairwise ratios of times with a 95% bootstrap interval. A row
+of 8-bit RGB fails above a ratio of 1.25 (it includes random crops and flips, and the choice of the reader), 16-bit grey
+above 2. The images are waves with noise.
 """
 
 import argparse
