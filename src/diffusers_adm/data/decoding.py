@@ -133,7 +133,7 @@ def decode_image(
         if not is_eight:
             return values
         values = values.astype(np.uint8)
-        return Image.fromarray(values[..., 0] if image_format.mode == "L" else values, image_format.mode)
+        return Image.fromarray(values[..., 0] if image_format.mode == "L" else values)
 
 
 def _check_range(values: np.ndarray, image_format: ImageFormat) -> None:
