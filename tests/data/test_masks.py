@@ -36,6 +36,23 @@ class TestRandomKeepMask:
         assert keep_mask.unique().tolist() in ([0.0], [0.0, 1.0])
         assert (keep_mask == 0).flatten(1).any(dim=1).all()  # there is always something to inpaint
 
+    @pytest.mark.parametrize("kind", [*MASK_SHARES, None])
+    def test_height_and_width(self, kind):
+        """Boxes and halves scale with both sides."""
+        keep_mask = masks(300, kind, (8, 40))
+        assert keep_mask.shape == (300, 1, 8, 40)
+        masked = keep_mask == 0
+        assert masked.flatten(1).any(dim=1).all()
+        heights, widths = masked.any(dim=3).sum(dim=2).flatten(), masked.any(dim=2).sum(dim=2).flatten()
+        if kind == "half":
+            assert all(is_half(each) for each in keep_mask)
+            assert set(heights[widths == 40].tolist()) <= set(range(2, 7))  # 0.3 to 0.7 of 8
+            assert set(widths[heights == 8].tolist()) == set(range(12, 29))  # of 40
+        elif kind == "boxes":
+            assert (heights.min(), widths.min()) == (2, 8)  # 0.2 of both
+        elif kind == "strokes":
+            assert widths.double().mean() > heights.double().mean()
+
     def test_kinds(self):
         assert (masks(3, "full") == 0).all()
         halves = masks(200, "half", 20)
