@@ -164,6 +164,8 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         noise_schedule (`dict`, *optional*): The noise schedule that it was trained with, as returned by
             `diffusers_adm.schedulers.noise_schedules.noise_schedule_of(scheduler)`; pipelines compare it with that of
             their scheduler. It does not change the network. `None`: not known.
+        image_format (`dict`, *optional*): Format of the images of the base model that it was trained for, the result of
+            `ImageFormat.to_config()`. It does not change the network. `None`: not known.
         condition_format (`dict`, *optional*): Format of the conditioning images, the result of
             `diffusers_adm.conditioning.image_format.ImageFormat.to_config()`; it tells pipelines which values the
             images that they are given have. It does not change the network. `None`: 8-bit images, or numbers in [0, 1].
@@ -232,6 +234,7 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         global_pool_conditions: bool = False,
         unet_block_out_channels: tuple[int, ...] | None = None,
         noise_schedule: dict[str, Any] | None = None,
+        image_format: dict[str, Any] | None = None,
         condition_format: dict[str, Any] | None = None,
         **neutral_arguments: Any,
     ):
