@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..conditioning.control_images import ControlImageKind, make_condition
+from ..conditioning.control_images import ControlImageKind, control_image_format, make_condition
 from ..conditioning.image_format import ImageFormat, Size, as_size
 from ..deprecations import renamed
 from .decoding import WHITE, UnusableImageError, decode_condition, decode_image, decoded_size
@@ -64,8 +64,8 @@ class ImageDataset(torch.utils.data.Dataset):
         resolution, image_format, condition_format: As passed; the formats are never None.
 
     Raises:
-        ValueError: For an unknown `condition`, one in addition to the column `conditioning_image`, or one of images
-            that are not 8-bit grey or RGB.
+        ValueError: For an unknown `condition`, one in addition to the column `conditioning_image`, or one that cannot
+            be made from images of this format.
         ImportError: For edges without scikit-image.
     """
 
@@ -91,12 +91,9 @@ class ImageDataset(torch.utils.data.Dataset):
                 raise ValueError(
                     f"`condition` is {condition!r}, but the dataset has a `conditioning_image` column, too."
                 )
-            if self.image_format.mode not in ("L", "RGB") or not self.image_format.is_picture:
-                raise ValueError(
-                    f"`condition` is {condition!r}, which is made from grey or RGB images of whole numbers, not from "
-                    f"{self.image_format}. Store the conditions in a column instead."
-                )
-            make_condition(torch.zeros(3, 1, 1), condition)  # an unknown kind or a missing package fails here
+            self.condition_format = control_image_format(condition, self.image_format)
+            # A missing package fails here.
+            make_condition(torch.zeros(self.image_format.channels, 1, 1), condition, self.image_format)
         self.dataset = dataset
         self.resolution = resolution
         self.size = as_size(resolution)
@@ -163,8 +160,8 @@ class ImageDataset(torch.utils.data.Dataset):
         values = self._cut(image, index, size, self.image_format)
         tensors = {"images": self.image_format.to_samples(values).float()}
         if self.condition is not None:
-            fractions = fractions_of(values, self.image_format).expand(3, -1, -1)
-            tensors["conditions"] = make_condition(fractions, self.condition)
+            fractions = fractions_of(values, self.image_format)
+            tensors["conditions"] = make_condition(fractions, self.condition, self.image_format)
         elif "conditioning_image" in example:
             condition = decode_condition(example["conditioning_image"], size, condition_format)
             values = self._cut(condition, index, size, self.condition_format)
