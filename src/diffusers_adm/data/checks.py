@@ -33,7 +33,7 @@ CHECK_VERSION = 4
 def check_images(
     dataset: datasets.Dataset,
     resolution: Size,
-    min_image_size: int | None = None,
+    min_image_size: Size | None = None,
     allow_unlabelled: bool = True,
     num_proc: int | None = None,
     output_dir: str | os.PathLike | None = None,
@@ -52,8 +52,9 @@ def check_images(
     Args:
         dataset (`datasets.Dataset`): From `load_image_dataset`.
         resolution (`int` or `tuple[int, int]`): Training resolution in pixels: of a square, or (height, width).
-        min_image_size (`int`, *optional*): Images whose shorter side has fewer pixels are dropped. By default, those
-            that are lower or narrower than half of `resolution`: upsampling by more than 2 teaches the model blur.
+        min_image_size (`int` or `tuple[int, int]`, *optional*): Images whose shorter side has fewer pixels, or which
+            are lower or narrower than (height, width), are dropped. Defaults to half of `resolution`: upsampling by
+            more than 2 teaches the model blur.
         allow_unlabelled (`bool`, defaults to True): Keep examples whose label is -1.
         num_proc (`int`, *optional*): Number of processes that decode.
         output_dir (`str` or `os.PathLike`, *optional*): Folder for `skipped_images.txt`, which lists all dropped
