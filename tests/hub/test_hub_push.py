@@ -1,6 +1,7 @@
 """Pushing pipelines, models, schedulers and folders of runs by the real client; what their cards say."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from toy_models import CONDITIONAL, random_classifier, random_unet
 
 from diffusers_adm import AdaGNControlNetModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.evaluation import ImageSetComparison
 from diffusers_adm.hub import model_cards
 from diffusers_adm.hub.model_cards import LoraAdapter, write_model_card
@@ -180,6 +182,52 @@ class TestCard:
         assert words in card.text
         assert ("made to guide" in card.text) == (noise_schedule != {})
         assert ("noise schedule" in card.text) == bool(noise_schedule)
+
+    def test_tells_size_and_format_of_the_images(self, run, tmp_path):
+        bands = ImageFormat("array", 5, (-1.5, 2.5), None)
+        unet = random_unet(in_channels=5, out_channels=10, sample_size=[8, 16])
+        pipe = ADMPipeline(unet, LearnedVarianceDDPMScheduler(), **NONE, image_format=bands.to_config())
+        pipe.save_pretrained(run)
+        (run / "train_args.yaml").write_text(yaml.safe_dump(RECIPE | {"preview_channels": [5, 4, 2]}))
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/bands"))
+        assert "\n8x16 pixels, 5-channel images from -1.5 to 2.5 (continuous).\n" in card.text
+        assert (
+            "The samples are shown as: channels 5, 4, 2 as red, green, blue, from -1.5 (0) to 2.5 (255)." in card.text
+        )
+        assert 'images = pipe(output_type="np").images  # (batch_size, height, width, channels)\n```' in card.text
+        assert "which return values of the data, from -1.5 to 2.5." in card.text
+        code = "\n".join(re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL))
+        loaded = code.replace('"alice/bands"', repr(str(run)))
+        namespace = {}
+        exec(loaded.replace("output_type=", "num_inference_steps=2, output_type="), namespace)
+        assert namespace["images"].shape == (1, 8, 16, 5)
+
+    @pytest.mark.parametrize(
+        ("image_format", "line"),
+        [
+            (ImageFormat("L", 1, (0, 4095), 4096), "8x8 pixels, grey images from 0 to 4095 (4096 levels)."),
+            (None, "8x8 pixels."),
+        ],
+    )
+    def test_pictures_need_no_other_output(self, image_format, line, run, tmp_path):
+        unet = random_unet(in_channels=1, out_channels=2)
+        ADMPipeline(unet, LearnedVarianceDDPMScheduler(), **NONE, image_format=image_format).save_pretrained(run)
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/scans"))
+        assert line in card.text
+        assert "output_type" not in card.text
+        assert ("The samples are shown as" in card.text) == (image_format is not None)
+
+    def test_tells_the_formats_of_other_models(self, tmp_path):
+        deep, flow = ImageFormat("L", 1, (0, 4095), 4096), ImageFormat("array", 2, (-3, 3), None)
+        classifier = random_classifier(in_channels=1, image_format=deep.to_config())
+        card = ModelCard.load(write_model_card(classifier, tmp_path, "alice/classifier"))
+        assert "It classifies grey images from 0 to 4095 (4096 levels), 8x8 pixels." in card.text
+        controlnet = AdaGNControlNetModel.from_unet(random_unet(in_channels=1), conditioning_channels=2)
+        controlnet.register_to_config(image_format=deep.to_config(), condition_format=flow.to_config())
+        (tmp_path / "README.md").unlink()
+        card = ModelCard.load(write_model_card(controlnet, tmp_path, "alice/flow"))
+        assert "Its base generates grey images from 0 to 4095 (4096 levels)." in card.text
+        assert "Its conditioning images are 2-channel images from -3 to 3 (continuous)," in card.text
 
     def test_of_a_fine_tuned_pipeline(self, run, tmp_path):
         (run / "train_args.yaml").write_text(yaml.safe_dump(RECIPE | {"pretrained_model_name_or_path": "alice/base"}))

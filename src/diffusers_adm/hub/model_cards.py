@@ -21,9 +21,11 @@ from diffusers.utils import PushToHubMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from ..conditioning.image_format import ImageFormat, as_size
 from ..models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
 from ..pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline
 from ..schedulers.noise_schedules import describe_noise_schedule
+from ..training.previews import describe_preview
 from .publishing import add_publishing
 
 
@@ -255,8 +257,33 @@ def _template_variables(pushed: Any, folder: Path, repo_id: str, run: _Run) -> d
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else "",
         "measures": MEASURES,
         "names": _names,
+        **_format_variables(pushed, run),
         "is_for_clean_images": noise_schedule == {},
         "noise_schedule": describe_noise_schedule(noise_schedule) if noise_schedule else "",
+    }
+
+
+def _format_variables(pushed: Any, run: _Run) -> dict[str, Any]:
+    """What the card says of size and format of the images; None where the config does not tell."""
+    is_pipeline = isinstance(pushed, DiffusionPipeline)
+    recorded = pushed.config.get("image_format")
+    image_format = None if recorded is None else ImageFormat.from_config(recorded, recorded["channels"])
+    conditions = pushed.config.get("condition_format")
+    size = as_size((pushed.unet if is_pipeline else pushed).config.get("sample_size"))
+    arguments = ""  # of a call, before `output_type`
+    if _task(pushed) == "image-to-image":
+        arguments = "image=image, "
+    elif is_pipeline and pushed.text_encoder is not None:
+        arguments = 'prompt="...", '
+    elif is_pipeline and pushed.config.get("id2label"):
+        arguments = f"class_labels={next(iter(pushed.config['id2label'].values()))!r}, "
+    return {
+        "size": None if size is None else "{}x{}".format(*size),  # HEIGHTxWIDTH
+        "image_format": image_format,
+        "condition_format": None if conditions is None else ImageFormat.from_config(conditions, conditions["channels"]),
+        "preview": None if image_format is None else describe_preview(image_format, run.args.get("preview_channels")),
+        "why_no_pil": None if image_format is None else image_format.why_no_pil,
+        "call": arguments,
     }
 
 

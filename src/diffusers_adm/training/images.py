@@ -10,6 +10,8 @@ BACKGROUND = (255, 255, 255)
 TEXT_COLOR = (32, 32, 32)
 # In pixels: smaller, Pillow's default font is hard to read; larger, labels dominate the images.
 MIN_FONT_SIZE, MAX_FONT_SIZE = 12, 24
+CAPTION_LINE_HEIGHT = 15
+MIN_CAPTION_WIDTH = 160  # narrower grids are widened by white, so that a caption has room
 
 
 def labelled_grid(
@@ -20,6 +22,7 @@ def labelled_grid(
     col_labels: Sequence[str] | None = None,
     scale: int = 1,
     padding: int = 2,
+    caption: str | None = None,
 ) -> Image.Image:
     """
     Arranges images of one size in a grid, row by row, with optional labels to the left and above.
@@ -30,6 +33,7 @@ def labelled_grid(
         col_labels (sequence of `str`, *optional*): One per column, centred above it, wrapped to its width.
         scale (`int`, defaults to 1): Each pixel becomes a square of `scale` pixels, without interpolation.
         padding (`int`, defaults to 2): Pixels between neighbours and around the grid, after scaling.
+        caption (`str`, *optional*): What the images show, below the grid, wrapped to its width.
 
     Raises:
         ValueError: If there are no images or too many, sizes differ, or a label is missing.
@@ -52,6 +56,10 @@ def labelled_grid(
     left = max((int(font.getlength(label)) + line_height // 2 for label in row_labels or []), default=0)
 
     size = (left + padding + cols * (width + padding), top + padding + rows * (height + padding))
+    caption_lines, caption_font = [], ImageFont.load_default(size=MIN_FONT_SIZE)
+    if caption is not None:
+        caption_lines = _wrap(caption, caption_font, max(size[0], MIN_CAPTION_WIDTH) - 2 * padding)
+        size = (max(size[0], MIN_CAPTION_WIDTH), size[1] + len(caption_lines) * CAPTION_LINE_HEIGHT)
     grid = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(grid)
     for index, image in enumerate(images):
@@ -67,19 +75,32 @@ def labelled_grid(
             # Labels of fewer lines stand directly above the images.
             baseline = top - (len(lines) - 1 - line) * line_height - line_height // 4
             draw.text((middle, baseline), text, fill=TEXT_COLOR, font=font, anchor="ms")
+    for line, text in enumerate(caption_lines):
+        baseline = size[1] - (len(caption_lines) - 1 - line) * CAPTION_LINE_HEIGHT - 4
+        draw.text((padding, baseline), text, fill=TEXT_COLOR, font=caption_font, anchor="ls")
     return grid
 
 
-def labelled_strips(columns: Mapping[str, Sequence[Image.Image]], scale: int = 1) -> Image.Image:
+def labelled_strips(
+    columns: Mapping[str, Sequence[Image.Image]], scale: int = 1, caption: str | None = None
+) -> Image.Image:
     """
     Arranges images that belong together, such as `condition | sample | target`, side by side, in a grid that is about
-    square. `columns` holds the images, all of one size and equally many, by the names above their columns.
+    square. `columns` holds the images, all of one size and equally many, by the names above their columns; `caption` is
+    that of `labelled_grid`.
     """
     strips = list(zip(*columns.values(), strict=True))
     across = math.ceil(math.sqrt(len(strips) / len(columns)))
     labels = [*columns] * across
     images = [image for strip in strips for image in strip]
-    return labelled_grid(images, math.ceil(len(strips) / across), len(labels), col_labels=labels, scale=scale)
+    return labelled_grid(
+        images, math.ceil(len(strips) / across), len(labels), col_labels=labels, scale=scale, caption=caption
+    )
+
+
+def cell_scale(images: Sequence[Image.Image]) -> int:
+    """The `scale` of a grid that brings the longer side of small images, all of one size, close to 64 pixels."""
+    return max(1, 64 // max(images[0].size))
 
 
 def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
