@@ -29,6 +29,8 @@ from diffusers_adm.training import (
     TrainingRun,
     inpainting_grid,
     load_diffusion,
+    mask_channels,
+    no_extra_channels,
     parse_run,
     sample_grid,
     save_lora,
@@ -39,7 +41,6 @@ from diffusers_adm.training import (
 
 
 ARGUMENT_TYPES = (*DIFFUSION_ARGUMENTS, TaskArguments, LoraArguments)
-MASK_CHANNELS = 4  # the masked image, RGB, and its mask
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator,
         record,
         common_args,
-        extra_channels=MASK_CHANNELS if inpaints else 0,
+        extra_channels=mask_channels if inpaints else no_extra_channels,
         may_widen=inpaints,
         # Reason in error messages: "The pretrained U-Net takes no masks, and `lora_rank` leaves ..."
         keeps="`lora_rank` leaves the pretrained weights as they are" if trains_adapter else None,
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     for batch in run.batches():
         with run.accumulate():
             batch["images"] = batch["images"].contiguous(memory_format=model_args.memory_format)
-            pixels = batch["images"]  # (B, 3, H, W) in [-1, 1]
+            pixels = batch["images"]  # (B, C, H, W) in [-1, 1]
             inputs = merge(condition.for_training(batch) for condition in conditions)
             timesteps, weights = diffusion.timestep_sampler.sample(len(pixels), device=pixels.device)
             # As in GLIDE, the loss includes the kept part of an inpainted image; the network soon learns to copy it.
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
                 timesteps,
                 objective=diffusion_args.objective,
                 snr_gamma=diffusion_args.snr_gamma,
+                num_levels=diffusion.image_format.num_levels,
                 extra_channels=inputs.extra_channels,
                 model_kwargs=inputs.kwargs,
             )

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         validate()
     for batch in run.batches():
         with run.accumulate():
-            pixels, class_labels = batch["images"], batch["class_labels"]  # (B, 3, H, W) in [-1, 1]; (B,)
+            pixels, class_labels = batch["images"], batch["class_labels"]  # (B, C, H, W) in [-1, 1]; (B,)
             if noise_scheduler is not None:
                 timesteps, _ = timestep_sampler.sample(len(pixels), device=pixels.device)
                 pixels = noise_scheduler.add_noise(pixels, torch.randn_like(pixels), timesteps)

@@ -34,6 +34,7 @@ from diffusers_adm.training import (
     check_base_stays,
     check_text_stays,
     choose_examples,
+    condition_request,
     control_grid,
     load_diffusion,
     parse_run,
@@ -89,12 +90,21 @@ def main(argv: list[str] | None = None) -> None:
         common_args,
         keeps="a ControlNet leaves its base model as it is",
         conditioning_image_column=control_args.conditioning_image_column,
+        condition=control_args.condition,
+        condition_request=condition_request(control_args, data_args),
     )
     with accelerator.main_process_first():
-        controlnet = build_controlnet(control_args, data_args, diffusion.unet, diffusion.noise_scheduler)
+        controlnet = build_controlnet(
+            control_args,
+            data_args,
+            diffusion.unet,
+            diffusion.noise_scheduler,
+            diffusion.image_format,
+            diffusion.condition_format,
+        )
     # `FrozenNetworks` compares U-Net and text encoder.
     record.check_network(controlnet.config, diffusion.resolution, {"tokenizer": diffusion.tokenizer})
-    train_dataset, validation_dataset = diffusion.datasets(condition=control_args.condition)
+    train_dataset, validation_dataset = diffusion.datasets()
     examples = choose_examples(validation_dataset, training_args.num_validation_images, diffusion.null_class_id)
     text_encoder = {} if diffusion.text_encoder is None else {"text encoder": diffusion.text_encoder}
     frozen = FrozenNetworks({"U-Net": diffusion.unet, **text_encoder})
@@ -121,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def generate() -> Image.Image:
         pipeline = diffusion.build_pipeline(ADMControlNetPipeline, controlnet=controlnet)
-        return control_grid(pipeline, examples, training_args)
+        return control_grid(pipeline, examples, training_args, diffusion.condition_format)
 
     validate = functools.partial(run.validate, functools.partial(run.show_samples, generate))
 
@@ -129,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     for batch in run.batches():
         with run.accumulate():
             batch["images"] = batch["images"].contiguous(memory_format=model_args.memory_format)
-            pixels = batch["images"]  # (B, 3, H, W) in [-1, 1]
+            pixels = batch["images"]  # (B, C, H, W) in [-1, 1]
             inputs = merge(condition.for_training(batch) for condition in conditions)
             timesteps, weights = diffusion.timestep_sampler.sample(len(pixels), device=pixels.device)
             terms = training_losses(
@@ -139,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
                 timesteps,
                 objective=diffusion_args.objective,
                 snr_gamma=diffusion_args.snr_gamma,
+                num_levels=diffusion.image_format.num_levels,
                 model_kwargs=inputs.kwargs,
             )
             diffusion.record_losses(terms, timesteps, weights)

@@ -21,6 +21,7 @@ from PIL import Image
 from diffusers_adm import ADMSuperResolutionPipeline
 from diffusers_adm.commands.errors import run_command
 from diffusers_adm.conditioning.condition import merge
+from diffusers_adm.conditioning.image_format import as_sample_size
 from diffusers_adm.conditioning.low_resolution import LowResolutionCondition
 from diffusers_adm.hub.publication import prepare_repository, push_result
 from diffusers_adm.training import (
@@ -29,6 +30,7 @@ from diffusers_adm.training import (
     TrainingRun,
     choose_examples,
     load_diffusion,
+    low_res_channels,
     parse_run,
     pretrained_pipeline_config,
     start_run,
@@ -38,7 +40,6 @@ from diffusers_adm.training import (
 
 
 ARGUMENT_TYPES = (*DIFFUSION_ARGUMENTS, SuperResolutionArguments)
-LOW_RES_CHANNELS = 3  # RGB
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Networks and data
     diffusion = load_diffusion(
-        accelerator, record, common_args, extra_channels=LOW_RES_CHANNELS, upsampler_args=sr_args
+        accelerator, record, common_args, extra_channels=low_res_channels, upsampler_args=sr_args
     )
     record.check_network(diffusion.unet.config, diffusion.resolution, diffusion.frozen_parts())
     train_dataset, validation_dataset = diffusion.datasets()
@@ -72,8 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         diffusion.timestep_sampler,
         description=diffusion.describe(f", from {sr_args.low_res_size} pixels,"),
     )
-    sizes = {"low_res_size": sr_args.low_res_size, "max_noise_level": sr_args.max_noise_level}
-    low_resolution = LowResolutionCondition(diffusion.unet.config, diffusion.noise_scheduler, **sizes)
+    sizes = {"low_res_size": as_sample_size(sr_args.size), "max_noise_level": sr_args.max_noise_level}
+    num_levels = diffusion.image_format.num_levels
+    low_resolution = LowResolutionCondition(
+        diffusion.unet.config, diffusion.noise_scheduler, num_levels=num_levels, **sizes
+    )
     conditions = [low_resolution, *diffusion.conditions(run.networks)]
     build_pipeline = functools.partial(
         diffusion.build_pipeline,
@@ -94,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     for batch in run.batches():
         with run.accumulate():
             batch["images"] = batch["images"].contiguous(memory_format=model_args.memory_format)
-            pixels = batch["images"]  # (B, 3, H, W) in [-1, 1]
+            pixels = batch["images"]  # (B, C, H, W) in [-1, 1]
             inputs = merge(condition.for_training(batch) for condition in conditions)
             timesteps, weights = diffusion.timestep_sampler.sample(len(pixels), device=pixels.device)
             terms = training_losses(
@@ -104,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
                 timesteps,
                 objective=diffusion_args.objective,
                 snr_gamma=diffusion_args.snr_gamma,
+                num_levels=num_levels,
                 extra_channels=inputs.extra_channels,
                 model_kwargs=inputs.kwargs,
             )

@@ -10,7 +10,7 @@ from scripts import REPOSITORY, load_script
 from diffusers_adm import AdaGNClassifierModel, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.conversion import PRESETS
 from diffusers_adm.conversion.openai_flags import model_config, scheduler_config
-from diffusers_adm.training import build_unet, load_noise_scheduler, load_unet_config, parse_args
+from diffusers_adm.training import build_unet, load_noise_scheduler, load_unet_config, low_res_channels, parse_args
 from diffusers_adm.training.classifiers import build_classifier, load_classifier_config
 
 
@@ -65,7 +65,9 @@ def test_the_training_script_takes_it(name, monkeypatch):
     torch.testing.assert_close(scheduler.betas, process.betas, rtol=1e-9, atol=0)
     if kind != "classifier":
         assert scheduler.config.variance_type == process.config.variance_type
-        config = load_unet_config(model, data, scheduler, in_channels=6 if kind == "upsampler" else 3)
+        extra_channels = {"extra_channels": low_res_channels} if kind == "upsampler" else {}
+        config, channels = load_unet_config(model, data, scheduler, **extra_channels)
+        assert channels == 3
         with torch.device("meta"):
             unet = build_unet(model, data, config, 1000 if data.label_column else None)
         assert sum(parameter.numel() for parameter in unet.parameters()) == preset.num_parameters
@@ -83,7 +85,7 @@ def test_the_training_script_takes_it(name, monkeypatch):
         assert super_resolution.low_res_size == flags["small_size"]
         super_resolution.inherit({})  # trained from scratch
         super_resolution.check(flags["large_size"], scheduler, None)
-        with pytest.raises(ValueError, match="takes 6 channels; this"):
+        with pytest.raises(ValueError, match="takes 6 channels and has 6 output channels; this"):
             load_unet_config(model, data, scheduler)
     if kind != "classifier":
         # LossType of the original: RESCALED_KL, RESCALED_MSE or MSE.

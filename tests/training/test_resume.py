@@ -191,6 +191,7 @@ OTHERS = {
     "class_dropout_prob": 0.7,
     "condition": "edges",
     "condition_dropout_prob": 0.7,
+    "condition_value_range": [0.0, 1.0],
     "conditioning_embedding_out_channels": [8, 8],
     "conditioning_image_column": "image",
     "controlnet_width": 0.5,
@@ -210,6 +211,7 @@ OTHERS = {
     "hub_token": "token",
     "image_check_num_proc": 2,
     "image_column": "picture",
+    "image_mode": "array",
     "label_column": None,
     "learning_rate": 2e-3,
     "logging_dir": "elsewhere",
@@ -236,6 +238,7 @@ OTHERS = {
     "overwrite_output_dir": True,
     "precompute_text_embeddings": True,
     "prediction_type": "v_prediction",
+    "preview_channels": [2],
     "push_to_hub": True,
     "random_flip": True,
     "report_to": "tensorboard",
@@ -256,6 +259,7 @@ OTHERS = {
     "validation_prompts": ["a cat"],
     "validation_split": "test",
     "validation_steps": 3,
+    "value_range": [0.0, 100.0],
     "variance_type": "learned_log",
 }
 # Further arguments that an argument needs.

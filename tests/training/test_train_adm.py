@@ -164,7 +164,7 @@ def write_messy_folder(root):
             Image.fromarray(noise(12, 14, 3)).save(root / name / f"{index}.png")
     Image.fromarray(noise(8, 9)).save(root / "red" / "grey.png")
     Image.fromarray(noise(8, 9, 4)).save(root / "red" / "rgba.png")
-    Image.fromarray(noise(8, 9).astype(np.uint16) * 257).save(root / "blue" / "sixteen_bits.png")
+    Image.fromarray(noise(8, 9)).convert("1").save(root / "blue" / "black_and_white.png")
     Image.fromarray(noise(8, 9, 3)).convert("P").save(root / "blue" / "palette.png")
     Image.fromarray(noise(8, 9, 3)).save(root / "in_the_root.png")
     Image.new("RGB", (1, 1)).save(root / "blue" / "tiny.png")
@@ -514,7 +514,7 @@ class TestRecipes:
         monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
         model, data, diffusion, _, text, *_ = parse_args(train_adm.ARGUMENT_TYPES, ["--config", str(recipe)])
         scheduler = build_scheduler(model, data, diffusion)
-        config = load_unet_config(model, data, scheduler)
+        config, _ = load_unet_config(model, data, scheduler)
         with torch.device("meta"):
             unet = build_unet(model, data, config, 9 if data.label_column else None)
         assert (data.resolution or unet.config.sample_size) % 2 ** (len(unet.config.block_out_channels) - 1) == 0
@@ -566,7 +566,7 @@ class TestBadInput:
             ({"max_train_steps": 0}, "`max_train_steps` is 0; it must be at least 1"),
             ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` is 0"),
             ({"ddpm_num_steps": 0}, "`ddpm_num_steps` is 0"),
-            ({"resolution": 0}, "`resolution` is 0"),
+            ({"resolution": 0}, "`resolution` is .0.; pass the side of a square"),
             ({"lr_warmup_steps": -1}, "`lr_warmup_steps` is -1; it must be at least 0"),
             ({"learning_rate": 0}, "`learning_rate` is 0.0; it must be positive"),
             ({"max_grad_norm": 0}, "`max_grad_norm` is 0.0; it must be positive"),
@@ -576,7 +576,7 @@ class TestBadInput:
             ({"objective": "vlb", "snr_gamma": 5.0}, "`snr_gamma` weights the squared error"),
             (
                 {"variance_type": "fixed_small", "objective": "simple"},
-                "has 6 output channels, but `variance_type` 'fixed_small' needs 3",
+                "has 6 output channels.*3 channels and `variance_type` 'fixed_small' need 3 output",
             ),
             ({"ddpm_num_steps": 1}, "`validation_num_inference_steps` is 2; the noise schedule .* allows 1 at most"),
             ({"resolution": 9}, "The resolution is 9; .* divisible by 2. Pass e.g. `--resolution 10`"),
@@ -626,9 +626,10 @@ class TestBadInput:
             (
                 {"out_channels": 3},
                 {},
-                "has 3 output channels, but `variance_type` 'learned_range'",
+                "has 3 output channels. .*3 channels and `variance_type` 'learned_range' need 6",
             ),
-            ({"in_channels": 1, "out_channels": 2}, {}, "The U-Net takes 1 channels; this script trains U-Nets of 3"),
+            ({"in_channels": 6}, {}, "takes 6 .*script trains U-Nets of 3.*Those of 6 are trained by train_super_res"),
+            ({"in_channels": 1, "out_channels": 2}, {}, r"The network has 1 channel.*RGB images.*`--image_mode L`"),
             ({"num_class_embeds": 9}, {}, "class-conditional .9 classes, no null class.. Pass `label_column`"),
             (
                 {"num_class_embeds": 9},
@@ -636,7 +637,7 @@ class TestBadInput:
                 "`class_dropout_prob` is 0.1, but the U-Net has no null",
             ),
             (CONDITIONAL, {"label_column": "label"}, "The data has 9 classes, but the U-Net has room for 4"),
-            ({"sample_size": None}, {}, "The resolution is None.*pass a square `--resolution`"),
+            ({"sample_size": None}, {}, "no `sample_size`, so the resolution is not known. Pass `--resol"),
             ({"block_out_channel": [8, 16]}, {}, "'block_out_channel'.*Did you mean `block_out_channels`"),
         ],
     )

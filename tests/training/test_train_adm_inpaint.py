@@ -182,7 +182,7 @@ class TestRefused:
     def test_other_channels(self, tmp_path, short):
         upsampler = save_base_unet(tmp_path / "upsampler", in_channels=6)
         self.check(
-            "The U-Net takes 6 channels; this script trains U-Nets of 7",
+            "The U-Net takes 6 channels and has 6 output channels; this script trains U-Nets of 7",
             {**short, "pretrained_model_name_or_path": upsampler},
         )
         inpainter = save_base_unet(tmp_path / "inpainter", in_channels=7)
@@ -197,7 +197,7 @@ class TestRefused:
         path.write_text((tmp_path / "unet" / "config.json").read_text())
         del short["pretrained_model_name_or_path"]
         self.check(
-            "The U-Net takes 3 channels; this script trains U-Nets of 7",
+            "The U-Net takes 3 channels and has 6 output channels; this script trains U-Nets of 7",
             {**short, "model_config_name_or_path": str(path)},
         )
 

@@ -470,7 +470,7 @@ class TestBadInput:
         ("config", "message"),
         [
             ({"num_classes": 4}, "The data has 9 classes; `num_classes` in the config is 4"),
-            ({"in_channels": 1}, "The classifier takes 1 channels; this script trains on RGB images: 3"),
+            ({"in_channels": 1}, "The network has 1 channel.*RGB images.*`--image_mode L`"),
             ({"_class_name": "AdaGNUNet2DModel"}, "is the config of `AdaGNUNet2DModel`; this script trains"),
             (
                 {"num_class": 9},

@@ -362,7 +362,7 @@ class TestConditions:
         monkeypatch.setattr(
             validation,
             "labelled_strips",
-            lambda columns, scale: (shown.append(columns), labelled_strips(columns, scale))[1],
+            lambda columns, **kwargs: (shown.append(columns), labelled_strips(columns, **kwargs))[1],
         )
         train(**short | {"num_validation_images": 5, "condition": "edges", "resolution": 16}, validation_steps=1)
         first, second = shown
@@ -583,10 +583,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"in_channels": 6}, "takes 6 channels; .* Those of 6 are trained by train_super_resolution.py"),
-            ({"in_channels": 7}, "takes 7 channels; .* Those of 7 are trained by train_adm.py --task inpaint"),
-            ({"in_channels": 4, "out_channels": 8}, "takes 4 channels; this script trains U-Nets of 3"),
-            ({"out_channels": 3}, "has 3 output channels, but `variance_type` 'learned_range'"),
+            ({"in_channels": 6}, "takes 6 channels .* Those of 6 are trained by train_super_resolution.py"),
+            ({"in_channels": 7}, "takes 7 channels .* Those of 7 are trained by train_adm.py --task inpaint"),
+            ({"in_channels": 4, "out_channels": 8}, "The network has 4 channel.*RGB images.*`--image_mode RGBA`"),
+            ({"out_channels": 3}, "has 3 output channels. .*`variance_type` 'learned_range' need 6"),
             ({"num_class_embeds": 9, "null_class_id": None}, "`class_dropout_prob` is 0.1, but the U-Net has no null"),
         ],
     )

@@ -26,7 +26,7 @@ from toy_models import TEXT_CONFIGS, TOY_CONFIG, toy_tokenizer
 
 from diffusers_adm import ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning import low_resolution
-from diffusers_adm.training import build_scheduler, build_unet, load_unet_config, parse_args
+from diffusers_adm.training import build_scheduler, build_unet, load_unet_config, low_res_channels, parse_args
 from diffusers_adm.training import run as training_run
 
 
@@ -267,7 +267,7 @@ def test_each_recipe_parses_and_its_model_builds(recipe, monkeypatch):
     arguments = parse_args(train_super_resolution.ARGUMENT_TYPES, ["--config", str(recipe)])
     model, data, diffusion, _, _, super_resolution = arguments
     scheduler = build_scheduler(model, data, diffusion)
-    config = load_unet_config(model, data, scheduler, in_channels=6)
+    config, _ = load_unet_config(model, data, scheduler, low_res_channels)
     with torch.device("meta"):
         unet = build_unet(model, data, config, 9 if data.label_column else None)
     super_resolution.check(unet.config.sample_size, scheduler, unet.config.time_cond_proj_dim)
@@ -290,9 +290,9 @@ class TestBadInput:
         ("changes", "message"),
         [
             ({"low_res_size": "none"}, "`low_res_size` is missing"),
-            ({"low_res_size": 0}, "`low_res_size` is 0; it must be at least 1"),
-            ({"low_res_size": 3}, "`low_res_size` is 3 and the resolution 8: .* must divide"),
-            ({"low_res_size": 8}, "`low_res_size` is 8 and the resolution 8: .* be smaller"),
+            ({"low_res_size": 0}, "`low_res_size` is '0'; pass the side of a square"),
+            ({"low_res_size": 3}, "`low_res_size` is 3 and the resolution 8 x 8: .*multiple"),
+            ({"low_res_size": 8}, "`low_res_size` is 8 and the resolution 8 x 8: .* 2 times as large"),
             ({"max_noise_level": -1}, "`max_noise_level` is -1"),
             (
                 {"max_noise_level": 21, "ddpm_num_steps": 20},
@@ -309,7 +309,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"in_channels": 3}, "takes 3 channels; this script trains U-Nets of 6"),
+            ({"in_channels": 3}, "takes 3 channels .*; this script trains U-Nets of 6"),
             ({"out_channels": 12}, "has 12 output channels"),
             ({"time_cond_proj_dim": None}, "config has no `time_cond_proj_dim`. Set it"),
         ],

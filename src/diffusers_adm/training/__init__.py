@@ -9,11 +9,13 @@ the functions that use them.
 
 from ..commands.arguments import arg, check_at_least, given_arguments, parse_args
 from ..conditioning.class_labels import drop_labels
+from ..conditioning.image_format import ImageFormat
 from ..conditioning.text import drop_captions, encode_captions, stored_conditioning
 from ..data.captions import CaptionEmbeddings, Captions, CaptionTokens
 from ..data.checks import check_batch_fits, check_images
 from ..data.columns import load_image_dataset
 from ..data.decoding import UnusableImageError, decode_rgb
+from ..data.formats import FormatRequest, find_image_format
 from ..data.images import ImageDataset
 from ..data.labels import load_id2label, match_classes, renumber_labels, save_id2label
 from ..data.masks import MASK_SHARES, InpaintingDataset, random_keep_mask
@@ -47,18 +49,19 @@ from .checkpoints import (
 )
 from .classes import ClassPlan, plan_classes
 from .classifiers import CLASSIFIER_ARGUMENTS, evaluate, load_classification, match_classifier_classes
-from .controlnets import ControlArguments, build_controlnet, check_base_stays, check_text_stays
+from .controlnets import ControlArguments, build_controlnet, check_base_stays, check_text_stays, condition_request
 from .diffusion import Diffusion, caption_model_kwargs, load_diffusion, load_text, prepare_captions
 from .effects import check_effects
 from .ema import ema_weights, evaluation_weights, result_weights
 from .frozen import FrozenNetworks
-from .images import labelled_grid, labelled_strips
+from .images import cell_scale, labelled_grid, labelled_strips
 from .loading import (
     check_config_keys,
     choose_resolution,
     load_model_config,
     load_noise_scheduler,
     pretrained_class_names,
+    pretrained_image_format,
     pretrained_pipeline_config,
     record_noise_schedule,
 )
@@ -67,6 +70,7 @@ from .lora import LoraArguments, add_lora, checkpoint_adapter_only, save_lora, t
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
 from .metrics import ClassificationMetrics, LossMetrics, MetricsHistory, record_losses, timestep_bin_edges
 from .plots import plot_accuracy_by_timestep, plot_classifier_curves, plot_loss_curves
+from .previews import check_preview_channels, describe_preview, preview
 from .resume import RunRecord, parse_run
 from .run import TrainingRun, build_dataloader, build_ema, build_lr_scheduler, build_optimizer
 from .setup import prepare_output_dir, run_settings, start_accelerator, start_run
@@ -77,14 +81,16 @@ from .timestep_samplers import (
     UniformTimestepSampler,
 )
 from .unets import (
-    IMAGE_CHANNELS,
-    INPAINT_CHANNELS,
     build_scheduler,
     build_unet,
     check_guidance,
     check_sampling_steps,
     load_unet_config,
+    low_res_channels,
+    mask_channels,
     match_unet_classes,
+    no_extra_channels,
+    set_channels,
     widen_input,
 )
 from .validation import (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..commands.arguments import HUB_TOKEN, arg, check_at_least
 from ..commands.processes import MixedPrecision
+from ..conditioning.image_format import ImageFormat, ImageMode, Size, as_size, describe_size, parse_size
+from ..data.formats import FormatRequest
 from ..schedulers.noise_schedules import BetaScheduleName
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
 from .losses import Objective
@@ -70,6 +73,52 @@ def check_needs(arguments: object, needed: str, *names: str) -> None:
     for name in names:
         if getattr(arguments, name) and not getattr(arguments, needed):
             raise ValueError(f"`{name}` was given without `{needed}`. Pass both, or neither.")
+
+
+# Sizes in the arguments: the side of a square, or "64x256", height x width, which a recipe holds as it is given.
+SizeArgument = int | str
+
+
+def read_size(name: str, value: SizeArgument | Size) -> SizeArgument:
+    """The size of an argument as recipes hold it. Raises a `ValueError` that calls the argument `name`."""
+    size = parse_size(name, value if isinstance(value, (int, str)) else "x".join(map(str, value)))
+    return size if isinstance(size, int) else "{}x{}".format(*size)
+
+
+def check_value_range(name: str, value_range: list[float | str] | None) -> None:
+    """Raises a `ValueError` unless an argument like `value_range` is None, auto, or two numbers in order."""
+    if value_range in (None, ["auto"]):
+        return
+    is_pair = len(value_range) == 2 and not any(isinstance(end, str) for end in value_range)
+    if not is_pair or not -math.inf < value_range[0] < value_range[1] < math.inf:
+        raise ValueError(
+            f"`{name}` is {' '.join(map(str, value_range))!r}; pass two numbers, the values of the data for -1 and 1, "
+            "the lower one first (e.g. 0 4095), or auto."
+        )
+
+
+def requested_range(value_range: list[float | str] | None) -> tuple[float, float] | Literal["auto"] | None:
+    """An argument like `value_range`, as `FormatRequest` takes it."""
+    if value_range is None or value_range == ["auto"]:
+        return None if value_range is None else "auto"
+    low, high = map(float, value_range)
+    return low, high
+
+
+def size_word(text: str) -> SizeArgument:
+    """A size on the command line; `read_size` refuses what is none."""
+    try:
+        return read_size("", text)
+    except ValueError:
+        return text
+
+
+def range_word(text: str) -> float | str:
+    """A word of an argument like `value_range`; `check_value_range` refuses what is neither a number nor auto."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @dataclass
@@ -132,8 +181,25 @@ class DataArguments:
     label_column: str | None = arg(None, "Column of the labels; none: train without classes.", resume=PROCESS)
     cache_dir: str | None = arg(None, "Cache folder of datasets and pretrained models.", resume=FREE)
     max_train_samples: int | None = arg(None, "Size of a random subset to train on; none: all images.", resume=PROCESS)
-    resolution: int | None = arg(
-        None, "Side of the training images in pixels; none: the `sample_size` of the model.", resume=PROCESS
+    image_mode: ImageMode | None = arg(
+        None,
+        "Meaning of the channels: L (grey), LA, RGB, RGBA (A is alpha), or array (no colours; nothing is converted). "
+        "Images of another mode are converted. None: by the channels of the model, or of the data.",
+        resume=PROCESS,
+    )
+    value_range: list[float | str] | None = arg(
+        None,
+        "Values of the data for -1 and 1, LOW HIGH; auto: measured once over all images. It is saved with the model. "
+        "None: the pretrained model's, or the whole range of the integer type; floating point data need it.",
+        resume=PROCESS,
+        parse=range_word,
+    )
+    resolution: SizeArgument | None = arg(
+        None,
+        "Size of the training images in pixels: the side of a square, or HEIGHTxWIDTH, e.g. 64x256; none: the "
+        "`sample_size` of the model.",
+        resume=PROCESS,
+        parse=size_word,
     )
     center_crop: bool = arg(False, "Crop at the centre instead of at random.", resume=PROCESS)
     random_flip: bool = arg(
@@ -155,9 +221,27 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        check_at_least(self, 1, "resolution", "image_check_num_proc")
+        if self.resolution is not None:
+            self.resolution = read_size("resolution", self.resolution)
+        check_value_range("value_range", self.value_range)
+        check_at_least(self, 1, "image_check_num_proc")
         check_at_least(self, 0, "min_image_size", "dataloader_num_workers")
         check_needs(self, "label_column", "class_balanced")
+
+    @property
+    def size(self) -> Size | None:
+        """`resolution` as a number, or as height and width."""
+        return None if self.resolution is None else parse_size("resolution", self.resolution)
+
+    def format_request(self, channels: int | None, known: ImageFormat | None) -> FormatRequest:
+        """
+        What is asked of the format of the images.
+
+        Args:
+            channels (`int`, *optional*): Of the network's images; `None`: those of the data.
+            known (`ImageFormat`, *optional*): That of the pretrained model.
+        """
+        return FormatRequest(channels, self.image_mode, requested_range(self.value_range), known)
 
     def source(self) -> dict[str, Any]:
         """Keyword arguments of `load_image_dataset`, without the seed."""
@@ -365,6 +449,12 @@ class DiffusionTrainingArguments(TrainingArguments):
     validation_guidance_scale: float = arg(
         1.0, "Classifier-free guidance scale of validation images; 1 is off.", resume=FREE
     )
+    preview_channels: list[int] | None = arg(
+        None,
+        "Channels that validation images show, counted from 1: three as red, green and blue, e.g. 3 2 1; others in "
+        "grey, side by side. None: pictures as they are; of other data the first three, or all if there are fewer.",
+        resume=FREE,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -401,10 +491,12 @@ class TaskArguments:
 class SuperResolutionArguments:
     """The low-resolution images of train_super_resolution.py."""
 
-    low_res_size: int | None = arg(
+    low_res_size: SizeArgument | None = arg(
         None,
-        "Side of the low-resolution images in pixels, a divisor of the resolution. None: the pretrained model's.",
+        "Size of the low-resolution images in pixels: the side of a square, or HEIGHTxWIDTH; the resolution is a "
+        "multiple of it. None: the pretrained model's.",
         resume=PROCESS,
+        parse=size_word,
     )
     max_noise_level: int | None = arg(
         None,
@@ -415,24 +507,33 @@ class SuperResolutionArguments:
     )
 
     def __post_init__(self):
-        check_at_least(self, 1, "low_res_size")
+        if self.low_res_size is not None:
+            self.low_res_size = read_size("low_res_size", self.low_res_size)
         check_at_least(self, 0, "max_noise_level")
+
+    @property
+    def size(self) -> Size:
+        """`low_res_size` as a number, or as height and width."""
+        return parse_size("low_res_size", self.low_res_size)
 
     def inherit(self, pipeline_config: dict[str, Any]) -> None:
         """Takes what was not given from the config of the pretrained pipeline."""
-        if self.low_res_size is None:
-            self.low_res_size = pipeline_config.get("low_res_size")
+        if self.low_res_size is None and pipeline_config.get("low_res_size") is not None:
+            self.low_res_size = read_size("low_res_size", pipeline_config["low_res_size"])
         if self.max_noise_level is None:
             self.max_noise_level = pipeline_config.get("max_noise_level") or 0
         if self.low_res_size is None:
-            raise ValueError("`low_res_size` is missing: the side of the low-resolution images in pixels, e.g. 32.")
+            raise ValueError("`low_res_size` is missing: the size of the low-resolution images in pixels, e.g. 32.")
 
-    def check(self, resolution: int, scheduler: LearnedVarianceDDPMScheduler, time_cond_proj_dim: int | None) -> None:
+    def check(self, resolution: Size, scheduler: LearnedVarianceDDPMScheduler, time_cond_proj_dim: int | None) -> None:
         """Raises a `ValueError` if size or noise level do not match resolution, noise schedule or network."""
-        if self.low_res_size >= resolution or resolution % self.low_res_size:
+        (height, width), (low_height, low_width) = as_size(resolution), as_size(self.size)
+        factor = height // low_height
+        if factor < 2 or (height, width) != (factor * low_height, factor * low_width):
             raise ValueError(
-                f"`low_res_size` is {self.low_res_size} and the resolution {resolution}: the former must divide the "
-                "latter and be smaller."
+                f"`low_res_size` is {self.low_res_size} and the resolution {describe_size(resolution)}: the latter "
+                "must be a multiple of the former, by the same factor along both sides and at least 2 times as large."
+                + (" Pass both as HEIGHTxWIDTH, e.g. `--low_res_size 16x64`." if height != width else "")
             )
         num_steps = scheduler.config.num_train_timesteps
         if self.max_noise_level > num_steps:

@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from torch.utils.data import DataLoader, Subset
 
 from ..commands.arguments import arg, check_at_least
+from ..conditioning.image_format import ImageFormat, as_sample_size, as_size, describe_size
 from ..data.checks import check_batch_fits, check_images
 from ..data.columns import load_image_dataset
 from ..data.images import ImageDataset
@@ -22,7 +23,16 @@ from ..data.labels import load_id2label, match_classes, renumber_labels, save_id
 from ..data.seeding import derive_seed
 from ..models.classifier_adagn import AdaGNClassifierModel, AttentionPool2D
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .arguments import FREE, NEVER, PROCESS, DataArguments, ModelArguments, NoiseArguments, TrainingArguments
+from .arguments import (
+    FREE,
+    NEVER,
+    PROCESS,
+    DataArguments,
+    ModelArguments,
+    NoiseArguments,
+    TrainingArguments,
+    read_size,
+)
 from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
 from .loading import (
     check_config_keys,
@@ -32,6 +42,7 @@ from .loading import (
     load_pretrained,
     pretrained_class_names,
     record_noise_schedule,
+    training_image_format,
 )
 from .metrics import ClassificationMetrics, timestep_bin_edges
 from .resume import RunRecord
@@ -108,22 +119,39 @@ def load_classifier_config(model_args: ModelArguments, data_args: DataArguments)
     config = load_model_config(AdaGNClassifierModel, "classifier", model_args, data_args)
     pretrained = model_args.pretrained_model_name_or_path
     source = pretrained or model_args.model_config_name_or_path
-    class_name, in_channels = config.get("_class_name", "AdaGNClassifierModel"), config.get("in_channels", 3)
+    class_name = config.get("_class_name", "AdaGNClassifierModel")
     if class_name != "AdaGNClassifierModel":
         raise ValueError(f"{source} is the config of `{class_name}`; this script trains `AdaGNClassifierModel`.")
     if pretrained is None:
         check_config_keys(config, AdaGNClassifierModel, source)
-    if in_channels != 3:
-        raise ValueError(f"The classifier takes {in_channels} channels; this script trains on RGB images: 3.")
     return config
 
 
+def classifier_image_format(
+    images: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments, config: dict[str, Any]
+) -> ImageFormat:
+    """
+    The format of the training images, logged; see `training_image_format`. A new config may leave out `in_channels`; it
+    then takes those of the data.
+    """
+    channels, known = config.get("in_channels"), None
+    if model_args.pretrained_model_name_or_path is not None:
+        channels = channels or 3
+        recorded = config.get("image_format")
+        known = ImageFormat.from_config(recorded, channels) if recorded is not None else None
+    return training_image_format(images, channels, known, data_args)
+
+
 def build_classifier(
-    model_args: ModelArguments, data_args: DataArguments, config: dict[str, Any], id2label: dict[int, str]
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: dict[str, Any],
+    id2label: dict[int, str],
+    channels: int = 3,
 ) -> AdaGNClassifierModel:
     """
-    Loads the pretrained network, or makes one from scratch for these classes. Raises a `ValueError` for a config of
-    another number of classes, or an attention pool of another resolution.
+    Loads the pretrained network, or makes one from scratch for these classes and images of `channels`. Raises a
+    `ValueError` for a config of another number of classes, or an attention pool of another resolution.
     """
     if model_args.pretrained_model_name_or_path is None:
         if config.get("num_classes", len(id2label)) != len(id2label):
@@ -131,16 +159,17 @@ def build_classifier(
                 f"The data has {len(id2label)} classes; `num_classes` in the config is {config['num_classes']}. Leave "
                 "it out."
             )
-        config = {**config, "num_classes": len(id2label)}
-        if data_args.resolution is not None:
-            config["sample_size"] = data_args.resolution
+        config = {"in_channels": channels} | config | {"num_classes": len(id2label)}
+        if data_args.size is not None:
+            config["sample_size"] = as_sample_size(data_args.size)
         return AdaGNClassifierModel.from_config(config)
     load = AdaGNClassifierModel.from_pretrained
     classifier = load_pretrained(load, "classifier", model_args, data_args, variant=model_args.variant)
-    built_for, resolution = classifier.config.sample_size, data_args.resolution
-    if classifier.config.pool == "attention" and resolution not in (None, built_for):
+    built_for, size = classifier.config.sample_size, data_args.size
+    if classifier.config.pool == "attention" and size is not None and as_size(size) != as_size(built_for):
         raise ValueError(
-            f"The resolution is {resolution}; the pretrained attention pool is for {built_for}. Leave it out."
+            f"The resolution is {data_args.resolution}; the pretrained attention pool is for "
+            f"{read_size('sample_size', built_for)}. Leave it out."
         )
     return classifier
 
@@ -163,6 +192,7 @@ class Classification:
     id2label: dict[int, str]
     train_dataset: ImageDataset
     held_out: ImageDataset | None
+    image_format: ImageFormat
 
     def save(self, folder: str) -> None:
         """Saves the classifier with the names of its classes, and its noise schedule."""
@@ -175,8 +205,9 @@ class Classification:
         """The data in words."""
         return (
             f"{len(self.train_dataset)} {'clean' if self.noise_scheduler is None else 'noisy'} images in "
-            f"{len(self.id2label)} classes at {self.train_dataset.resolution} x {self.train_dataset.resolution}, "
-            f"{len(self.held_out) if self.held_out else 0} held-out images"
+            f"{len(self.id2label)} classes at {describe_size(self.train_dataset.resolution)}, "
+            + ("" if self.image_format == ImageFormat() else f"{self.image_format}, ")
+            + f"{len(self.held_out) if self.held_out else 0} held-out images"
         )
 
 
@@ -202,25 +233,27 @@ def load_classification(accelerator: Accelerator, record: RunRecord, args: Seque
     with accelerator.main_process_first():
         images, id2label = load_image_dataset(**data_args.source(), seed=seed)
         record.check_classes(id2label)
+        image_format = classifier_image_format(images, model_args, data_args, config)
+        record.check_format(image_format)
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(seed)
-        classifier = build_classifier(model_args, data_args, config, id2label)
+        classifier = build_classifier(model_args, data_args, config, id2label, image_format.channels)
         if model_args.pretrained_model_name_or_path is not None:
             known = classifier_class_names(model_args, data_args)
             images, id2label = match_classifier_classes(classifier, images, id2label, known, model_args.replace_classes)
             record.check_rows(id2label)
-        resolution = choose_resolution(data_args.resolution, classifier.config, "classifier")
-        classifier.register_to_config(sample_size=resolution)
+        resolution = choose_resolution(data_args.size, classifier.config, "classifier")
+        classifier.register_to_config(sample_size=resolution, image_format=image_format.to_config())
         record_noise_schedule(classifier, "classifier", noise_scheduler)
-        usable = {"min_image_size": data_args.min_image_size, "allow_unlabelled": False}
-        usable["num_proc"] = data_args.image_check_num_proc
+        usable: dict[str, Any] = {"min_image_size": data_args.min_image_size, "allow_unlabelled": False}
+        usable |= {"num_proc": data_args.image_check_num_proc, "image_format": image_format}
         output_dir = training_args.output_dir if accelerator.is_main_process else None
         images, _ = check_images(images, resolution, output_dir=output_dir, id2label=id2label, **usable)
         if validation_source is not None:
             held_out, names = load_image_dataset(**validation_source, seed=seed)
             held_out = renumber_labels(held_out, match_classes(names, id2label))
             held_out, _ = check_images(held_out, resolution, **usable)
-            held_out = ImageDataset(held_out, resolution, center_crop=True, seed=seed)
+            held_out = ImageDataset(held_out, resolution, center_crop=True, seed=seed, image_format=image_format)
     counts = Counter(images["label"][:])
     if len(counts) < 2:
         raise ValueError(f"All {len(images)} usable images are of one class. A classifier needs two or more.")
@@ -230,8 +263,10 @@ def load_classification(accelerator: Accelerator, record: RunRecord, args: Seque
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     record.check_data(len(images))
     record.check_network(classifier.config, resolution)
-    train_dataset = ImageDataset(images, resolution, data_args.center_crop, data_args.random_flip, seed=seed)
-    return Classification(classifier, noise_scheduler, edges, id2label, train_dataset, held_out)
+    train_dataset = ImageDataset(
+        images, resolution, data_args.center_crop, data_args.random_flip, seed=seed, image_format=image_format
+    )
+    return Classification(classifier, noise_scheduler, edges, id2label, train_dataset, held_out, image_format)
 
 
 # 3. Validation

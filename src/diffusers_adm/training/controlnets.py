@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ..commands.arguments import arg
 from ..conditioning.control_images import ControlImageKind
+from ..conditioning.image_format import ImageFormat
+from ..data.formats import FormatRequest
 from ..data.repositories import from_subfolder_or_root, reading
 from ..models.controlnet_adagn import AdaGNControlNetModel
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
@@ -21,7 +23,11 @@ from .arguments import (
     DiffusionArguments,
     TextArguments,
     UNetArguments,
+    check_needs,
     check_share,
+    check_value_range,
+    range_word,
+    requested_range,
 )
 from .loading import pretrained_pipeline_config, record_noise_schedule
 
@@ -35,6 +41,13 @@ class ControlArguments:
     )
     conditioning_image_column: str | None = arg(
         None, "Column of the data that holds the conditioning images, instead of `condition`.", resume=PROCESS
+    )
+    condition_value_range: list[float | str] | None = arg(
+        None,
+        "Values of the conditioning images in the column for 0 and 1, LOW HIGH, or auto; none: those of the ControlNet "
+        "to fine-tune, or the whole range of the integer type.",
+        resume=PROCESS,
+        parse=range_word,
     )
     condition_dropout_prob: float = arg(
         0.0,
@@ -53,6 +66,8 @@ class ControlArguments:
     )
 
     def __post_init__(self):
+        check_value_range("condition_value_range", self.condition_value_range)
+        check_needs(self, "conditioning_image_column", "condition_value_range")
         if (self.condition is None) == (self.conditioning_image_column is None):
             raise ValueError(
                 f"`condition` is {self.condition!r} and `conditioning_image_column` "
@@ -102,20 +117,36 @@ def check_text_stays(model_args: UNetArguments, data_args: DataArguments, text_a
             )
 
 
+def condition_request(control_args: ControlArguments, data_args: DataArguments) -> FormatRequest:
+    """What the ControlNet to fine-tune, or a new one, and the arguments ask of the conditioning images in a column."""
+    name, channels, known = control_args.controlnet_model_name_or_path, None, None
+    if name is not None:
+        load = AdaGNControlNetModel.load_config
+        with reading("controlnet_model_name_or_path", name):
+            config = from_subfolder_or_root(load, name, "controlnet", cache_dir=data_args.cache_dir)
+        channels, recorded = config.get("conditioning_channels", 3), config.get("condition_format")
+        known = None if recorded is None else ImageFormat.from_config(recorded, channels)
+    return FormatRequest(channels, None, requested_range(control_args.condition_value_range), known)
+
+
 def build_controlnet(
     control_args: ControlArguments,
     data_args: DataArguments,
     unet: AdaGNUNet2DModel,
     noise_scheduler: LearnedVarianceDDPMScheduler,
+    image_format: ImageFormat,
+    condition_format: ImageFormat,
 ) -> AdaGNControlNetModel:
     """
-    Makes a new ControlNet, or loads the one to fine-tune, and records the noise schedule in its config. Raises a
-    `ValueError` for one of another U-Net, noise schedule or kind of conditioning image.
+    Makes a new ControlNet, or loads the one to fine-tune, and records in its config the noise schedule and the formats
+    of the images of the base model and of the conditioning images. Raises a `ValueError` for one of another U-Net,
+    noise schedule, or format of either.
     """
     name = control_args.controlnet_model_name_or_path
     if name is None:
         controlnet = AdaGNControlNetModel.from_unet(
             unet,
+            conditioning_channels=condition_format.channels,
             conditioning_embedding_out_channels=control_args.conditioning_embedding_out_channels,
             width=control_args.controlnet_width,
         )
@@ -123,19 +154,41 @@ def build_controlnet(
         load = AdaGNControlNetModel.from_pretrained
         with reading("controlnet_model_name_or_path", name):
             controlnet = from_subfolder_or_root(load, name, "controlnet", cache_dir=data_args.cache_dir)
-        controlnet.check_base(unet)
-        check_same_noise(
-            f"The ControlNet {name}",
-            controlnet.config.noise_schedule,
-            noise_scheduler,
-            controlnet,
-            how_to_record="this run records that of the pretrained model",
-        )
-        channels, factor = controlnet.config.conditioning_channels, controlnet.conditioning_factor
-        if channels != 3 or factor != 1:
-            raise ValueError(
-                f"The ControlNet {name} takes conditioning images of {channels} channels, {factor} times as large as "
-                "the samples; this script makes RGB images of their size. Train a new one."
-            )
+        _check_controlnet(name, controlnet, unet, noise_scheduler, image_format, condition_format)
     record_noise_schedule(controlnet, "ControlNet", noise_scheduler)
+    controlnet.register_to_config(image_format=image_format.to_config(), condition_format=condition_format.to_config())
     return controlnet
+
+
+def _check_controlnet(
+    name: str,
+    controlnet: AdaGNControlNetModel,
+    unet: AdaGNUNet2DModel,
+    noise_scheduler: LearnedVarianceDDPMScheduler,
+    image_format: ImageFormat,
+    condition_format: ImageFormat,
+) -> None:
+    controlnet.check_base(unet)
+    config = controlnet.config
+    check_same_noise(
+        f"The ControlNet {name}",
+        config.noise_schedule,
+        noise_scheduler,
+        controlnet,
+        how_to_record="this run records that of the pretrained model",
+    )
+    channels, factor = config.conditioning_channels, controlnet.conditioning_factor
+    if channels != condition_format.channels or factor != 1:
+        raise ValueError(
+            f"The ControlNet {name} takes conditioning images of {channels} channels, {factor} times as large as the "
+            f"samples; those of this run have {condition_format.channels}, and the size of the samples. Train a new "
+            "one."
+        )
+    for what, recorded, now in (
+        ("a base model of", config.image_format, image_format),
+        ("conditions that are", config.condition_format, condition_format),
+    ):
+        if recorded is not None and (before := ImageFormat.from_config(recorded, now.channels)) != now:
+            raise ValueError(
+                f"The ControlNet {name} was trained for {what} {before}; in this run they are {now}. Train a new one."
+            )

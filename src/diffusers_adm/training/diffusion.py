@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
 from ..conditioning.class_labels import ClassCondition
 from ..conditioning.condition import Condition
-from ..conditioning.control_images import ControlImageKind
+from ..conditioning.control_images import ControlImageKind, control_image_format
+from ..conditioning.image_format import ImageFormat, Size, describe_size
 from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
 from ..data.captions import CaptionEmbeddings, CaptionTokens
 from ..data.checks import check_batch_fits, check_images
 from ..data.columns import load_image_dataset
+from ..data.formats import FormatRequest, find_image_format
 from ..data.images import ImageDataset
 from ..data.masks import InpaintingDataset
 from ..data.text_encoders import build_text_encoder, freeze_unused_parameters, load_text_encoder, load_tokenizer
@@ -34,19 +37,23 @@ from .arguments import (
     TextArguments,
     UNetArguments,
 )
-from .loading import choose_resolution
+from .loading import choose_resolution, pretrained_image_format, training_image_format
 from .losses import TrainingLosses
 from .metrics import LossMetrics, record_losses
+from .previews import check_preview_channels
 from .resume import RunRecord
 from .timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from .unets import (
-    IMAGE_CHANNELS,
+    ExtraChannels,
     build_scheduler,
     build_unet,
     check_guidance,
     check_sampling_steps,
+    constant_channels,
     load_unet_config,
     match_unet_classes,
+    no_extra_channels,
+    set_channels,
     widen_input,
 )
 from .validation import Row, choose_rows
@@ -54,6 +61,8 @@ from .validation import Row, choose_rows
 
 if TYPE_CHECKING:
     import datasets  # of the `train` extra
+
+logger = get_logger(__name__)
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -83,7 +92,10 @@ class Diffusion:
     captions: CaptionTokens | CaptionEmbeddings | None
     id2label: dict[int, str] | None  # names of the rows of the class embedding
     num_classes: int | None  # of the data; None: trained without classes
-    resolution: int  # in pixels
+    resolution: Size  # in pixels
+    image_format: ImageFormat
+    condition: ControlImageKind | None = None  # made from the images, for ControlNets
+    condition_format: ImageFormat | None = None  # of conditioning images, if there are any
 
     @property
     def null_class_id(self) -> int | None:
@@ -109,16 +121,22 @@ class Diffusion:
         text_encoder = {"text_encoder": self.text_encoder} if self.args.text.train_text_encoder else {}
         return {"unet": self.unet} | text_encoder
 
-    def datasets(
-        self, masks: bool = False, condition: ControlImageKind | None = None
-    ) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(self, masks: bool = False) -> tuple[ImageDataset, ImageDataset]:
         """
         The training data, and the same images for validation: cropped at the centre and without captions. With random
-        masks for inpainting, or this kind of conditioning image for ControlNets.
+        masks for inpainting.
         """
         data_args, seed = self.args.data, self.args.training.seed
         dataset_class = InpaintingDataset if masks else ImageDataset
-        build = functools.partial(dataset_class, self.images, self.resolution, seed=seed, condition=condition)
+        build = functools.partial(
+            dataset_class,
+            self.images,
+            self.resolution,
+            seed=seed,
+            condition=self.condition,
+            image_format=self.image_format,
+            condition_format=self.condition_format,
+        )
         return (
             build(center_crop=data_args.center_crop, random_flip=data_args.random_flip, captions=self.captions),
             # Nothing advances its epoch, so that crops and masks are the same in all validations.
@@ -161,6 +179,7 @@ class Diffusion:
             tokenizer=self.tokenizer,
             classifier=None,
             id2label=self.id2label,
+            image_format=self.image_format.to_config(),
             **components,
         )
 
@@ -170,7 +189,8 @@ class Diffusion:
             f"{len(self.images)} images"
             + (f" in {self.num_classes} classes" if self.num_classes else "")
             + (f" with {len(self.captions.texts) - 1} captions" if self.captions is not None else "")
-            + f"{further} at {self.resolution} x {self.resolution}"
+            + f"{further} at {describe_size(self.resolution)}"
+            + ("" if self.image_format == ImageFormat() else f", {self.image_format}")
         )
 
 
@@ -264,15 +284,64 @@ def caption_model_kwargs(
     return text.for_training(batch).kwargs
 
 
+def find_training_format(
+    images: datasets.Dataset,
+    channels: int | None,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    keeps: str | None = None,
+) -> ImageFormat:
+    """
+    The format of the training images, logged; see `loading.training_image_format`. Raises a `ValueError` also for
+    another one than that of a pretrained model that stays as it is.
+
+    Args:
+        channels (`int`, *optional*): Of the network's images; `None`: those of the data.
+        keeps (`str`, *optional*): Why the pretrained weights stay as they are.
+    """
+    known = None if channels is None else pretrained_image_format(model_args, data_args, channels)
+    image_format = training_image_format(images, channels, known, data_args)
+    if keeps is not None and known is not None and image_format != known:
+        raise ValueError(
+            f"The training data are {image_format}, but the pretrained model was trained on {known}, and {keeps}. "
+            "Leave `image_mode` and `value_range` out, or train all weights."
+        )
+    return image_format
+
+
+def find_condition_format(
+    images: datasets.Dataset,
+    image_format: ImageFormat,
+    condition: ControlImageKind | None,
+    request: FormatRequest,
+    num_proc: int | None = None,
+) -> ImageFormat:
+    """
+    The format of conditioning images: of those that are made from the images, `condition`, see `control_image_format`.
+    Those of a column are as the `request` says; of a request of no channels, grey ones of 8 bits become RGB. Raises a
+    `ValueError` for images that none can be made from, and for conditioning images that do not suit the request.
+    """
+    if condition is not None:
+        return control_image_format(condition, image_format)
+    try:
+        found = find_image_format(images, request, num_proc=num_proc, column="conditioning_image")
+    except ValueError as error:
+        message = str(error).replace("--value_range", "--condition_value_range")
+        raise ValueError(f"Conditioning images: {message}") from error
+    return ImageFormat() if request.channels is None and found == ImageFormat("L", 1) else found
+
+
 def load_diffusion(
     accelerator: Accelerator,
     record: RunRecord,
     args: Sequence[Any],
     *,
-    extra_channels: int = 0,
+    extra_channels: ExtraChannels | int = no_extra_channels,
     may_widen: bool = False,
     keeps: str | None = None,
     upsampler_args: Any = None,
+    condition: ControlImageKind | None = None,
+    condition_request: FormatRequest | None = None,
     conditioning_image_column: str | None = None,
     tensor_columns: Mapping[str, str] | None = None,
 ) -> Diffusion:
@@ -283,22 +352,26 @@ def load_diffusion(
     Args:
         accelerator (`Accelerator`), record (`RunRecord`): From `start_run` and `parse_run`.
         args (sequence of dataclasses): Those of `DIFFUSION_ARGUMENTS`, in this order.
-        extra_channels (`int`, defaults to 0): Input channels of the U-Net in addition to those of the noisy image.
+        extra_channels (callable or `int`, *optional*): Number of input channels of the U-Net in addition to those of
+            the noisy image, or a function that gives it for the number of the latter.
         may_widen (`bool`, defaults to `False`): A pretrained U-Net without the extra channels gets them.
         keeps (`str`, *optional*): Why the pretrained weights stay as they are, for errors: what would need new ones is
             refused.
         upsampler_args (`SuperResolutionArguments`, *optional*): Of an upsampler. Upsampled images would train it to
             blur, so that images below the resolution are skipped.
+        condition (`str`, *optional*): Kind of conditioning image to make from each image, for ControlNets.
+        condition_request (`FormatRequest`, *optional*): What is asked of conditioning images in a column.
         conditioning_image_column (`str`, *optional*), tensor_columns (mapping, *optional*): As for
             `load_image_dataset`.
     """
     model_args, data_args, diffusion_args, training_args, text_args = args
     seed, has_text = training_args.seed, text_args.caption_column is not None
-    in_channels = IMAGE_CHANNELS + extra_channels
+    if isinstance(extra_channels, int):
+        extra_channels = functools.partial(constant_channels, extra_channels)
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
     record.check_noise(noise_scheduler)
-    unet_config = load_unet_config(model_args, data_args, noise_scheduler, in_channels, may_widen)
-    if keeps is not None and unet_config.get("in_channels", in_channels) != in_channels:
+    unet_config, channels = load_unet_config(model_args, data_args, noise_scheduler, extra_channels, may_widen)
+    if keeps is not None and unet_config.get("in_channels", channels) != channels + extra_channels(channels):
         raise ValueError(
             f"The pretrained U-Net takes no masks, and {keeps}. Train all weights, or adapt a model that inpaints."
         )
@@ -314,16 +387,36 @@ def load_diffusion(
         )
         record.check_classes(id2label)
         num_classes = len(id2label) if id2label is not None else None
+        image_format = find_training_format(images, channels, model_args, data_args, keeps)
+        record.check_format(image_format)
+        if image_format.num_levels is None and diffusion_args.objective != "simple":
+            logger.info(
+                f"The data are continuous, so the bound in the loss (`objective` {diffusion_args.objective}) is that "
+                "of their density, of values scaled to [-1, 1]; it may be negative"
+            )
+        check_preview_channels(training_args.preview_channels, image_format)
+        condition_format = None
+        if condition is not None or conditioning_image_column is not None:
+            condition_format = find_condition_format(
+                images,
+                image_format,
+                condition,
+                condition_request or FormatRequest(),
+                data_args.image_check_num_proc,
+            )
+            record.check_format(condition_format, "condition_format")
+        unet_config = set_channels(unet_config, image_format.channels, noise_scheduler, extra_channels)
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
         images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, keeps)
         record.check_rows(id2label)
+        in_channels = image_format.channels + extra_channels(image_format.channels)
         if unet.config.in_channels < in_channels:
             widen_input(unet, in_channels)
         check_guidance(training_args, unet.config, num_classes, has_text)
-        resolution = choose_resolution(data_args.resolution, unet.config, "U-Net")
-        min_image_size = data_args.min_image_size
+        resolution = choose_resolution(data_args.size, unet.config, "U-Net")
+        min_image_size: Size | None = data_args.min_image_size
         if upsampler_args is not None:
             upsampler_args.check(resolution, noise_scheduler, unet_config.get("time_cond_proj_dim"))
             min_image_size = resolution if min_image_size is None else min_image_size
@@ -336,6 +429,8 @@ def load_diffusion(
             num_proc=data_args.image_check_num_proc,
             output_dir=training_args.output_dir if accelerator.is_main_process else None,
             id2label=id2label,
+            image_format=image_format,
+            condition_format=condition_format,
         )
         captions = None
         if has_text:
@@ -358,4 +453,7 @@ def load_diffusion(
         id2label=id2label,
         num_classes=num_classes,
         resolution=resolution,
+        image_format=image_format,
+        condition=condition,
+        condition_format=condition_format,
     )

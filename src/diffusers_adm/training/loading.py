@@ -7,16 +7,22 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from ..commands.errors import did_you_mean
+from ..conditioning.image_format import ImageFormat, Size, as_sample_size, as_size, describe_size
+from ..data.formats import find_image_format
 from ..data.repositories import from_subfolder_or_root, reading
 from ..schedulers.noise_schedules import alphas_cumprod_of, describe_noise_schedule, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .arguments import DataArguments, ModelArguments, NoiseArguments
+from .arguments import DataArguments, ModelArguments, NoiseArguments, read_size
+
+
+if TYPE_CHECKING:
+    import datasets  # of the `train` extra
 
 
 logger = get_logger(__name__)
@@ -100,23 +106,28 @@ def check_config_keys(config: Mapping[str, Any], model_class: type, source: str 
             raise ValueError(f"The config {source} holds {key!r}, which is no argument of `{name}`.{hint}")
 
 
-def choose_resolution(resolution: int | None, config: Any, network: str) -> int:
+def choose_resolution(resolution: Size | None, config: Any, network: str) -> Size:
     """
-    Returns the training resolution in pixels: `resolution`, or else the `sample_size` of the network's config. Raises a
-    `ValueError` for one that the network cannot downsample. `network` is its name in messages.
+    Returns the training resolution in pixels: `resolution`, or else the `sample_size` of the network's config; the side
+    of a square, or height and width. Raises a `ValueError` for one that the network cannot downsample. `network` is its
+    name in messages.
     """
     resolution = resolution or config.sample_size
-    if not isinstance(resolution, int):
+    if resolution is None:
         raise ValueError(
-            f"The resolution is {resolution!r}, from the {network}'s `sample_size`; pass a square `--resolution`."
+            f"The {network}'s config has no `sample_size`, so the resolution is not known. Pass `--resolution`."
         )
+    sides = as_size(resolution)
     downsampling = 2 ** (len(config.block_out_channels) - 1)
-    if resolution % downsampling:
+    if any(side % downsampling for side in sides):
+        raised = [math.ceil(side / downsampling) * downsampling for side in sides]
+        is_square = isinstance(resolution, int)
         raise ValueError(
-            f"The resolution is {resolution}; this {network} downsamples by {downsampling}, so it must be divisible by "
-            f"{downsampling}. Pass e.g. `--resolution {math.ceil(resolution / downsampling) * downsampling}`."
+            f"The resolution is {resolution if is_square else describe_size(resolution)}; this {network} downsamples "
+            f"by {downsampling}, so it must be divisible by {downsampling}. Pass e.g. `--resolution "
+            f"{read_size('resolution', raised[0] if is_square else raised)}`."
         )
-    return resolution
+    return as_sample_size(sides)
 
 
 def pretrained_pipeline_config(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
@@ -133,3 +144,26 @@ def pretrained_class_names(model_args: ModelArguments, data_args: DataArguments)
     """Class number -> name in the pretrained pipeline; empty if it names no classes."""
     names = pretrained_pipeline_config(model_args, data_args).get("id2label") or {}
     return {int(number): name for number, name in names.items()}
+
+
+def pretrained_image_format(model_args: ModelArguments, data_args: DataArguments, channels: int) -> ImageFormat | None:
+    """The format that the pretrained pipeline was trained on, whose images have `channels`; `None`: not recorded."""
+    config = pretrained_pipeline_config(model_args, data_args).get("image_format")
+    return None if config is None else ImageFormat.from_config(config, channels)
+
+
+def training_image_format(
+    images: datasets.Dataset, channels: int | None, known: ImageFormat | None, data_args: DataArguments
+) -> ImageFormat:
+    """
+    The format of the training images, logged; see `data.formats.find_image_format`.
+
+    Args:
+        channels (`int`, *optional*): Of the network's images; `None`: those of the data.
+        known (`ImageFormat`, *optional*): That of the pretrained model.
+    """
+    request = data_args.format_request(channels, known)
+    image_format = find_image_format(images, request, num_proc=data_args.image_check_num_proc)
+    measured = ", measured" if data_args.value_range == ["auto"] else ""
+    logger.info(f"The training data are {image_format}{measured}")
+    return image_format

@@ -21,6 +21,7 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 
 from ..commands.arguments import build_arguments, given_arguments
+from ..conditioning.image_format import ImageFormat, Size, as_sample_size, as_size, parse_size
 from ..data.fingerprints import hash_tensors, hash_tokenizer
 from ..schedulers.noise_schedules import alphas_cumprod_of, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
@@ -32,6 +33,7 @@ from .arguments import (
     SOURCE,
     TrainingArguments,
     Verdict,
+    read_size,
     resume_verdicts,
 )
 from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, find_checkpoint
@@ -254,10 +256,15 @@ class RunRecord:
         facts = self.checkpoint.facts
         if name == "lora_alpha" and value is None:
             return values["lora_rank"]
-        if name == "resolution" and value is None:
-            return facts.get("resolution")
+        if name == "resolution":
+            return facts.get("resolution") if value is None else as_sample_size(parse_size(name, value))
+        if name == "image_mode" and value is None and "image_format" in facts:
+            return facts["image_format"]["mode"]
+        if name == "value_range" and value in (None, ["auto"]) and "image_format" in facts:
+            return facts["image_format"]["value_range"]
         if name == "min_image_size" and value is None and "resolution" in facts:
-            return facts["resolution"] if "low_res_size" in values else max(1, facts["resolution"] // 2)
+            sides = as_size(facts["resolution"])
+            return as_sample_size(sides if "low_res_size" in values else [max(1, side // 2) for side in sides])
         return value
 
     def check_steps(self, max_train_steps: int) -> None:
@@ -364,6 +371,25 @@ class RunRecord:
         config |= {key: settings[name] for name, key in NOISE_ARGUMENTS.items() if settings.get(name) is not None}
         return _public(LearnedVarianceDDPMScheduler.from_config(config).config)
 
+    def check_format(self, image_format: ImageFormat, fact: str = "image_format") -> None:
+        """
+        Compares the format of the images, or of other ones under the name of their `fact`. Checkpoints without one are
+        of 8-bit RGB images.
+        """
+        known, before, now = self._before(fact, image_format.to_config())
+        if not known and self.checkpoint is not None and fact == "image_format":
+            known, before = self.checkpoint.settings is not None, ImageFormat().to_config()
+        if known and before != now:
+            names = {"mode": "image_mode", "value_range": "value_range"}
+            changes = [
+                _change(f"`{names.get(key, key)}` of the {'images' if fact == 'image_format' else 'conditions'}", *pair)
+                for key, pair in {key: (now[key], before[key]) for key in now}.items()
+                if pair[0] != pair[1]
+            ]
+            low, high = before["value_range"]
+            flags = _flags({"image_mode": before["mode"], "value_range": [f"{low:g}", f"{high:g}"]})
+            self.refuse(changes, f"Give the run the former images, or pass `{flags}`,")
+
     def check_classes(self, id2label: Mapping[int, str] | None) -> None:
         """Compares the classes of the data. Another number of them is refused even by force."""
         known, before, now = self._before("classes", None if id2label is None else list(id2label.values()))
@@ -399,16 +425,18 @@ class RunRecord:
             self.refuse([_change("the number of usable images", now, before)], "Give the run the former images")
 
     def check_network(
-        self, config: Mapping[str, Any], resolution: int, frozen: Mapping[str, Any] | None = None
+        self, config: Mapping[str, Any], resolution: Size, frozen: Mapping[str, Any] | None = None
     ) -> None:
         """
         Compares the config of the network, the resolution in pixels, and the frozen networks and tokenizers, by their
         names in messages; None is ignored.
         """
-        known, before, now = self._before("resolution", resolution)
+        known, before, now = self._before("resolution", as_sample_size(resolution))
         if known and before != now:
-            self.refuse([_change("`resolution`", now, before)], f"Pass `--resolution {before}`")
-        known, before, now = self._before("network", {k: v for k, v in _public(config).items() if k != "sample_size"})
+            self.refuse([_change("`resolution`", now, before)], f"Pass `--resolution {read_size('', before)}`")
+        # These two are compared by facts of their own.
+        network = {k: v for k, v in _public(config).items() if k not in ("sample_size", "image_format")}
+        known, before, now = self._before("network", network)
         if known:  # keys of one of them are of another version
             before, now = ({key: values[key] for key in now if key in before} for values in (before, now))
             changes = _changes("`{}` in the config of the network", before, now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +31,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IMAGE_CHANNELS = 3  # RGB
-INPAINT_CHANNELS = 2 * IMAGE_CHANNELS + 1  # the noisy image, the masked one and its mask
+# Number of input channels that a task concatenates to an image, by the image's number of channels.
+ExtraChannels = Callable[[int], int]
+
+
+def constant_channels(number: int, channels: int) -> int:
+    """`number` channels, whatever the image."""
+    return number
+
+
+def no_extra_channels(channels: int) -> int:
+    """The input is the noisy image only."""
+    return 0
+
+
+def mask_channels(channels: int) -> int:
+    """For inpainting: the masked image, and its mask."""
+    return channels + 1
+
+
+def low_res_channels(channels: int) -> int:
+    """For super-resolution: the upsampled low-resolution image."""
+    return channels
 
 
 def build_scheduler(
@@ -69,47 +90,89 @@ def load_unet_config(
     model_args: ModelArguments,
     data_args: DataArguments,
     scheduler: LearnedVarianceDDPMScheduler,
-    in_channels: int = IMAGE_CHANNELS,
+    extra_channels: ExtraChannels = no_extra_channels,
     may_widen: bool = False,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], int | None]:
     """
     Loads the config of the U-Net, before any data, since it may be incompatible with the scheduler.
 
     Args:
-        in_channels (`int`, defaults to 3): Required input channels: those of an image and of all that is concatenated.
+        extra_channels (callable, *optional*): Number of input channels that are concatenated to an image, by its number
+            of channels.
         may_widen (`bool`, defaults to `False`): A pretrained one may have the channels of an image only; `widen_input`
             adds the others.
 
+    Returns:
+        `tuple` of the config and the number of channels of its images; `None` if the config has neither `in_channels`
+        nor `out_channels`: `set_channels` then takes them from the data.
+
     Raises:
-        ValueError: If it cannot be read, is not a U-Net's, or has other numbers of channels; or if its classes are to
-            be replaced without a `label_column`.
+        ValueError: If it cannot be read, is not a U-Net's, or has numbers of channels that this task cannot have; or if
+            its classes are to be replaced without a `label_column`.
     """
     if model_args.replace_classes and data_args.label_column is None:
         raise ValueError("`replace_classes` was given without `label_column`. Pass both, or neither.")
     config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
-    if model_args.pretrained_model_name_or_path is None:
+    in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
+    pretrained = model_args.pretrained_model_name_or_path is not None
+    if pretrained:
+        # Configs of other classes may leave them out; with cross-attention they are `UNet2DConditionModel`'s.
+        default = 3 if cross_attention_width(config) is None else 4
+        in_channels, out_channels = in_channels or default, out_channels or default
+    else:
         source = model_args.model_config_name_or_path
         if config.get("_class_name") == "AdaGNClassifierModel":
             raise ValueError(f"{source} is the config of a classifier; this script trains U-Nets.")
         check_config_keys(config, AdaGNUNet2DModel, source)
-    # For a config written by hand that leaves them out; with cross-attention it is read as `UNet2DConditionModel`'s.
-    default = IMAGE_CHANNELS if cross_attention_width(config) is None else 4
-    found, out_channels = config.get("in_channels", default), config.get("out_channels", default)
-    is_widened = may_widen and model_args.pretrained_model_name_or_path is not None and found == IMAGE_CHANNELS
-    if found != in_channels and not is_widened:
-        tasks = {6: "train_super_resolution.py", INPAINT_CHANNELS: "train_adm.py --task inpaint"}
-        raise ValueError(
-            f"The U-Net takes {found} channels; this script trains U-Nets of {in_channels}, on RGB images."
-            + (f" Those of {found} are trained by {tasks[found]}." if found in tasks else "")
-        )
-    expected = IMAGE_CHANNELS * (2 if scheduler.has_learned_variance else 1)
-    if out_channels != expected:
-        raise ValueError(
-            f"The U-Net has {out_channels} output channels, but `variance_type` {scheduler.config.variance_type!r} "
-            f"needs {expected}. Change `out_channels` in its config, or pass `--variance_type fixed_small --objective "
-            "simple` for a network without learned variance."
-        )
-    return config
+        if in_channels is None and out_channels is None:
+            return config, None
+    outputs = 2 if scheduler.has_learned_variance else 1  # for each channel of an image
+    channels = [c for c in range(1, (in_channels or 0) + 1) if c + extra_channels(c) == in_channels]
+    if pretrained and may_widen:
+        channels.append(in_channels)
+    if in_channels is None:
+        channels = [out_channels // outputs]
+    fitting = [c for c in channels if out_channels in (None, c * outputs)]
+    if not fitting or fitting[0] < 1:
+        raise _wrong_channels(in_channels, out_channels, channels, extra_channels, scheduler)
+    return config, fitting[0]
+
+
+def _wrong_channels(
+    in_channels: int | None,
+    out_channels: int | None,
+    channels: list[int],
+    extra_channels: ExtraChannels,
+    scheduler: LearnedVarianceDDPMScheduler,
+) -> ValueError:
+    """Numbers of channels that no image has in this task; `channels` are those that the input alone allows."""
+    outputs, variance_type = 2 if scheduler.has_learned_variance else 1, scheduler.config.variance_type
+    c = (out_channels or 0) // outputs
+    message = f"The U-Net takes {in_channels} channels"
+    if out_channels is not None:
+        message += f" and has {out_channels} output channels"
+    if c > 0 and out_channels == c * outputs and in_channels is not None:
+        kind = "RGB images" if c == 3 else f"images of {c} channels"
+        message += f"; this script trains U-Nets of {c + extra_channels(c)}, on {kind}"
+        # What it takes may be the channels of another task.
+        tasks = {c: "train_adm.py", 2 * c: "train_super_resolution.py", 2 * c + 1: "train_adm.py --task inpaint"}
+        if in_channels in tasks and in_channels != c + extra_channels(c):
+            message += f". Those of {in_channels} are trained by {tasks[in_channels]}"
+    if not channels:
+        return ValueError(f"{message}. Change `in_channels` in its config.")
+    return ValueError(
+        f"{message}. Images of {channels[0]} channels and `variance_type` {variance_type!r} need "
+        f"{channels[0] * outputs} output channels: change `out_channels` in its config, or pass `--variance_type "
+        "fixed_small --objective simple` for a network without learned variance."
+    )
+
+
+def set_channels(
+    config: dict[str, Any], channels: int, scheduler: LearnedVarianceDDPMScheduler, extra_channels: ExtraChannels
+) -> dict[str, Any]:
+    """The config of a new U-Net with the numbers of channels that it leaves out, for images of `channels`."""
+    outputs = 2 if scheduler.has_learned_variance else 1
+    return {"in_channels": channels + extra_channels(channels), "out_channels": outputs * channels} | config
 
 
 def build_unet(

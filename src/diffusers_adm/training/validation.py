@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from ..commands.errors import CommandError
+from ..conditioning.image_format import ImageFormat, as_size
 from ..conditioning.low_resolution import downsample
 from ..data.images import ImageDataset
 from ..deprecations import renamed
 from .arguments import DiffusionTrainingArguments
 from .checkpoints import TrainingProgress
-from .images import labelled_grid, labelled_strips
+from .images import cell_scale, labelled_grid, labelled_strips
+from .previews import describe_preview, preview
 
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 DEFAULT_VALIDATION_PROMPTS = 4
-MASKED_GREY = 0.5  # of the pixels to inpaint, in validation images
+MASKED_GREY = 0.0  # of the pixels to inpaint, in validation images: the middle of [-1, 1]
 
 # A condition of validation images: a label, and arguments of the pipeline.
 Row = tuple[str, dict[str, Any]]
@@ -133,8 +135,9 @@ def generate(
     pipeline: DiffusionPipeline, wanted: Sequence[dict[str, Any]], training_args: DiffusionTrainingArguments
 ) -> list[Image.Image]:
     """
-    Generates one image for each entry of `wanted`, from fixed noise, `train_batch_size` images at a time. A text
-    encoder on another device (precomputed embeddings do not need it) is moved to that of the U-Net meanwhile.
+    Generates one image for each entry of `wanted`, from fixed noise, `train_batch_size` images at a time, and shows it
+    as `previews.preview` does, with `preview_channels`. A text encoder on another device (precomputed embeddings do not
+    need it) is moved to that of the U-Net meanwhile.
 
     Args:
         wanted (sequence of `dict`): Arguments of the pipeline for one image each, with the same keys for all. Guidance
@@ -151,17 +154,32 @@ def generate(
             arguments = {name: [each[name] for each in batch] for name in batch[0]}
             size = {} if arguments else {"batch_size": len(batch)}
             is_conditional = "prompt" in arguments or "class_labels" in arguments
-            images += pipeline(
+            values = pipeline(
                 **arguments,
                 **size,
                 num_inference_steps=training_args.validation_num_inference_steps,
                 guidance_scale=training_args.validation_guidance_scale if is_conditional else 1.0,
                 generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
+                output_type="pt",
             ).images
+            samples = from_pipeline(values, pipeline.image_format)
+            images += preview(samples, pipeline.image_format, training_args.preview_channels)
     finally:
         if text_encoder is not None:
             text_encoder.to(home)
     return images
+
+
+def from_pipeline(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
+    """Samples in [-1, 1] from what a pipeline returns as "pt": fractions of the range of pictures, or values."""
+    return 2 * values - 1 if image_format.is_picture else image_format.to_samples(values)
+
+
+def to_pipeline(samples: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
+    """Samples in [-1, 1] as an argument of a pipeline: fractions of the range of pictures on levels, or values."""
+    values = image_format.to_values(samples)
+    low, high = image_format.value_range
+    return (values - low) / (high - low) if image_format.is_picture else values
 
 
 # 3. Validation images of each task
@@ -178,7 +196,8 @@ def sample_grid(
     wanted = [arguments for _, arguments in rows for _ in range(cols)][:total] or [{}] * total
     images = generate(pipeline, wanted, training_args)
     labels = [label for label, _ in rows] or None
-    return labelled_grid(images, num_rows, cols, row_labels=labels, scale=max(1, 64 // images[0].width))
+    caption = describe_preview(pipeline.image_format, training_args.preview_channels)
+    return labelled_grid(images, num_rows, cols, row_labels=labels, scale=cell_scale(images), caption=caption)
 
 
 def inpainting_grid(
@@ -188,43 +207,79 @@ def inpainting_grid(
     training_args: DiffusionTrainingArguments,
 ) -> Image.Image:
     """One row per example: the kept part of the image, then inpainted ones."""
-    total = training_args.num_validation_images
+    total, image_format = training_args.num_validation_images, pipeline.image_format
     examples = choose_examples(dataset, math.ceil(math.sqrt(total)), null_class_id)
     rows, cols = len(examples), math.ceil(total / len(examples))
     masked, wanted = [], []
     for tensors, arguments in examples:
-        image, keep_mask = tensors["images"] / 2 + 0.5, tensors["keep_mask"]
+        image, keep_mask = tensors["images"], tensors["keep_mask"]
         masked.append(torch.where(keep_mask == 1, image, MASKED_GREY))
-        wanted += [{"image": image, "mask_image": 1 - keep_mask, **arguments}] * cols
+        wanted += [{"image": to_pipeline(image, image_format), "mask_image": 1 - keep_mask, **arguments}] * cols
     inpainted = generate(pipeline, wanted, training_args)
-    kept = pipeline.image_processor.numpy_to_pil(torch.stack(masked).permute(0, 2, 3, 1).numpy())
+    kept = preview(torch.stack(masked), image_format, training_args.preview_channels)
     cells = [cell for row in range(rows) for cell in (kept[row], *inpainted[row * cols : (row + 1) * cols])]
-    return labelled_grid(cells, rows, cols + 1, scale=max(1, 64 // dataset.resolution))
+    caption = describe_preview(image_format, training_args.preview_channels)
+    return labelled_grid(cells, rows, cols + 1, scale=cell_scale(cells), caption=caption)
 
 
 def super_resolution_grid(
     pipeline: DiffusionPipeline, examples: Sequence[Example], training_args: DiffusionTrainingArguments
 ) -> Image.Image:
     """Small image | sample | large image of each example."""
+    image_format, channels = pipeline.image_format, training_args.preview_channels
     large = torch.stack([tensors["images"] for tensors, _ in examples])
-    to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
-    small = to_pil(downsample(large, large.shape[-1] // pipeline.config.low_res_size))
-    wanted = [{"image": image, **arguments} for image, (_, arguments) in zip(small, examples, strict=True)]
-    resized = [image.resize(large.shape[-2:], Image.Resampling.NEAREST) for image in small]
+    factor = large.shape[-2] // as_size(pipeline.config.low_res_size)[0]
+    small = downsample(large, factor, image_format.num_levels)
+    wanted = [
+        {"image": to_pipeline(image, image_format), **arguments}
+        for image, (_, arguments) in zip(small, examples, strict=True)
+    ]
     samples = generate(pipeline, wanted, training_args)
-    return labelled_strips({"small": resized, "sample": samples, "large": to_pil(large)})
+    resized = F.interpolate(small, scale_factor=factor, mode="nearest")
+    columns = {
+        "small": preview(resized, image_format, channels),
+        "sample": samples,
+        "large": preview(large, image_format, channels),
+    }
+    return labelled_strips(columns, caption=describe_preview(image_format, channels))
 
 
 def control_grid(
-    pipeline: DiffusionPipeline, examples: Sequence[Example], training_args: DiffusionTrainingArguments
+    pipeline: DiffusionPipeline,
+    examples: Sequence[Example],
+    training_args: DiffusionTrainingArguments,
+    condition_format: ImageFormat | None = None,
 ) -> Image.Image:
-    """Condition | sample | target of each example."""
+    """Condition | sample | target of each example. `condition_format` is that of the conditions; `None`: RGB."""
+    image_format, channels = pipeline.image_format, training_args.preview_channels
+    condition_format = condition_format or ImageFormat()
     targets, conditions = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
-    to_pil = VaeImageProcessor(vae_scale_factor=1).postprocess
     wanted = [{"image": condition, **given} for condition, (_, given) in zip(conditions, examples, strict=True)]
     samples = generate(pipeline, wanted, training_args)
-    columns = {"condition": to_pil(conditions * 2 - 1), "sample": samples, "target": to_pil(targets)}
-    return labelled_strips(columns, scale=max(1, 64 // targets.shape[-1]))
+    columns = {
+        "condition": preview(conditions * 2 - 1, condition_format),
+        "sample": samples,
+        "target": preview(targets, image_format, channels),
+    }
+    columns = same_size(columns)
+    captions = {"condition": describe_preview(condition_format), "images": describe_preview(image_format, channels)}
+    caption = "; ".join(f"{name}: {text}" for name, text in captions.items() if text) or None
+    return labelled_strips(columns, scale=cell_scale(columns["target"]), caption=caption)
+
+
+def same_size(columns: dict[str, list[Image.Image]]) -> dict[str, list[Image.Image]]:
+    """Puts images of several sizes on white ones of the largest width and height."""
+    sizes = {image.size for images in columns.values() for image in images}
+    if len(sizes) == 1:
+        return columns
+    size = max(width for width, _ in sizes), max(height for _, height in sizes)
+
+    def place(image: Image.Image) -> Image.Image:
+        canvas = Image.new("RGB", size, "white")
+        canvas.paste(image.convert("RGB"))
+        return canvas
+
+    return {name: [place(image) for image in images] for name, images in columns.items()}
 
 
 def save_samples(accelerator: Accelerator, images: Image.Image, output_dir: str, global_step: int) -> None:
