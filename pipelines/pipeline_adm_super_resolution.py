@@ -19,7 +19,6 @@ from diffusers_adm.conditioning.controlnet import (
     ControlNet,
     ControlNets,
     as_one_model,
-    check_controlnet,
     optional_control,
 )
 from diffusers_adm.conditioning.guidance import Guidance
@@ -30,12 +29,13 @@ from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
-from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples
+from diffusers_adm.pipelines.concatenated_images import ConcatenatedImagePipeline
+from diffusers_adm.pipelines.pipeline_adm import Output, OutputType, Samples
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps
 from diffusers_adm.schedulers.noise_schedules import check_same_noise
 
 
-class ADMSuperResolutionPipeline(ADMPipeline):
+class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
     r"""
     Upsamples images: a U-Net denoises the large image, with the bilinearly upsampled low-resolution image as further
     input channels. Without further conditions, by class, by prompt, or by both, guided like [`ADMPipeline`].
@@ -66,8 +66,6 @@ class ADMSuperResolutionPipeline(ADMPipeline):
             size that the U-Net cannot have been trained on, and a `scheduler` with another noise schedule than
             `noise_schedule`.
     """
-
-    _optional_components = [*ADMPipeline._optional_components, "controlnet"]
 
     def __init__(
         self,
@@ -216,15 +214,11 @@ class ADMSuperResolutionPipeline(ADMPipeline):
         )
         latents = self._denoise(sampling, sampling.call.noise * sampling.call.scheduler.init_noise_sigma)
         if back_projection:
-            latents = match_low_res(latents.clamp(-1, 1), low_resolution.low_res)
+            latents = match_low_res(latents.clamp(-1, 1), low_resolution.source)
         return self._finish(self._decode(latents, output_type), return_dict)
 
     def _check_components(self) -> None:
-        if self.vae is not None:
-            raise ValueError("`vae` was given, but images are upsampled in pixels. Pass `vae=None`.")
         super()._check_components()
         if self.config.low_res_size is not None:
             check_low_res_size(self.config.low_res_size, self.unet.config.sample_size)
         check_same_noise("This upsampler", self.config.noise_schedule, self.scheduler, self.unet)
-        if self.controlnet is not None:
-            check_controlnet(self.controlnet, self.unet, self.scheduler)

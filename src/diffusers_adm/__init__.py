@@ -14,12 +14,19 @@ from .models import (
     AdaGNUNet2DModel,
     GLIDETextModel,
 )
-from .pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
+from .pipelines import (
+    ADMControlNetPipeline,
+    ADMImageToImagePipeline,
+    ADMInpaintPipeline,
+    ADMPipeline,
+    ADMSuperResolutionPipeline,
+)
 from .schedulers import LearnedVarianceDDPMScheduler
 
 
 __all__ = [
     "ADMControlNetPipeline",
+    "ADMImageToImagePipeline",
     "ADMInpaintPipeline",
     "ADMPipeline",
     "ADMSuperResolutionPipeline",

@@ -20,9 +20,10 @@ from diffusers import SchedulerMixin
 from diffusers.models.embeddings import get_timestep_embedding
 
 from ..deprecations import renamed
-from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
+from .condition import PreparedCondition, SamplingCall, UNetInputs
 from .image_format import ImageFormat, Size, as_size
-from .image_inputs import ImageInput, read_images
+from .image_inputs import ImageInput
+from .source_image import ConcatenatedImageCondition
 
 
 def downsample(images: torch.Tensor, factor: int, num_levels: int | None = 256) -> torch.Tensor:
@@ -105,7 +106,7 @@ def upsample(low_res: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return F.interpolate(low_res, (height, width), mode="bilinear", align_corners=False)
 
 
-class LowResolutionCondition(Condition):
+class LowResolutionCondition(ConcatenatedImageCondition):
     """
     The low-resolution image of an upsampler, and its noise level.
 
@@ -122,12 +123,7 @@ class LowResolutionCondition(Condition):
 
     Raises:
         ValueError: For a `low_res_size` that is not the U-Net's `sample_size` divided by one factor.
-
-    Attributes:
-        low_res (`torch.Tensor`): The images of the call in [-1, 1], after `prepare` one row an image, without noise.
     """
-
-    argument = "image"
 
     def __init__(
         self,
@@ -173,12 +169,10 @@ class LowResolutionCondition(Condition):
             noise_level (`int`, *optional*): `None`: 0.
             back_projection (`bool`): Whether `match_low_res` follows, which needs a whole factor.
         """
-        self.low_res = 2 * read_images(image, "image", self.image_format) - 1  # (N, C, h, w) in [-1, 1]
+        self.read_source(image, self.image_format)
         self.noise_level = 0 if noise_level is None else noise_level
         self._check_level(self.noise_level)
         self.back_projection = back_projection
-        if len(self.low_res) > 1:
-            self.counts = {"image": len(self.low_res)}
         return self
 
     def _check_level(self, level: int) -> None:
@@ -197,7 +191,7 @@ class LowResolutionCondition(Condition):
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises a `ValueError` for images that are no smaller than the large ones, or by another factor."""
-        (h, w), (height, width) = self.low_res.shape[-2:], size
+        (h, w), (height, width) = self.source.shape[-2:], size
         given = f"`image` is {w} x {h} pixels (width x height) and would become {width} x {height}"
         if h > height or w > width or (h, w) == (height, width):
             raise ValueError(f"{given}. Pass a smaller one, or a larger `height` and `width`.")
@@ -218,7 +212,7 @@ class LowResolutionCondition(Condition):
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """The noised image and its level, in both passes."""
-        self.low_res = low_res = call.rows(self.low_res.to(call.noise.dtype))
+        low_res = self.place_source(call)
         levels = torch.full((len(low_res),), int(self.noise_level), device=low_res.device)
         if self.noise_level > 0:
             low_res = add_noise_to_low_res(low_res, call.draw_noise(low_res.shape), levels, self.alphas_cumprod)

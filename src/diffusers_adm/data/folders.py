@@ -51,7 +51,7 @@ def load_image_folder(
     """
     import datasets
 
-    root = _split_folder(folder, split)
+    root = split_folder(folder, split)
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in Image.OPEN}
     extensions |= {*ARRAY_SUFFIXES}
     files = list(_walk(root))
@@ -105,7 +105,7 @@ def load_image_folder(
     )
 
 
-def _split_folder(folder: str, split: str) -> Path:
+def split_folder(folder: str, split: str) -> Path:
     """The folder that holds the images of a split: `folder` itself, unless all its subfolders are named like splits."""
     root = Path(folder)
     if not root.is_dir():

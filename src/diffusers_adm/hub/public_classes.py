@@ -4,7 +4,13 @@ from ..models.classifier_adagn import AdaGNClassifierModel
 from ..models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from ..models.text_encoder_glide import GLIDETextModel
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
-from ..pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
+from ..pipelines import (
+    ADMControlNetPipeline,
+    ADMImageToImagePipeline,
+    ADMInpaintPipeline,
+    ADMPipeline,
+    ADMSuperResolutionPipeline,
+)
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 
 
@@ -18,5 +24,11 @@ COMPONENTS = (
     GLIDETextModel,
     LearnedVarianceDDPMScheduler,
 )
-PIPELINES = (ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline)
+PIPELINES = (
+    ADMPipeline,
+    ADMInpaintPipeline,
+    ADMSuperResolutionPipeline,
+    ADMControlNetPipeline,
+    ADMImageToImagePipeline,
+)
 PUBLIC_CLASSES = (*COMPONENTS, *PIPELINES)
