@@ -188,8 +188,8 @@ class ADMImageToImagePipeline(ConcatenatedImagePipeline):
         )
         if guidance_scale != 1.0 and not any(part.is_droppable for part in (classes, prompts, source)):
             raise ValueError(
-                f"`guidance_scale` is {guidance_scale}, but there is nothing to guide away from: this model has no null "
-                f"class and no cross-attention, and {source.why_not_guided()}, or leave `guidance_scale` at 1.0."
+                f"`guidance_scale` is {guidance_scale}, but there is nothing to guide away from: this model has no "
+                f"null class and no cross-attention, and {source.why_not_guided()}, or leave `guidance_scale` at 1.0."
             )
         sampling = self._start(
             classes,

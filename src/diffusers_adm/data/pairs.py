@@ -98,7 +98,7 @@ def _keys(
     folder = arguments.get("train_data_dir")
     if pair_columns is None:
         root = split_folder(folder, arguments.get("split", "train")) if folder else None
-        paths = [image["path"] if image is not None else None for image in images["image"][:]]
+        paths = _stored_paths(images)
         missing = sum(path is None for path in paths)
         name = folder or arguments.get("dataset_name") or ", ".join(arguments["data_files"])
         if missing:
@@ -125,6 +125,19 @@ def _keys(
     return keys, name
 
 
+def _stored_paths(images: datasets.Dataset) -> list[str | None]:
+    """The path of each image, without its bytes; `None` for arrays."""
+    import pyarrow
+    import pyarrow.compute
+
+    paths: list[str | None] = []
+    for batch in images.select_columns("image").with_format("arrow").iter(1000):
+        column = batch.column("image")
+        is_file = pyarrow.types.is_struct(column.type)
+        paths += pyarrow.compute.struct_field(column, "path").to_pylist() if is_file else [None] * len(column)
+    return paths
+
+
 def _list_keys(keys: Any) -> str:
     return list_names([" ".join(map(str, key)) if isinstance(key, tuple) else key for key in keys], MAX_NAMES)
 
@@ -146,4 +159,4 @@ class MadeSourceDataset(ImageDataset):
         example = super().__getitem__(index)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "source", self.epoch, index))
         fractions = (example["images"] / 2 + 0.5).clamp(0, 1)
-        return {**example, "conditions": make_source(fractions, self.source, generator=generator)}
+        return {**example, "conditions": make_source(fractions, self.source, self.image_format, generator)}

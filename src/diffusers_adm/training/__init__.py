@@ -54,6 +54,13 @@ from .diffusion import Diffusion, caption_model_kwargs, load_diffusion, load_tex
 from .effects import check_effects
 from .ema import ema_weights, evaluation_weights, result_weights
 from .frozen import FrozenNetworks
+from .image_measures import dice, measure, psnr, ssim
+from .image_to_image import (
+    ImageToImageArguments,
+    load_held_out,
+    record_measures,
+    translate_examples,
+)
 from .images import cell_scale, labelled_grid, labelled_strips
 from .loading import (
     check_config_keys,

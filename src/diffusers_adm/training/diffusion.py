@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -37,7 +37,12 @@ from .arguments import (
     TextArguments,
     UNetArguments,
 )
-from .loading import choose_resolution, pretrained_image_format, training_image_format
+from .loading import (
+    choose_resolution,
+    pretrained_image_format,
+    pretrained_pipeline_config,
+    training_image_format,
+)
 from .losses import TrainingLosses
 from .metrics import LossMetrics, record_losses
 from .previews import check_preview_channels
@@ -54,6 +59,7 @@ from .unets import (
     match_unet_classes,
     no_extra_channels,
     set_channels,
+    spare_channels,
     widen_input,
 )
 from .validation import Row, choose_rows
@@ -121,15 +127,16 @@ class Diffusion:
         text_encoder = {"text_encoder": self.text_encoder} if self.args.text.train_text_encoder else {}
         return {"unet": self.unet} | text_encoder
 
-    def datasets(self, masks: bool = False) -> tuple[ImageDataset, ImageDataset]:
+    def datasets(
+        self, masks: bool = False, dataset_class: Callable[..., ImageDataset] = ImageDataset
+    ) -> tuple[ImageDataset, ImageDataset]:
         """
         The training data, and the same images for validation: cropped at the centre and without captions. With random
-        masks for inpainting.
+        masks for inpainting, or of another class.
         """
         data_args, seed = self.args.data, self.args.training.seed
-        dataset_class = InpaintingDataset if masks else ImageDataset
         build = functools.partial(
-            dataset_class,
+            InpaintingDataset if masks else dataset_class,
             self.images,
             self.resolution,
             seed=seed,
@@ -344,6 +351,7 @@ def load_diffusion(
     condition_request: FormatRequest | None = None,
     conditioning_image_column: str | None = None,
     tensor_columns: Mapping[str, str] | None = None,
+    translation: Any = None,
 ) -> Diffusion:
     """
     Loads noise schedule, networks and data of a run, checks that they are compatible with each other and with the
@@ -363,6 +371,8 @@ def load_diffusion(
         condition_request (`FormatRequest`, *optional*): What is asked of conditioning images in a column.
         conditioning_image_column (`str`, *optional*), tensor_columns (mapping, *optional*): As for
             `load_image_dataset`.
+        translation (`ImageToImageArguments`, *optional*): Of image to image translation: they pair images, and tell the
+            format of the source images and the channels that are concatenated.
     """
     model_args, data_args, diffusion_args, training_args, text_args = args
     seed, has_text = training_args.seed, text_args.caption_column is not None
@@ -370,12 +380,20 @@ def load_diffusion(
         extra_channels = functools.partial(constant_channels, extra_channels)
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
     record.check_noise(noise_scheduler)
+    spare, guides_image = None, False
+    if translation is not None:
+        spare, guides_image = (
+            spare_channels(model_args, data_args, noise_scheduler),
+            translation.source_dropout_prob > 0,
+        )
+        extra_channels = functools.partial(constant_channels, spare or 0)
+        conditioning_image_column = translation.column
     unet_config, channels = load_unet_config(model_args, data_args, noise_scheduler, extra_channels, may_widen)
     if keeps is not None and unet_config.get("in_channels", channels) != channels + extra_channels(channels):
         raise ValueError(
             f"The pretrained U-Net takes no masks, and {keeps}. Train all weights, or adapt a model that inpaints."
         )
-    check_sampling_steps(training_args, noise_scheduler, data_args.label_column is not None, has_text)
+    check_sampling_steps(training_args, noise_scheduler, data_args.label_column is not None, has_text or guides_image)
     text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, seed)
     with accelerator.main_process_first():
         images, id2label = load_image_dataset(
@@ -385,6 +403,8 @@ def load_diffusion(
             tensor_columns=tensor_columns,
             seed=seed,
         )
+        if translation is not None:
+            images = translation.pair(images, data_args.source())
         record.check_classes(id2label)
         num_classes = len(id2label) if id2label is not None else None
         image_format = find_training_format(images, channels, model_args, data_args, keeps)
@@ -396,7 +416,14 @@ def load_diffusion(
             )
         check_preview_channels(training_args.preview_channels, image_format)
         condition_format = None
-        if condition is not None or conditioning_image_column is not None:
+        if translation is not None:
+            known = pretrained_pipeline_config(model_args, data_args).get("source_format")
+            condition_format = translation.find_source_format(
+                images, image_format, spare, known, data_args.image_check_num_proc
+            )
+            record.check_format(condition_format, "source_format")
+            extra_channels = functools.partial(constant_channels, condition_format.channels)
+        elif condition is not None or conditioning_image_column is not None:
             condition_format = find_condition_format(
                 images,
                 image_format,
@@ -414,7 +441,7 @@ def load_diffusion(
         in_channels = image_format.channels + extra_channels(image_format.channels)
         if unet.config.in_channels < in_channels:
             widen_input(unet, in_channels)
-        check_guidance(training_args, unet.config, num_classes, has_text)
+        check_guidance(training_args, unet.config, num_classes, has_text or guides_image)
         resolution = choose_resolution(data_args.size, unet.config, "U-Net")
         min_image_size: Size | None = data_args.min_image_size
         if upsampler_args is not None:

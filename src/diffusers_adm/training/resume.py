@@ -61,6 +61,7 @@ ALTERNATIVES = (
     ("text_encoder_name_or_path", "text_encoder_config_name_or_path"),
     ("dataset_name", "train_data_dir", "data_files"),
     ("condition", "conditioning_image_column"),
+    ("source", "source_column", "source_data_dir", "source_data_files"),
 )
 # None stands for the value of the pretrained model, which the run has recorded.
 INHERITED = ("low_res_size", "max_noise_level")

@@ -175,6 +175,32 @@ def set_channels(
     return {"in_channels": channels + extra_channels(channels), "out_channels": outputs * channels} | config
 
 
+def spare_channels(
+    model_args: ModelArguments, data_args: DataArguments, scheduler: LearnedVarianceDDPMScheduler
+) -> int | None:
+    """
+    Number of input channels of the U-Net in addition to those of its output's mean, for a source image; 0 for a
+    pretrained one that gets them, `None` for a config that leaves its numbers to the data. Raises a `ValueError` for
+    one from scratch without any.
+    """
+    config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
+    in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
+    pretrained = model_args.pretrained_model_name_or_path is not None
+    if pretrained:
+        default = 3 if cross_attention_width(config) is None else 4
+        in_channels, out_channels = in_channels or default, out_channels or default
+    if in_channels is None or out_channels is None:
+        return None
+    channels = out_channels // (2 if scheduler.has_learned_variance else 1)
+    if in_channels <= channels and not pretrained:
+        raise ValueError(
+            f"The U-Net takes {in_channels} channels and predicts images of {channels}, so that none are left for a "
+            "source image. Add those of the source images to `in_channels` in its config, or leave `in_channels` and "
+            "`out_channels` out: the data tell them."
+        )
+    return max(in_channels - channels, 0)
+
+
 def build_unet(
     model_args: UNetArguments, data_args: DataArguments, config: Any, num_classes: int | None
 ) -> AdaGNUNet2DModel:

@@ -134,17 +134,25 @@ def choose_examples(dataset: ImageDataset, number: int, null_class_id: int | Non
 def generate(
     pipeline: DiffusionPipeline, wanted: Sequence[dict[str, Any]], training_args: DiffusionTrainingArguments
 ) -> list[Image.Image]:
+    """Generates images as `generate_samples` does, shown as by `previews.preview` with `preview_channels`."""
+    samples = generate_samples(pipeline, wanted, training_args)
+    return preview(samples, pipeline.image_format, training_args.preview_channels)
+
+
+def generate_samples(
+    pipeline: DiffusionPipeline, wanted: Sequence[dict[str, Any]], training_args: DiffusionTrainingArguments
+) -> torch.Tensor:
     """
-    Generates one image for each entry of `wanted`, from fixed noise, `train_batch_size` images at a time, and shows it
-    as `previews.preview` does, with `preview_channels`. A text encoder on another device (precomputed embeddings do not
+    Generates one sample for each entry of `wanted`, in [-1, 1] on the CPU, from fixed noise, `train_batch_size` at a
+    time. A text encoder on another device (precomputed embeddings do not
     need it) is moved to that of the U-Net meanwhile.
 
     Args:
         wanted (sequence of `dict`): Arguments of the pipeline for one image each, with the same keys for all. Guidance
-            is used if `prompt` or `class_labels` is among them.
+            is used if `prompt` or `class_labels` is among them, or source images were dropped in training.
     """
     pipeline.set_progress_bar_config(disable=True)
-    text_encoder, images = getattr(pipeline, "text_encoder", None), []
+    text_encoder, samples = getattr(pipeline, "text_encoder", None), []
     home = text_encoder.device if text_encoder is not None else None
     try:
         if text_encoder is not None:
@@ -154,6 +162,7 @@ def generate(
             arguments = {name: [each[name] for each in batch] for name in batch[0]}
             size = {} if arguments else {"batch_size": len(batch)}
             is_conditional = "prompt" in arguments or "class_labels" in arguments
+            is_conditional = is_conditional or bool(pipeline.config.get("source_dropout_prob"))
             values = pipeline(
                 **arguments,
                 **size,
@@ -162,12 +171,11 @@ def generate(
                 generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
                 output_type="pt",
             ).images
-            samples = from_pipeline(values, pipeline.image_format)
-            images += preview(samples, pipeline.image_format, training_args.preview_channels)
+            samples.append(from_pipeline(values, pipeline.image_format).cpu())
     finally:
         if text_encoder is not None:
             text_encoder.to(home)
-    return images
+    return torch.cat(samples)
 
 
 def from_pipeline(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:

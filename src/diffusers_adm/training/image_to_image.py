@@ -1,0 +1,247 @@
+"""Image to image translation in training: arguments, pairs of images, and validation with measures of the result."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ..commands.arguments import arg
+from ..conditioning.image_format import ImageFormat, ImageMode
+from ..conditioning.made_sources import SourceKind, source_format_of
+from ..data.checks import check_images
+from ..data.columns import load_image_dataset
+from ..data.formats import FormatRequest, find_image_format
+from ..data.images import ImageDataset
+from ..data.labels import match_classes, renumber_labels
+from ..data.pairs import MadeSourceDataset, pair_images
+from .arguments import (
+    APPLIED,
+    FREE,
+    PROCESS,
+    DataArguments,
+    DiffusionTrainingArguments,
+    check_needs,
+    check_share,
+    check_value_range,
+    read_range_end,
+    requested_range,
+)
+from .image_measures import measure
+from .images import cell_scale, labelled_strips
+from .previews import describe_preview, preview
+from .validation import Example, generate_samples, same_size, to_pipeline
+
+
+if TYPE_CHECKING:
+    import datasets  # of the `train` extra
+
+    from .diffusion import Diffusion
+    from .run import TrainingRun
+
+MEASURES_NAME = "image_to_image.json"
+
+
+# 1. Arguments
+
+
+@dataclass
+class ImageToImageArguments:
+    """The source images of train_image_to_image.py; the images of the data arguments are the targets."""
+
+    source: SourceKind | None = arg(None, "Kind of source image to make from each target image.", resume=PROCESS)
+    source_column: str | None = arg(
+        None,
+        "Column of the source images: of the data, or of `source_data_files` (none: `image_column`).",
+        resume=PROCESS,
+    )
+    source_data_dir: str | None = arg(
+        None, "Folder of source images with the file names of the target images.", resume=PROCESS
+    )
+    source_data_files: list[str] | None = arg(None, "Parquet files of source images.", resume=PROCESS)
+    pair_column: list[str] | None = arg(
+        None,
+        "Columns whose values source and target have in common; none: their file names, without the extension.",
+        resume=PROCESS,
+    )
+    source_mode: ImageMode | None = arg(
+        None,
+        "Meaning of the channels of source images of pairs, as `image_mode` of the targets; none: by the numbers of "
+        "channels of U-Net and data.",
+        resume=PROCESS,
+    )
+    source_value_range: list[float | str] | None = arg(
+        None,
+        "Values of the source images of pairs for -1 and 1, LOW HIGH, or auto; none: those of the pretrained model, or "
+        "the whole range of the integer type.",
+        resume=PROCESS,
+        parse=read_range_end,
+    )
+    source_dropout_prob: float = arg(
+        0.1, "Share of the source images replaced by mid-grey ones, for classifier-free guidance.", resume=APPLIED
+    )
+    validation_data_files: list[str] | None = arg(
+        None, "Parquet files of held-out target images; none: validate on training images.", resume=FREE
+    )
+    validation_source_data_files: list[str] | None = arg(
+        None, "Parquet files of the source images for them, with `source_data_files`.", resume=FREE
+    )
+
+    def __post_init__(self) -> None:
+        elsewhere = {"source_data_dir": self.source_data_dir, "source_data_files": self.source_data_files}
+        ways = {"source": self.source, **elsewhere}
+        given = [name for name, value in ways.items() if value]
+        if self.source_column is not None and given != ["source_data_files"]:
+            given.append("source_column")
+        if len(given) != 1:
+            raise ValueError(
+                f"Got {' and '.join(f'`{name}`' for name in given) or 'no source images'}. Pass exactly one of "
+                "`source` (made from the target images), `source_column`, `source_data_dir` and `source_data_files`."
+            )
+        if self.pair_column and not any(elsewhere.values()):
+            raise ValueError("`pair_column` needs `source_data_files` or `source_data_dir`. Pass both, or neither.")
+        check_needs(self, "source_data_files", "validation_source_data_files")
+        check_needs(self, "validation_data_files", "validation_source_data_files")
+        if self.source_data_dir and self.validation_data_files:
+            raise ValueError("`validation_data_files` does not go with `source_data_dir`. Use parquet files for both.")
+        if self.source_data_files and self.validation_data_files and not self.validation_source_data_files:
+            raise ValueError("`validation_data_files` needs `validation_source_data_files`. Pass both, or neither.")
+        check_share(self, "source_dropout_prob")
+        check_value_range("source_value_range", self.source_value_range)
+        if self.source is not None and (self.source_mode or self.source_value_range):
+            raise ValueError(
+                f"`source_mode` and `source_value_range` are for pairs of images, but `source` is {self.source}. Leave "
+                "them out."
+            )
+
+    @property
+    def column(self) -> str | None:
+        """The column of the targets' data that holds the source images."""
+        return None if self.source_data_files else self.source_column
+
+    def describe(self) -> str:
+        """The source images in words."""
+        files = ", ".join(self.source_data_files or [])
+        return self.source or self.source_data_dir or files or str(self.source_column)
+
+    def pair(
+        self, images: datasets.Dataset, target: Mapping[str, Any], files: Sequence[str] | None = None
+    ) -> datasets.Dataset:
+        """
+        Joins target images, loaded with the arguments `target`, with source images from elsewhere: those of `files`, or
+        of the arguments. Targets that have a column for them, or that they are made from, stay as they are.
+        """
+        files = files or self.source_data_files
+        if not files and not self.source_data_dir:
+            return images
+        source = {"data_files": files, "train_data_dir": None if files else self.source_data_dir}
+        source["image_column"] = (self.source_column or target["image_column"]) if files else "image"
+        return pair_images(images, dict(target), source | {"cache_dir": target["cache_dir"]}, self.pair_column)
+
+    def find_source_format(
+        self,
+        images: datasets.Dataset,
+        image_format: ImageFormat,
+        channels: int | None,
+        known: Mapping[str, Any] | None,
+        num_proc: int | None,
+    ) -> ImageFormat:
+        """
+        The format of the source images; a `ValueError` for one that the U-Net does not take.
+
+        Args:
+            images (`datasets.Dataset`): After `pair`.
+            image_format (`ImageFormat`): Of the targets.
+            channels (`int`, *optional*): Number of channels that the U-Net has for them; `None` or 0: any.
+            known (mapping, *optional*): The `source_format` in the config of a pretrained pipeline.
+            num_proc (`int`, *optional*): Number of processes that examine the images.
+        """
+        if self.source is not None:
+            found = source_format_of(self.source, image_format)
+        else:
+            try:
+                recorded = ImageFormat.from_config(known, channels, "source_format") if known and channels else None
+                value_range = requested_range(self.source_value_range)
+                request = FormatRequest(channels or None, self.source_mode, value_range, recorded)
+                found = find_image_format(images, request, num_proc=num_proc, column="conditioning_image")
+            except ValueError as error:
+                message = str(error).replace("image_mode", "source_mode").replace("value_range", "source_value_range")
+                raise ValueError(f"Source images: {message}") from error
+        if channels and found.channels != channels:
+            raise ValueError(
+                f"The U-Net takes {channels} channels in addition to those of the targets, but the source images "
+                f"({self.describe()}) have {found.channels}. Change `in_channels` in its config, or the source images."
+            )
+        return found
+
+    def dataset_class(self) -> Any:
+        """The class of the datasets, with the made source images if there are some."""
+        return functools.partial(MadeSourceDataset, source=self.source) if self.source else ImageDataset
+
+
+# 2. Validation
+
+
+def load_held_out(
+    args: ImageToImageArguments, data_args: DataArguments, caption_column: str | None, diffusion: Diffusion
+) -> ImageDataset | None:
+    """The held-out pairs of images, cropped at the centre; `None` without `validation_data_files`."""
+    if args.validation_data_files is None:
+        return None
+    source = {**data_args.source(), "dataset_name": None, "dataset_config_name": None, "train_data_dir": None}
+    source |= {"data_files": args.validation_data_files, "split": "train", "max_train_samples": None}
+    images, id2label = load_image_dataset(
+        **source, caption_column=caption_column, conditioning_image_column=args.column
+    )
+    if id2label is not None:
+        images = renumber_labels(images, match_classes(id2label, diffusion.id2label))
+    images = args.pair(images, source, args.validation_source_data_files)
+    formats = {"image_format": diffusion.image_format, "condition_format": diffusion.condition_format}
+    images, _ = check_images(images, diffusion.resolution, num_proc=data_args.image_check_num_proc, **formats)
+    seed = diffusion.args.training.seed
+    return args.dataset_class()(images, diffusion.resolution, center_crop=True, seed=seed, **formats)
+
+
+def translate_examples(
+    pipeline: DiffusionPipeline, examples: Sequence[Example], training_args: DiffusionTrainingArguments
+) -> tuple[Image.Image, dict[str, float]]:
+    """Input | sample | target of each example, and the measures of the samples (see `image_measures.measure`)."""
+    image_format, source_format = pipeline.image_format, pipeline.source_format
+    targets, sources = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
+    sources = 2 * sources - 1
+    wanted = [
+        {"image": to_pipeline(source, source_format), **given}
+        for source, (_, given) in zip(sources, examples, strict=True)
+    ]
+    samples = generate_samples(pipeline, wanted, training_args)
+    low, high = image_format.value_range
+    measures = measure(image_format.to_values(samples), image_format.to_values(targets), high - low)
+    channels = training_args.preview_channels
+    columns = {
+        "input": preview(sources, source_format),
+        "sample": preview(samples, image_format, channels),
+        "target": preview(targets, image_format, channels),
+    }
+    columns = same_size(columns)
+    captions = {"input": describe_preview(source_format), "images": describe_preview(image_format, channels)}
+    caption = "; ".join(f"{name}: {text}" for name, text in captions.items() if text) or None
+    return labelled_strips(columns, scale=cell_scale(columns["target"]), caption=caption), measures
+
+
+def record_measures(run: TrainingRun, measures: Mapping[str, float], num_images: int, held_out: bool) -> None:
+    """Writes the measures of a validation to the log and, for the model card, to the folder of the run."""
+    step, output_dir = run.progress.global_step, run.training_args.output_dir
+    run.log.write_validation(step, measures)
+    values = {**measures, "num_images": num_images, "held_out": held_out, "step": step}
+    values["num_inference_steps"] = run.training_args.validation_num_inference_steps
+    Path(output_dir, MEASURES_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    described = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+    images = f"{num_images} {'held-out' if held_out else 'training'} images"
+    run.logger.info(f"Validation at step {step} on {images}: {described}")

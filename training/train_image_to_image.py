@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""
+Trains an ablated diffusion model that translates images: grey to colour, one style to another, a scan to its
+segmentation, noisy to clean. From scratch or from a pretrained model; also by class, by caption, or both.
+
+    accelerate launch training/train_image_to_image.py --config training/configs/emoji_32_colorize.yaml \
+        --output_dir runs/colorize
+
+The source image is concatenated to the noisy target image of the same size (Palette, Saharia et al. 2022,
+https://huggingface.co/papers/2111.05826). Pairs of images come from a second column, a second folder or second files,
+or the source is made from the target. Every argument can be given in the recipe or on the command line, which wins;
+`--help` lists them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from PIL import Image
+
+from diffusers_adm import ADMImageToImagePipeline
+from diffusers_adm.commands.errors import run_command
+from diffusers_adm.conditioning.condition import merge
+from diffusers_adm.conditioning.source_image import SourceImageCondition
+from diffusers_adm.hub.publication import prepare_repository, push_result
+from diffusers_adm.training import (
+    DIFFUSION_ARGUMENTS,
+    ImageToImageArguments,
+    TrainingRun,
+    choose_examples,
+    load_diffusion,
+    load_held_out,
+    parse_run,
+    record_measures,
+    start_run,
+    training_losses,
+    translate_examples,
+)
+
+
+ARGUMENT_TYPES = (*DIFFUSION_ARGUMENTS, ImageToImageArguments)
+
+
+def main(argv: list[str] | None = None) -> None:
+    # 1. Arguments
+    all_args, record = parse_run(ARGUMENT_TYPES, argv, "train_image_to_image", description=__doc__)
+    *common_args, pair_args = all_args  # the former are those of `DIFFUSION_ARGUMENTS`
+    model_args, data_args, diffusion_args, training_args, text_args = common_args
+    model_args.check_source()
+    accelerator = start_run("train_image_to_image", all_args, record)
+    prepare_repository(accelerator, training_args)
+
+    # 2. Networks and data
+    diffusion = load_diffusion(accelerator, record, common_args, may_widen=True, translation=pair_args)
+    record.check_network(diffusion.unet.config, diffusion.resolution, diffusion.frozen_parts())
+    train_dataset, validation_dataset = diffusion.datasets(dataset_class=pair_args.dataset_class())
+    with accelerator.main_process_first():
+        held_out = load_held_out(pair_args, data_args, text_args.caption_column, diffusion)
+    shown, number = held_out or validation_dataset, training_args.num_validation_images
+    examples = choose_examples(shown, number, diffusion.null_class_id)
+    model_args.apply_to(diffusion.unet)
+
+    # 3. Optimizer, learning rate, average, log; the checkpoint that is resumed
+    run = TrainingRun(
+        accelerator,
+        record,
+        data_args,
+        training_args,
+        diffusion.trained_networks(),
+        train_dataset,
+        diffusion.metrics,
+        diffusion.timestep_sampler,
+        description=diffusion.describe(f", from {pair_args.describe()},"),
+    )
+    source = SourceImageCondition(dropout_prob=pair_args.source_dropout_prob)
+    conditions = [source, *diffusion.conditions(run.networks)]
+    build_pipeline = functools.partial(
+        diffusion.build_pipeline,
+        ADMImageToImagePipeline,
+        source_format=diffusion.condition_format,
+        source_dropout_prob=pair_args.source_dropout_prob,
+    )
+
+    def save_result(folder: str) -> None:
+        build_pipeline().save_pretrained(folder)
+
+    def generate() -> Image.Image:
+        images, measures = translate_examples(build_pipeline(), examples, training_args)
+        record_measures(run, measures, len(examples), held_out is not None)
+        return images
+
+    validate = functools.partial(run.validate, functools.partial(run.show_samples, generate))
+
+    # 4. Training
+    for batch in run.batches():
+        with run.accumulate():
+            batch["images"] = batch["images"].contiguous(memory_format=model_args.memory_format)
+            pixels = batch["images"]  # (B, C, H, W) in [-1, 1]
+            inputs = merge(condition.for_training(batch) for condition in conditions)
+            timesteps, weights = diffusion.timestep_sampler.sample(len(pixels), device=pixels.device)
+            terms = training_losses(
+                run.networks["unet"],
+                diffusion.noise_scheduler,
+                pixels,
+                timesteps,
+                objective=diffusion_args.objective,
+                snr_gamma=diffusion_args.snr_gamma,
+                num_levels=diffusion.image_format.num_levels,
+                extra_channels=inputs.extra_channels,
+                model_kwargs=inputs.kwargs,
+            )
+            diffusion.record_losses(terms, timesteps, weights)
+            accelerator.backward((terms.loss * weights).mean())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(run.parameters, training_args.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            due = run.after_step()  # learning rate, EMA, a row of the log
+            if due.checkpoint:
+                run.save_checkpoint(save_result)
+            if due.validation:
+                validate()
+
+    # 5. The pipeline with the averaged weights; then the last validation, and the Hub
+    run.finish(save_result, validate, push_result, "pipeline")
+
+
+if __name__ == "__main__":
+    run_command(main)
