@@ -6,6 +6,7 @@ noisy image, or for images of other than three channels. (Their outputs and the 
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -13,6 +14,7 @@ from openai_networks import NETWORKS
 
 from diffusers_adm import (
     AdaGNUNet2DModel,
+    ADMImageToImagePipeline,
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
@@ -53,11 +55,11 @@ class TestNumbers:
             ("grey-upsampler", 1, 1, ADMSuperResolutionPipeline),
             ("latent-upsampler", 4, 4, ADMSuperResolutionPipeline),
             ("upsampler", 3, 3, ADMSuperResolutionPipeline),
-            ("mask-of-four-modalities", 1, 4, None),
-            ("mask-of-an-rgb-image", 1, 3, None),
-            ("image-to-image", 3, 3, None),
-            ("image-to-image-without-variance", 3, 3, None),
-            ("image-and-mask-without-variance", 3, 1, None),
+            ("mask-of-four-modalities", 1, 4, ADMImageToImagePipeline),
+            ("mask-of-an-rgb-image", 1, 3, ADMImageToImagePipeline),
+            ("image-to-image", 3, 3, ADMImageToImagePipeline),
+            ("image-to-image-without-variance", 3, 3, ADMImageToImagePipeline),
+            ("image-and-mask-without-variance", 3, 1, ADMImageToImagePipeline),
             ("adaptive-pool", 3, 0, None),
             ("four-channel-classifier", 4, 0, None),
         ],
@@ -165,6 +167,62 @@ class TestNumbers:
         file = NETWORKS["defaults"].save(tmp_path)
         with pytest.raises(ValueError, match="`image_channels` is 1, but lsun_cat has images of 3 channels"):
             convert_openai(file, tmp_path / "out", preset="lsun_cat", image_channels=1)
+
+
+class TestSampling:
+    @pytest.mark.parametrize("condition_first", [False, True])
+    @pytest.mark.parametrize(
+        "name", ["mask-of-four-modalities", "mask-of-an-rgb-image", "image-to-image", "image-and-mask-without-variance"]
+    )
+    @torch.no_grad()
+    def test_is_that_of_the_concatenation_by_hand(self, name, condition_first, tmp_path):
+        """DDIM with clipping, all but the original network written out here, in float64."""
+        network = NETWORKS[name]
+        result = convert(name, tmp_path, condition_first=condition_first)
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "out").to(torch.float64)
+        pipe.set_progress_bar_config(disable=True)
+        channels = result.image_channels
+        generator = torch.Generator().manual_seed(2)
+        latents = torch.randn(2, channels, 16, 16, generator=generator, dtype=torch.float64)
+        fractions = torch.randint(0, 256, (2, result.condition_channels, 16, 16), generator=generator) / 255
+        source = 2 * fractions - 1
+        given = fractions if pipe.source_format.is_picture else source
+        sampled = pipe(given, latents=latents, timestep_respacing="ddim4", eta=0.0, output_type="latent").images
+
+        weights, x = network.weights().double(), latents
+        alphas = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+        steps = [750, 500, 250, 0]
+        for t, later in zip(steps, [*steps[1:], None], strict=True):
+            parts = [source.double(), x] if condition_first else [x, source.double()]
+            epsilon = network.forward(weights, torch.cat(parts, dim=1), torch.tensor([t, t]))[:, :channels]
+            original = ((x - np.sqrt(1 - alphas[t]) * epsilon) / np.sqrt(alphas[t])).clamp(-1, 1)
+            epsilon = (x - np.sqrt(alphas[t]) * original) / np.sqrt(1 - alphas[t])
+            alpha = 1.0 if later is None else alphas[later]
+            x = np.sqrt(alpha) * original + np.sqrt(1 - alpha) * epsilon
+        assert sampled.shape == latents.shape
+        torch.testing.assert_close(sampled, x, rtol=0, atol=1e-4)  # the source is read in float32
+
+    def test_the_order_of_the_conditions_leads_back(self, tmp_path):
+        network = NETWORKS["mask-of-four-modalities"]
+        convert("mask-of-four-modalities", tmp_path, condition_first=True)
+        export_openai(tmp_path / "out", tmp_path / "back.pt")
+        back = torch.load(tmp_path / "back.pt", weights_only=True)
+        assert all(torch.equal(back[name], tensor) for name, tensor in network.weights().items())
+
+    def test_there_is_no_order_without_conditions(self, tmp_path):
+        for name in ("defaults", "upsampler", "adaptive-pool"):
+            (tmp_path / name).mkdir()
+            with pytest.raises(ValueError, match="`condition_first` was given, but .* no conditions"):
+                convert(name, tmp_path / name, condition_first=True)
+
+    def test_source_images_have_the_format_of_their_channels(self, tmp_path):
+        formats = {}
+        for name in ("mask-of-four-modalities", "mask-of-an-rgb-image", "image-and-mask-without-variance"):
+            convert(name, tmp_path / name)
+            formats[name] = DiffusionPipeline.from_pretrained(tmp_path / name / "out").source_format
+        four, rgb, grey = formats.values()
+        assert (four.mode, four.channels, four.value_range, four.num_levels) == ("array", 4, (-1, 1), None)
+        assert (rgb.mode, grey.mode) == ("RGB", "L")
 
 
 class TestExport:
@@ -277,17 +335,20 @@ class TestCommandLine:
         openai.main([str(argument) for argument in arguments])
         return capsys.readouterr().out
 
-    def test_says_that_no_pipeline_takes_it_and_how_to_load_it(self, tmp_path, capsys):
+    def test_says_how_to_sample_from_a_network_with_a_source_image(self, tmp_path, capsys):
         network = NETWORKS["mask-of-four-modalities"]
         arguments = ["--checkpoint", network.save(tmp_path), "--output_dir", tmp_path / "out", "--image_channels", 1]
         output = self.run(capsys, *arguments, "--model_flags", without(network.flags, "learn_sigma"))
         assert "takes 5 channels: 1 of the noisy image and 4 of conditions" in output
-        assert "no pipeline" in output.lower()
-        scope = {}
+        assert "the noisy image before it" in output
+        assert "pass --condition_first" in output
+        scope = {"source_image": np.zeros((16, 16, 4), dtype=np.float32)}
         instructions = output[output.index("Load it with\n") + len("Load it with\n") :]
+        instructions = instructions.replace('timestep_respacing="250"', 'timestep_respacing="2"')
         exec("\n".join(line.strip() for line in instructions.splitlines()), scope)
-        assert scope["unet"].config.in_channels == 5
-        assert scope["scheduler"].has_learned_variance
+        assert scope["pipe"].unet.config.in_channels == 5
+        assert scope["pipe"].scheduler.has_learned_variance
+        assert scope["image"].mode == "L"
 
         output = self.run(capsys, "--export", tmp_path / "out", "--output_file", tmp_path / "back.pt")
         assert "--learn_sigma True" in output

@@ -24,8 +24,9 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..commands.arguments import BOOLEAN_WORDS
 from ..commands.errors import add_debug_argument, did_you_mean
+from ..conditioning.image_format import ImageFormat
 from ..data.repositories import check_can_be_written
-from ..pipelines import ADMPipeline, ADMSuperResolutionPipeline
+from ..pipelines import ADMImageToImagePipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
 from ..schedulers.noise_schedules import noise_schedule_of
 from .checkpoint_files import SAFETENSORS_DTYPES, check_sums, is_mappable, load_checkpoint
@@ -265,11 +266,20 @@ def make_pipeline(
     unet: ModelMixin,
     scheduler: LearnedVarianceDDPMScheduler,
     low_res_size: int | None = None,
+    source_channels: int | None = None,
 ) -> ADMPipeline:
-    """A pipeline of a U-Net only; `low_res_size` is saved with an upsampler, if known: files do not contain it."""
+    """
+    A pipeline of a U-Net only; `low_res_size` is saved with an upsampler, if known: files do not contain it. With
+    `source_channels` the format of source images is saved: 8-bit grey or RGB, or else numbers that the network takes as
+    they are.
+    """
     options: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
     if issubclass(cls, ADMSuperResolutionPipeline):
         options |= {"low_res_size": low_res_size, "noise_schedule": noise_schedule_of(scheduler)}
+    if issubclass(cls, ADMImageToImagePipeline):
+        usual = ImageFormat.of_channels(source_channels)
+        as_they_are = ImageFormat("array", source_channels, value_range=(-1, 1), num_levels=None)
+        options["source_format"] = (usual if usual.is_picture else as_they_are).to_config()
     return cls(unet, scheduler, **options)
 
 
@@ -295,6 +305,7 @@ def write_folder(
     check_sums(checkpoint)
     record: dict[str, Any] = {"code_base": result.code_base, "kind": result.kind, "preset": result.preset}
     record |= {"file": checkpoint.name, "flags": result.flags} | ({"key": key} if key else {})
+    record |= {"condition_first": True} if getattr(result, "condition_first", False) else {}
     output_dir = result.output_dir
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output_dir.parent / f".{output_dir.name}.{uuid.uuid4().hex[:8]}"

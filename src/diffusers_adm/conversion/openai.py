@@ -40,6 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
         "have two meanings, e.g. 5 input and 2 output channels without --learn_sigma.",
     )
     parser.add_argument(
+        "--condition_first",
+        action="store_true",
+        default=None,
+        help="The network takes the noisy image after its conditions, as forks for segmentation do, not before them.",
+    )
+    parser.add_argument(
         "--export", metavar="FOLDER", help="Write the network of this folder as a checkpoint for OpenAI's code."
     )
     parser.add_argument("--output_file", metavar="FILE.pt", help="File that --export writes; must be new.")
@@ -69,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     if args.output_file is None or args.checkpoint is not None:
         parser.error("`--export FOLDER` needs `--output_file FILE.pt`, and cannot be combined with `--checkpoint`.")
-    _refuse(parser, args, "--checkpoint", ("output_dir", "preset", "model_flags", "code_base"))
+    _refuse(parser, args, "--checkpoint", ("output_dir", "preset", "model_flags", "code_base", "condition_first"))
     order = None if args.new_attention_order is None else args.new_attention_order == "True"
     flags = export_openai(args.export, args.output_file, new_attention_order=order, image_channels=args.image_channels)
     return f"Wrote {args.output_file}. guided-diffusion builds this network with\n\n  {format_flags(flags)}\n"
@@ -87,6 +93,7 @@ def _convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
         key=args.key,
         code_base=args.code_base,
         image_channels=args.image_channels,
+        condition_first=bool(args.condition_first),
     )
     return describe(result)
 
@@ -114,6 +121,15 @@ def describe(result: ConvertedCheckpoint) -> str:
             f"Its pipeline takes the conditions for the masked image and the keep mask (1 = keep){small}, in this "
             "order after the noisy image. If they are something else, load only the U-Net and write a loop."
         )
+    if result.pipeline == "ADMImageToImagePipeline":
+        order = "after" if result.condition_first else "before"
+        lines.append(
+            f"Its pipeline takes the conditions for one source image, and the noisy image {order} it. A file does not "
+            "show this order: "
+            + ("omit" if result.condition_first else "pass")
+            + " --condition_first if it is the other one. `source_format` in model_index.json says which values of the "
+            "source image become -1 and 1."
+        )
     if result.pipeline is None and result.kind != "classifier":
         lines.append("No pipeline of this package takes such channels, so there is no `model_index.json`.")
     lines.append("Load it with")
@@ -128,6 +144,7 @@ def describe(result: ConvertedCheckpoint) -> str:
         ]
     else:
         inputs = {"ADMSuperResolutionPipeline": "small_image, ", "ADMInpaintPipeline": "image, mask_image, "}
+        inputs["ADMImageToImagePipeline"] = "source_image, "
         sampling = f'{inputs.get(result.pipeline, "")}timestep_respacing="{min(250, result.flags["diffusion_steps"])}"'
         sampling += ", class_labels=[0]" if result.flags["class_cond"] else ""
         lines += [

@@ -11,7 +11,7 @@ import torch
 
 from ..models import AdaGNClassifierModel, AdaGNUNet2DModel
 from ..models.config_checks import check_choice
-from ..pipelines import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
+from ..pipelines import ADMImageToImagePipeline, ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline
 from ..schedulers import LearnedVarianceDDPMScheduler
 from ..schedulers.noise_schedules import noise_schedule_of
 from .checkpoint_files import read_layout
@@ -79,6 +79,7 @@ class ConvertedCheckpoint(Conversion):
         condition_channels (`int`): Further input channels, including the small image of an upsampler.
         pipeline (`str`, *optional*): Class of the pipeline whose index was written; `None` if none takes such a
             network.
+        condition_first (`bool`): Whether the checkpoint has the condition channels in front of those of the image.
     """
 
     kind: Kind
@@ -87,6 +88,7 @@ class ConvertedCheckpoint(Conversion):
     image_channels: int
     condition_channels: int
     pipeline: str | None
+    condition_first: bool = False
 
 
 def convert_openai(
@@ -98,6 +100,7 @@ def convert_openai(
     code_base: CodeBase | None = None,
     image_channels: int | None = None,
     key: str | None = None,
+    condition_first: bool = False,
 ) -> ConvertedCheckpoint:
     r"""
     Converts a checkpoint of guided-diffusion or improved-diffusion.
@@ -107,8 +110,8 @@ def convert_openai(
             of a training loop that holds one.
         output_dir (`str` or `Path`): Folder for the result; must not exist, or be empty. A U-Net gives `unet/`,
             `scheduler/` and the index of an `ADMPipeline`, of an `ADMInpaintPipeline` if it takes RGB images and 4 or 7
-            further channels, and none for other conditions; an upsampler that of an `ADMSuperResolutionPipeline`; a
-            classifier `classifier/` and `scheduler/`.
+            further channels, and of an `ADMImageToImagePipeline` for other conditions; an upsampler that of an
+            `ADMSuperResolutionPipeline`; a classifier `classifier/` and `scheduler/`.
         preset (`str`, *optional*): Name of a published checkpoint, which determines all flags (`PRESETS`).
         model_flags (`str` or mapping, *optional*): The flags of the scripts that the network was trained with
             (`"--image_size 64 --num_channels 128 ..."`). Flags left out are read from the file as far as possible
@@ -120,6 +123,9 @@ def convert_openai(
         key (`str`, *optional*): Which network, if the file holds several: dictionary keys and parts of the tensor
             names, joined by dots (`"ema"`, `"state_dict.model"`). A single wrapped network is found without it, and a
             warning says where.
+        condition_first (`bool`, defaults to `False`): The checkpoint's code concatenates the noisy image after its
+            conditions, as forks for segmentation do, and not before them as guided-diffusion's upsampler does. A file
+            does not show it.
 
     Returns:
         [`ConvertedCheckpoint`]: `.assumed` holds the flags that are defaults. With neither `preset` nor `model_flags`
@@ -172,7 +178,8 @@ def convert_openai(
         flags, assumed = add_defaults(defaults, determined)
 
     # 2. the network, whose tensors must be exactly those of the file
-    component = _component(build_network(flags, code_base, kind, None if preset else shapes), flags)
+    first_channels = _first_channels(kind, flags, shapes) if condition_first else 0
+    component = _component(build_network(flags, code_base, kind, None if preset else shapes), flags, first_channels)
     components = {"classifier" if kind == "classifier" else "unet": component}
     problems = differences(components, shapes)
     if problems:
@@ -195,7 +202,8 @@ def convert_openai(
     else:
         image_channels = channels_out // 2 if flags["learn_sigma"] else channels_out
         cls = _pipeline_class(kind, channels_in, image_channels)
-    pipeline = None if cls is None else make_pipeline(cls, component.model, scheduler, small_size)
+    extra_channels = channels_in - image_channels
+    pipeline = None if cls is None else make_pipeline(cls, component.model, scheduler, small_size, extra_channels)
     result = ConvertedCheckpoint(
         output_dir=output_dir,
         code_base=code_base,
@@ -208,8 +216,9 @@ def convert_openai(
         num_parameters=layout.num_parameters,
         dtypes=layout.dtypes,
         image_channels=image_channels,
-        condition_channels=channels_in - image_channels,
+        condition_channels=extra_channels,
         pipeline=None if cls is None else cls.__name__,
+        condition_first=condition_first,
     )
     write_folder(result, checkpoint, layout.key, components, scheduler, pipeline)
     return result
@@ -220,8 +229,21 @@ def check_channels_of_classifier(in_channels: int, image_channels: int | None) -
         raise ValueError(f"`image_channels` is {image_channels}, but the classifier takes {in_channels}. Omit it.")
 
 
-def _component(model: AdaGNUNet2DModel | AdaGNClassifierModel, flags: Flags) -> Component:
-    return Component(model, tensor_rules(model, flags.get("use_new_attention_order", False)))
+def _component(model: AdaGNUNet2DModel | AdaGNClassifierModel, flags: Flags, first_channels: int = 0) -> Component:
+    return Component(model, tensor_rules(model, flags.get("use_new_attention_order", False), first_channels))
+
+
+def _first_channels(kind: Kind, flags: Flags, shapes: Shapes) -> int:
+    """Number of condition channels in front of the noisy image; a `ValueError` if there are no conditions."""
+    channels_in, channels_out = channels_of_file(shapes)
+    if kind == "unet":
+        first_channels = channels_in - (channels_out // 2 if flags["learn_sigma"] else channels_out)
+        if first_channels > 0:
+            return first_channels
+    raise ValueError(
+        f"`condition_first` was given, but {KIND_NAMES[kind]} of {channels_in} input channels has no conditions in "
+        "front of the noisy image. Omit it."
+    )
 
 
 def recognise(stem: str, shapes: Shapes, code_base: CodeBase | None) -> str | None:
@@ -264,7 +286,8 @@ def _pipeline_class(kind: Kind, channels_in: int, image_channels: int) -> type[A
         return ADMSuperResolutionPipeline if channels_in == 2 * image_channels else None
     if channels_in == image_channels:
         return ADMPipeline
-    return ADMInpaintPipeline if image_channels == IMAGE_CHANNELS and channels_in in INPAINTING_CHANNELS else None
+    inpaints = image_channels == IMAGE_CHANNELS and channels_in in INPAINTING_CHANNELS
+    return ADMInpaintPipeline if inpaints else ADMImageToImagePipeline
 
 
 def _settle_kind(given: Flags, shapes: Shapes, code_base: CodeBase, image_channels: int | None) -> Kind:

@@ -103,9 +103,12 @@ def export_openai(
         logger.warning(note)
 
     tensors = {name: tensor.to("cpu", dtypes.get(name)) for name, tensor in model.state_dict().items()}
+    first_channels = 0
+    if record.get("condition_first"):
+        first_channels = model.config.in_channels - model.config.out_channels // (2 if learn_sigma else 1)
     state_dict = {
         rule.source: rule.join(*(tensors.pop(target) for target in rule.targets)).contiguous()
-        for rule in tensor_rules(model, new_attention_order)
+        for rule in tensor_rules(model, new_attention_order, first_channels)
     }
     output_file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output_file.with_name(f".{output_file.name}.{uuid.uuid4().hex[:8]}")

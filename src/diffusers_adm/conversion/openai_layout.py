@@ -62,7 +62,7 @@ def _attention(source: str, target: str, attention: Any, heads_first: bool) -> I
     yield from module_rules(f"{source}.proj_out", f"{target}.to_out.0", dims=1)
 
 
-def tensor_rules(model: ModelMixin, new_attention_order: bool) -> list[TensorRule]:
+def tensor_rules(model: ModelMixin, new_attention_order: bool, first_channels: int = 0) -> list[TensorRule]:
     r"""
     Lists the rules for all tensors of a checkpoint of `model`, in the order of OpenAI's modules.
 
@@ -70,8 +70,20 @@ def tensor_rules(model: ModelMixin, new_attention_order: bool) -> list[TensorRul
         model ([`AdaGNUNet2DModel`] or [`AdaGNClassifierModel`]): May be on the meta device.
         new_attention_order (`bool`): The rows of a `qkv` are ordered (qkv, head, channel), and not (head, qkv, channel)
             as in improved-diffusion and in most published models. No effect with a single head.
+        first_channels (`int`, defaults to 0): Number of input channels of conditions that the checkpoint has in front
+            of those of the noisy image. Here they are behind them.
     """
-    return list(_walk(model, heads_first=not new_attention_order))
+    rules = list(_walk(model, heads_first=not new_attention_order))
+    if first_channels == 0:
+        return rules
+    # The first convolution is a sum over its input channels, so another order of these is one of its weights.
+    behind = TensorRule(
+        "input_blocks.0.0.weight",
+        ("conv_in.weight",),
+        lambda weight: (weight.roll(-first_channels, dims=1),),
+        lambda weight: weight.roll(first_channels, dims=1),
+    )
+    return [behind if rule.source == behind.source else rule for rule in rules]
 
 
 def _walk(model: Any, heads_first: bool) -> Iterator[TensorRule]:
