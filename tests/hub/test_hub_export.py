@@ -24,6 +24,7 @@ from diffusers_adm import (
     AdaGNMultiControlNetModel,
     AdaGNUNet2DModel,
     ADMControlNetPipeline,
+    ADMImageToImagePipeline,
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
@@ -34,7 +35,13 @@ from diffusers_adm.hub import export as hub
 from diffusers_adm.hub.export import export_model_file
 
 
-PIPELINES = [ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline]
+PIPELINES = [
+    ADMPipeline,
+    ADMInpaintPipeline,
+    ADMSuperResolutionPipeline,
+    ADMControlNetPipeline,
+    ADMImageToImagePipeline,
+]
 CLASSES = [
     AdaGNUNet2DModel,
     AdaGNControlNetModel,

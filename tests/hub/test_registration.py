@@ -27,6 +27,7 @@ from diffusers_adm import (
     AdaGNMultiControlNetModel,
     AdaGNUNet2DModel,
     ADMControlNetPipeline,
+    ADMImageToImagePipeline,
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
@@ -38,7 +39,13 @@ from diffusers_adm.hub.public_classes import PUBLIC_CLASSES
 
 
 COMPONENTS = {"vae": None, "text_encoder": None, "tokenizer": None, "classifier": None}
-PIPELINES = [ADMPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline]
+PIPELINES = [
+    ADMPipeline,
+    ADMInpaintPipeline,
+    ADMSuperResolutionPipeline,
+    ADMControlNetPipeline,
+    ADMImageToImagePipeline,
+]
 CLASSES = [
     AdaGNUNet2DModel,
     AdaGNControlNetModel,
