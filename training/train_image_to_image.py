@@ -32,6 +32,7 @@ from diffusers_adm.training import (
     load_held_out,
     parse_run,
     record_measures,
+    source_column_in_errors,
     start_run,
     training_losses,
     translate_examples,
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     prepare_repository(accelerator, training_args)
 
     # 2. Networks and data
-    diffusion = load_diffusion(accelerator, record, common_args, may_widen=True, translation=pair_args)
+    with source_column_in_errors():
+        diffusion = load_diffusion(accelerator, record, common_args, may_widen=True, translation=pair_args)
     record.check_network(diffusion.unet.config, diffusion.resolution, diffusion.frozen_parts())
     train_dataset, validation_dataset = diffusion.datasets(dataset_class=pair_args.dataset_class())
     with accelerator.main_process_first():

@@ -59,6 +59,7 @@ from .image_to_image import (
     ImageToImageArguments,
     load_held_out,
     record_measures,
+    source_column_in_errors,
     translate_examples,
 )
 from .images import cell_scale, labelled_grid, labelled_strips

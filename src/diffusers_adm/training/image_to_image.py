@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,15 @@ class ImageToImageArguments:
     def dataset_class(self) -> Any:
         """The class of the datasets, with the made source images if there are some."""
         return functools.partial(MadeSourceDataset, source=self.source) if self.source else ImageDataset
+
+
+@contextlib.contextmanager
+def source_column_in_errors() -> Iterator[None]:
+    """Calls the column of the source images in errors as the arguments of the script do."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("conditioning_image_column", "source_column")) from error
 
 
 # 2. Validation
