@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from diffusers_adm.conditioning.control_images import make_condition
-from diffusers_adm.conditioning.made_sources import NOISE_STDS, add_noise, channels_of_source, grayscale, make_source
+from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm.conditioning.made_sources import NOISE_STDS, add_noise, grayscale, make_source, source_format_of
 from diffusers_adm.data.pairs import MadeSourceDataset, pair_images
 from diffusers_adm.training import ImageDataset, load_image_dataset
 
@@ -185,14 +186,32 @@ class TestMadeSources:
     def test_kinds_of_control_images(self, kind):
         image = photo(size=(16, 32))
         assert torch.equal(make_source(image, kind), make_condition(image, kind))
-        assert channels_of_source(kind, 3) == 3
+        assert source_format_of(kind, ImageFormat()) == ImageFormat()
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="`source` is 'depth'; it must be one of 'grayscale', 'noise', 'edges'"):
             make_source(photo(), "depth")
-        with pytest.raises(ValueError, match="`source` grayscale is made from RGB images, but these have 5 channels"):
-            make_source(photo(channels=5), "grayscale")
-        assert make_source(photo(channels=5), "noise", torch.Generator()).shape == (5, 8, 8)
+        five = ImageFormat("array", 5, (0, 1), None)
+        with pytest.raises(ValueError, match="`source` grayscale is made from RGB images, but these are 5-channel"):
+            make_source(photo(channels=5), "grayscale", five)
+        assert make_source(photo(channels=5), "noise", five, torch.Generator()).shape == (5, 8, 8)
+
+    def test_the_format_is_that_of_the_images(self):
+        deep = ImageFormat("RGB", 3, (0, 4095), 4096)
+        assert source_format_of("grayscale", deep) == ImageFormat("L", 1, (0, 4095), 4096)
+        assert source_format_of("noise", deep) == deep
+        image = torch.randint(0, 4096, (3, 8, 8), generator=torch.Generator().manual_seed(0)) / 4095
+        grey = make_source(image, "grayscale", deep)
+        assert (
+            grey - torch.einsum("c,chw->hw", torch.tensor([0.299, 0.587, 0.114]), image)
+        ).abs().max() < 0.6 / 4095  # half a level, and rounded weights
+        levels = make_source(image, "noise", deep, torch.Generator().manual_seed(0)) * 4095
+        assert (levels - levels.round()).abs().max() < 1e-3
+        continuous = ImageFormat("RGB", 3, (0, 1), None)
+        exact = make_source(image, "grayscale", continuous)
+        torch.testing.assert_close(
+            exact[0], torch.einsum("c,chw->hw", torch.tensor([0.299, 0.587, 0.114]), image), rtol=0, atol=2e-5
+        )
 
     def test_in_a_dataset(self, tmp_path):
         path = tmp_path / "a.parquet"
