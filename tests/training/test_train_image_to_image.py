@@ -285,6 +285,95 @@ def test_masks_have_a_dice_coefficient(short, tmp_path):
     assert 0 <= measures["dice"] <= 1
 
 
+def write_arrays(path, make, order=range(NUMBER)):
+    path.mkdir()
+    for index in order:
+        np.save(path / f"{index:02d}.npy", make(index))
+    return str(path)
+
+
+class TestFormats:
+    """Sources and targets of other channels, depths and shapes."""
+
+    def bands(self, index):
+        """Four channels of 16 bits, of values from 100 to 4100, 8 x 16."""
+        return np.random.default_rng(index).integers(100, 4101, (8, 16, 4)).astype(np.uint16)
+
+    def mask(self, index):
+        """Where the second channel is above its middle: 0 and 255."""
+        return Image.fromarray((255 * (self.bands(index)[..., 1] > 2100)).astype(np.uint8))
+
+    @pytest.fixture
+    def segmentation(self, short, tmp_path):
+        del short["data_files"]
+        config = {"model_config_name_or_path": write_model_config(tmp_path, in_channels=5, out_channels=2)}
+        folders = {"train_data_dir": write_folder(tmp_path / "masks", self.mask)}
+        folders["source_data_dir"] = write_arrays(tmp_path / "bands", self.bands)
+        return short | config | folders | {"resolution": "8x16", "source_value_range": [100, 4100]}
+
+    def test_masks_of_four_bands(self, segmentation, seen):
+        train(**segmentation)
+        for images, extra_channels, _ in seen:
+            assert images.shape[1:] == (1, 8, 16)
+            assert extra_channels.shape[1:] == (4, 8, 16)
+            assert torch.equal(images[:, 0] > 0, extra_channels[:, 1] * 2000 + 2100 > 2100.5)
+        pipe = ADMImageToImagePipeline.from_pretrained(segmentation["output_dir"])
+        kind = pipe.source_format
+        assert (kind.mode, kind.channels, kind.value_range, kind.num_levels) == ("array", 4, (100, 4100), 4001)
+        assert (pipe.image_format.mode, pipe.sample_channels) == ("L", 1)
+        (image,) = pipe(self.bands(3), num_inference_steps=1).images
+        assert (image.mode, image.size) == ("L", (16, 8))
+        assert "dice" in json.loads(Path(segmentation["output_dir"], "image_to_image.json").read_text())
+
+    def test_the_channels_may_come_from_the_data(self, segmentation, tmp_path):
+        config = {name: value for name, value in TOY_CONFIG.items() if name not in ("in_channels", "out_channels")}
+        (tmp_path / "open.json").write_text(json.dumps(config))
+        train(**segmentation | {"model_config_name_or_path": str(tmp_path / "open.json")})
+        unet = ADMImageToImagePipeline.from_pretrained(segmentation["output_dir"]).unet
+        assert (unet.config.in_channels, unet.config.out_channels) == (5, 2)
+
+    def test_the_range_is_that_of_the_pretrained_model(self, segmentation, tmp_path):
+        train(**segmentation)
+        for name in ("model_config_name_or_path", "source_value_range"):
+            del segmentation[name]
+        tuned = {"pretrained_model_name_or_path": segmentation["output_dir"], "output_dir": str(tmp_path / "tuned")}
+        train(**segmentation | tuned)
+        first, second = (
+            ADMImageToImagePipeline.from_pretrained(run).source_format
+            for run in (segmentation["output_dir"], tmp_path / "tuned")
+        )
+        assert first == second
+
+    def test_the_other_way_round(self, segmentation, tmp_path):
+        """Four channels, of which three are shown, from a mask."""
+        changes = {"train_data_dir": segmentation["source_data_dir"], "source_data_dir": segmentation["train_data_dir"]}
+        changes |= {"model_config_name_or_path": write_model_config(tmp_path, in_channels=5, out_channels=8)}
+        changes |= {"value_range": segmentation.pop("source_value_range"), "preview_channels": [3, 2, 1]}
+        train(**segmentation | changes)
+        pipe = ADMImageToImagePipeline.from_pretrained(segmentation["output_dir"])
+        values = pipe(self.mask(0), num_inference_steps=1, output_type="np").images
+        assert values.shape == (1, 8, 16, 4)
+        assert 100 <= values.min() <= values.max() <= 4100
+        measures = json.loads(Path(segmentation["output_dir"], "image_to_image.json").read_text())
+        assert 0 < measures["psnr"] < 30
+
+    def test_noise_of_any_data(self, segmentation, seen, tmp_path):
+        del segmentation["source_value_range"]
+        folder = {"train_data_dir": segmentation.pop("source_data_dir"), "source": "noise"}
+        folder |= {"model_config_name_or_path": write_model_config(tmp_path, in_channels=8, out_channels=8)}
+        train(**segmentation | folder | {"value_range": ["auto"]})
+        assert all(extra_channels.shape == images.shape for images, extra_channels, _ in seen)
+        pipe = ADMImageToImagePipeline.from_pretrained(segmentation["output_dir"])
+        assert pipe.source_format == pipe.image_format
+
+    def test_grey_sources_of_colour_files(self, short, seen, tmp_path):
+        config = {"model_config_name_or_path": write_model_config(tmp_path, in_channels=4)}
+        train(**short | config, source_column="source", source_mode="L")
+        for images, extra_channels, _ in seen:
+            expected = torch.stack([grayscale(0.5 - image / 2) for image in images])
+            torch.testing.assert_close(extra_channels, 2 * expected - 1, rtol=0, atol=1e-6)
+
+
 # 3. Recipes
 
 
@@ -338,8 +427,27 @@ class TestBadInput:
         with pytest.raises(ValueError, match="None of the 24 target images has a source image"):
             train(**short, source_data_files=files, pair_column="key")
 
-    @pytest.mark.parametrize(("channels", "arguments"), [(6, {"source": "grayscale"}), (4, {"source": "noise"})])
-    def test_networks_of_other_channels(self, short, channels, arguments, tmp_path):
+    @pytest.mark.parametrize(
+        ("channels", "arguments", "message"),
+        [
+            (6, {"source": "grayscale"}, "takes 3 channels in addition .* source images .grayscale. have 1"),
+            (4, {"source": "noise"}, "takes 1 channels in addition .* source images .noise. have 3"),
+            (4, {"source_column": "source"}, "Source images: .*--source_mode L"),
+            (3, {"source_column": "source"}, "takes 3 channels and predicts images of 3, so that none are left"),
+            (6, {"source_column": "source", "source_mode": "L"}, "Source images: `--source_mode` L has 1 channel"),
+            (6, {"source": "noise", "source_mode": "RGB"}, "are for pairs of images, but `source` is noise"),
+            (6, {"source_column": "source", "source_value_range": [5, 1]}, "`source_value_range` is '5.0 1.0'"),
+        ],
+    )
+    def test_networks_of_other_channels(self, short, channels, arguments, message, tmp_path):
         short["model_config_name_or_path"] = write_model_config(tmp_path, in_channels=channels)
-        with pytest.raises(ValueError, match=f"The U-Net takes {channels} channels"):
+        with pytest.raises(ValueError, match=message):
             train(**short, **arguments)
+
+    def test_colours_that_other_data_do_not_have(self, short, tmp_path):
+        short["model_config_name_or_path"] = write_model_config(tmp_path, in_channels=5, out_channels=8)
+        folder = write_arrays(tmp_path / "bands", lambda index: np.zeros((8, 8, 4), np.uint8) + index)
+        short |= {"data_files": None, "train_data_dir": folder}
+        short = {name: value for name, value in short.items() if value is not None}
+        with pytest.raises(ValueError, match="`source` grayscale is made from RGB images, but these are 4-channel"):
+            train(**short, source="grayscale")
