@@ -17,7 +17,8 @@ from diffusers_adm.training import run as training_run
 
 
 SCRIPTS = {
-    name: load_script(name) for name in ("train_adm", "train_classifier", "train_controlnet", "train_super_resolution")
+    name: load_script(name)
+    for name in ("train_adm", "train_classifier", "train_controlnet", "train_image_to_image", "train_super_resolution")
 }
 SCRATCH = {"model_config_name_or_path": "unet.json"}
 PRETRAINED = {"pretrained_model_name_or_path": "somebody/model"}
@@ -96,6 +97,7 @@ def test_published_recipes(recipe, monkeypatch):
     script = "train_classifier" if "classifier" in recipe.stem else "train_adm"
     script = "train_super_resolution" if "low_res_size" in keys else script
     script = "train_controlnet" if "\ncondition:" in keys else script
+    script = "train_image_to_image" if "\nsource" in keys else script
     assert check_effects(*parse_args(SCRIPTS[script].ARGUMENT_TYPES, ["--config", str(recipe)])) == []
 
 

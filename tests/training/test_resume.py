@@ -34,7 +34,7 @@ from diffusers_adm.training.arguments import APPLIED, FREE, NEVER, PROCESS, Verd
 from diffusers_adm.training.resume import OF_ONE_START, apply_arguments, parse_run
 
 
-NAMES = ("train_adm", "train_classifier", "train_controlnet", "train_super_resolution")
+NAMES = ("train_adm", "train_classifier", "train_controlnet", "train_image_to_image", "train_super_resolution")
 SCRIPTS = {name: load_script(name) for name in NAMES}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREVIOUS = Path("tests", "training", "data", "previous_version")  # as its record has it: relative to the repository
@@ -137,6 +137,9 @@ def toys(tmp_path_factory):
         "train_classifier": {k: v for k, v in TOY_RUN.items() if k not in no_grids}
         | {"model_config_name_or_path": write_json(folder / "classifier.json", classifier), "use_ema": True},
         "train_controlnet": TOY_RUN | {"pretrained_model_name_or_path": base, "condition": "low_resolution"},
+        "train_image_to_image": TOY_RUN
+        | {"model_config_name_or_path": write_json(folder / "translator.json", TOY_CONFIG, in_channels=6)}
+        | {"source": "low_resolution"},
         "train_super_resolution": TOY_RUN
         | {"model_config_name_or_path": write_json(folder / "upsampler.json", TOY_CONFIG, in_channels=6)}
         | {"low_res_size": 4, "max_noise_level": 0},
@@ -235,6 +238,7 @@ OTHERS = {
     "num_validation_images": 2,
     "objective": "simple",
     "output_dir": "elsewhere",
+    "pair_column": ["text"],
     "overwrite_output_dir": True,
     "precompute_text_embeddings": True,
     "prediction_type": "v_prediction",
@@ -246,6 +250,13 @@ OTHERS = {
     "resolution": 16,
     "seed": 5,
     "snr_gamma": 5.0,
+    "source": "noise",
+    "source_column": "picture",
+    "source_data_dir": "elsewhere",
+    "source_data_files": ["elsewhere.parquet"],
+    "source_dropout_prob": 0.7,
+    "source_mode": "RGB",
+    "source_value_range": [0.0, 1.0],
     "split": "test",
     "task": "inpaint",
     "timestep_sampler": "loss-second-moment",
@@ -257,6 +268,7 @@ OTHERS = {
     "validation_guidance_scale": 2.0,
     "validation_num_inference_steps": 2,
     "validation_prompts": ["a cat"],
+    "validation_source_data_files": [EMOJI],
     "validation_split": "test",
     "validation_steps": 3,
     "value_range": [0.0, 100.0],
@@ -271,6 +283,9 @@ NEEDED = {
     "lora_alpha": {"lora_rank": 2},
     "lora_target_modules": {"lora_rank": 2},
     "max_validation_samples": {"validation_split": "test"},
+    "pair_column": {"source_data_files": EMOJI},
+    "source_mode": {"source_column": "picture"},
+    "source_value_range": {"source_column": "picture"},
 }
 # Arguments that this script always refuses.
 REFUSED_ANYWAY = {
@@ -281,8 +296,8 @@ REFUSED_ANYWAY |= {("train_controlnet", name) for name in ("prediction_type", "v
 
 @pytest.mark.parametrize(("script", "name"), with_verdict(FREE))
 def test_free_arguments_are_used(begun, script, name):
-    if name in (*OF_ONE_START, "precompute_text_embeddings", "validation_prompts"):
-        return  # of one start; the others need captions, see below
+    if name in (*OF_ONE_START, "precompute_text_embeddings", "validation_prompts", "validation_source_data_files"):
+        return  # of one start; the others need captions, see below, or other pairs of images
     changes = {name: OTHERS[name], "resume_from_checkpoint": str(begun(script) / "checkpoint-2"), "max_train_steps": 3}
     all_args, record = parse(script, **NEEDED.get(name, {}) | changes)
     assert values_of(all_args)[name] == OTHERS[name]
