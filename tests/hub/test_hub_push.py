@@ -12,7 +12,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from toy_models import CONDITIONAL, random_classifier, random_unet
 
-from diffusers_adm import AdaGNControlNetModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import (
+    AdaGNControlNetModel,
+    ADMImageToImagePipeline,
+    ADMPipeline,
+    LearnedVarianceDDPMScheduler,
+)
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.evaluation import ImageSetComparison
 from diffusers_adm.hub import model_cards
@@ -98,6 +103,34 @@ class TestCard:
     @staticmethod
     def local_card(path: Path, repo_id: str, token: str | None) -> ModelCard | None:
         return ModelCard.load(path) if path.is_file() else None
+
+    @pytest.mark.parametrize("held_out", [True, False])
+    def test_of_an_image_to_image_model(self, held_out, tmp_path):
+        folder = tmp_path / "run"
+        unet = random_unet(in_channels=4)
+        ADMImageToImagePipeline(unet, LearnedVarianceDDPMScheduler(), **NONE).save_pretrained(folder)
+        files = {"data_files": ["/home/a/twemoji/train.parquet"], "source_data_files": ["/home/a/noto-emoji/x.parquet"]}
+        files |= {"validation_data_files": ["/home/a/twemoji/test.parquet"]} if held_out else {}
+        (folder / "train_args.yaml").write_text(yaml.safe_dump(files))
+        measures = {"psnr": 17.25, "ssim": 0.5, "num_images": 16, "held_out": held_out, "num_inference_steps": 25}
+        (folder / "image_to_image.json").write_text(json.dumps(measures))
+        pipe = ADMImageToImagePipeline.from_pretrained(folder)
+        card = ModelCard.load(write_model_card(pipe, folder, "alice/style"))
+        assert card.data.pipeline_tag == "image-to-image"
+        results = {result.metric_type: (result.metric_name, result.metric_value) for result in card.data.eval_results}
+        kind = "held-out" if held_out else "training"
+        assert results == {
+            "psnr": (f"PSNR (dB) of 16 {kind} images", 17.25),
+            "ssim": (f"SSIM of 16 {kind} images", 0.5),
+        }
+        data = ".../twemoji/test.parquet" if held_out else "training images"
+        assert {result.dataset_name for result in card.data.eval_results} == {data}
+        assert f"means over 16 {kind} images (25 sampling steps): PSNR (dB) 17.25, SSIM 0.5." in card.text
+        assert "training/train_image_to_image.py" in card.text
+        assert "Its source images are grey images from 0 to 255" in card.text
+        assert "Noto Emoji" in card.text
+        assert "Twemoji" in card.text
+        assert card.data.license is None  # of two data sets
 
     def test_of_a_run(self, run, tmp_path):
         pipe = ADMPipeline.from_pretrained(run)

@@ -1,9 +1,10 @@
 """
 Model cards for what is pushed to the Hub, from the object itself and from the folder of the run that trained it.
 
-`model_card.md` is their template. The folder of a run holds `train_args.yaml`, `loss_curves.png`, `samples-*.png` and,
-once measured, `bits_per_dim.json` and `frechet.json`: the outputs of `python -m diffusers_adm.evaluation.bits_per_dim`
-and `...frechet --json`. What is unknown is left out: a card claims no licence, data or score that is not found there.
+`model_card.md` is their template. The folder of a run holds `train_args.yaml`, `loss_curves.png`, `samples-*.png`, for
+an image to image model `image_to_image.json` (measures of its last validation) and, once measured, `bits_per_dim.json`
+and `frechet.json`: the outputs of `python -m diffusers_adm.evaluation.bits_per_dim` and `...frechet --json`. What is
+unknown is left out: a card claims no licence, data or score that is not found there.
 """
 
 import json
@@ -23,7 +24,12 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..conditioning.image_format import ImageFormat, as_size
 from ..models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
-from ..pipelines import ADMControlNetPipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline
+from ..pipelines import (
+    ADMControlNetPipeline,
+    ADMImageToImagePipeline,
+    ADMInpaintPipeline,
+    ADMSuperResolutionPipeline,
+)
 from ..schedulers.noise_schedules import describe_noise_schedule
 from ..training.previews import describe_preview
 from .publishing import add_publishing
@@ -54,8 +60,11 @@ MEASURES = ("frechet_distance", "inception_score", "precision", "recall", "accur
 SCRIPTS = {
     AdaGNClassifierModel: "train_classifier.py",
     AdaGNControlNetModel: "train_controlnet.py",
+    ADMImageToImagePipeline: "train_image_to_image.py",
     ADMSuperResolutionPipeline: "train_super_resolution.py",
 }
+# Of image_to_image.json, with their names in a card.
+TRANSLATION_MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "dice": "Dice coefficient"}
 
 
 class LoraAdapter(PushToHubMixin):
@@ -78,6 +87,7 @@ class _Run:
     args: Mapping[str, Any]
     bits: Mapping[str, Any] | None
     frechet: Mapping[str, Any] | None
+    translation: Mapping[str, Any] | None
 
     @classmethod
     def find(cls, pushed: Any, folder: Path) -> "_Run":
@@ -90,10 +100,10 @@ class _Run:
                 places.append(Path(origin).resolve().parent)
         run = next((place for place in places if (place / "train_args.yaml").is_file()), None)
         if run is None:
-            return cls(None, {}, None, None)
+            return cls(None, {}, None, None, None)
         args = yaml.safe_load((run / "train_args.yaml").read_text(encoding="utf-8"))
         args = {name: value for name, value in args.items() if value is not None and name not in NO_RECIPE}
-        paths = [run / "bits_per_dim.json", run / "frechet.json"]
+        paths = [run / name for name in ("bits_per_dim.json", "frechet.json", "image_to_image.json")]
         return cls(run, args, *(json.loads(path.read_text("utf-8")) if path.is_file() else None for path in paths))
 
     @property
@@ -102,9 +112,16 @@ class _Run:
         return "Inception" if kind == "inception" else f"the classifier {_public(path)}"
 
     @property
+    def translated(self) -> str:
+        """The images on which an image to image model was measured, in words."""
+        kind = "held-out" if self.translation["held_out"] else "training"
+        return f"{self.translation['num_images']} {kind} images"
+
+    @property
     def known_data(self) -> list[tuple[str, str]]:
         """The entries of `KNOWN_DATA` for the data of the run; none unless all of them are known."""
-        given = [self.args.get(name) for name in ("data_files", "train_data_dir", "dataset_name")]
+        names = ("data_files", "train_data_dir", "dataset_name", "source_data_files", "source_data_dir")
+        given = [self.args.get(name) for name in names]
         places = [str(place) for value in given if value for place in ([value] if isinstance(value, str) else value)]
         found = [[part for part in KNOWN_DATA if part in place] for place in places]
         return [KNOWN_DATA[part] for part in dict.fromkeys(sum(found, []))] if all(found) else []
@@ -174,7 +191,8 @@ def _names(places: str | Sequence[str]) -> str:
 
 def _task(pushed: Any) -> str | None:
     """The Hub's name for the task. Class-conditional generation has none of its own and counts as unconditional."""
-    from_image = (ADMInpaintPipeline, ADMSuperResolutionPipeline, ADMControlNetPipeline, AdaGNControlNetModel)
+    from_image = (ADMImageToImagePipeline, ADMInpaintPipeline, ADMSuperResolutionPipeline)
+    from_image += (ADMControlNetPipeline, AdaGNControlNetModel)
     if isinstance(pushed, from_image):
         return "image-to-image"
     if isinstance(pushed, AdaGNClassifierModel):
@@ -199,6 +217,12 @@ def _metadata(pushed: Any, repo_id: str, run: _Run) -> ModelCardData:
                 kind = "fid" if (measure, run.features) == ("frechet_distance", "Inception") else measure
                 name = f"{measure.replace('_', ' ').capitalize()} ({run.frechet['num_samples']} samples, {origin})"
                 measured.append((data, kind, name, run.frechet[measure]))
+    if run.translation is not None:
+        places = run.args.get("validation_data_files") if run.translation["held_out"] else None
+        data = _names(places or "training images")
+        for measure, name in TRANSLATION_MEASURES.items():
+            if measure in run.translation:
+                measured.append((data, measure, f"{name} of {run.translated}", run.translation[measure]))
     task = _task(pushed)
     results = [
         EvalResult(
@@ -256,6 +280,8 @@ def _template_variables(pushed: Any, folder: Path, repo_id: str, run: _Run) -> d
         "script": next((script for cls, script in SCRIPTS.items() if isinstance(pushed, cls)), "train_adm.py"),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else "",
         "measures": MEASURES,
+        "translation_measures": TRANSLATION_MEASURES,
+        "source_format": pushed.source_format if isinstance(pushed, ADMImageToImagePipeline) else None,
         "names": _names,
         **_format_variables(pushed, run),
         "is_for_clean_images": noise_schedule == {},
