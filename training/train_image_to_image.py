@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def generate() -> Image.Image:
         images, measures = translate_examples(build_pipeline(), examples, training_args)
-        record_measures(run, measures, len(examples), held_out is not None)
+        record_measures(run, training_args, measures, len(examples), held_out is not None)
         return images
 
     validate = functools.partial(run.validate, functools.partial(run.show_samples, generate))

@@ -213,7 +213,7 @@ def load_held_out(
     if id2label is not None:
         images = renumber_labels(images, match_classes(id2label, diffusion.id2label))
     images = args.pair(images, source, args.validation_source_data_files)
-    formats = {"image_format": diffusion.image_format, "condition_format": diffusion.condition_format}
+    formats: dict[str, Any] = {"image_format": diffusion.image_format, "condition_format": diffusion.condition_format}
     images, _ = check_images(images, diffusion.resolution, num_proc=data_args.image_check_num_proc, **formats)
     seed = diffusion.args.training.seed
     return args.dataset_class()(images, diffusion.resolution, center_crop=True, seed=seed, **formats)
@@ -245,13 +245,23 @@ def translate_examples(
     return labelled_strips(columns, scale=cell_scale(columns["target"]), caption=caption), measures
 
 
-def record_measures(run: TrainingRun, measures: Mapping[str, float], num_images: int, held_out: bool) -> None:
-    """Writes the measures of a validation to the log and, for the model card, to the folder of the run."""
-    step, output_dir = run.progress.global_step, run.training_args.output_dir
+def record_measures(
+    run: TrainingRun,
+    training_args: DiffusionTrainingArguments,
+    measures: Mapping[str, float],
+    num_images: int,
+    held_out: bool,
+) -> None:
+    """
+    Writes the measures of a validation, of that many held-out or training images, to the log and, for the model card,
+    to the folder of the run.
+    """
+    step = run.progress.global_step
     run.log.write_validation(step, measures)
     values = {**measures, "num_images": num_images, "held_out": held_out, "step": step}
-    values["num_inference_steps"] = run.training_args.validation_num_inference_steps
-    Path(output_dir, MEASURES_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    values["num_inference_steps"] = training_args.validation_num_inference_steps
+    path = Path(training_args.output_dir, MEASURES_NAME)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     described = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
     images = f"{num_images} {'held-out' if held_out else 'training'} images"
     run.logger.info(f"Validation at step {step} on {images}: {described}")
