@@ -792,8 +792,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         check_scheduler(self.scheduler)
         unet, channels = self.unet.config, self.sample_channels
         if unet.out_channels not in (channels, 2 * channels):
-            # More input channels than those of the mean, without or with a learned variance, are those of a condition.
-            has_more = unet.in_channels > unet.out_channels
+            # More input channels than those of the mean, which may be half of the output, are those of a condition.
+            has_more = unet.in_channels > unet.out_channels // 2
             may_inpaint = (sample_channels_of(unet) or channels) < channels
             raise ValueError(
                 f"`unet` has `in_channels={unet.in_channels}` and `out_channels={unet.out_channels}`. "

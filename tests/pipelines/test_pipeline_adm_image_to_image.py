@@ -24,6 +24,7 @@ from toy_models import (
 from diffusers_adm import (
     AdaGNControlNetModel,
     ADMImageToImagePipeline,
+    ADMPipeline,
     ADMSuperResolutionPipeline,
     LearnedVarianceDDPMScheduler,
 )
@@ -290,6 +291,11 @@ class TestChannels:
         scheduler = LearnedVarianceDDPMScheduler(variance_type=variance_type)
         with pytest.raises(ValueError, match="its input has no channels for a source image.*`ADMPipeline`"):
             make_translator(unet, scheduler)
+
+    def test_that_other_pipelines_do_not_take(self):
+        unet = random_unet(**CHANNELS)
+        with pytest.raises(ValueError, match="those of an image to start from, load it with `ADMImageToImagePipeline`"):
+            ADMPipeline(unet, LearnedVarianceDDPMScheduler(), **NO_OTHERS)
 
 
 class TestBadInput:
