@@ -15,6 +15,7 @@ from runs import (
     SHORT_RUN,
     assert_same_checkpoint,
     flags,
+    launch,
     own_process_state,
     read_metrics,
     reset_accelerate,
@@ -283,6 +284,19 @@ def test_masks_have_a_dice_coefficient(short, tmp_path):
     train(**short, source_column="source")
     measures = json.loads(Path(short["output_dir"], "image_to_image.json").read_text())
     assert 0 <= measures["dice"] <= 1
+
+
+@pytest.mark.slow
+def test_launched_in_two_processes(short, tmp_path):
+    files = {"source_data_files": write_parquet(tmp_path / "sources.parquet", image=source, key=key)}
+    held_out = {
+        "validation_data_files": short["data_files"],
+        "validation_source_data_files": files["source_data_files"],
+    }
+    launch("train_image_to_image", short | files | held_out | {"pair_column": "key", "train_batch_size": 4}, tmp_path)
+    assert [row["step"] for row in read_metrics(short["output_dir"]) if "validation_psnr" in row] == [2]
+    assert (Path(short["output_dir"]) / "loss_curves.png").is_file()
+    ADMImageToImagePipeline.from_pretrained(short["output_dir"])
 
 
 def write_arrays(path, make, order=range(NUMBER)):
