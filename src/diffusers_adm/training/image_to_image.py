@@ -32,7 +32,7 @@ from .arguments import (
     check_needs,
     check_share,
     check_value_range,
-    read_range_end,
+    range_word,
     requested_range,
 )
 from .image_measures import measure
@@ -83,7 +83,7 @@ class ImageToImageArguments:
         "Values of the source images of pairs for -1 and 1, LOW HIGH, or auto; none: those of the pretrained model, or "
         "the whole range of the integer type.",
         resume=PROCESS,
-        parse=read_range_end,
+        parse=range_word,
     )
     source_dropout_prob: float = arg(
         0.1, "Share of the source images replaced by mid-grey ones, for classifier-free guidance.", resume=APPLIED
