@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from .control_images import ControlImageKind, control_image_format, make_condition
+from .control_images import ControlImageKind, condition_format_of, make_condition
 from .image_format import ImageFormat
 
 
@@ -33,7 +33,7 @@ def source_format_of(kind: SourceKind, image_format: ImageFormat) -> ImageFormat
     if kind == "noise":
         return image_format
     if kind != "grayscale":
-        return control_image_format(cast(ControlImageKind, kind), image_format)
+        return condition_format_of(cast(ControlImageKind, kind), image_format)
     if image_format.mode != "RGB":
         raise ValueError(
             f"`source` grayscale is made from RGB images, but these are {image_format}. Use another kind, or pairs."

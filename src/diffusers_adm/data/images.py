@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..conditioning.control_images import ControlImageKind, control_image_format, make_condition
+from ..conditioning.control_images import ControlImageKind, condition_format_of, make_condition
 from ..conditioning.image_format import ImageFormat, Size, as_size
 from ..deprecations import renamed
 from .decoding import WHITE, UnusableImageError, decode_condition, decode_image, decoded_size
@@ -91,7 +91,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 raise ValueError(
                     f"`condition` is {condition!r}, but the dataset has a `conditioning_image` column, too."
                 )
-            self.condition_format = control_image_format(condition, self.image_format)
+            self.condition_format = condition_format_of(condition, self.image_format)
             # A missing package fails here.
             make_condition(torch.zeros(self.image_format.channels, 1, 1), condition, self.image_format)
         self.dataset = dataset

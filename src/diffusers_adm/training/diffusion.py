@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from ..conditioning.class_labels import ClassCondition
 from ..conditioning.condition import Condition
-from ..conditioning.control_images import ControlImageKind, control_image_format
+from ..conditioning.control_images import ControlImageKind, condition_format_of
 from ..conditioning.image_format import ImageFormat, Size, describe_size
 from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
 from ..data.captions import CaptionEmbeddings, CaptionTokens
@@ -324,12 +324,12 @@ def find_condition_format(
     num_proc: int | None = None,
 ) -> ImageFormat:
     """
-    The format of conditioning images: of those that are made from the images, `condition`, see `control_image_format`.
+    The format of conditioning images: of those that are made from the images, `condition`, see `condition_format_of`.
     Those of a column are as the `request` says; of a request of no channels, grey ones of 8 bits become RGB. Raises a
     `ValueError` for images that none can be made from, and for conditioning images that do not suit the request.
     """
     if condition is not None:
-        return control_image_format(condition, image_format)
+        return condition_format_of(condition, image_format)
     try:
         found = find_image_format(images, request, num_proc=num_proc, column="conditioning_image")
     except ValueError as error:
