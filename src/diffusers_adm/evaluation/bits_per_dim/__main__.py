@@ -175,12 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             images = renumber_labels(images, to_class)
         channels = unet.config.in_channels
         known = recorded_format(index, channels)
-        if known is None and channels == 3 and args.image_mode is args.value_range is None:
-            image_format = None  # any images, as 8-bit RGB
-        else:
-            request = format_request(channels, args.image_mode, args.value_range, known)
-            image_format = find_image_format(images, request)
-            check_levels(image_format)
+        request = format_request(channels, args.image_mode, args.value_range, known)
+        image_format = find_image_format(images, request)
+        check_levels(image_format)
         images, _ = check_images(
             images,
             resolution,

@@ -104,11 +104,9 @@ def renumber_classes(
     return match_classes(names, id2label, network.classifier.config.num_classes, by_number=True)
 
 
-def request_format(args: Arguments, network: FeatureNetwork) -> FormatRequest | None:
-    """What is asked of the images; `None`: any images, as 8-bit RGB."""
+def request_format(args: Arguments, network: FeatureNetwork) -> FormatRequest:
+    """What is asked of the images."""
     known: ImageFormat | None = getattr(network, "image_format", None)
-    if known == ImageFormat() and args.image_mode is args.value_range is None:
-        return None
     sampled = format_of_run(run_of_sample(args.samples)) or format_of_run(run_of_sample(args.reference))
     if known is not None and sampled is not None and known != sampled:
         raise ValueError(f"The classifier was trained on {known}, but the samples are {sampled}. Use one for them.")
