@@ -10,7 +10,8 @@ Quality of an image to image model on held-out pairs, against the input itself.
 training/train_image_to_image.py. Each is translated by the pipeline, once for each guidance scale:
 
 - `psnr` (dB) and `ssim`: distance to the targets; `psnr_input`, `ssim_input`: the same for the input, its channels
-  repeated if it is grey. Plausible colours or details that differ from the target's score lower than blurred ones.
+  repeated if it is grey; left out if its channels are others than the target's. Plausible colours or details that
+  differ from the target's score lower than blurred ones.
 - `psnr_difference`: of `psnr` and `psnr_input`, image by image.
 
 Means over images with standard errors. `--output_dir` gets the table (`image_to_image.json`) and some images
@@ -26,20 +27,24 @@ from diffusers_adm import ADMImageToImagePipeline
 from diffusers_adm.conditioning.image_format import describe_size
 from diffusers_adm.training import ImageToImageArguments, check_images, labelled_strips, load_image_dataset, psnr, ssim
 from diffusers_adm.training.previews import preview
+from diffusers_adm.training.validation import same_size, to_pipeline
 
 
-MEASURES = ("psnr", "psnr_input", "psnr_difference", "ssim", "ssim_input")
-
-
-def measure(samples: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-    """All `MEASURES` of images in [0, 1]."""
-    images, inputs, targets = (x.double().numpy() for x in (samples, inputs, targets))
-    values = {}
-    for name, function in (("psnr", psnr), ("ssim", ssim)):
-        values[name] = [function(x, y, 1.0) for x, y in zip(images, targets, strict=True)]
-        values[f"{name}_input"] = [function(x, y, 1.0) for x, y in zip(inputs, targets, strict=True)]
-    values["psnr_difference"] = [a - b for a, b in zip(values["psnr"], values["psnr_input"], strict=True)]
-    return with_errors(**{name: mean_and_error(values[name]) for name in MEASURES})
+def measure(samples: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """All measures of images in [0, 1], with their standard errors."""
+    images = {"": samples}
+    if sources.shape[1] in (1, targets.shape[1]):
+        images["_input"] = sources.expand_as(targets)
+    values = {
+        f"{name}{end}": [
+            function(*(x.double().numpy() for x in pair), 1.0) for pair in zip(given, targets, strict=True)
+        ]
+        for name, function in (("psnr", psnr), ("ssim", ssim))
+        for end, given in images.items()
+    }
+    if "psnr_input" in values:
+        values["psnr_difference"] = [a - b for a, b in zip(values["psnr"], values["psnr_input"], strict=True)]
+    return with_errors(**{name: mean_and_error(numbers) for name, numbers in values.items()})
 
 
 def main() -> None:
@@ -73,8 +78,7 @@ def main() -> None:
     dataset, _ = check_images(dataset, size, **formats)
     examples = [*pairs.dataset_class()(dataset, size, center_crop=True, **formats)]
     targets, sources = (torch.stack([example[name] for example in examples]) for name in ("images", "conditions"))
-    targets = targets / 2 + 0.5
-    inputs = sources.expand_as(targets) if sources.shape[1] == 1 else sources
+    targets, inputs = targets / 2 + 0.5, to_pipeline(2 * sources - 1, pipe.source_format)
     given = conditions_of(pipe, dataset, id2label)
 
     cells, shown = {}, None
@@ -86,22 +90,22 @@ def main() -> None:
             generators = seeded(args.seed + first, len(targets[batch]))
             options = {name: values[batch] for name, values in given.items()}
             options |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": guidance_scale}
-            latents = pipe(sources[batch], **options, generator=generators, output_type="latent").images
+            latents = pipe(inputs[batch], **options, generator=generators, output_type="latent").images
             batches.append((latents.cpu() / 2 + 0.5).clamp(0, 1))
         samples = torch.cat(batches)
         seconds_per_image = (time.perf_counter() - start) / len(samples)
-        cell = measure(samples, inputs, targets)
+        cell = measure(samples, sources, targets)
         cells[f"guidance-{guidance_scale:g}"] = cell | {"num_images": len(samples)} | {"seconds": seconds_per_image}
-        numbers = (f"{key} {cell[key]:.3f} ({cell[f'{key}_error']:.3f})" for key in MEASURES)
+        numbers = (f"{key} {cell[key]:.3f} ({cell[f'{key}_error']:.3f})" for key in cell if not key.endswith("_error"))
         print(f"guidance {guidance_scale:<4g}", *numbers, f"{seconds_per_image:.2f} s per image", sep="  ", flush=True)
         shown = samples if shown is None else shown
 
     write_report(args.output_dir / "image_to_image.json", args, cells=cells)
     chosen = spread(len(targets), args.num_shown)
-    columns = {"input": (inputs, pipe.source_format), "sample": (shown, pipe.image_format)}
+    columns = {"input": (sources, pipe.source_format), "sample": (shown, pipe.image_format)}
     columns["target"] = (targets, pipe.image_format)
     strips = {name: preview(2 * images[chosen] - 1, kind) for name, (images, kind) in columns.items()}
-    labelled_strips(strips, scale=args.scale).save(args.output_dir / "samples.png")
+    labelled_strips(same_size(strips), scale=args.scale).save(args.output_dir / "samples.png")
 
 
 if __name__ == "__main__":
