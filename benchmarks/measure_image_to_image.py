@@ -25,8 +25,8 @@ from measuring import conditions_of, make_parser, mean_and_error, quiet, seeded,
 
 from diffusers_adm import ADMImageToImagePipeline
 from diffusers_adm.conditioning.image_format import describe_size
+from diffusers_adm.conditioning.previews import preview
 from diffusers_adm.training import ImageToImageArguments, check_images, labelled_strips, load_image_dataset, psnr, ssim
-from diffusers_adm.training.previews import preview
 from diffusers_adm.training.validation import same_size, to_pipeline
 
 

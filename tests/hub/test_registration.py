@@ -226,6 +226,7 @@ torch.save({"images": images, "weights": weights, "control": control, "logits": 
             "scheduler": ["diffusers_adm", "LearnedVarianceDDPMScheduler"],
             **dict.fromkeys(COMPONENTS, [None, None]),
             "id2label": None,
+            "image_format": None,
         }
 
     def test_loads_and_samples_the_same(self, tmp_path):

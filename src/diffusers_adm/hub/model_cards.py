@@ -23,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..conditioning.image_format import ImageFormat, as_size
+from ..conditioning.previews import describe_preview
 from ..models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
 from ..pipelines import (
     ADMControlNetPipeline,
@@ -31,7 +32,6 @@ from ..pipelines import (
     ADMSuperResolutionPipeline,
 )
 from ..schedulers.noise_schedules import describe_noise_schedule
-from ..training.previews import describe_preview
 from .publishing import add_publishing
 
 

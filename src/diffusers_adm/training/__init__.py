@@ -10,6 +10,7 @@ the functions that use them.
 from ..commands.arguments import arg, check_at_least, given_arguments, parse_args
 from ..conditioning.class_labels import drop_labels
 from ..conditioning.image_format import ImageFormat
+from ..conditioning.previews import check_preview_channels, describe_preview, preview
 from ..conditioning.text import drop_captions, encode_captions, stored_conditioning
 from ..data.captions import CaptionEmbeddings, Captions, CaptionTokens
 from ..data.checks import check_batch_fits, check_images
@@ -78,7 +79,6 @@ from .lora import LoraArguments, add_lora, checkpoint_adapter_only, save_lora, t
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
 from .metrics import ClassificationMetrics, LossMetrics, MetricsHistory, record_losses, timestep_bin_edges
 from .plots import plot_accuracy_by_timestep, plot_classifier_curves, plot_loss_curves
-from .previews import check_preview_channels, describe_preview, preview
 from .resume import RunRecord, parse_run
 from .run import TrainingRun, build_dataloader, build_ema, build_lr_scheduler, build_optimizer
 from .setup import prepare_output_dir, run_settings, start_accelerator, start_run

@@ -17,6 +17,7 @@ from ..conditioning.class_labels import ClassCondition
 from ..conditioning.condition import Condition
 from ..conditioning.control_images import ControlImageKind, condition_format_of
 from ..conditioning.image_format import ImageFormat, Size, describe_size
+from ..conditioning.previews import check_preview_channels
 from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
 from ..data.captions import CaptionEmbeddings, CaptionTokens
 from ..data.checks import check_batch_fits, check_images
@@ -45,7 +46,6 @@ from .loading import (
 )
 from .losses import TrainingLosses
 from .metrics import LossMetrics, record_losses
-from .previews import check_preview_channels
 from .resume import RunRecord
 from .timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from .unets import (

@@ -17,6 +17,7 @@ from PIL import Image
 from ..commands.arguments import arg
 from ..conditioning.image_format import ImageFormat, ImageMode
 from ..conditioning.made_sources import SourceKind, source_format_of
+from ..conditioning.previews import describe_preview, preview
 from ..data.checks import check_images
 from ..data.columns import load_image_dataset
 from ..data.formats import FormatRequest, find_image_format
@@ -37,7 +38,6 @@ from .arguments import (
 )
 from .image_measures import measure
 from .images import cell_scale, labelled_strips
-from .previews import describe_preview, preview
 from .validation import Example, generate_samples, same_size, to_pipeline
 
 

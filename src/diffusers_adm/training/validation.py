@@ -22,12 +22,12 @@ from PIL import Image
 from ..commands.errors import CommandError
 from ..conditioning.image_format import ImageFormat, as_size
 from ..conditioning.low_resolution import downsample
+from ..conditioning.previews import describe_preview, preview
 from ..data.images import ImageDataset
 from ..deprecations import renamed
 from .arguments import DiffusionTrainingArguments
 from .checkpoints import TrainingProgress
 from .images import cell_scale, labelled_grid, labelled_strips
-from .previews import describe_preview, preview
 
 
 if TYPE_CHECKING:

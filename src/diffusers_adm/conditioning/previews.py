@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..conditioning.image_format import ImageFormat
+from .image_format import ImageFormat
 
 
 MONTAGE_GAP = 1  # white pixels between channels side by side
