@@ -29,7 +29,7 @@ CHANGES = {
     r" --train_batch_size \d+": "",
     r" --num_validation_images \d+": "",
     r"--timestep_respacing \d+": "--timestep_respacing 2",
-    r"(evaluation\.sample )": r"\1--num_inference_steps 2 ",
+    r"--num_inference_steps \d+": "--num_inference_steps 2",
     r"(small\.yaml)": r"\1 --max_train_steps 2 --train_batch_size 2 --num_validation_images 2 "
     "--validation_num_inference_steps 2 --report_to none --lr_warmup_steps 0",
     r"\bpipe\(\)": "pipe(num_inference_steps=2)",
