@@ -3,10 +3,10 @@ Overfits a small model on a few 12-bit grey images, and measures how well its sa
 
     python benchmarks/measure_overfit.py --output_dir runs/overfit
 
-Everything goes through the public commands: 16-bit PNG files, `train_adm.py`, `diffusers_adm.evaluation.sample`, and
-16-bit PNG files again. Reported is the root mean square error of each sample to its nearest training image, as a share
-of the range of the training images, and which of these occur. The exit code is 1 if an error exceeds `--limit`, or
-if an image does not occur.
+The number of the image is the class, so that each can be asked for. Everything goes through the public commands:
+16-bit PNG files, `train_adm.py`, `diffusers_adm.evaluation.sample`, and 16-bit PNG files again. Reported is the root
+mean square error of each sample to its nearest training image, as a share of the range of the training images, and
+which of these occur. The exit code is 1 if an error exceeds `--limit`, or if an image does not occur.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def run(*command: str) -> dict[str, float]:
 
 def write_images(folder: Path, args: argparse.Namespace) -> np.ndarray:
     """
-    The training images, `(num_images, height, width)`. Each file is there several times, since a batch consists of
-    different files.
+    The training images, `(num_images, height, width)`. Each is a class of its own, with several files, since a batch
+    consists of different files.
     """
     made = folder / "made"
     run(
@@ -66,9 +66,9 @@ def write_images(folder: Path, args: argparse.Namespace) -> np.ndarray:
     )
     paths = sorted(made.iterdir())
     for copy in range(args.batch_size // len(paths)):
-        (folder / "data").mkdir(exist_ok=True)
         for path in paths:
-            (folder / "data" / f"{copy:02}-{path.name}").write_bytes(path.read_bytes())
+            (folder / "data" / path.stem).mkdir(parents=True, exist_ok=True)
+            (folder / "data" / path.stem / f"{copy:02}.png").write_bytes(path.read_bytes())
     return np.stack([read_image(path) for path in paths])
 
 
@@ -103,6 +103,7 @@ def main() -> int:
     training = run(
         "training/train_adm.py",
         *("--model_config_name_or_path", str(folder / "unet.json"), "--train_data_dir", str(folder / "data")),
+        *("--label_column", "label", "--class_dropout_prob", "0"),
         *("--value_range", "auto", "--seed", str(args.seed)),
         *("--ddpm_beta_schedule", "cosine", "--prediction_type", "v_prediction"),
         *("--train_batch_size", str(args.batch_size), "--max_train_steps", str(args.max_train_steps)),
@@ -115,7 +116,7 @@ def main() -> int:
         path.unlink()  # of an earlier run
     sampling = run(
         *("-m", "diffusers_adm.evaluation.sample", "--model", str(folder / "model")),
-        *("--num_images", str(args.num_samples), "--seed", str(args.seed)),
+        *("--num_images", str(args.num_samples), "--class_labels", "uniform", "--seed", str(args.seed)),
         *("--num_inference_steps", str(args.num_inference_steps)),
         *("--output_dir", str(folder / "samples")),
     )
