@@ -7,7 +7,6 @@ comparison of the two in values of the data.
 The folders hold the files of `training/example_images.py` and of `diffusers_adm.evaluation.sample`.
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,19 +19,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-from example_images import (  # noqa: E402
-    BANDS,
-    DECIBEL_RANGE,
-    KINDS,
-    MAX_WAVE_NUMBER,
-    VORTICITY_STD,
-    enstrophy_spectrum,
-)
-
+# Of the data, as in `training/example_images.py`.
+NUM_BANDS, NIR, RED, GREEN = 5, 4, 2, 1
+MAX_WAVE_NUMBER, VORTICITY_STD = 8, 12.0
+DECIBEL_RANGE = 80.0
 
 COLORS = {"data": "tab:blue", "samples": "tab:orange"}
-NIR, RED, GREEN = 4, 2, 1  # of BANDS
 SHOWN_REFLECTANCE = 0.45  # white in images of the bands
 
 
@@ -67,6 +59,17 @@ def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
     return tiles.reshape(rows * tiles.shape[1], columns * tiles.shape[3], *tiles.shape[4:])[:-1, :-1]
 
 
+def enstrophy_spectrum(fields: np.ndarray) -> np.ndarray:
+    """
+    Mean square of the Fourier modes of fields `(N, size, size)`, summed over the rings of wave numbers around 0, 1,
+    ..., size / 2: the parts of the mean square of the field.
+    """
+    size = fields.shape[-1]
+    power = (np.abs(np.fft.fft2(fields) / size**2) ** 2).mean(axis=0)
+    ring = np.hypot(*np.meshgrid(*2 * [np.fft.fftfreq(size, 1 / size)])).round().astype(int)
+    return np.bincount(ring.ravel(), power.ravel())[: size // 2 + 1]
+
+
 def compare_scans(axes: plt.Axes, sets: dict[str, np.ndarray]) -> None:
     for name, images in sets.items():
         axes.hist(images.ravel(), bins=64, range=(0, 4095), density=True, histtype="step", color=COLORS[name])
@@ -78,7 +81,7 @@ def compare_bands(axes: plt.Axes, sets: dict[str, np.ndarray]) -> None:
         nir, red = (images[..., band].astype(float) for band in (NIR, RED))
         ndvi = (nir - red) / np.maximum(nir + red, 1)
         axes.hist(ndvi.ravel(), bins=60, range=(-1, 1), density=True, histtype="step", color=COLORS[name])
-        corners = np.corrcoef(images.reshape(-1, len(BANDS)).T.astype(float))
+        corners = np.corrcoef(images.reshape(-1, NUM_BANDS).T.astype(float))
         print(f"{name}: correlation of red and near infrared {corners[RED, NIR]:.2f}")
     axes.set(xlabel="vegetation index (NDVI)", ylabel="density")
 
@@ -128,7 +131,7 @@ COMPARISONS = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "output")
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=SHOWN)
     parser.add_argument("--data", type=Path, required=True, help="Folder of the training images.")
     parser.add_argument("--samples", type=Path, required=True, help="Folder of the samples.")
     args = parser.parse_args(argv)

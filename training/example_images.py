@@ -90,7 +90,7 @@ def draw_bands(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def draw_vorticity(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A periodic Gaussian random field with the spectrum of `enstrophy_spectrum`."""
+    """A periodic Gaussian random field with the spectrum k**-2 up to `MAX_WAVE_NUMBER`."""
     wave_number = np.hypot(*np.meshgrid(*2 * [np.fft.fftfreq(size, 1 / size)]))
     power = np.zeros_like(wave_number)
     inside = (wave_number > 0) & (wave_number <= MAX_WAVE_NUMBER)
@@ -129,17 +129,6 @@ def smooth_noise(rng: np.random.Generator, size: int, blur: float) -> np.ndarray
     transfer = np.exp(-2 * (np.pi * blur * size / 32) ** 2 * (frequencies[0] ** 2 + frequencies[1] ** 2))
     noise = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * transfer).real
     return (noise - noise.mean()) / noise.std()
-
-
-def enstrophy_spectrum(fields: np.ndarray) -> np.ndarray:
-    """
-    Mean square of the Fourier modes of fields `(N, size, size)`, summed over the rings of wave numbers around 0, 1,
-    ..., size / 2: the parts of the mean square of the field.
-    """
-    size = fields.shape[-1]
-    power = (np.abs(np.fft.fft2(fields) / size**2) ** 2).mean(axis=0)
-    ring = np.hypot(*np.meshgrid(*2 * [np.fft.fftfreq(size, 1 / size)])).round().astype(int)
-    return np.bincount(ring.ravel(), power.ravel())[: size // 2 + 1]
 
 
 # 2. Files
