@@ -88,8 +88,8 @@ def main() -> int:
         batch_size=16,
         max_train_steps=800,
         learning_rate=2e-3,
-        num_samples=12,
-        num_inference_steps=50,
+        num_samples=8,
+        num_inference_steps=250,
         limit=0.02,
         seed=0,
     )
