@@ -578,5 +578,7 @@ def test_conditions_of_any_format(tmp_path):
 
 def test_made_conditions_need_pictures():
     dataset = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": None}]})
-    with pytest.raises(ValueError, match="`condition` is 'edges', which is made from grey or RGB images"):
+    with pytest.raises(
+        ValueError, match="kind .edges. are made from grey or RGB images, but these are 3-channel"
+    ):
         ImageDataset(dataset, 8, condition="edges", image_format=ImageFormat("array", 3))

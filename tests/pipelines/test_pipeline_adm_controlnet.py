@@ -691,9 +691,11 @@ class TestSaveAndLoad:
         """With one, `DiffusionPipeline.from_pretrained(..., controlnet=...)` would load the repository's all that."""
         parameters = inspect.signature(ADMControlNetPipeline.__init__).parameters
         assert list(parameters)[1:] == [
-            *("unet", "scheduler", "vae", "text_encoder", "tokenizer", "classifier", "controlnet", "id2label")
+            *("unet", "scheduler", "vae", "text_encoder", "tokenizer", "classifier", "controlnet", "id2label"),
+            "image_format",
         ]
-        assert [name for name, p in parameters.items() if p.default is not p.empty] == ["id2label"]
+        defaults = [name for name, p in parameters.items() if p.default is not p.empty]
+        assert defaults == ["id2label", "image_format"]
 
     def test_components_given_to_the_base_class_win(self, tmp_path):
         pipe = make_pipeline()

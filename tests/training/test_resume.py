@@ -482,6 +482,19 @@ class TestApplied:
         resumed(begun, tmp_path, "train_controlnet", condition_dropout_prob=1.0)
         assert not torch.cat(shown).any()
 
+    def test_source_dropout_prob(self, begun, tmp_path, monkeypatch):
+        begun("train_image_to_image")  # without the recording below
+        shown = []
+        training_losses = SCRIPTS["train_image_to_image"].training_losses
+
+        def recorded(*args, extra_channels, **kwargs):
+            shown.append(extra_channels)
+            return training_losses(*args, extra_channels=extra_channels, **kwargs)
+
+        monkeypatch.setattr(SCRIPTS["train_image_to_image"], "training_losses", recorded)
+        resumed(begun, tmp_path, "train_image_to_image", source_dropout_prob=1.0)
+        assert not torch.cat(shown).any()
+
     def test_caption_dropout_prob_and_what_is_free_with_captions(self, tmp_path, monkeypatch):
         base = save_base(tmp_path / "text", random_text_unet("added_kv"), "clip")
         arguments = {k: v for k, v in TOY_RUN.items() if k != "label_column"}
@@ -505,7 +518,7 @@ class TestApplied:
         covered = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "num_train_epochs"}
         covered |= {"adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision"}
         covered |= {"allow_tf32", "ema_max_decay", "ema_inv_gamma", "ema_power", "class_dropout_prob"}
-        covered |= {"condition_dropout_prob", "caption_dropout_prob"}
+        covered |= {"condition_dropout_prob", "caption_dropout_prob", "source_dropout_prob"}
         assert covered == {name for name, verdict in VERDICTS.items() if verdict == APPLIED}
         assert len(tested) > 10
 

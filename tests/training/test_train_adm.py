@@ -50,8 +50,8 @@ from diffusers_adm.training import run as training_run
 RECIPES = sorted(
     path
     for path in CONFIGS.glob("*.yaml")
-    if not path.name.startswith(("accelerate_", "classifier_"))
-    and not path.stem.endswith(("_inpaint", "_upsampler", "_edges", "_popular", "small"))
+    if not path.name.startswith(("accelerate_", "classifier_", "noto_to_"))
+    and not path.stem.endswith(("_inpaint", "_upsampler", "_edges", "_popular", "_colorize", "small"))
 )
 
 
