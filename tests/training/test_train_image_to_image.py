@@ -394,9 +394,11 @@ class TestFormats:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_parses(recipe, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
-    model, data, *_, pairs = parse_args(train_image_to_image.ARGUMENT_TYPES, ["--config", str(recipe)])
-    config = json.loads(Path(model.model_config_name_or_path).read_text())
-    assert config["in_channels"] == (4 if pairs.source == "grayscale" else 6)
+    model, *_, text, pairs = parse_args(train_image_to_image.ARGUMENT_TYPES, ["--config", str(recipe)])
+    unet = json.loads(Path(model.pretrained_model_name_or_path, "unet", "config.json").read_text())
+    assert unet["in_channels"] == 3  # it is widened
+    assert text.caption_column == "text"
+    assert (pairs.source == "grayscale") == (pairs.source_data_files is None)
 
 
 # 4. Bad input
