@@ -156,6 +156,20 @@ def test_command_line_errors(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("end", ["", ".", "?"])
+def test_errors_end_once(capsys, end):
+    def refuse(word):
+        raise ValueError(f"{word} is no size{end}")
+
+    @dataclass
+    class Arguments:
+        size: object = arg(1, "Size.", parse=refuse)
+
+    with pytest.raises(SystemExit):
+        parse_args(Arguments, ["--size", "0x4"])
+    assert f"0x4 is no size{end or '.'} See --help for all arguments.\n" in capsys.readouterr().err
+
+
 def test_help_shows_the_recipe_the_defaults_and_the_choices(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_args([ModelArguments, TrainingArguments], ["--help"], description="Trains a thing.")

@@ -188,7 +188,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, without a list of all arguments."""
 
     def error(self, message: str) -> NoReturn:
-        fail(message if "--help" in message else f"{message}. See --help for all arguments.")
+        message += "" if message.endswith((".", "?")) else "."
+        fail(message if "--help" in message else f"{message} See --help for all arguments.")
 
 
 def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> dict[str, Any]:
