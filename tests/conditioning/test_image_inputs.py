@@ -222,6 +222,46 @@ class TestConditions:
         assert not recwarn.list
 
 
+class TestFractionsInPlaceOfValues:
+    """Of a model whose images are values of the data."""
+
+    BANDS = ImageFormat("array", 5, (0, 5000), 5001)
+    FRACTIONS = np.random.default_rng(0).random((2, 4, 3, 5), dtype=np.float32)
+
+    @pytest.mark.parametrize(
+        "images",
+        [FRACTIONS, list(FRACTIONS), torch.from_numpy(FRACTIONS).movedim(-1, 1), FRACTIONS.astype(np.float16)],
+    )
+    def test_are_taken_literally_with_a_warning(self, images):
+        with pytest.warns(
+            UserWarning, match=r"`image` lie in \[0, 1\], but .* from 0 to 5000.*take `x \* 5000`"
+        ) as caught:
+            found = read_images(images, "image", self.BANDS)
+        assert len(caught) == 1
+        expected = torch.from_numpy(self.FRACTIONS).movedim(-1, 1) / 5000
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+
+    def test_a_range_that_does_not_begin_at_0(self):
+        with pytest.warns(UserWarning, match=r"take `-1024 \+ x \* 4095`"):
+            read_images(self.FRACTIONS[..., :1], "image", ImageFormat("L", 1, (-1024, 3071), 4096))
+
+    @pytest.mark.parametrize(
+        "images, image_format",
+        [
+            (FRACTIONS * 5000, BANDS),
+            ((FRACTIONS > 0.5).astype(np.uint16), BANDS),
+            (0 * FRACTIONS, BANDS),
+            ([FRACTIONS[0], 2 * FRACTIONS[1]], BANDS),
+            (FRACTIONS, ImageFormat("array", 5, (0, 20), None)),
+            (FRACTIONS, ImageFormat("array", 5, (0, 1), None)),
+            (FRACTIONS[..., :1], ImageFormat("L", 1, (0, 4095), 4096)),
+        ],
+    )
+    def test_others_are_not_warned_of(self, images, image_format, recwarn):
+        read_images(images, "image", image_format)
+        assert not recwarn.list
+
+
 class TestMasksOfThreeChannels:
     """As drawing programs save them: three equal channels are one mask."""
 

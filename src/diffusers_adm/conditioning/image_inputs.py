@@ -23,6 +23,8 @@ LOSSLESS_PIL_MODES = {
 }
 # Share of the value range by which floating point numbers may lie outside: a rounding error of float32 or two.
 RANGE_TOLERANCE = 1e-6
+# Floating point numbers in [0, 1] are probably fractions if this is a smaller share of the range of the data.
+MIN_SHARE_OF_RANGE = 0.05
 # At least this much means "inpaint", as in diffusers' `VaeImageProcessor(do_binarize=True)`.
 MASK_THRESHOLD = 0.5
 MASK_FORMAT = ImageFormat("L", 1)
@@ -77,7 +79,26 @@ def read_values(images: ImageInput, name: str, image_format: ImageFormat, backgr
             f"`{name}` holds images of several sizes (height, width): {sizes}. Resize them to one, or call once for "
             "each size."
         )
-    return torch.cat(batches)
+    values = torch.cat(batches)
+    _warn_of_fractions(items, values, name, image_format)
+    return values
+
+
+def _warn_of_fractions(items: list[OneImage], values: torch.Tensor, name: str, image_format: ImageFormat) -> None:
+    """Warns of floating point numbers in [0, 1] where values of the data have a much wider range."""
+    low, high = image_format.value_range
+    if image_format.is_picture or MIN_SHARE_OF_RANGE * (high - low) <= 1:
+        return
+    are_floats = all(
+        str(getattr(item, "dtype", "")).removeprefix("torch.").startswith(("float", "bfloat")) for item in items
+    )
+    if are_floats and float(values.min()) >= 0 and 0 < float(values.max()) <= 1:
+        way_out = f"{low:g} + x * {high - low:g}" if low else f"x * {high:g}"
+        warnings.warn(
+            f"All numbers of `{name}` lie in [0, 1], but this model takes values of the data, from {low:g} to "
+            f"{high:g}, of which these are nearly one. Of fractions of this range take `{way_out}`.",
+            stacklevel=3,
+        )
 
 
 def read_control_images(conditions: ImageInput, name: str, image_format: ImageFormat) -> torch.Tensor:
