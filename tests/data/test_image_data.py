@@ -344,6 +344,12 @@ class TestParquet:
             load_image_dataset(data_files=path, image_column="label")
         with pytest.raises(ValueError, match="both 'image'"):
             load_image_dataset(data_files=path, label_column="image")
+        path = str(tmp_path / "text.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"image": ["", None, "a cat", "a dog"]}), path)
+        with pytest.raises(
+            ValueError, match="`image_column` 'image' .* text that is no path of a file, such as 'a cat'"
+        ):
+            load_image_dataset(data_files=path)
         with pytest.raises(ValueError, match="`data_files` cannot be read as parquet: .*other.parquet"):
             load_image_dataset(data_files=str(tmp_path / "other.parquet"))
         (tmp_path / "data.csv").write_text("image,label\na.png,b\n")

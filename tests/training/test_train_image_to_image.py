@@ -425,7 +425,7 @@ class TestBadInput:
                 {"source_column": "sauce"},
                 "`source_column` is 'sauce', but .* has the columns image, source, key, label",
             ),
-            ({"source_column": "key"}, "the condition key 0 is missing: no such file"),
+            ({"source_column": "key"}, "`source_column` 'key' of .* text that is no path of a file, such as 'key 0'"),
             ({"source_column": "image"}, "`image_column` and `source_column` are both 'image'. Name two columns"),
             ({"source": "noise", "validation_source_data_files": "a"}, "without `source_data_files`"),
             ({"source_data_dir": "nowhere"}, "'nowhere', which is not a folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -183,6 +184,13 @@ def _cast_to_images(dataset: datasets.Dataset, column: str, description: str) ->
             .with_format(None)
         )
     feature = dataset.features[column]
+    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+        paths = [path for path in _values(dataset, column) if path]
+        if paths and not any(map(os.path.isfile, paths)):
+            raise ValueError(
+                f"{description} holds text that is no path of a file, such as {paths[0]!r}. Name a column of images, "
+                "or of paths of files that exist."
+            )
     try:
         if isinstance(feature, (datasets.List, datasets.LargeList)):  # which `datasets` would take for a row of pixels
             raise TypeError("a list of another kind")
