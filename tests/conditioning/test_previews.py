@@ -85,6 +85,11 @@ def test_channels_that_there_are_not(channels):
         preview(samples_of(5), BANDS, channels)
 
 
+def test_the_only_channel():
+    with pytest.raises(ValueError, match="but the images have 1 channel. Pass 1, or leave it out"):
+        preview(samples_of(1), ImageFormat("L", 1), [2])
+
+
 @pytest.mark.parametrize("image_format", [BANDS, DEEP, ImageFormat()])
 def test_the_way_to_a_pipeline_and_back(image_format):
     samples = samples_of(image_format.channels).clamp(-1, 1)

@@ -136,6 +136,12 @@ class TestDeepColour:
         with pytest.raises(ImportError, match=rf"needs {module}: `pip install diffusers-adm\[train\]`"):
             read(image)
 
+    def test_the_file_that_needs_the_extra_is_named(self, monkeypatch):
+        image = stored(imagecodecs.png_encode(random_values((5, 7, 3), np.uint16)), "deep/a.png")
+        monkeypatch.setitem(sys.modules, "imagecodecs", None)
+        with pytest.raises(ImportError, match="^deep/a.png needs imagecodecs: `pip install"):
+            read(image)
+
 
 class TestTiff:
     @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"])

@@ -160,7 +160,8 @@ class ImageFormat:
         """Why Pillow cannot show these images, for messages; `None`: it can."""
         low, high = self.value_range
         if self.mode == "array":
-            return f"the model was trained on arrays of {self.channels} channels, which are no colours to Pillow"
+            channels = count_channels(self.channels)
+            return f"the model was trained on arrays of {channels}, which are no colours to Pillow"
         if not self.has_whole_numbers:
             return "the model was trained on floating point numbers"
         if low < 0 or high > 2**16 - 1:
@@ -178,6 +179,11 @@ class ImageFormat:
     def loses_depth_in_pil(self) -> bool:
         """Whether Pillow shows only 8 of more bits: it has no colour images of 16 bits."""
         return self.is_picture and self.value_range[1] > 255 and self.mode != "L"
+
+
+def count_channels(channels: int) -> str:
+    """The number of channels in words: "1 channel", "5 channels"."""
+    return f"{channels} channel" + "s" * (channels != 1)
 
 
 def _is_pair(value: Any) -> bool:

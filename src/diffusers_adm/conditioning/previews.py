@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_format import ImageFormat
+from .image_format import ImageFormat, count_channels
 
 
 MONTAGE_GAP = 1  # white pixels between channels side by side
@@ -22,8 +22,9 @@ def check_preview_channels(channels: Sequence[int] | None, image_format: ImageFo
     """Raises a `ValueError` for `preview_channels` (from 1) that the images do not have."""
     if channels is not None and not all(1 <= channel <= image_format.channels for channel in channels):
         raise ValueError(
-            f"`preview_channels` is {' '.join(map(str, channels))}, but the images have {image_format.channels} "
-            f"channels. Count from 1 to {image_format.channels}."
+            f"`preview_channels` is {' '.join(map(str, channels))}, but the images have "
+            f"{count_channels(image_format.channels)}. "
+            + (f"Count from 1 to {image_format.channels}." if image_format.channels > 1 else "Pass 1, or leave it out.")
         )
 
 

@@ -143,17 +143,17 @@ def _of_file(file: BinaryIO, path: str | None, channels: int | None) -> StoredIm
         opened = None
     if is_tiff and (opened is None or not _pillow_suits(opened)):
         file.seek(0)
-        return _of_tiff(_import("tifffile").TiffFile(file), channels)
+        return _of_tiff(_import("tifffile", path).TiffFile(file), channels)
     if _is_reduced(opened):
-        return _of_deep_colour(file, opened)
+        return _of_deep_colour(file, opened, path)
     return _of_pillow(opened)
 
 
-def _import(module: str) -> Any:
+def _import(module: str, path: str | None) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"This image needs {module}: `pip install diffusers-adm[train]`.") from error
+        raise ImportError(f"{path or 'An image'} needs {module}: `pip install diffusers-adm[train]`.") from error
 
 
 # 1. Pillow
@@ -222,14 +222,14 @@ def _bits_of_jpeg2000(file: BinaryIO) -> int:
     return (bits[0] & 0x7F) + 1 if bits else 0
 
 
-def _of_deep_colour(file: BinaryIO, image: Any) -> StoredImage:
+def _of_deep_colour(file: BinaryIO, image: Any, path: str | None) -> StoredImage:
     """An image in colour, or with alpha, of 16 bits, of which Pillow only reads the header."""
     if image.format != "PNG":
         raise UnusableImageError(
             UNSUPPORTED,
             f"a {image.format} file of 16 bits per channel, which Pillow reduces to 8. Save it as PNG or TIFF",
         )
-    decode = _import("imagecodecs").png_decode
+    decode = _import("imagecodecs", path).png_decode
     # In this order: `getexif` reads the file to its end.
     mode = _mode_of("L" if "LA;16" in str(image.tile[0].args) else "RGB", image.mode == "RGBA")
     orientation = image.getexif().get(ORIENTATION, 1)
@@ -401,7 +401,7 @@ def _has_channels_first(shape: tuple[int, ...], channels: int | None) -> bool:
     if shape[-1] > shape[0]:
         raise UnusableImageError(
             UNSUPPORTED,
-            f"an array of shape {shape}, which looks like (channels, height, width). Arrays are (height, width, "
-            "channels); state the number of channels, or transpose the array",
+            f"an array of shape {shape}, which looks like (channels, height, width). Transpose it to (height, width, "
+            "channels), or, for images to train on, set `in_channels` in the network's config",
         )
     return False
