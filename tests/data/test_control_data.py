@@ -236,9 +236,21 @@ class TestUnusableConditions:
         assert report[1:] == [
             "no usable condition\trow 2\tthe condition is missing: the entry is empty",
             "no usable condition\trow 3\tthe condition is unreadable: not an image that Pillow knows",
-            "condition of another aspect ratio\trow 4\tthe condition has 32 x 16 pixels, its image 16 x 16",
+            "condition of another aspect ratio\trow 4\tthe condition has 16 x 32 pixels, its image 16 x 16 "
+            "(height x width)",
         ]
         assert "4 of 6 images are left out" in caplog.text
+
+    @pytest.mark.parametrize("argument", ["--condition_value_range", "--source_value_range"])
+    def test_few_values(self, tmp_path, caplog, argument):
+        regions = [Image.fromarray(np.full((16, 16), value, np.uint8)) for value in (0, 1, 5)]
+        path = write_parquet(tmp_path / "data.parquet", image=[noise(i) for i in range(3)], hint=regions)
+        dataset, _ = load_image_dataset(data_files=path, conditioning_image_column="hint")
+        check_images(dataset, 16, condition_range_argument=argument)
+        ways = f"`{argument} auto` or `{argument} 0 7`"
+        assert f"The conditioning images range from 0 to 5 and fill 2% of 0 to 255: pass {ways}." in caplog.text
+        assert "The images" not in caplog.text
+        assert "no 8-bit value above 1" not in caplog.text
 
     @pytest.mark.parametrize(
         "size,condition_size,fits",

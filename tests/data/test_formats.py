@@ -189,12 +189,16 @@ class TestRoundTrip:
 
 
 class TestConversion:
-    def test_grey_becomes_colour_for_a_network_of_three_channels(self, tmp_path):
+    def test_grey_becomes_colour_for_a_network_of_three_channels(self, tmp_path, caplog):
         grey, colour = integers(0, 1, 255, dtype=np.uint8), integers(1, 3, 255, dtype=np.uint8)
         dataset = load(tmp_path, a_png=grey, b_png=colour, c_npy=grey, d_npy=colour)
         for channels in (3, None):
-            image_format = find(dataset, channels=channels)
+            caplog.clear()
+            with caplog.at_level("INFO"):
+                image_format = find(dataset, channels=channels)
             assert image_format == ImageFormat()
+            assert "2 of 4 images are converted from L to RGB: " in caplog.text
+            assert "c.npy" in caplog.text
             check_round_trip(dataset, image_format, [grey.repeat(3, axis=-1), colour] * 2)
 
     def test_colour_becomes_grey_as_in_pillow(self, tmp_path):
@@ -286,6 +290,36 @@ class TestRange:
         assert find(dataset, channels=1) == ImageFormat("L", 1)
         assert find(dataset, channels=1, value_range="auto") == ImageFormat("L", 1, (5, 200), 196)
 
+    @pytest.mark.parametrize("suffix", ["png", "npy"])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_zeros_and_ones_of_eight_bits(self, tmp_path, caplog, suffix, channels):
+        """Masks as programs for segmentation save them: within 1 / 255 of the range without a word."""
+        arrays = [integers(seed, channels, 1, dtype=np.uint8) for seed in range(2)]
+        dataset = load(tmp_path, **{f"{name}_{suffix}": values for name, values in zip("ab", arrays, strict=True)})
+        check_images(dataset, SIZE, image_format=find(dataset, channels=channels))
+        assert "The images range from 0 to 1 and fill 0.4% of 0 to 255" in caplog.text
+        assert "pass `--value_range auto` or `--value_range 0 1`." in caplog.text
+        caplog.clear()
+        check_images(dataset, SIZE, image_format=find(dataset, channels=channels))  # from the cache
+        assert "pass `--value_range auto` or `--value_range 0 1`." in caplog.text
+        caplog.clear()
+        check_images(dataset, SIZE, image_format=find(dataset, channels=channels, value_range="auto"))
+        check_images(dataset, SIZE, image_format=find(dataset, channels=channels), range_argument=None)
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+    @pytest.mark.parametrize("mode, channels, high, warns", [("array", 5, 12, True), ("L", 1, 13, False)])
+    def test_few_values_of_eight_bits(self, tmp_path, caplog, mode, channels, high, warns):
+        dataset = load(tmp_path, a_npy=integers(0, channels, high, dtype=np.uint8))
+        check_images(dataset, SIZE, image_format=find(dataset, image_mode=mode))
+        assert (f"from 0 to {high} and fill 5% of 0 to 255" in caplog.text) == warns
+
+    def test_opaque_alpha_does_not_hide_few_values(self, tmp_path, caplog):
+        values = integers(0, 4, 1, dtype=np.uint8)
+        values[..., 3] = 255
+        dataset = load(tmp_path, a_png=values)
+        check_images(dataset, SIZE, image_format=find(dataset, image_mode="RGBA"))
+        assert "The images range from 0 to 1" in caplog.text
+
     def test_headers_are_enough_for_eight_bits(self, tmp_path):
         save_png(tmp_path / "a.png", integers(0, 3, 255, dtype=np.uint8))
         content = (tmp_path / "a.png").read_bytes()
@@ -308,7 +342,7 @@ class TestRange:
     def test_outside(self, tmp_path, num_proc):
         files = {f"{name}_png": integers(seed, 1, 1000 * seed) for seed, name in enumerate("abcdef", start=1)}
         dataset = load(tmp_path, **files)
-        with pytest.raises(ValueError, match="is 0 to 1500, but 5 images have values outside of it: ") as caught:
+        with pytest.raises(ValueError, match="is 0 to 1500, but 5 of 6 images have values outside of it: ") as caught:
             find_image_format(dataset, FormatRequest(channels=1, value_range=(0, 1500)), num_proc=num_proc)
         message = str(caught.value)
         assert "b.png (0 to 2000)" in message
@@ -370,7 +404,7 @@ class TestPretrained:
             (
                 "deep",
                 integers(0, 1, 5000),
-                "The range of the pretrained model, trained on grey images .* 1 images have",
+                "The range of the pretrained model, trained on grey images .* 1 of 1 images have",
             ),
             (
                 "eight",
@@ -400,6 +434,8 @@ class TestPretrained:
             ValueError, match="`--image_mode` RGB has 3 channel.*, but the network has 1. Pass `--image_m"
         ):
             FormatRequest(channels=1, image_mode="RGB")
+        with pytest.raises(ValueError, match="trained on RGBA images .* Omit it, or pass `--image_mode RGBA`"):
+            FormatRequest(channels=4, image_mode="RGB", known=ImageFormat("RGBA", 4))
         with pytest.raises(ValueError, match="`--image_mode` is 'CMYK'; it must be one of L, LA, RGB"):
             FormatRequest(image_mode="CMYK")
         for value_range in ((1, 1), (0, float("inf")), (float("nan"), 1)):
@@ -420,20 +456,23 @@ class TestRefusals:
     def test_mixed_channels(self, tmp_path):
         dataset = load(tmp_path, a_npy=floats(0, 5), b_npy=floats(0, 4), c_npy=floats(0, 5))
         with pytest.raises(
-            ValueError, match="have different channels. 2 arrays of 5 channels .float32.: .*c.npy; 1 array"
+            ValueError,
+            match="different channels: arrays of 5 channels .float32.: .*c.npy; arrays of 4 channels .*b.npy. Keep",
         ):
             find(dataset, value_range="auto")
-        with pytest.raises(ValueError, match="The network has 5 channel.*: 2 arrays .*Keep images of one kind only"):
+        with pytest.raises(ValueError, match="The network has 5 channels, .*: arrays .*Keep images of one kind only"):
             find(dataset, channels=5, value_range="auto")
 
     def test_other_channels_than_the_network(self, tmp_path):
         dataset = load(tmp_path, a_png=integers(0, 3, 255, dtype=np.uint8))
         with pytest.raises(
-            ValueError, match="network has 1 channel.*: 1 RGB images .*a.png. Pass `--image_mode L` to conv"
+            ValueError, match="network has 1 channel, .*: RGB images .*a.png. Pass `--image_mode L` to conv"
         ):
             find(dataset, channels=1)
         with pytest.raises(
-            ValueError, match="network has 5 channel.*: 1 RGB images .*a.png. Use a network of 3 channel"
+            ValueError,
+            match="network has 5 channels, .*: RGB images .*a.png. Use a network of 3 channels, or leave "
+            "`in_channels` and `out_channels` out of its config",
         ):
             find(dataset, channels=5)
         dataset = load(tmp_path, a_npy=floats(0, 5)).select([0])
@@ -457,18 +496,25 @@ class TestRefusals:
         bad[2, 3, :2] = value
         dataset = load(tmp_path, **{f"a_{suffix}": floats(1, 5), f"b_{suffix}": bad})
         for value_range in ("auto", (-100, 100), None):
-            with pytest.raises(ValueError, match=rf"1 images hold NaN or infinite values: .*b.{suffix} \(2 values\)"):
+            with pytest.raises(
+                ValueError, match=rf"1 of 2 images hold NaN or infinite values: .*b.{suffix} \(2 values\)"
+            ):
                 find(dataset, channels=5, value_range=value_range)
 
     def test_channels_first(self, tmp_path, caplog):
         values = floats(0, 5)
-        dataset = load(tmp_path, a_npz=values)
-        with pytest.raises(ValueError, match=r"a.npz \(an array of shape \(5, 12, 20\), which looks like \(channels"):
+        dataset = load(tmp_path, a_npz=values, b_npz=values)
+        with pytest.raises(
+            ValueError, match=r"b.npz \(an array of shape \(5, 12, 20\), which looks like \(channels"
+        ) as refused:
             find(dataset, value_range="auto")
+        assert "or, for images to train on, set `in_channels` in the network's config" in str(refused.value)
+        assert str(refused.value).count("looks like") == 1
+        assert str(refused.value).startswith("2 of 2 files cannot be used as images: ")
         with caplog.at_level("INFO"):
             image_format = find(dataset, channels=5, value_range="auto")
-        assert caplog.text.count("arrays of shape (channels, height, width) are transposed") == 1
-        check_round_trip(dataset, image_format, [values])
+        assert caplog.text.count("2 of 2 images are arrays of shape (channels, height, width) and are transposed") == 1
+        check_round_trip(dataset, image_format, [values, values])
         with pytest.raises(ValueError, match="The network has 4 channel.* arrays of 5 channels"):
             find(dataset, channels=4, value_range="auto")
 
@@ -478,7 +524,7 @@ class TestRefusals:
         np.savez(tmp_path / "c.npz", a=np.zeros((4, 4)), b=np.zeros((4, 4)))
         (tmp_path / "d.ppm").write_bytes(b"P6 2 1 65535\n" + bytes(12))
         with pytest.raises(
-            ValueError, match="4 file.s. cannot be used as images: .*a.npy .an array of Python objects"
+            ValueError, match="4 of 4 files cannot be used as images: .*a.npy .an array of Python objects"
         ) as error:
             find(load(tmp_path))
         assert "b.npy (an empty array" in str(error.value)

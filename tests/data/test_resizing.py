@@ -175,8 +175,12 @@ class TestSizes:
     def test_the_message_names_both_sides(self, tmp_path):
         dataset = from_values(np.zeros((20, 30, 3), np.uint8), np.zeros((4, 30, 3), np.uint8))
         check_images(dataset, (16, 48), output_dir=tmp_path)
-        assert "30 x 4 pixels, below 24 x 8" in (tmp_path / "skipped_images.txt").read_text()
-        with pytest.raises(ValueError, match="`min_image_size` is 64 x 48 for a resolution of 128 x 96"):
+        assert "4 x 30 pixels (height x width), below 8 x 24" in (tmp_path / "skipped_images.txt").read_text()
+        with pytest.raises(
+            ValueError,
+            match=r"2 too small. The first is row 0 \(too small: 20 x 30 pixels \(height x width\), below 64 x 48\). "
+            "`min_image_size` is 64 x 48 for a resolution of 128 x 96",
+        ):
             check_images(dataset, (128, 96))
 
     @pytest.mark.parametrize("num_workers", [0, 2])

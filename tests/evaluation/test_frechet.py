@@ -742,8 +742,8 @@ def test_npz_files_of_any_format(array, request_of, expected, tmp_path):
     "arrays,request_of,message",
     [
         (np.zeros((2, 4, 6, 2), np.float32), {}, "`dataset` cannot be used: .*float32.*--value_range LOW HIGH"),
-        (np.full((2, 4, 6, 2), np.nan), {"value_range": (0, 1)}, "2 images hold NaN or infinite values: row 0"),
-        (np.full((2, 4, 6, 1), 5000, np.uint16), {"known": DEEP}, "2 images have values outside of it: row 0"),
+        (np.full((2, 4, 6, 2), np.nan), {"value_range": (0, 1)}, "2 of 2 images hold NaN or infinite values: row 0"),
+        (np.full((2, 4, 6, 1), 5000, np.uint16), {"known": DEEP}, "2 of 2 images have values outside of it: row 0"),
         (np.zeros((2, 4, 6, 2), np.uint8), {"channels": 5}, "5 channel"),
         (np.zeros((2, 4, 6), np.uint8), {}, r"uint8 of shape \(2, 4, 6\). It must hold numbers, of shape"),
         (np.zeros((0, 4, 6, 1), np.uint8), {}, r"shape \(0, 4, 6, 1\)"),

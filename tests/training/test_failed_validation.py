@@ -235,7 +235,9 @@ def test_conditions_of_zeros_and_ones(tmp_path, monkeypatch, caplog):
         LOADED.clear()
     assert saved(name, tmp_path / "run")
     assert saved(name, tmp_path / "dark")
-    assert "8 of 8 images in `conditioning_image_column` hold no 8-bit value above 1" in caplog.text
+    assert "The conditioning images range from 0 to 1 and fill 0.4% of 0 to 255" in caplog.text
+    assert "pass `--condition_value_range auto` or `--condition_value_range 0 1`" in caplog.text
+    assert "pass `--value_range auto` or `--value_range 0 1`" in caplog.text  # in the second run
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -12,7 +12,8 @@ import numpy as np
 import PIL
 
 from ..conditioning.image_format import ImageFormat, Size, as_size, describe_size
-from .decoding import UnusableImageError, decode_condition, decode_image, decoded_size
+from .decoding import Decoded, UnusableImageError, decode_condition, decode_image, decoded_size
+from .formats import warn_of_share
 from .images import example_name
 from .labels import UNLABELLED, list_names
 
@@ -27,7 +28,11 @@ SKIP_REPORT_NAME = "skipped_images.txt"
 # Reasons to skip an image, in addition to those of decoding.py.
 TOO_SMALL, NO_LABEL = "too small", "no label"
 # Bump when `_examine` changes its verdicts: cached results of older versions are then not used.
-CHECK_VERSION = 4
+CHECK_VERSION = 5
+NOT_MEASURED = -1  # not None, which would leave the type of the cached column open
+# A warning follows if data of 8 bits fill a smaller share of their range, such as masks of 0 and 1. Dark photographs
+# fill more.
+MIN_SHARE_OF_EIGHT_BITS = 0.05
 
 
 def check_images(
@@ -41,6 +46,8 @@ def check_images(
     id2label: Mapping[int, str] | None = None,
     image_format: ImageFormat | None = None,
     condition_format: ImageFormat | None = None,
+    range_argument: str | None = "--value_range",
+    condition_range_argument: str = "--condition_value_range",
 ) -> tuple[datasets.Dataset, dict[str, list[str]]]:
     """
     Decodes every image, and its conditioning image if there is one, and drops those that cannot be used. Their number
@@ -65,6 +72,9 @@ def check_images(
         image_format (`ImageFormat`, *optional*): The format of the images, from `find_image_format`; images of other
             channels or values are dropped, too. None: 8-bit RGB, which any file of 8 bits, or grey of 16, becomes.
         condition_format (`ImageFormat`, *optional*): The same for the conditioning images.
+        range_argument (`str`, *optional*, defaults to "--value_range"), condition_range_argument (`str`, defaults to
+            "--condition_value_range"): The arguments that a warning recommends for 8-bit data of few values. None: no
+            warning of the images.
 
     Returns:
         `tuple` of the dataset without these images, and the names of the dropped ones by reason. A name is the path of
@@ -92,12 +102,13 @@ def check_images(
     )
     reasons = verdicts["reason"][:]
     skipped: dict[str, list[str]] = {}
-    lines = []
+    lines, first_skipped = [], ""
     for index, (reason, details) in enumerate(zip(reasons, verdicts["details"][:], strict=True)):
         if reason:
             name = example_name(dataset[index], index)
             skipped.setdefault(reason, []).append(name)
             lines.append(f"{reason}\t{name}\t{details}\n")
+            first_skipped = first_skipped or f"{name} ({reason}: {details})"
     counts = ", ".join(f"{len(names)} {reason}" for reason, names in skipped.items())
     if output_dir is not None:
         report = Path(output_dir) / SKIP_REPORT_NAME
@@ -106,9 +117,10 @@ def check_images(
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text("".join(lines), encoding="utf-8")
     if len(lines) == len(dataset):
+        limit = f" `min_image_size` is {_describe(smallest)} for a resolution of {_describe(resolution)}."
         raise ValueError(
-            f"None of the {len(dataset)} images can be used: {counts}. The first: {lines[0].strip()!r}. "
-            f"`min_image_size` is {_describe(smallest)} for a resolution of {_describe(resolution)}."
+            f"None of the {len(dataset)} images can be used: {counts}. The first is {first_skipped}."
+            + limit * (TOO_SMALL in skipped)
         )
 
     if lines:
@@ -126,8 +138,12 @@ def check_images(
         if lost:
             names = list_names([(id2label or {}).get(label, label) for label in lost], max_names, str)
             logger.warning(f"No image is left of these classes, so they are not trained: {names}.")
-    num_dark = sum(verdicts["dark"][:])
-    if num_dark:
+    if range_argument is not None:
+        _warn_of_few_values(verdicts["low"][:], verdicts["high"][:], range_argument, "images")
+    lows, highs = verdicts["condition_low"][:], verdicts["condition_high"][:]
+    have_few = _warn_of_few_values(lows, highs, condition_range_argument, "conditioning images")
+    num_dark = highs.count(1)
+    if num_dark and not have_few:
         logger.warning(
             f"{num_dark} of {len(dataset)} images in `conditioning_image_column` hold no 8-bit value above 1: they are "
             "almost black, since white is 255. If 1 means white in them, save them with 0 and 255."
@@ -146,23 +162,42 @@ def _examine(
     version: tuple,
 ) -> dict[str, Any]:
     """Returns the verdict on one example; `version` is only a part of the cache's key."""
-    reason, details, dark = "", "", False
+    reason, details = "", ""
+    extremes = dict.fromkeys(("low", "high", "condition_low", "condition_high"), NOT_MEASURED)
     try:
-        width, height = decoded_size(decode_image(example["image"], image_format))
+        image = decode_image(example["image"], image_format)
+        width, height = decoded_size(image)
+        extremes["low"], extremes["high"] = _extremes(image, image_format)
         if "conditioning_image" in example:
-            condition = np.asarray(decode_condition(example["conditioning_image"], (width, height), condition_format))
-            white = 255 if condition_format is None else condition_format.value_range[1]
-            dark = int(condition.max()) == 1 and white == 255
+            condition = decode_condition(example["conditioning_image"], (width, height), condition_format)
+            extremes["condition_low"], extremes["condition_high"] = _extremes(condition, condition_format)
     except UnusableImageError as error:
         reason, details = error.reason, str(error)
     else:
         if height < smallest[0] or width < smallest[1]:
             reason = TOO_SMALL
             shorter = "shorter side " if smallest[0] == smallest[1] else ""
-            details = f"{width} x {height} pixels, {shorter}below {_describe(smallest[::-1])}"
+            details = f"{height} x {width} pixels (height x width), {shorter}below {_describe(smallest)}"
         elif not allow_unlabelled and example.get("label") == UNLABELLED:
             reason, details = NO_LABEL, "unlabelled examples are not allowed"
-    return {"reason": reason, "details": details, "dark": dark}
+    return {"reason": reason, "details": details, **extremes}
+
+
+def _extremes(image: Decoded, image_format: ImageFormat | None) -> tuple[int, int]:
+    """The lowest and the highest value of an image of 8 bits, apart from its alpha; other formats: NOT_MEASURED."""
+    image_format = image_format or ImageFormat()
+    if tuple(image_format.value_range) != (0, 255) or image_format.num_levels != 256:
+        return NOT_MEASURED, NOT_MEASURED
+    values = np.asarray(image)
+    values = values[..., :-1] if image_format.mode in ("LA", "RGBA") else values
+    return int(values.min()), int(values.max())
+
+
+def _warn_of_few_values(lows: list[int], highs: list[int], argument: str, images: str) -> bool:
+    """Warns of 8-bit data that fill a small share of their range. Images of one value have no range."""
+    low = min((value for value in lows if value != NOT_MEASURED), default=0)
+    high = max(highs)
+    return high > low and warn_of_share(low, high, (0, 255), MIN_SHARE_OF_EIGHT_BITS, argument, images)
 
 
 def _describe(size: Size) -> str:
@@ -175,6 +210,6 @@ def check_batch_fits(num_examples: int, train_batch_size: int, num_processes: in
     if num_examples < train_batch_size * num_processes:
         raise ValueError(
             f"There are {num_examples} usable images, but one step takes {train_batch_size * num_processes} "
-            f"(`train_batch_size` {train_batch_size} on {num_processes} process(es)). Lower `train_batch_size` to at "
-            f"most {num_examples // num_processes}, or add images."
+            f"(`train_batch_size` {train_batch_size}, number of processes {num_processes}). Lower `train_batch_size` "
+            f"to at most {num_examples // num_processes}, or add images."
         )

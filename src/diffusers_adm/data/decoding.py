@@ -223,6 +223,6 @@ def decode_condition(
     (width, height), (image_width, image_height) = decoded_size(decoded), image_size
     # One scale brings the image within a pixel of both sides.
     if abs(width * image_height - height * image_width) > image_width + image_height:
-        details = f"{name} has {width} x {height} pixels, its image {image_width} x {image_height}"
+        details = f"{name} has {height} x {width} pixels, its image {image_height} x {image_width} (height x width)"
         raise UnusableImageError(MISSHAPEN_CONDITION, details)
     return decoded

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import PIL
 
-from ..conditioning.image_format import MAX_LEVELS, MODE_CHANNELS, ImageFormat, ImageMode
+from ..conditioning.image_format import MAX_LEVELS, MODE_CHANNELS, ImageFormat, ImageMode, count_channels
 from .decoding import can_convert
 from .images import example_name
 from .labels import list_names
@@ -60,20 +60,21 @@ class FormatRequest:
         mode, channels, known = self.image_mode, self.channels, self.known
         if mode is not None and mode not in get_args(ImageMode):
             raise ValueError(f"`--image_mode` is {mode!r}; it must be one of {', '.join(get_args(ImageMode))}.")
-        if mode is not None and channels is not None and MODE_CHANNELS.get(mode, channels) != channels:
-            raise ValueError(
-                f"`--image_mode` {mode} has {MODE_CHANNELS[mode]} channel(s), but the network has {channels}. Pass "
-                f"`--image_mode {_mode_for(channels)}`, or set the channels of the network to {MODE_CHANNELS[mode]}."
-            )
         if known is not None and channels not in (None, known.channels):
             raise ValueError(
-                f"The pretrained model was trained on {known}, {known.channels} channel(s), but the network has "
-                f"{channels}. Start from a model of {channels} channel(s), or without one."
+                f"The pretrained model was trained on {known}, {count_channels(known.channels)}, but the network has "
+                f"{channels}. Start from a model of {count_channels(channels)}, or without one."
             )
         if known is not None and mode not in (None, known.mode):
             raise ValueError(
                 f"`--image_mode` is {mode}, but the pretrained model was trained on {known}. Omit it, or pass "
                 f"`--image_mode {known.mode}`."
+            )
+        if mode is not None and channels is not None and MODE_CHANNELS.get(mode, channels) != channels:
+            raise ValueError(
+                f"`--image_mode` {mode} has {count_channels(MODE_CHANNELS[mode])}, but the network has {channels}. "
+                f"Pass `--image_mode {_mode_for(channels)}`, or set the channels of the network to "
+                f"{MODE_CHANNELS[mode]}."
             )
         if self.value_range is None or self.value_range == "auto":
             return
@@ -100,15 +101,16 @@ class _Kind:
     dtype: np.dtype
 
     def __str__(self) -> str:
-        words = f"arrays of {self.channels} channels" if self.mode == "array" else f"{self.mode} images"
+        words = f"arrays of {count_channels(self.channels)}" if self.mode == "array" else f"{self.mode} images"
         return f"{words} ({self.dtype})"
 
 
 class _Survey:
-    """All images of a column, with their names for messages."""
+    """All images of a column, with their names, and that of the argument of their range, for messages."""
 
-    def __init__(self, dataset: datasets.Dataset, column: str, num_proc: int | None):
+    def __init__(self, dataset: datasets.Dataset, column: str, num_proc: int | None, range_argument: str):
         self.dataset, self.column, self.num_proc = dataset, column, num_proc
+        self.range_argument = range_argument
 
     def map(self, function: Callable[..., dict], description: str, **kwargs: Any) -> dict[str, list]:
         """The results of a function for all examples, as lists by name. `datasets` caches them."""
@@ -125,6 +127,10 @@ class _Survey:
         )
         return {name: results[name][:] for name in results.column_names}
 
+    def count(self, indices: Sequence[int]) -> str:
+        """How many of the images these are: "1 of 8"."""
+        return f"{len(indices)} of {len(self.dataset)}"
+
     def name(self, indices: Sequence[int], details: Sequence[str] | None = None) -> str:
         """Names the first three of these examples, with details in brackets."""
         first = [example_name(self.dataset[index], index, self.column) for index in indices[:3]]
@@ -134,7 +140,12 @@ class _Survey:
 
 
 def find_image_format(
-    dataset: datasets.Dataset, request: FormatRequest, *, num_proc: int | None = None, column: str = "image"
+    dataset: datasets.Dataset,
+    request: FormatRequest,
+    *,
+    num_proc: int | None = None,
+    column: str = "image",
+    range_argument: str = "--value_range",
 ) -> ImageFormat:
     """
     Finds the format of all images of a dataset, as a network and a user ask for it.
@@ -152,6 +163,7 @@ def find_image_format(
         request (`FormatRequest`): What is asked for.
         num_proc (`int`, *optional*): Number of processes.
         column (`str`, defaults to "image"): "image" or "conditioning_image".
+        range_argument (`str`, defaults to "--value_range"): What the log calls the argument of the value range.
 
     Returns:
         `ImageFormat`: For `check_images`, `ImageDataset` and the config of a pipeline.
@@ -162,7 +174,7 @@ def find_image_format(
             given. The message names the first three files.
         ImportError: If a file needs tifffile or imagecodecs, which is not installed.
     """
-    survey = _Survey(dataset, column, num_proc)
+    survey = _Survey(dataset, column, num_proc, range_argument)
     kinds = _find_kinds(survey, request)
     if not kinds:  # `check_images` says why
         return request.known or _format_without_images(request)
@@ -202,9 +214,13 @@ def _find_kinds(survey: _Survey, request: FormatRequest) -> dict[_Kind, list[int
     headers = survey.map(_read_header, "Reading headers", channels=request.expected_channels)
     problems = {index: problem for index, problem in enumerate(headers["problem"]) if problem}
     if problems:
+        by_problem: dict[str, list[int]] = {}
+        for index, problem in problems.items():
+            by_problem.setdefault(problem, []).append(index)
+        reasons = [f"{survey.name(rows)} ({problem})" for problem, rows in by_problem.items()]
         raise ValueError(
-            f"{len(problems)} file(s) cannot be used as images: "
-            f"{survey.name(list(problems), list(problems.values()))}. Convert or remove them."
+            f"{survey.count(list(problems))} files cannot be used as images: {list_names(reasons, 3, str)}. Convert or "
+            "remove them."
         )
     kinds: dict[_Kind, list[int]] = {}
     for index, (mode, channels, dtype) in enumerate(
@@ -215,8 +231,8 @@ def _find_kinds(survey: _Survey, request: FormatRequest) -> dict[_Kind, list[int
     transposed = [index for index, is_transposed in enumerate(headers["is_transposed"]) if is_transposed]
     if transposed:
         logger.info(
-            f"{len(transposed)} arrays of shape (channels, height, width) are transposed to (height, width, channels): "
-            f"{survey.name(transposed)}."
+            f"{survey.count(transposed)} images are arrays of shape (channels, height, width) and are transposed to "
+            f"(height, width, channels): {survey.name(transposed)}."
         )
     return kinds
 
@@ -268,10 +284,15 @@ def _check_channels(
                 f"The alpha of {with_alpha} images is taken for a channel like the others. If it is transparency, pass "
                 f"`--image_mode {with_alpha}`."
             )
+        for kind, rows in kinds.items():
+            if "array" not in (mode, kind.mode) and kind.mode != mode:
+                logger.info(
+                    f"{survey.count(rows)} images are converted from {kind.mode} to {mode}: {survey.name(rows)}."
+                )
         return
-    found = "; ".join(f"{len(rows)} {kind}: {survey.name(rows)}" for kind, rows in kinds.items())
+    found = "; ".join(f"{kind}: {survey.name(rows)}" for kind, rows in kinds.items())
     if request.expected_channels is None:
-        raise ValueError(f"The images have different channels. {found}. Keep images of one kind only.")
+        raise ValueError(f"The images have different channels: {found}. Keep images of one kind only.")
     ways = []
     if all(kind.mode != "array" for kind in wrong) and request.image_mode is None and request.known is None:
         for_channels = {count: name for name, count in MODE_CHANNELS.items()}.get(channels)
@@ -280,10 +301,12 @@ def _check_channels(
         ways.append(f"pass `--image_mode {mode}` to convert them")
     numbers = {kind.channels for kind in kinds}
     if len(numbers) == 1:
-        ways.append(f"use a network of {numbers.pop()} channel(s)")
+        ways.append(f"use a network of {count_channels(numbers.pop())}")
+        if survey.column == "image" and request.image_mode is None and request.known is None:
+            ways.append("leave `in_channels` and `out_channels` out of its config")
     else:
         ways.append("keep images of one kind only")
-    what = f"`--image_mode` is {mode}" if request.image_mode else f"The network has {channels} channel(s)"
+    what = f"`--image_mode` is {mode}" if request.image_mode else f"The network has {count_channels(channels)}"
     way_out = ", or ".join(ways)
     raise ValueError(f"{what}, but the images have others: {found}. {way_out[0].upper()}{way_out[1:]}.")
 
@@ -337,8 +360,8 @@ def _measure_all(survey: _Survey, request: FormatRequest, mode: ImageMode) -> _M
     if not_finite:
         details = [f"{results['num_not_finite'][index]} values" for index in not_finite[:3]]
         raise ValueError(
-            f"{len(not_finite)} images hold NaN or infinite values: {survey.name(not_finite, details)}. Replace these "
-            "values, or remove the images."
+            f"{survey.count(not_finite)} images hold NaN or infinite values: {survey.name(not_finite, details)}. "
+            "Replace these values, or remove the images."
         )
     return _Measured(np.array(results["low"]), np.array(results["high"]))
 
@@ -363,15 +386,15 @@ def _find_range(
                 "the images, or pass `--value_range LOW HIGH`."
             )
         value_range = (measured.low, measured.high)
-        logger.info(f"`--value_range auto`: the images range from {measured.low:.9g} to {measured.high:.9g}.")
+        logger.info(f"`{survey.range_argument} auto`: the images range from {measured.low:.9g} to {measured.high:.9g}.")
     _check_inside(survey, value_range, measured, "`--value_range`")
     if request.value_range is not None and known is not None and tuple(value_range) != known.value_range:
         logger.warning(
-            f"`--value_range` is {value_range[0]:g} to {value_range[1]:g}, but the pretrained model was trained on "
-            f"{known}. Its weights must adapt to the other range."
+            f"`{survey.range_argument}` is {value_range[0]:g} to {value_range[1]:g}, but the pretrained model was "
+            f"trained on {known}. Its weights must adapt to the other range."
         )
-    if request.value_range is None:
-        _warn_of_share(dtype, value_range, measured)
+    if request.value_range is None and dtype.itemsize > 1:
+        warn_of_share(measured.low, measured.high, value_range, MIN_SHARE_OF_RANGE, survey.range_argument)
     return _levels_of(dtype, value_range)
 
 
@@ -397,7 +420,7 @@ def _check_inside(survey: _Survey, value_range: Sequence[float], measured: _Meas
     if outside:
         details = [f"{measured.lows[index]:g} to {measured.highs[index]:g}" for index in outside[:3]]
         raise ValueError(
-            f"{what} is {low:g} to {high:g}, but {len(outside)} images have values outside of it: "
+            f"{what} is {low:g} to {high:g}, but {survey.count(outside)} images have values outside of it: "
             f"{survey.name(outside, details)}. All images range from {measured}: pass `--value_range LOW HIGH` that "
             "includes them, or `--value_range auto`."
         )
@@ -421,15 +444,27 @@ def _check_known(survey: _Survey, known: ImageFormat, dtype: np.dtype, measured:
     _check_inside(survey, (low, high), measured, f"The range of the pretrained model, trained on {known},")
 
 
-def _warn_of_share(dtype: np.dtype, value_range: Sequence[float], measured: _Measured) -> None:
+def warn_of_share(
+    lowest: float,
+    highest: float,
+    value_range: Sequence[float],
+    least: float,
+    argument: str = "--value_range",
+    images: str = "images",
+) -> bool:
+    """Warns of integers that fill less than this share of the value range, and returns whether they do."""
     low, high = value_range
-    share = (measured.high - measured.low) / (high - low)
-    if dtype.itemsize < 2 or share >= MIN_SHARE_OF_RANGE:
-        return
-    ways = "`--value_range auto`"
-    if measured.low >= 0 and measured.high >= 1:
-        ways += f" or `--value_range 0 {2 ** int(measured.high).bit_length() - 1}`"
-    logger.warning(f"The images range from {measured} and fill {share:.0%} of {low:g} to {high:g}: pass {ways}.")
+    share = (highest - lowest) / (high - low)
+    if share >= least:
+        return False
+    ways = f"`{argument} auto`"
+    if lowest >= 0 and highest >= 1:
+        ways += f" or `{argument} 0 {2 ** int(highest).bit_length() - 1}`"
+    percent = f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+    logger.warning(
+        f"The {images} range from {lowest:g} to {highest:g} and fill {percent} of {low:g} to {high:g}: pass {ways}."
+    )
+    return True
 
 
 def _levels_of(dtype: np.dtype, value_range: Sequence[float]) -> tuple[tuple[float, float], int | None]:

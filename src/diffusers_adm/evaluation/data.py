@@ -260,5 +260,5 @@ def read_images(
         have_one_size = is_array or run is not None
         resolution = (height, width) if have_one_size and height != width else min(height, width)
     if not isinstance(images, ArrayImages):
-        images, _ = check_images(images, resolution, image_format=image_format)
+        images, _ = check_images(images, resolution, image_format=image_format, range_argument=None)
     return ImageDataset(images, resolution, center_crop=True, image_format=image_format)

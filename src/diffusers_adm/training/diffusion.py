@@ -331,7 +331,13 @@ def find_condition_format(
     if condition is not None:
         return condition_format_of(condition, image_format)
     try:
-        found = find_image_format(images, request, num_proc=num_proc, column="conditioning_image")
+        found = find_image_format(
+            images,
+            request,
+            num_proc=num_proc,
+            column="conditioning_image",
+            range_argument="--condition_value_range",
+        )
     except ValueError as error:
         message = str(error).replace("--value_range", "--condition_value_range")
         raise ValueError(f"Conditioning images: {message}") from error
@@ -458,6 +464,7 @@ def load_diffusion(
             id2label=id2label,
             image_format=image_format,
             condition_format=condition_format,
+            condition_range_argument="--condition_value_range" if translation is None else "--source_value_range",
         )
         captions = None
         if has_text:

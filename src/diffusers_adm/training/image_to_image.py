@@ -171,7 +171,13 @@ class ImageToImageArguments:
                 recorded = ImageFormat.from_config(known, channels, "source_format") if known and channels else None
                 value_range = requested_range(self.source_value_range)
                 request = FormatRequest(channels or None, self.source_mode, value_range, recorded)
-                found = find_image_format(images, request, num_proc=num_proc, column="conditioning_image")
+                found = find_image_format(
+                    images,
+                    request,
+                    num_proc=num_proc,
+                    column="conditioning_image",
+                    range_argument="--source_value_range",
+                )
             except ValueError as error:
                 message = str(error).replace("image_mode", "source_mode").replace("value_range", "source_value_range")
                 raise ValueError(f"Source images: {message}") from error
@@ -214,7 +220,13 @@ def load_held_out(
         images = renumber_labels(images, match_classes(id2label, diffusion.id2label))
     images = args.pair(images, source, args.validation_source_data_files)
     formats: dict[str, Any] = {"image_format": diffusion.image_format, "condition_format": diffusion.condition_format}
-    images, _ = check_images(images, diffusion.resolution, num_proc=data_args.image_check_num_proc, **formats)
+    images, _ = check_images(
+        images,
+        diffusion.resolution,
+        num_proc=data_args.image_check_num_proc,
+        condition_range_argument="--source_value_range",
+        **formats,
+    )
     seed = diffusion.args.training.seed
     return args.dataset_class()(images, diffusion.resolution, center_crop=True, seed=seed, **formats)
 

@@ -184,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_format=image_format,
             allow_unlabelled=id2label is None or unet.config.null_class_id is not None,
             output_dir=args.output_dir if accelerator.is_main_process else None,
+            range_argument=None,
         )
     data = ImageDataset(images, resolution, center_crop=True, random_flip=False, image_format=image_format)
 
