@@ -343,7 +343,7 @@ class TestGoingOn:
         ("grey", {}, {"value_range": "all"}, "`value_range` is 'all'; pass two numbers"),
         ("grey", {}, {"value_range": [0, 1000]}, "12 images have values outside"),
         ("grey", {"in_channels": 3, "out_channels": 6}, {"image_mode": "L"}, "`--image_mode` L has 1 .*network has 3"),
-        ("grey", {}, {"preview_channels": 2}, "`preview_channels` is 2, but the images have 1 channels"),
+        ("grey", {}, {"preview_channels": 2}, "`preview_channels` is 2, but the images have 1 channel. Pass 1"),
         ("bands", {}, {"preview_channels": [0, 1, 2]}, "Count from 1 to 5"),
         ("bands", {}, {"value_range": "none"}, "floating point numbers .* `--value_range auto`"),
         ("bands", {}, {"resolution": "9x16"}, r"The resolution is 9 x 16; .*--resolution 10x16`"),
