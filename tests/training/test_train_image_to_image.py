@@ -286,6 +286,16 @@ def test_masks_have_a_dice_coefficient(short, tmp_path):
     assert 0 <= measures["dice"] <= 1
 
 
+def test_sources_of_zeros_and_ones(short, tmp_path, caplog):
+    def mask(index):
+        return Image.fromarray(np.asarray(target(index)) // 128)
+
+    short["data_files"] = write_parquet(tmp_path / "masks.parquet", image=target, source=mask)
+    train(**short, source_column="source")
+    assert "The conditioning images range from 0 to 1 and fill 0.4% of 0 to 255" in caplog.text
+    assert "pass `--source_value_range auto` or `--source_value_range 0 1`." in caplog.text
+
+
 @pytest.mark.slow
 def test_launched_in_two_processes(short, tmp_path):
     files = {"source_data_files": write_parquet(tmp_path / "sources.parquet", image=source, key=key)}
