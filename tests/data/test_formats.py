@@ -624,7 +624,5 @@ def test_conditions_of_any_format(tmp_path):
 
 def test_made_conditions_need_pictures():
     dataset = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": None}]})
-    with pytest.raises(
-        ValueError, match="kind .edges. are made from grey or RGB images, but these are 3-channel"
-    ):
+    with pytest.raises(ValueError, match="kind .edges. are made from grey or RGB images, but these are 3-channel"):
         ImageDataset(dataset, 8, condition="edges", image_format=ImageFormat("array", 3))
