@@ -150,7 +150,7 @@ class Output:
         """
         if self.output_type not in get_args(OutputType):
             raise ValueError(f"`output_type` is {self.output_type!r}; it must be one of {list(get_args(OutputType))}.")
-        if self.output_type == "pil" and not image_format.is_picture:
+        if self.output_type == "pil" and not image_format.is_viewable:
             raise ValueError(
                 f"`output_type` is 'pil', but {_why_no_pil(image_format, is_recorded)} Pass `output_type='np'` or "
                 "`output_type='pt'`" + _how_to_record(image_format.channels) * (not is_recorded) + "."

@@ -94,7 +94,7 @@ def test_the_only_channel():
 def test_the_way_to_a_pipeline_and_back(image_format):
     samples = samples_of(image_format.channels).clamp(-1, 1)
     values = to_pipeline(samples, image_format)
-    low, high = (0, 1) if image_format.is_picture else image_format.value_range
+    low, high = (0, 1) if image_format.is_viewable else image_format.value_range
     assert low <= values.min() <= values.max() <= high
     levels = image_format.num_levels
     tolerance = 1e-6 if levels is None else 1 / (levels - 1) + 1e-6  # rounded to a level

@@ -186,7 +186,7 @@ class TestSampling:
         latents = torch.randn(2, channels, 16, 16, generator=generator, dtype=torch.float64)
         fractions = torch.randint(0, 256, (2, result.condition_channels, 16, 16), generator=generator) / 255
         source = 2 * fractions - 1
-        given = fractions if pipe.source_format.is_picture else source
+        given = fractions if pipe.source_format.is_viewable else source
         sampled = pipe(given, latents=latents, timestep_respacing="ddim4", eta=0.0, output_type="latent").images
 
         weights, x = network.weights().double(), latents

@@ -691,7 +691,7 @@ def draw_samples(image_format, folder, number=3, output_format=None, **config):
     sample_images(pipe, number, folder, **options)
     generators = [torch.Generator().manual_seed(derive_seed(0, "sample", index)) for index in range(number)]
     images = pipe(generator=generators, batch_size=number, output_type="pt", num_inference_steps=2).images
-    return 2 * images - 1 if image_format.is_picture else scaled(images, image_format)
+    return 2 * images - 1 if image_format.is_viewable else scaled(images, image_format)
 
 
 @pytest.mark.parametrize("image_format,output_format", SAMPLED, ids=str)

@@ -432,7 +432,7 @@ def test_files_hold_values_of_the_data(image_format, suffix, dtype, tmp_path):
     pipe, low, high = formatted_pipeline(image_format), *image_format.value_range
     generators = [torch.Generator().manual_seed(derive_seed(0, "sample", i)) for i in range(3)]
     expected = pipe(generator=generators, batch_size=3, output_type="np", **FEW_STEPS).images
-    if image_format.is_picture:
+    if image_format.is_viewable:
         steps = image_format.num_levels - 1
         expected = np.round(expected.astype(np.float64) * steps) * (high - low) / steps
     assert expected.min() >= low

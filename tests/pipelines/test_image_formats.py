@@ -86,8 +86,8 @@ class TestOutputs:
     def test_arrays_and_tensors(self, name):
         pipe = make(image_format=FORMATS[name])
         fractions = fractions_of(pipe)
-        is_picture = name in PIL_MODES or name == "RGB-16"
-        expected = fractions if is_picture else values_of(fractions, FORMATS[name])
+        is_viewable = name in PIL_MODES or name == "RGB-16"
+        expected = fractions if is_viewable else values_of(fractions, FORMATS[name])
         size = np.ptp(FORMATS[name].value_range)
         actual = call(pipe, "np")
         assert actual.dtype == np.float32
@@ -263,10 +263,10 @@ class TestKeptPixels:
     def test_values_of_the_data(self, name):
         image_format = FORMATS[name]
         given = given_images(image_format)
-        high, is_picture = image_format.value_range[1], image_format.is_picture
-        expected = given / np.float32(high) if is_picture and high > 1 else given
+        high, is_viewable = image_format.value_range[1], image_format.is_viewable
+        expected = given / np.float32(high) if is_viewable and high > 1 else given
         for image in (given, torch.from_numpy(given.astype(np.int32 if high > 255 else given.dtype)).movedim(-1, 0)):
-            if is_picture and isinstance(image, torch.Tensor) and image_format.num_levels is None:
+            if is_viewable and isinstance(image, torch.Tensor) and image_format.num_levels is None:
                 continue
             found = self.kept(name, image, "np")[0]
             np.testing.assert_array_equal(found[~self.MASK], expected[~self.MASK].astype(np.float32))

@@ -119,7 +119,7 @@ def grid_of(folder):
 
 def values_of(images, image_format):
     """Checks that images of the output "np" have the shape and the values of the format; pictures are in [0, 1]."""
-    low, high = (0, 1) if image_format.is_picture else image_format.value_range
+    low, high = (0, 1) if image_format.is_viewable else image_format.value_range
     assert images.shape[-1] == image_format.channels
     assert low <= images.min() < images.max() <= high
 

@@ -148,7 +148,7 @@ class ImageFormat:
     # 2. Outputs
 
     @property
-    def is_picture(self) -> bool:
+    def is_viewable(self) -> bool:
         """
         Whether Pillow can show these images. Floating point images of a pipeline are then in [0, 1], as everywhere in
         diffusers; those of other formats are values of the data.
@@ -171,14 +171,14 @@ class ImageFormat:
     @property
     def pil_mode(self) -> str | None:
         """Pillow's mode of these images: "I;16" for grey of more than 8 bits; `None` if it cannot show them."""
-        if not self.is_picture:
+        if not self.is_viewable:
             return None
         return "I;16" if self.mode == "L" and self.value_range[1] > 255 else self.mode
 
     @property
     def loses_depth_in_pil(self) -> bool:
         """Whether Pillow shows only 8 of more bits: it has no colour images of 16 bits."""
-        return self.is_picture and self.value_range[1] > 255 and self.mode != "L"
+        return self.is_viewable and self.value_range[1] > 255 and self.mode != "L"
 
 
 def count_channels(channels: int) -> str:

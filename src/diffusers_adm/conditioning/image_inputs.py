@@ -46,13 +46,13 @@ def read_images(images: ImageInput, name: str, image_format: ImageFormat, backgr
 
 def as_fractions(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
     """Converts the results of `read_values` to fractions of the value range in [0, 1]."""
-    return values if image_format.is_picture else image_format.to_unit(values).clamp(0, 1)
+    return values if image_format.is_viewable else image_format.to_unit(values).clamp(0, 1)
 
 
 def read_values(images: ImageInput, name: str, image_format: ImageFormat, background: str = "white") -> torch.Tensor:
     r"""
     Reads images as a tensor `(batch_size, channels, height, width)`, float32, on their own device, with the values of a
-    pipeline's outputs "np" and "pt": fractions of the value range in [0, 1] for pictures (`image_format.is_picture`),
+    pipeline's outputs "np" and "pt": fractions of the value range in [0, 1] for pictures (`image_format.is_viewable`),
     values of the data for other formats.
 
     Args:
@@ -169,7 +169,7 @@ def _from_bool(image: np.ndarray | torch.Tensor, image_format: ImageFormat) -> n
         return image
     if reads_bytes(image_format):
         return image * np.uint8(255) if isinstance(image, np.ndarray) else image.to(torch.uint8) * 255
-    low, high = (0, 1) if image_format.is_picture else image_format.value_range
+    low, high = (0, 1) if image_format.is_viewable else image_format.value_range
     return low + (high - low) * (image.astype(np.float64) if isinstance(image, np.ndarray) else image.double())
 
 
@@ -274,7 +274,7 @@ def _read_pil(image: Image.Image, name: str, image_format: ImageFormat, backgrou
 
 
 def _in_range(image_format: ImageFormat) -> str:
-    if image_format.is_picture:
+    if image_format.is_viewable:
         return "in [0, 1]"
     return "with values of the data, from {:g} to {:g}".format(*image_format.value_range)
 
@@ -282,29 +282,29 @@ def _in_range(image_format: ImageFormat) -> str:
 def _to_values(tensor: torch.Tensor, name: str, image_format: ImageFormat) -> torch.Tensor:
     """The values of `read_values`, from the numbers of an array."""
     low, high = image_format.value_range
-    is_bytes, is_picture = reads_bytes(image_format), image_format.is_picture
+    is_bytes, is_viewable = reads_bytes(image_format), image_format.is_viewable
     if tensor.dtype == torch.bool or (is_bytes and not tensor.is_floating_point() and tensor.dtype != torch.uint8):
         integers = "`uint8`" if is_bytes else "integers"
         raise ValueError(
             f"`{name}` is of type {tensor.dtype}; pass {integers}, or floating point numbers {_in_range(image_format)}."
         )
     if is_bytes and tensor.dtype == torch.uint8:
-        return tensor.float() / 255 if is_picture or high == 1 else tensor.float()
+        return tensor.float() / 255 if is_viewable or high == 1 else tensor.float()
     if tensor.is_floating_point():
-        lowest, highest = (0, 1) if is_picture else (low, high)
+        lowest, highest = (0, 1) if is_viewable else (low, high)
     else:
         lowest, highest = low, high
-        if tensor.dtype == torch.uint8 and is_picture and high > 255:
+        if tensor.dtype == torch.uint8 and is_viewable and high > 255:
             raise ValueError(
                 f"`{name}` is of type {tensor.dtype}, of 8 bits, but this model's images have values from {low:g} to "
                 f"{high:g}. Pass such values as `uint16`, or floating point numbers in [0, 1]: 8 bits divided by 255."
             )
     values = tensor.float()
     smallest, largest = float(values.min()), float(values.max())
-    tolerance = 0.0 if is_picture else RANGE_TOLERANCE * (high - low)
+    tolerance = 0.0 if is_viewable else RANGE_TOLERANCE * (high - low)
     if not (smallest >= lowest - tolerance and largest <= highest + tolerance):  # in this form, NaN is refused as well
         given = f"`{name}` has values from {smallest:g} to {largest:g}; they must lie in [{lowest:g}, {highest:g}]"
-        if not is_picture or not tensor.is_floating_point():
+        if not is_viewable or not tensor.is_floating_point():
             raise ValueError(f"{given}, the value range of this model's images (`image_format`).")
         if is_bytes:
             raise ValueError(f"{given}. Divide 0 to 255 by 255; of -1 to 1 take `x / 2 + 0.5`.")
@@ -312,7 +312,7 @@ def _to_values(tensor: torch.Tensor, name: str, image_format: ImageFormat) -> to
             f"{given}. Pass values from {low:g} to {high:g} as integers, such as `uint16`, or divided by {high:g}; of "
             "-1 to 1 take `x / 2 + 0.5`."
         )
-    return image_format.to_unit(values) if is_picture and not tensor.is_floating_point() else values
+    return image_format.to_unit(values) if is_viewable and not tensor.is_floating_point() else values
 
 
 __getattr__ = renamed(__name__, {"read_conditions": "read_control_images"})

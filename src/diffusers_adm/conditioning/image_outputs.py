@@ -9,14 +9,14 @@ from .image_format import ImageFormat
 
 def as_outputs(fractions: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
     r"""
-    Images with the values of the outputs "np" and "pt": fractions as they are for pictures (`image_format.is_picture`),
+    Images with the values of the outputs "np" and "pt": fractions as they are for pictures (`image_format.is_viewable`),
     values of the data, float32 at least, for other formats.
 
     Args:
         fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Of the value range, in [0, 1].
         image_format (`ImageFormat`): Format of the images.
     """
-    if image_format.is_picture:
+    if image_format.is_viewable:
         return fractions
     return image_format.from_unit(fractions.to(torch.promote_types(fractions.dtype, torch.float32)))
 

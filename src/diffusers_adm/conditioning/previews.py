@@ -45,7 +45,7 @@ def preview(
     """
     check_preview_channels(channels, image_format)
     levels = ((samples.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round()
-    if channels is None and image_format.is_picture:
+    if channels is None and image_format.is_viewable:
         if image_format.mode in ("LA", "RGBA"):  # laid on white
             alpha = levels[:, -1:] / 255
             levels = (levels[:, :-1] * alpha + WHITE * (1 - alpha)).round()
@@ -60,7 +60,7 @@ def preview(
 
 def describe_preview(image_format: ImageFormat, channels: Sequence[int] | None = None) -> str | None:
     """What `preview` shows, for a caption; `None` for 8-bit images without transparency, shown as they are."""
-    if channels is None and image_format.is_picture:
+    if channels is None and image_format.is_viewable:
         notes = ["on white"] if image_format.mode in ("LA", "RGBA") else []
         notes += ["scaled to 8 bits"] if (image_format.num_levels or 0) > 256 else []
         return ", ".join(notes) or None

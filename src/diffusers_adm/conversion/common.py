@@ -279,7 +279,7 @@ def make_pipeline(
     if issubclass(cls, ADMImageToImagePipeline):
         usual = ImageFormat.of_channels(source_channels)
         as_they_are = ImageFormat("array", source_channels, value_range=(-1, 1), num_levels=None)
-        options["source_format"] = (usual if usual.is_picture else as_they_are).to_config()
+        options["source_format"] = (usual if usual.is_viewable else as_they_are).to_config()
     return cls(unet, scheduler, **options)
 
 

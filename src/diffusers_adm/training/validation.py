@@ -180,14 +180,14 @@ def generate_samples(
 
 def from_pipeline(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
     """Samples in [-1, 1] from what a pipeline returns as "pt": fractions of the range of pictures, or values."""
-    return 2 * values - 1 if image_format.is_picture else image_format.to_samples(values)
+    return 2 * values - 1 if image_format.is_viewable else image_format.to_samples(values)
 
 
 def to_pipeline(samples: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
     """Samples in [-1, 1] as an argument of a pipeline: fractions of the range of pictures on levels, or values."""
     values = image_format.to_values(samples)
     low, high = image_format.value_range
-    return (values - low) / (high - low) if image_format.is_picture else values
+    return (values - low) / (high - low) if image_format.is_viewable else values
 
 
 # 3. Validation images of each task

@@ -358,7 +358,7 @@ def _to_pixels(images: np.ndarray, image_format: ImageFormat | None) -> np.ndarr
     if image_format is None:
         return (images * 255).round().astype(np.uint8)
     values = torch.from_numpy(images)
-    values = image_format.from_unit(values) if image_format.is_picture else values
+    values = image_format.from_unit(values) if image_format.is_viewable else values
     return (values.round() if image_format.dtype.kind in "iu" else values).numpy().astype(image_format.dtype)
 
 
