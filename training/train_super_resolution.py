@@ -74,9 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         description=diffusion.describe(f", from {sr_args.low_res_size} pixels,"),
     )
     sizes = {"low_res_size": as_sample_size(sr_args.size), "max_noise_level": sr_args.max_noise_level}
-    num_levels = diffusion.image_format.num_levels
     low_resolution = LowResolutionCondition(
-        diffusion.unet.config, diffusion.noise_scheduler, num_levels=num_levels, **sizes
+        diffusion.unet.config, diffusion.noise_scheduler, image_format=diffusion.image_format, **sizes
     )
     conditions = [low_resolution, *diffusion.conditions(run.networks)]
     build_pipeline = functools.partial(
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
                 timesteps,
                 objective=diffusion_args.objective,
                 snr_gamma=diffusion_args.snr_gamma,
-                num_levels=num_levels,
+                num_levels=diffusion.image_format.num_levels,
                 extra_channels=inputs.extra_channels,
                 model_kwargs=inputs.kwargs,
             )

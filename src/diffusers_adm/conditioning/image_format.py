@@ -18,6 +18,8 @@ ImageMode = Literal["L", "LA", "RGB", "RGBA", "array"]
 MODE_CHANNELS: dict[ImageMode, int] = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 # float32 holds so many levels exactly in [-1, 1], with digits to spare.
 MAX_LEVELS = 2**16
+# Weights of red, green and blue in grey, ITU-R BT.601 in 65536ths, as Pillow's mode "L" computes it.
+GREY_WEIGHTS = (19595, 38470, 7471)
 Size = int | Sequence[int]
 
 
@@ -129,12 +131,15 @@ class ImageFormat:
         return (values - low if low else values) / ((high - low) / 2) - 1
 
     def to_values(self, samples: torch.Tensor) -> torch.Tensor:
-        """Samples in [-1, 1], clipped, as values of the data: floating point numbers on its levels."""
+        """Samples in [-1, 1], clipped, as values of the data: float32 or float64, on its levels."""
+        samples = samples.to(torch.promote_types(samples.dtype, torch.float32))
         return self.from_unit((samples / 2 + 0.5).clamp(0, 1))
 
     def from_unit(self, fractions: torch.Tensor) -> torch.Tensor:
-        """Fractions of the value range in [0, 1] as values of the data: floating point numbers on its levels."""
+        """Fractions of the value range in [0, 1] as values of the data: float32 or float64, on its levels."""
         low, high = self.value_range
+        # float16 ends at 65504, and bfloat16 has 8 bits.
+        fractions = fractions.to(torch.promote_types(fractions.dtype, torch.float32))
         if self.num_levels is None:
             return low + fractions * (high - low)
         return low + (fractions * (self.num_levels - 1)).round() * ((high - low) / (self.num_levels - 1))
@@ -150,8 +155,8 @@ class ImageFormat:
     @property
     def is_viewable(self) -> bool:
         """
-        Whether Pillow can show these images. Floating point images of a pipeline are then in [0, 1], as everywhere in
-        diffusers; those of other formats are values of the data.
+        Whether the images are viewable: Pillow can show them. Floating point images of a pipeline are then in [0, 1],
+        as everywhere in diffusers; those of other formats are values of the data.
         """
         return self.why_no_pil is None
 
@@ -212,6 +217,12 @@ def as_sample_size(size: Size) -> int | list[int]:
 def describe_size(size: Size) -> str:
     """The size in words: "64 x 256" (height x width)."""
     return "{} x {}".format(*as_size(size))
+
+
+def describe_resolution(size: Size) -> str:
+    """The size in words, as briefly as arguments give it: "96", the side of a square, or "64 x 256"."""
+    height, width = as_size(size)
+    return str(height) if height == width else describe_size(size)
 
 
 def parse_size(name: str, text: int | str) -> int | tuple[int, int]:

@@ -9,8 +9,8 @@ from .image_format import ImageFormat
 
 def as_outputs(fractions: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
     r"""
-    Images with the values of the outputs "np" and "pt": fractions as they are for pictures (`image_format.is_viewable`),
-    values of the data, float32 at least, for other formats.
+    Images with the values of the outputs "np" and "pt": fractions as they are for viewable images
+    (`image_format.is_viewable`), values of the data for other formats.
 
     Args:
         fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Of the value range, in [0, 1].
@@ -18,7 +18,7 @@ def as_outputs(fractions: torch.Tensor, image_format: ImageFormat) -> torch.Tens
     """
     if image_format.is_viewable:
         return fractions
-    return image_format.from_unit(fractions.to(torch.promote_types(fractions.dtype, torch.float32)))
+    return image_format.from_unit(fractions)
 
 
 def to_numpy(images: torch.Tensor) -> np.ndarray:
@@ -28,12 +28,12 @@ def to_numpy(images: torch.Tensor) -> np.ndarray:
 
 def to_pil(fractions: torch.Tensor, image_format: ImageFormat) -> list[Image.Image]:
     r"""
-    Pictures as Pillow images, with values of the data. Colours of more than 8 bits, which Pillow does not have, are
-    reduced to 8.
+    Converts viewable images to Pillow images, with values of the data. Colours of more than 8 bits, which Pillow does
+    not have, are reduced to 8.
 
     Args:
         fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Of the value range, in [0, 1].
-        image_format (`ImageFormat`): Format of the images; a picture.
+        image_format (`ImageFormat`): Format of the images, a viewable one.
     """
     if image_format.loses_depth_in_pil:
         image_format = ImageFormat(image_format.mode, image_format.channels)

@@ -21,7 +21,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from ..deprecations import renamed
 from .condition import PreparedCondition, SamplingCall, UNetInputs
-from .image_format import ImageFormat, Size, as_size
+from .image_format import ImageFormat, Size, as_size, describe_resolution
 from .image_inputs import ImageInput
 from .source_image import ConcatenatedImageCondition
 
@@ -116,10 +116,8 @@ class LowResolutionCondition(ConcatenatedImageCondition):
         low_res_size (`int` or `(height, width)`, *optional*): Size of the low-resolution images of training: a square,
             or both sides.
         max_noise_level (`int`, *optional*): Highest level of training; `None`: not known.
-        num_levels (`int`, *optional*, defaults to 256): Number of values of the data, to which training rounds the
-            low-resolution images; see `downsample`.
-        image_format (`ImageFormat`, *optional*): Format of the images that `read` is given. `None`: that of a model
-            whose config has none.
+        image_format (`ImageFormat`, *optional*): Format of the images. Training rounds the low-resolution ones to its
+            levels. `None`: 8-bit RGB.
 
     Raises:
         ValueError: For a `low_res_size` that is not the U-Net's `sample_size` divided by one factor.
@@ -132,15 +130,13 @@ class LowResolutionCondition(ConcatenatedImageCondition):
         *,
         low_res_size: Size | None = None,
         max_noise_level: int | None = None,
-        num_levels: int | None = 256,
         image_format: ImageFormat | None = None,
     ):
         super().__init__()
         if low_res_size is not None:
             check_low_res_size(low_res_size, unet_config.get("sample_size"))
-        channels = unet_config.get("in_channels", 0) // 2
-        self.image_format = ImageFormat.of_channels(channels) if image_format is None and channels else image_format
-        self.num_levels, self.sample_size = num_levels, as_size(unet_config.get("sample_size"))
+        self.image_format = image_format or ImageFormat()
+        self.sample_size = as_size(unet_config.get("sample_size"))
         self.embedding_dim = unet_config.get("time_cond_proj_dim")
         self.alphas_cumprod = scheduler.alphas_cumprod
         self.low_res_size, self.max_noise_level = as_size(low_res_size), max_noise_level
@@ -151,7 +147,8 @@ class LowResolutionCondition(ConcatenatedImageCondition):
         embedding, noises them to random levels up to `max_noise_level`.
         """
         images = batch["images"]
-        low_res, kwargs = downsample(images, images.shape[-1] // self.low_res_size[1], self.num_levels), {}
+        factor = images.shape[-1] // self.low_res_size[1]
+        low_res, kwargs = downsample(images, factor, self.image_format.num_levels), {}
         if self.embedding_dim is not None:
             if self.alphas_cumprod.device != images.device:  # once, not in each step
                 self.alphas_cumprod = self.alphas_cumprod.float().to(images.device)
@@ -204,10 +201,10 @@ class LowResolutionCondition(ConcatenatedImageCondition):
             return
         if (h * large[0], w * large[0]) != (height * small[0], width * small[0]):
             factor = large[0] / small[0]
-            sizes = [side if side == other else f"{side} x {other}" for side, other in (small, large)]
+            sizes = f"from {describe_resolution(small)} to {describe_resolution(large)}"
             raise ValueError(
-                f"{given}, but this model was trained to upsample {factor:g} times, from {sizes[0]} to {sizes[1]}. "
-                f"Resize the image, or pass `height={h * factor:g}` and `width={w * factor:g}`."
+                f"{given}, but this model was trained to upsample {factor:g} times, {sizes}. Resize the image, or pass "
+                f"`height={h * factor:g}` and `width={w * factor:g}`."
             )
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:

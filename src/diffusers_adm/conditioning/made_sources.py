@@ -11,15 +11,13 @@ from typing import Literal, cast, get_args
 import torch
 
 from .control_images import ControlImageKind, condition_format_of, make_condition
-from .image_format import ImageFormat
+from .image_format import GREY_WEIGHTS, ImageFormat
 
 
 SourceKind = Literal["grayscale", "noise", "edges", "color_blocks", "regions", "low_resolution"]
 # Standard deviation of the noise, as a share of the value range: from hardly visible to half a range, where only large
 # shapes remain.
 NOISE_STDS = (0.05, 0.5)
-# ITU-R BT.601 in 65536ths, as Pillow's mode "L" computes it.
-GREY_WEIGHTS = (19595, 38470, 7471)
 
 
 def source_format_of(kind: SourceKind, image_format: ImageFormat) -> ImageFormat:

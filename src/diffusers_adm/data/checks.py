@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL
 
-from ..conditioning.image_format import ImageFormat, Size, as_size, describe_size
+from ..conditioning.image_format import ImageFormat, Size, as_size, describe_resolution
 from .decoding import Decoded, UnusableImageError, decode_condition, decode_image, decoded_size
 from .formats import warn_of_share
 from .images import example_name
 from .labels import UNLABELLED, list_names
+from .pixels import reader_versions
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def check_images(
     and names are logged.
 
     `datasets` caches the result next to the dataset, so that a second launch, and the other processes of the first, do
-    not decode again. It is computed afresh when the dataset, the limits or the version of Pillow change.
+    not decode again. It is computed afresh when the dataset, the limits or the version of a reader change.
 
     Args:
         dataset (`datasets.Dataset`): From `load_image_dataset`.
@@ -95,7 +95,7 @@ def check_images(
             "image_format": image_format,
             "condition_format": condition_format,
             "allow_unlabelled": allow_unlabelled,
-            "version": (CHECK_VERSION, PIL.__version__),
+            "version": (CHECK_VERSION, *reader_versions()),
         },
         num_proc=num_proc,
         desc="Checking images",
@@ -117,7 +117,10 @@ def check_images(
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text("".join(lines), encoding="utf-8")
     if len(lines) == len(dataset):
-        limit = f" `min_image_size` is {_describe(smallest)} for a resolution of {_describe(resolution)}."
+        limit = (
+            f" `min_image_size` is {describe_resolution(smallest)} for a resolution of "
+            f"{describe_resolution(resolution)}."
+        )
         raise ValueError(
             f"None of the {len(dataset)} images can be used: {counts}. The first is {first_skipped}."
             + limit * (TOO_SMALL in skipped)
@@ -177,7 +180,7 @@ def _examine(
         if height < smallest[0] or width < smallest[1]:
             reason = TOO_SMALL
             shorter = "shorter side " if smallest[0] == smallest[1] else ""
-            details = f"{height} x {width} pixels (height x width), {shorter}below {_describe(smallest)}"
+            details = f"{height} x {width} pixels (height x width), {shorter}below {describe_resolution(smallest)}"
         elif not allow_unlabelled and example.get("label") == UNLABELLED:
             reason, details = NO_LABEL, "unlabelled examples are not allowed"
     return {"reason": reason, "details": details, **extremes}
@@ -186,7 +189,7 @@ def _examine(
 def _extremes(image: Decoded, image_format: ImageFormat | None) -> tuple[int, int]:
     """The lowest and the highest value of an image of 8 bits, apart from its alpha; other formats: NOT_MEASURED."""
     image_format = image_format or ImageFormat()
-    if tuple(image_format.value_range) != (0, 255) or image_format.num_levels != 256:
+    if image_format.value_range != (0, 255) or image_format.num_levels != 256:
         return NOT_MEASURED, NOT_MEASURED
     values = np.asarray(image)
     values = values[..., :-1] if image_format.mode in ("LA", "RGBA") else values
@@ -198,11 +201,6 @@ def _warn_of_few_values(lows: list[int], highs: list[int], argument: str, images
     low = min((value for value in lows if value != NOT_MEASURED), default=0)
     high = max(highs)
     return high > low and warn_of_share(low, high, (0, 255), MIN_SHARE_OF_EIGHT_BITS, argument, images)
-
-
-def _describe(size: Size) -> str:
-    first, second = as_size(size)
-    return str(first) if first == second else describe_size(size)
 
 
 def check_batch_fits(num_examples: int, train_batch_size: int, num_processes: int = 1) -> None:

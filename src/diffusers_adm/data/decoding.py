@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from ..conditioning.image_format import ImageFormat, ImageMode
+from ..conditioning.image_format import GREY_WEIGHTS, ImageFormat, ImageMode
 from .pixels import (
     MISSING,
     UNREADABLE,
@@ -30,8 +30,6 @@ from .pixels import (
 NO_CONDITION, MISSHAPEN_CONDITION = "no usable condition", "condition of another aspect ratio"
 OTHER_CHANNELS, OTHER_VALUES = "other channels", "values outside the range"
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-# Of ITU-R BT.601 in units of 1 / 65536, as in Pillow's mode "L".
-LUMINANCE = (19595, 38470, 7471)
 
 Decoded = Image.Image | np.ndarray
 
@@ -79,8 +77,8 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 def _convert_pillow(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
     """
-    Decodes an opened image of 8 bits per channel, upright; transparency is laid on the background or kept. It is the
-    same object if there is nothing to convert.
+    Decodes an opened image of 8 bits per channel, upright; transparent ones are composited over the background, or keep
+    their alpha. It is the same object if there is nothing to convert.
     """
     image = upright(image)
     if image.has_transparency_data and mode in ("L", "RGB"):
@@ -93,7 +91,7 @@ def _convert_pillow(image: Image.Image, mode: str, background: tuple[int, int, i
 def is_eight_bit(image_format: ImageFormat) -> bool:
     """Whether Pillow's images of 8 bits per channel have this format."""
     is_colour = image_format.mode != "array"
-    return is_colour and tuple(image_format.value_range) == (0, 255) and image_format.num_levels == 256
+    return is_colour and image_format.value_range == (0, 255) and image_format.num_levels == 256
 
 
 def decode_image(
@@ -188,7 +186,7 @@ def _convert_values(stored: StoredImage, image_format: ImageFormat, background: 
 
 
 def _to_grey(colours: np.ndarray) -> np.ndarray:
-    return (colours @ np.array(LUMINANCE, dtype=np.float64) / 65536)[..., None]
+    return (colours @ np.array(GREY_WEIGHTS, dtype=np.float64) / 2**16)[..., None]
 
 
 def _round_like(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

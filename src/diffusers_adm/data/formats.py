@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import PIL
 
 from ..conditioning.image_format import MAX_LEVELS, MODE_CHANNELS, ImageFormat, ImageMode, count_channels
 from .decoding import can_convert
 from .images import example_name
 from .labels import list_names
-from .pixels import UNSUPPORTED, UnusableImageError, open_image
+from .pixels import UNSUPPORTED, UnusableImageError, open_image, reader_versions
 
 
 if TYPE_CHECKING:
@@ -33,6 +32,27 @@ MODES_OF_CHANNELS: dict[int, ImageMode] = {1: "L", 3: "RGB"}
 MIN_SHARE_OF_RANGE = 0.5
 # Bump when `_read_header` or `_measure` changes: cached results of older versions are then not used.
 SURVEY_VERSION = 1
+
+
+def parse_value_range(name: str, words: Sequence[float | str] | None) -> ValueRange | None:
+    """
+    Reads the words of an argument like `--value_range`: two numbers in order, or auto; `None` stays. Raises a
+    `ValueError` that calls it `name`.
+    """
+    if words is None:
+        return None
+    if list(words) == ["auto"]:
+        return "auto"
+    try:
+        low, high = map(float, words)
+    except ValueError:  # also for another number of words
+        low, high = math.nan, math.nan
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            f"`{name}` is {' '.join(map(str, words))!r}; pass two numbers, the values of the data for -1 and 1, the "
+            "lower one first (e.g. 0 4095), or auto."
+        )
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -114,7 +134,7 @@ class _Survey:
 
     def map(self, function: Callable[..., dict], description: str, **kwargs: Any) -> dict[str, list]:
         """The results of a function for all examples, as lists by name. `datasets` caches them."""
-        kwargs |= {"column": self.column, "version": (SURVEY_VERSION, PIL.__version__)}
+        kwargs |= {"column": self.column, "version": (SURVEY_VERSION, *reader_versions())}
         if not hasattr(self.dataset, "map"):
             rows = [function(self.dataset[index], **kwargs) for index in range(len(self.dataset))]
             return {name: [row[name] for row in rows] for name in rows[0]}
@@ -315,9 +335,12 @@ def _check_channels(
 
 
 def _measure(
-    example: dict[str, Any], column: str, channels: int | None, keeps_alpha: bool, version: int
+    example: dict[str, Any], column: str, channels: int | None, keeps_alpha: bool, version: tuple
 ) -> dict[str, Any]:
-    """Lowest and highest finite value of an image, and the number of the others."""
+    """
+    Lowest and highest finite value of an image, and the number of the others; infinity and its negative for one that
+    cannot be decoded.
+    """
     nothing = {"low": math.inf, "high": -math.inf, "num_not_finite": 0}
     try:
         with open_image(example[column], channels) as stored:
@@ -363,7 +386,13 @@ def _measure_all(survey: _Survey, request: FormatRequest, mode: ImageMode) -> _M
             f"{survey.count(not_finite)} images hold NaN or infinite values: {survey.name(not_finite, details)}. "
             "Replace these values, or remove the images."
         )
-    return _Measured(np.array(results["low"]), np.array(results["high"]))
+    measured = _Measured(np.array(results["low"]), np.array(results["high"]))
+    if measured.low > measured.high:
+        raise ValueError(
+            f"None of the {len(measured.lows)} images can be decoded: {survey.name(range(len(measured.lows)))}. Check "
+            "the files."
+        )
+    return measured
 
 
 def _find_range(

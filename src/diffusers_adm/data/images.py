@@ -160,12 +160,12 @@ class ImageDataset(torch.utils.data.Dataset):
         values = self._cut(image, index, size, self.image_format)
         tensors = {"images": self.image_format.to_samples(values).float()}
         if self.condition is not None:
-            fractions = fractions_of(values, self.image_format)
+            fractions = self.image_format.to_unit(values).float()
             tensors["conditions"] = make_condition(fractions, self.condition, self.image_format)
         elif "conditioning_image" in example:
             condition = decode_condition(example["conditioning_image"], size, condition_format)
             values = self._cut(condition, index, size, self.condition_format)
-            tensors["conditions"] = fractions_of(values, self.condition_format)
+            tensors["conditions"] = self.condition_format.to_unit(values).float()
         return tensors
 
     def _cut(
@@ -178,16 +178,11 @@ class ImageDataset(torch.utils.data.Dataset):
         window = draw_window(
             self.seed, self.epoch, index, image_size, self.size, self.center_crop, flip=self.random_flip
         )
-        values = np.ascontiguousarray(window.cut(image, image_format).transpose(2, 0, 1))
+        # A copy: arrays of Pillow images cannot be written to, which torch warns of.
+        values = np.array(window.cut(image, image_format).transpose(2, 0, 1), order="C")
         # float32 holds all numbers of 16 bits.
         is_exact = values.dtype.itemsize <= 2 or values.dtype == np.float32
         return torch.from_numpy(values).to(torch.float32 if is_exact else torch.float64)
-
-
-def fractions_of(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
-    """Values of the data as fractions of the value range, float32 in [0, 1]."""
-    low, high = image_format.value_range
-    return ((values - low if low else values) / (high - low)).float()
 
 
 def example_name(example: dict[str, Any], index: int, column: str = "image") -> str:

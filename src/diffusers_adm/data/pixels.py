@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import pickle
 import re
 import zipfile
@@ -147,6 +148,18 @@ def _of_file(file: BinaryIO, path: str | None, channels: int | None) -> StoredIm
     if _is_reduced(opened):
         return _of_deep_colour(file, opened, path)
     return _of_pillow(opened)
+
+
+def reader_versions() -> tuple[str | None, ...]:
+    """Versions of the packages that read images, for keys of cached results; `None` for those not installed."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return tuple(map(version, ("pillow", "tifffile", "imagecodecs")))
 
 
 def _import(module: str, path: str | None) -> Any:

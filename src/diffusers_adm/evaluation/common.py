@@ -6,7 +6,6 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Sequence
 
 import diffusers
 import torch
@@ -14,8 +13,6 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..commands.effects import Rule
-from ..conditioning.image_format import ImageFormat, ImageMode
-from ..data.formats import FormatRequest
 from ..data.seeding import derive_seed
 
 
@@ -32,25 +29,6 @@ def require(*modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"This command needs {module}. Install the extra: `pip install diffusers-adm[eval]`.")
-
-
-def format_request(
-    channels: int | None,
-    image_mode: ImageMode | None,
-    value_range: Sequence[str] | None,
-    known: ImageFormat | None,
-) -> FormatRequest:
-    """What `--image_mode` and `--value_range` ask for; the words of the latter are two numbers, or auto."""
-    if value_range is None or list(value_range) == ["auto"]:
-        return FormatRequest(channels, image_mode, None if value_range is None else "auto", known)
-    try:
-        low, high = map(float, value_range)
-    except ValueError:
-        raise ValueError(
-            f"`value_range` is {' '.join(value_range)!r}; pass two numbers, the values of the data for -1 and 1 (e.g. "
-            "0 4095), or auto."
-        ) from None
-    return FormatRequest(channels, image_mode, (low, high), known)
 
 
 def choose(number: int, num_images: int | None, seed: int) -> list[int]:

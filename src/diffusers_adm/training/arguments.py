@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..commands.arguments import HUB_TOKEN, arg, check_at_least
 from ..commands.processes import MixedPrecision
 from ..conditioning.image_format import ImageFormat, ImageMode, Size, as_size, describe_size, parse_size
-from ..data.formats import FormatRequest
+from ..data.formats import FormatRequest, parse_value_range
 from ..schedulers.noise_schedules import BetaScheduleName
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
 from .losses import Objective
@@ -79,42 +78,22 @@ def check_needs(arguments: object, needed: str, *names: str) -> None:
 SizeArgument = int | str
 
 
-def read_size(name: str, value: SizeArgument | Size) -> SizeArgument:
-    """The size of an argument as recipes hold it. Raises a `ValueError` that calls the argument `name`."""
-    size = parse_size(name, value if isinstance(value, (int, str)) else "x".join(map(str, value)))
-    return size if isinstance(size, int) else "{}x{}".format(*size)
-
-
-def check_value_range(name: str, value_range: list[float | str] | None) -> None:
-    """Raises a `ValueError` unless an argument like `value_range` is None, auto, or two numbers in order."""
-    if value_range in (None, ["auto"]):
-        return
-    is_pair = len(value_range) == 2 and not any(isinstance(end, str) for end in value_range)
-    if not is_pair or not -math.inf < value_range[0] < value_range[1] < math.inf:
-        raise ValueError(
-            f"`{name}` is {' '.join(map(str, value_range))!r}; pass two numbers, the values of the data for -1 and 1, "
-            "the lower one first (e.g. 0 4095), or auto."
-        )
-
-
-def requested_range(value_range: list[float | str] | None) -> tuple[float, float] | Literal["auto"] | None:
-    """An argument like `value_range`, as `FormatRequest` takes it."""
-    if value_range is None or value_range == ["auto"]:
-        return None if value_range is None else "auto"
-    low, high = map(float, value_range)
-    return low, high
+def size_argument(size: Size) -> SizeArgument:
+    """The size as recipes hold it."""
+    height, width = as_size(size)
+    return height if height == width else f"{height}x{width}"
 
 
 def size_word(text: str) -> SizeArgument:
-    """A size on the command line; `read_size` refuses what is none."""
+    """A size on the command line; `parse_size` refuses what is none."""
     try:
-        return read_size("", text)
+        return size_argument(parse_size("", text))
     except ValueError:
         return text
 
 
 def range_word(text: str) -> float | str:
-    """A word of an argument like `value_range`; `check_value_range` refuses what is neither a number nor auto."""
+    """A word of an argument like `value_range`; `parse_value_range` refuses what is neither a number nor auto."""
     try:
         return float(text)
     except ValueError:
@@ -222,8 +201,8 @@ class DataArguments:
 
     def __post_init__(self):
         if self.resolution is not None:
-            self.resolution = read_size("resolution", self.resolution)
-        check_value_range("value_range", self.value_range)
+            self.resolution = size_argument(parse_size("resolution", self.resolution))
+        parse_value_range("value_range", self.value_range)
         check_at_least(self, 1, "image_check_num_proc")
         check_at_least(self, 0, "min_image_size", "dataloader_num_workers")
         check_needs(self, "label_column", "class_balanced")
@@ -241,7 +220,7 @@ class DataArguments:
             channels (`int`, *optional*): Of the network's images; `None`: those of the data.
             known (`ImageFormat`, *optional*): That of the pretrained model.
         """
-        return FormatRequest(channels, self.image_mode, requested_range(self.value_range), known)
+        return FormatRequest(channels, self.image_mode, parse_value_range("value_range", self.value_range), known)
 
     def source(self) -> dict[str, Any]:
         """Keyword arguments of `load_image_dataset`, without the seed."""
@@ -452,7 +431,8 @@ class DiffusionTrainingArguments(TrainingArguments):
     preview_channels: list[int] | None = arg(
         None,
         "Channels that validation images show, counted from 1: three as red, green and blue, e.g. 3 2 1; others in "
-        "grey, side by side. None: pictures as they are; of other data the first three, or all if there are fewer.",
+        "grey, side by side. None: images that Pillow can show as they are; of other data the first three, or all if "
+        "there are fewer.",
         resume=FREE,
     )
 
@@ -508,7 +488,7 @@ class SuperResolutionArguments:
 
     def __post_init__(self):
         if self.low_res_size is not None:
-            self.low_res_size = read_size("low_res_size", self.low_res_size)
+            self.low_res_size = size_argument(parse_size("low_res_size", self.low_res_size))
         check_at_least(self, 0, "max_noise_level")
 
     @property
@@ -519,7 +499,7 @@ class SuperResolutionArguments:
     def inherit(self, pipeline_config: dict[str, Any]) -> None:
         """Takes what was not given from the config of the pretrained pipeline."""
         if self.low_res_size is None and pipeline_config.get("low_res_size") is not None:
-            self.low_res_size = read_size("low_res_size", pipeline_config["low_res_size"])
+            self.low_res_size = size_argument(pipeline_config["low_res_size"])
         if self.max_noise_level is None:
             self.max_noise_level = pipeline_config.get("max_noise_level") or 0
         if self.low_res_size is None:

@@ -31,7 +31,7 @@ from .arguments import (
     ModelArguments,
     NoiseArguments,
     TrainingArguments,
-    read_size,
+    size_argument,
 )
 from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
 from .loading import (
@@ -169,7 +169,7 @@ def build_classifier(
     if classifier.config.pool == "attention" and size is not None and as_size(size) != as_size(built_for):
         raise ValueError(
             f"The resolution is {data_args.resolution}; the pretrained attention pool is for "
-            f"{read_size('sample_size', built_for)}. Leave it out."
+            f"{size_argument(built_for)}. Leave it out."
         )
     return classifier
 

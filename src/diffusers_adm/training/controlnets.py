@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..commands.arguments import arg
 from ..conditioning.control_images import ControlImageKind
 from ..conditioning.image_format import ImageFormat
-from ..data.formats import FormatRequest
+from ..data.formats import FormatRequest, parse_value_range
 from ..data.repositories import from_subfolder_or_root, reading
 from ..models.controlnet_adagn import AdaGNControlNetModel
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
@@ -25,9 +25,7 @@ from .arguments import (
     UNetArguments,
     check_needs,
     check_share,
-    check_value_range,
     range_word,
-    requested_range,
 )
 from .loading import pretrained_pipeline_config, record_noise_schedule
 
@@ -66,7 +64,7 @@ class ControlArguments:
     )
 
     def __post_init__(self):
-        check_value_range("condition_value_range", self.condition_value_range)
+        parse_value_range("condition_value_range", self.condition_value_range)
         check_needs(self, "conditioning_image_column", "condition_value_range")
         if (self.condition is None) == (self.conditioning_image_column is None):
             raise ValueError(
@@ -126,7 +124,8 @@ def condition_request(control_args: ControlArguments, data_args: DataArguments) 
             config = from_subfolder_or_root(load, name, "controlnet", cache_dir=data_args.cache_dir)
         channels, recorded = config.get("conditioning_channels", 3), config.get("condition_format")
         known = None if recorded is None else ImageFormat.from_config(recorded, channels)
-    return FormatRequest(channels, None, requested_range(control_args.condition_value_range), known)
+    value_range = parse_value_range("condition_value_range", control_args.condition_value_range)
+    return FormatRequest(channels, None, value_range, known)
 
 
 def build_controlnet(

@@ -13,12 +13,12 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from ..commands.errors import did_you_mean
-from ..conditioning.image_format import ImageFormat, Size, as_sample_size, as_size, describe_size
+from ..conditioning.image_format import ImageFormat, Size, as_sample_size, as_size, describe_resolution
 from ..data.formats import find_image_format
 from ..data.repositories import from_subfolder_or_root, reading
 from ..schedulers.noise_schedules import alphas_cumprod_of, describe_noise_schedule, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .arguments import DataArguments, ModelArguments, NoiseArguments, read_size
+from .arguments import DataArguments, ModelArguments, NoiseArguments, size_argument
 
 
 if TYPE_CHECKING:
@@ -121,11 +121,9 @@ def choose_resolution(resolution: Size | None, config: Any, network: str) -> Siz
     downsampling = 2 ** (len(config.block_out_channels) - 1)
     if any(side % downsampling for side in sides):
         raised = [math.ceil(side / downsampling) * downsampling for side in sides]
-        is_square = isinstance(resolution, int)
         raise ValueError(
-            f"The resolution is {resolution if is_square else describe_size(resolution)}; this {network} downsamples "
-            f"by {downsampling}, so it must be divisible by {downsampling}. Pass e.g. `--resolution "
-            f"{read_size('resolution', raised[0] if is_square else raised)}`."
+            f"The resolution is {describe_resolution(resolution)}; this {network} downsamples by {downsampling}, so it "
+            f"must be divisible by {downsampling}. Pass e.g. `--resolution {size_argument(raised)}`."
         )
     return as_sample_size(sides)
 

@@ -33,8 +33,8 @@ from .arguments import (
     SOURCE,
     TrainingArguments,
     Verdict,
-    read_size,
     resume_verdicts,
+    size_argument,
 )
 from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, find_checkpoint
 from .effects import COSINE_SCHEDULES
@@ -63,6 +63,12 @@ ALTERNATIVES = (
     ("condition", "conditioning_image_column"),
     ("source", "source_column", "source_data_dir", "source_data_files"),
 )
+# Formats that a run records: the arguments for entries of each, and the images in words.
+FORMAT_ARGUMENTS = {
+    "image_format": ({"mode": "image_mode", "value_range": "value_range"}, "images"),
+    "source_format": ({"mode": "source_mode", "value_range": "source_value_range"}, "source images"),
+    "condition_format": ({"value_range": "condition_value_range"}, "conditioning images"),
+}
 # None stands for the value of the pretrained model, which the run has recorded.
 INHERITED = ("low_res_size", "max_noise_level")
 # Compared by their effect, once that is known: the noise schedule, the layers with an adapter.
@@ -259,10 +265,10 @@ class RunRecord:
             return values["lora_rank"]
         if name == "resolution":
             return facts.get("resolution") if value is None else as_sample_size(parse_size(name, value))
-        if name == "image_mode" and value is None and "image_format" in facts:
-            return facts["image_format"]["mode"]
-        if name == "value_range" and value in (None, ["auto"]) and "image_format" in facts:
-            return facts["image_format"]["value_range"]
+        for fact, (names, _) in FORMAT_ARGUMENTS.items():
+            for key, argument in names.items():
+                if name == argument and value in (None, ["auto"]) and fact in facts:
+                    return facts[fact][key]
         if name == "min_image_size" and value is None and "resolution" in facts:
             sides = as_size(facts["resolution"])
             return as_sample_size(sides if "low_res_size" in values else [max(1, side // 2) for side in sides])
@@ -374,22 +380,21 @@ class RunRecord:
 
     def check_format(self, image_format: ImageFormat, fact: str = "image_format") -> None:
         """
-        Compares the format of the images, or of other ones under the name of their `fact`. Checkpoints without one are
-        of 8-bit RGB images.
+        Compares the format of the images, or of other ones under the name of their `fact`, one of `FORMAT_ARGUMENTS`.
+        Checkpoints without one are of 8-bit RGB images.
         """
         known, before, now = self._before(fact, image_format.to_config())
         if not known and self.checkpoint is not None and fact == "image_format":
             known, before = self.checkpoint.settings is not None, ImageFormat().to_config()
         if known and before != now:
-            names = {"mode": "image_mode", "value_range": "value_range"}
+            names, what = FORMAT_ARGUMENTS[fact]
             changes = [
-                _change(f"`{names.get(key, key)}` of the {'images' if fact == 'image_format' else 'conditions'}", *pair)
-                for key, pair in {key: (now[key], before[key]) for key in now}.items()
-                if pair[0] != pair[1]
+                _change(f"`{names.get(key, key)}` of the {what}", now[key], before[key])
+                for key in now
+                if now[key] != before[key]
             ]
-            low, high = before["value_range"]
-            flags = _flags({"image_mode": before["mode"], "value_range": [f"{low:g}", f"{high:g}"]})
-            self.refuse(changes, f"Give the run the former images, or pass `{flags}`,")
+            flags = _flags({name: before[key] for key, name in names.items()})
+            self.refuse(changes, f"Give the run the former {what}, or pass `{flags}`,")
 
     def check_classes(self, id2label: Mapping[int, str] | None) -> None:
         """Compares the classes of the data. Another number of them is refused even by force."""
@@ -434,9 +439,10 @@ class RunRecord:
         """
         known, before, now = self._before("resolution", as_sample_size(resolution))
         if known and before != now:
-            self.refuse([_change("`resolution`", now, before)], f"Pass `--resolution {read_size('', before)}`")
-        # These two are compared by facts of their own.
-        network = {k: v for k, v in _public(config).items() if k not in ("sample_size", "image_format")}
+            self.refuse([_change("`resolution`", now, before)], f"Pass `--resolution {size_argument(before)}`")
+        # These are compared by facts of their own.
+        others = ("sample_size", *FORMAT_ARGUMENTS)
+        network = {k: v for k, v in _public(config).items() if k not in others}
         known, before, now = self._before("network", network)
         if known:  # keys of one of them are of another version
             before, now = ({key: values[key] for key in now if key in before} for values in (before, now))

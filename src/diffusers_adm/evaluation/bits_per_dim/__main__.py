@@ -23,17 +23,17 @@ from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.effects import check_effects
 from ...commands.errors import run_command
 from ...commands.processes import MixedPrecision, join_processes
-from ...conditioning.image_format import ImageFormat, ImageMode, Size, as_size, describe_size, parse_size
+from ...conditioning.image_format import ImageFormat, ImageMode, Size, as_size, describe_resolution, parse_size
 from ...data.checks import check_images
 from ...data.columns import load_image_dataset
-from ...data.formats import find_image_format
+from ...data.formats import FormatRequest, find_image_format, parse_value_range
 from ...data.images import ImageDataset
 from ...data.labels import match_classes, renumber_labels
 from ...data.repositories import check_can_be_written, from_subfolder_or_root, reading
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, VarianceType
 from ...schedulers.timestep_spacing import respaced_timesteps
-from ..common import REVISION_RULE, format_request, require, versions
+from ..common import REVISION_RULE, require, versions
 from ..data import find_dataset, num_real_classes
 from .bound import bits_per_dim, learned_variance_scheduler
 
@@ -86,6 +86,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_images", "batch_size")
+        parse_value_range("value_range", self.value_range)
         check_effects(self, rules=(REVISION_RULE,))
 
 
@@ -114,13 +115,12 @@ def check_network(args: Arguments, config: Any, resolution: Size | None) -> None
     if args.label_column is None and has_classes:
         logger.warning("Without `label_column`, every image is evaluated with the network's null class.")
     if resolution is None:
-        raise ValueError(f"The model's `sample_size` is {resolution!r}, which is no size. Pass `--resolution`.")
+        raise ValueError("The model's config has no `sample_size`. Pass `--resolution`.")
     if config.sample_size is not None and as_size(resolution) != as_size(config.sample_size):
-        here, before = (
-            str(size[0]) if size[0] == size[1] else describe_size(size)
-            for size in (as_size(resolution), as_size(config.sample_size))
+        logger.warning(
+            f"The resolution is {describe_resolution(resolution)}, but the model was trained at "
+            f"{describe_resolution(config.sample_size)}."
         )
-        logger.warning(f"The resolution is {here}, but the model was trained at {before}.")
 
 
 def recorded_format(index: dict[str, Any], channels: int) -> ImageFormat | None:
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             images = renumber_labels(images, to_class)
         channels = unet.config.in_channels
         known = recorded_format(index, channels)
-        request = format_request(channels, args.image_mode, args.value_range, known)
+        request = FormatRequest(channels, args.image_mode, parse_value_range("value_range", args.value_range), known)
         image_format = find_image_format(images, request)
         check_levels(image_format)
         images, _ = check_images(

@@ -21,9 +21,9 @@ import torch
 from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.errors import run_command
 from ...conditioning.image_format import ImageFormat, ImageMode, Size, parse_size
-from ...data.formats import FormatRequest
+from ...data.formats import FormatRequest, parse_value_range
 from ...data.labels import match_classes
-from ..common import format_request, require, versions
+from ..common import require, versions
 from ..data import format_of_run, load_classifier, read_images, run_of_sample
 from .comparison import compare_image_sets
 from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
@@ -73,6 +73,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_images", "k", "splits", "batch_size")
+        parse_value_range("value_range", self.value_range)
 
 
 def load_features(
@@ -114,7 +115,7 @@ def request_format(args: Arguments, network: FeatureNetwork) -> FormatRequest:
     channels = None if known is None else known.channels
     if known is None and args.image_mode is None:
         channels = 3  # of Inception
-    return format_request(channels, args.image_mode, args.value_range, known)
+    return FormatRequest(channels, args.image_mode, parse_value_range("value_range", args.value_range), known)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -155,7 +155,7 @@ def sample_images(
             inputs = inputs or {"batch_size": len(indices)}
             generators = [torch.Generator().manual_seed(derive_seed(seed, "sample", i)) for i in indices]
             with autocast():
-                # (B, H, W, C) in [0, 1]; values of the data for formats that are no pictures
+                # (B, H, W, C) in [0, 1]; values of the data for formats that Pillow cannot show
                 images = pipe(**inputs, **options, generator=generators, output_type="np").images
                 bad = not_finite(torch.from_numpy(images))
                 if bad:
