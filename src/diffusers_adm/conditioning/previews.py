@@ -1,6 +1,6 @@
 """
-8-bit images that show samples of any format: pictures as they are, of other data some channels as red, green and blue,
-or side by side in grey. They are for looking at only; nothing is measured on them.
+8-bit images that show samples of any format: viewable ones as they are, of other data some channels as red, green and
+blue, or side by side in grey. They are for looking at only; nothing is measured on them.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ def preview(
     Args:
         samples (`torch.Tensor` of shape `(batch_size, channels, height, width)`): In [-1, 1], clipped to it.
         image_format (`ImageFormat`): Their format.
-        channels (sequence of `int`, *optional*): The channels to show, from 1. `None`: pictures as they are; of other
-            data the first three, or all if there are fewer.
+        channels (sequence of `int`, *optional*): The channels to show, from 1. `None`: viewable images as they are; of
+            other data the first three, or all if there are fewer.
 
     Returns:
         list of `PIL.Image.Image`: Of mode RGB or L. Channels side by side make them wider.
     """
     check_preview_channels(channels, image_format)
-    levels = ((samples.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round()
+    # Bytes have no NaN, and its conversion depends on the processor.
+    levels = ((samples.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().nan_to_num(nan=0.0)
     if channels is None and image_format.is_viewable:
-        if image_format.mode in ("LA", "RGBA"):  # laid on white
+        if image_format.mode in ("LA", "RGBA"):  # composited over white
             alpha = levels[:, -1:] / 255
             levels = (levels[:, :-1] * alpha + WHITE * (1 - alpha)).round()
         shown = levels

@@ -20,7 +20,7 @@ from ..conditioning.made_sources import SourceKind, source_format_of
 from ..conditioning.previews import describe_preview, preview
 from ..data.checks import check_images
 from ..data.columns import load_image_dataset
-from ..data.formats import FormatRequest, find_image_format
+from ..data.formats import FormatRequest, find_image_format, parse_value_range
 from ..data.images import ImageDataset
 from ..data.labels import match_classes, renumber_labels
 from ..data.pairs import MadeSourceDataset, pair_images
@@ -32,13 +32,10 @@ from .arguments import (
     DiffusionTrainingArguments,
     check_needs,
     check_share,
-    check_value_range,
     range_word,
-    requested_range,
 )
 from .image_measures import measure
-from .images import cell_scale, labelled_strips
-from .validation import Example, generate_samples, same_size, to_pipeline
+from .validation import Example, generate_samples, strips_of_two_formats, to_pipeline
 
 
 if TYPE_CHECKING:
@@ -115,7 +112,7 @@ class ImageToImageArguments:
         if self.source_data_files and self.validation_data_files and not self.validation_source_data_files:
             raise ValueError("`validation_data_files` needs `validation_source_data_files`. Pass both, or neither.")
         check_share(self, "source_dropout_prob")
-        check_value_range("source_value_range", self.source_value_range)
+        parse_value_range("source_value_range", self.source_value_range)
         if self.source is not None and (self.source_mode or self.source_value_range):
             raise ValueError(
                 f"`source_mode` and `source_value_range` are for pairs of images, but `source` is {self.source}. Leave "
@@ -169,7 +166,7 @@ class ImageToImageArguments:
         else:
             try:
                 recorded = ImageFormat.from_config(known, channels, "source_format") if known and channels else None
-                value_range = requested_range(self.source_value_range)
+                value_range = parse_value_range("source_value_range", self.source_value_range)
                 request = FormatRequest(channels or None, self.source_mode, value_range, recorded)
                 found = find_image_format(
                     images,
@@ -251,10 +248,8 @@ def translate_examples(
         "sample": preview(samples, image_format, channels),
         "target": preview(targets, image_format, channels),
     }
-    columns = same_size(columns)
-    captions = {"input": describe_preview(source_format), "images": describe_preview(image_format, channels)}
-    caption = "; ".join(f"{name}: {text}" for name, text in captions.items() if text) or None
-    return labelled_strips(columns, scale=cell_scale(columns["target"]), caption=caption), measures
+    notes = {"input": describe_preview(source_format), "images": describe_preview(image_format, channels)}
+    return strips_of_two_formats(columns, notes), measures
 
 
 def record_measures(

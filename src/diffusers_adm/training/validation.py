@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,8 +144,8 @@ def generate_samples(
 ) -> torch.Tensor:
     """
     Generates one sample for each entry of `wanted`, in [-1, 1] on the CPU, from fixed noise, `train_batch_size` at a
-    time. A text encoder on another device (precomputed embeddings do not
-    need it) is moved to that of the U-Net meanwhile.
+    time. A text encoder on another device (precomputed embeddings do not need it) is moved to that of the U-Net
+    meanwhile.
 
     Args:
         wanted (sequence of `dict`): Arguments of the pipeline for one image each, with the same keys for all. Guidance
@@ -169,9 +169,9 @@ def generate_samples(
                 num_inference_steps=training_args.validation_num_inference_steps,
                 guidance_scale=training_args.validation_guidance_scale if is_conditional else 1.0,
                 generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
-                output_type="pt",
+                output_type="np",  # unlike tensors, arrays are checked for NaN
             ).images
-            samples.append(from_pipeline(values, pipeline.image_format).cpu())
+            samples.append(from_pipeline(torch.from_numpy(values).movedim(-1, 1), pipeline.image_format))
     finally:
         if text_encoder is not None:
             text_encoder.to(home)
@@ -179,15 +179,14 @@ def generate_samples(
 
 
 def from_pipeline(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
-    """Samples in [-1, 1] from what a pipeline returns as "pt": fractions of the range of pictures, or values."""
+    """Samples in [-1, 1] from the outputs of a pipeline: fractions of the value range (viewable images), or values."""
     return 2 * values - 1 if image_format.is_viewable else image_format.to_samples(values)
 
 
 def to_pipeline(samples: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
-    """Samples in [-1, 1] as an argument of a pipeline: fractions of the range of pictures on levels, or values."""
+    """Samples in [-1, 1] as an argument of a pipeline, on the levels of the data; the inverse of `from_pipeline`."""
     values = image_format.to_values(samples)
-    low, high = image_format.value_range
-    return (values - low) / (high - low) if image_format.is_viewable else values
+    return image_format.to_unit(values) if image_format.is_viewable else values
 
 
 # 3. Validation images of each task
@@ -269,9 +268,14 @@ def control_grid(
         "sample": samples,
         "target": preview(targets, image_format, channels),
     }
+    notes = {"condition": describe_preview(condition_format), "images": describe_preview(image_format, channels)}
+    return strips_of_two_formats(columns, notes)
+
+
+def strips_of_two_formats(columns: dict[str, list[Image.Image]], notes: Mapping[str, str | None]) -> Image.Image:
+    """Strips of images that may differ in size, with `notes` on what is shown of each kind as their caption."""
     columns = same_size(columns)
-    captions = {"condition": describe_preview(condition_format), "images": describe_preview(image_format, channels)}
-    caption = "; ".join(f"{name}: {text}" for name, text in captions.items() if text) or None
+    caption = "; ".join(f"{name}: {note}" for name, note in notes.items() if note) or None
     return labelled_strips(columns, scale=cell_scale(columns["target"]), caption=caption)
 
 
