@@ -7,7 +7,7 @@ https://huggingface.co/papers/2104.07636). Classifier-free guidance (Ho & Salima
 https://huggingface.co/papers/2207.12598) towards the image, with one that was dropped in training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +89,9 @@ class ADMImageToImagePipeline(ConcatenatedImagePipeline):
     @property
     def sample_channels(self) -> int:
         """Channels of a sample: those of the output's mean. The U-Net takes those of the source image after them."""
-        known = self.config.get("source_format")
-        return mean_channels_of(self.unet.config, self.scheduler.config, known and known["channels"])
+        known = self.config.source_format
+        channels = known.get("channels") if isinstance(known, Mapping) else None
+        return mean_channels_of(self.unet.config, self.scheduler.config, channels)
 
     @property
     def source_format(self) -> ImageFormat:
@@ -201,3 +202,7 @@ class ADMImageToImagePipeline(ConcatenatedImagePipeline):
         )
         latents = self._denoise(sampling, sampling.call.noise * sampling.call.scheduler.init_noise_sigma)
         return self._finish(self._decode(latents, output_type), return_dict)
+
+    def _check_components(self) -> None:
+        super()._check_components()
+        _ = self.source_format  # checks the entry of the config

@@ -133,11 +133,10 @@ def mean_channels_of(
             )
         return channels
     variance_type = scheduler_config.get("variance_type")
-    possible = [out_channels] if variance_type is None else []
-    if variance_type is None or variance_type.startswith("learned"):
-        possible += [out_channels // 2] if out_channels % 2 == 0 else []
-    else:
-        possible = [out_channels]
+    is_learned = None if variance_type is None else variance_type.startswith("learned")
+    possible = [] if is_learned else [out_channels]
+    if is_learned is not False and out_channels % 2 == 0:
+        possible.append(out_channels // 2)
     possible = [channels for channels in possible if channels < in_channels]
     if not possible:
         raise ValueError(
