@@ -388,10 +388,8 @@ def load_diffusion(
     record.check_noise(noise_scheduler)
     spare, guides_image = None, False
     if translation is not None:
-        spare, guides_image = (
-            spare_channels(model_args, data_args, noise_scheduler),
-            translation.source_dropout_prob > 0,
-        )
+        spare = spare_channels(model_args, data_args, noise_scheduler)
+        guides_image = translation.source_dropout_prob > 0
         extra_channels = functools.partial(constant_channels, spare or 0)
         conditioning_image_column = translation.column
     unet_config, channels = load_unet_config(model_args, data_args, noise_scheduler, extra_channels, may_widen)

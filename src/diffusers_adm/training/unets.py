@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,13 +113,9 @@ def load_unet_config(
     if model_args.replace_classes and data_args.label_column is None:
         raise ValueError("`replace_classes` was given without `label_column`. Pass both, or neither.")
     config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
-    in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
     pretrained = model_args.pretrained_model_name_or_path is not None
-    if pretrained:
-        # Configs of other classes may leave them out; with cross-attention they are `UNet2DConditionModel`'s.
-        default = 3 if cross_attention_width(config) is None else 4
-        in_channels, out_channels = in_channels or default, out_channels or default
-    else:
+    in_channels, out_channels = _channels_of(config, pretrained)
+    if not pretrained:
         source = model_args.model_config_name_or_path
         if config.get("_class_name") == "AdaGNClassifierModel":
             raise ValueError(f"{source} is the config of a classifier; this script trains U-Nets.")
@@ -136,6 +132,13 @@ def load_unet_config(
     if not fitting or fitting[0] < 1:
         raise _wrong_channels(in_channels, out_channels, channels, extra_channels, scheduler)
     return config, fitting[0]
+
+
+def _channels_of(config: Mapping[str, Any], pretrained: bool) -> tuple[int | None, int | None]:
+    """Numbers of input and output channels in the config of a U-Net; `None`: left to the data."""
+    # Pretrained ones of other classes may leave them out; with cross-attention they are `UNet2DConditionModel`'s.
+    default = None if not pretrained else 3 if cross_attention_width(config) is None else 4
+    return config.get("in_channels") or default, config.get("out_channels") or default
 
 
 def _wrong_channels(
@@ -184,11 +187,8 @@ def spare_channels(
     one from scratch without any.
     """
     config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
-    in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
     pretrained = model_args.pretrained_model_name_or_path is not None
-    if pretrained:
-        default = 3 if cross_attention_width(config) is None else 4
-        in_channels, out_channels = in_channels or default, out_channels or default
+    in_channels, out_channels = _channels_of(config, pretrained)
     if in_channels is None or out_channels is None:
         return None
     channels = out_channels // (2 if scheduler.has_learned_variance else 1)
