@@ -297,7 +297,9 @@ def _format_variables(pushed: Any, run: _Run) -> dict[str, Any]:
     conditions = pushed.config.get("condition_format")
     size = as_size((pushed.unet if is_pipeline else pushed).config.get("sample_size"))
     arguments = ""  # of a call, before `output_type`
-    if _task(pushed) == "image-to-image":
+    if isinstance(pushed, ADMInpaintPipeline):
+        arguments = "image=image, mask_image=mask, "
+    elif _task(pushed) == "image-to-image":
         arguments = "image=image, "
     elif is_pipeline and pushed.text_encoder is not None:
         arguments = 'prompt="...", '
