@@ -64,7 +64,7 @@ from diffusers_adm.schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY, ch
 
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-# Former list of Pillow's modes for numbers of channels; `ImageFormat.pil_mode` replaces it.
+# Pillow's modes for the numbers of channels of images whose format is not recorded; see `ImageFormat.pil_mode`.
 PIL_OUTPUT_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -552,11 +552,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 length)`, *optional*): 1 for the states that cross-attention attends to, 0 for padding. `None`: all.
             pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of shape `(number of prompts, width)`,
                 *optional*): One vector a prompt, for a U-Net with `addition_embed_type="text_embeds"`.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, for pictures (a `pipe.image_format` of mode L, LA, RGB or
-                RGBA with whole numbers that are not negative): values of the data, in mode I;16 for grey of more than 8
-                bits; colours of more are reduced to 8. `"np"`: `(batch_size, height, width, channels)`; `"pt"`:
-                `(batch_size, channels, height, width)`; both in [0, 1] for pictures, and values of the data for other
-                formats. `"latent"`: the last sample as it is, not decoded; about [-1, 1] for pixels.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, for viewable images (a `pipe.image_format` of mode L, LA,
+                RGB or RGBA with whole numbers that are not negative): values of the data, in mode I;16 for grey of more
+                than 8 bits; colours of more are reduced to 8. `"np"`: `(batch_size, height, width, channels)`; `"pt"`:
+                `(batch_size, channels, height, width)`; both in [0, 1] for viewable images, and values of the data for
+                other formats. `"latent"`: the last sample as it is, not decoded; about [-1, 1] for pixels.
             return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each step as `callback(pipe, step, timestep,
                 callback_kwargs)`; `latents` in the dictionary it returns replaces the sample. It may set

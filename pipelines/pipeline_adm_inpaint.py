@@ -182,8 +182,8 @@ class ADMInpaintPipeline(ADMPipeline):
                 shape `(number of prompts, width)`, *optional*): Encoded prompts, as in [`ADMPipeline`].
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` and `"pt"` as in [`ADMPipeline`]; `"latent"`: the
                 last sample with the kept part set to that of `image`, encoded by the `vae` if there is one. In the
-                former three the kept pixels are those of `image`, bit by bit (as float32; integers of pictures as
-                fractions, `uint8` values divided by 255).
+                former three the kept pixels are those of `image`, bit by bit (as float32; integers of viewable
+                images as fractions, `uint8` values divided by 255).
             return_dict (`bool`, defaults to `True`): Return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each evaluation of the network as
                 `callback(pipe, number of the evaluation, timestep, callback_kwargs)`; otherwise as in [`ADMPipeline`].

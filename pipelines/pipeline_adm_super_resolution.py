@@ -140,10 +140,10 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or list of one of them): Low-resolution images of one
                 size, such as the results of `ADMPipeline` for `output_type` "pil", "np" or "pt". Arrays are `(number,
-                height, width, channels)`, tensors `(number, channels, height, width)`, both in [0, 1] for pictures and
-                with values of the data for other formats (see `pipe.image_format`); the number may be left out for a
-                single one. If the pipeline has a `low_res_size`, the upsampling factor must be that of training;
-                otherwise any smaller size is taken. One image is used for all prompts or classes.
+                height, width, channels)`, tensors `(number, channels, height, width)`, both in [0, 1] for viewable
+                images and with values of the data for other formats (see `pipe.image_format`); the number may be left
+                out for a single one. If the pipeline has a `low_res_size`, the upsampling factor must be that of
+                training; otherwise any smaller size is taken. One image is used for all prompts or classes.
             prompt (`str` or list of `str`, *optional*): Description of the images, for a U-Net with cross-attention:
                 one for all, or one for each.
             class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Their classes, by number or by

@@ -165,8 +165,8 @@ def make_condition(
             1] (fractions of the value range), on the CPU; a Pillow image is RGB or grey, without transparency, or of
             the mode of `image_format`.
         kind (`str`): One of `CONDITIONS`: "edges", "color_blocks", "regions", "low_resolution".
-        image_format (`ImageFormat`, *optional*): Format of the image. `None`: 8-bit RGB. Transparent images are laid on
-            white for the kinds that look at colours.
+        image_format (`ImageFormat`, *optional*): Format of the image. `None`: 8-bit RGB. Transparent images are
+            composited over white for the kinds that look at colours.
 
     Returns:
         `torch.Tensor` of shape `(channels of the control image, height, width)`, float32, in [0, 1]: 1 for the kinds

@@ -52,8 +52,8 @@ def as_fractions(values: torch.Tensor, image_format: ImageFormat) -> torch.Tenso
 def read_values(images: ImageInput, name: str, image_format: ImageFormat, background: str = "white") -> torch.Tensor:
     r"""
     Reads images as a tensor `(batch_size, channels, height, width)`, float32, on their own device, with the values of a
-    pipeline's outputs "np" and "pt": fractions of the value range in [0, 1] for pictures (`image_format.is_viewable`),
-    values of the data for other formats.
+    pipeline's outputs "np" and "pt": fractions of the value range in [0, 1] for viewable images
+    (`image_format.is_viewable`), values of the data for other formats.
 
     Args:
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): Arrays are `(height, width,

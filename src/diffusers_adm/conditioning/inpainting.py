@@ -135,7 +135,7 @@ class InpaintingCondition(Condition):
 
     Attributes, after `prepare` one row an image and on the device:
         images (`torch.Tensor` of shape `(num_images, channels, height, width)`): As given, see `read_values`: fractions
-            in [0, 1] for pictures, values of the data for other formats.
+            in [0, 1] for viewable images, values of the data for other formats.
         keep_pixels (`torch.BoolTensor` of shape `(num_images, 1, height, width)`): Where the images are kept.
         original (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): x_0 of the images.
         keep_mask (`torch.BoolTensor` of shape `(num_images, 1, height, width)`): Where x_0 is kept.
