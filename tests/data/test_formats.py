@@ -187,6 +187,22 @@ class TestRoundTrip:
         sample = ImageDataset(dataset, 2, image_format=image_format)[0]["images"]
         assert image_format.to_values(sample).tolist() == [[[0, 7], [3, 5]]]
 
+    def test_arrays_that_cannot_be_written_to(self, recwarn):
+        pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        dataset = datasets.Dataset.from_dict({"image": [Image.fromarray(pixels)]}, features=features)
+        image_format = ImageFormat("L", 1, (0, 99), 100)
+        (example,) = ImageDataset(dataset, 8, image_format=image_format)
+        assert torch.equal(image_format.to_values(example["images"])[0], torch.from_numpy(pixels).float())
+        assert not [warning for warning in recwarn if "writable" in str(warning.message)]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_samples_of_half_precision(self, dtype):
+        # The highest of 16 bits is infinite in float16.
+        values = ImageFormat("L", 1, (0, 65535), 65536).to_values(torch.tensor([-1, 0.25, 1], dtype=dtype))
+        assert values.dtype == torch.float32
+        assert values.tolist() == [0, 40959, 65535]
+
 
 class TestConversion:
     def test_grey_becomes_colour_for_a_network_of_three_channels(self, tmp_path, caplog):
@@ -543,6 +559,13 @@ class TestRefusals:
         only_bad = dataset.select([1, 2])
         with pytest.raises(ValueError, match="None of the 2 images can be used: 2 unreadable"):
             check_images(only_bad, SIZE, image_format=find(only_bad, channels=1))
+
+    def test_files_that_only_have_headers(self, tmp_path):
+        dataset = load(tmp_path, a_png=integers(0, 1, 65535))
+        path = tmp_path / "a.png"
+        path.write_bytes(path.read_bytes()[:60])
+        with pytest.raises(ValueError, match="None of the 1 images can be decoded: .*a.png"):
+            find(load(tmp_path), channels=1)
 
     def test_ragged_lists(self, tmp_path):
         for name, rows, message in (

@@ -285,6 +285,11 @@ class TestChannels:
         with pytest.raises(ValueError, match="`source_format` has 2 channels, which leaves 2"):
             make_translator(source_format=source_format)
 
+    @pytest.mark.parametrize("source_format", [{"mode": "L"}, "L"])
+    def test_no_format(self, source_format):
+        with pytest.raises(ValueError, match="`source_format` is .*; it must be a dict with the entries mode, "):
+            make_translator(source_format=source_format)
+
     @pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
     def test_leave_some_for_the_source(self, variance_type):
         unet = random_unet(in_channels=3, out_channels=6 if variance_type == "learned_range" else 3)

@@ -49,6 +49,15 @@ def test_what_is_told_of_them():
     ]
 
 
+def test_samples_that_are_not_finite_are_reported(caplog):
+    pipeline = toy_pipeline()
+    torch.nn.init.constant_(pipeline.unet.conv_out.bias, torch.nan)
+    arguments = DiffusionTrainingArguments(train_batch_size=1, validation_num_inference_steps=2)
+    (image,) = generate(pipeline, [{}], arguments)
+    assert "not finite" in caplog.text
+    assert image.getextrema() == ((0, 0),) * 3
+
+
 def test_images_do_not_depend_on_the_batch():
     pipeline = toy_pipeline(**CONDITIONAL)
     wanted = [{"class_labels": number % 4} for number in range(5)]
