@@ -561,7 +561,7 @@ class TestRefusals:
             check_images(only_bad, SIZE, image_format=find(only_bad, channels=1))
 
     def test_files_that_only_have_headers(self, tmp_path):
-        dataset = load(tmp_path, a_png=integers(0, 1, 65535))
+        load(tmp_path, a_png=integers(0, 1, 65535))
         path = tmp_path / "a.png"
         path.write_bytes(path.read_bytes()[:60])
         with pytest.raises(ValueError, match="None of the 1 images can be decoded: .*a.png"):

@@ -225,15 +225,15 @@ def describe_resolution(size: Size) -> str:
     return str(height) if height == width else describe_size(size)
 
 
-def parse_size(name: str, text: int | str) -> int | tuple[int, int]:
+def parse_size(name: str, size: str | Size) -> int | tuple[int, int]:
     """
-    Reads a size from the command line: "96", a square, or "64x256", height x width. Returns one number for squares.
-    Raises a `ValueError` that calls it `name`.
+    Reads a size from the command line: "96", a square, or "64x256", height x width; numbers may be numbers already.
+    Returns one number for squares. Raises a `ValueError` that calls it `name`.
     """
-    parts = str(text).lower().split("x")
+    parts = list(map(str, size)) if isinstance(size, (list, tuple)) else str(size).lower().split("x")
     if len(parts) > 2 or not all(part.strip().isascii() and part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ValueError(
-            f"`{name}` is {text!r}; pass the side of a square in pixels, e.g. 96, or HEIGHTxWIDTH, e.g. 64x256."
+            f"`{name}` is {size!r}; pass the side of a square in pixels, e.g. 96, or HEIGHTxWIDTH, e.g. 64x256."
         )
     numbers = [int(part) for part in parts]
     return numbers[0] if len(set(numbers)) == 1 else (numbers[0], numbers[1])
