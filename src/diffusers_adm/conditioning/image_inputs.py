@@ -87,7 +87,7 @@ def read_values(images: ImageInput, name: str, image_format: ImageFormat, backgr
 def _warn_of_fractions(items: list[OneImage], values: torch.Tensor, name: str, image_format: ImageFormat) -> None:
     """Warns of floating point numbers in [0, 1] where values of the data have a much wider range."""
     low, high = image_format.value_range
-    if image_format.is_picture or MIN_SHARE_OF_RANGE * (high - low) <= 1:
+    if image_format.is_viewable or MIN_SHARE_OF_RANGE * (high - low) <= 1:
         return
     are_floats = all(
         str(getattr(item, "dtype", "")).removeprefix("torch.").startswith(("float", "bfloat")) for item in items
