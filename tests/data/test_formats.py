@@ -497,6 +497,15 @@ class TestRefusals:
         ):
             find(dataset, image_mode="L", value_range="auto")
 
+    def test_messages_name_the_arguments_of_the_images(self, tmp_path):
+        dataset = load(tmp_path, a_png=integers(0, 3, 255, dtype=np.uint8))
+        names = {"mode_argument": None, "range_argument": "--condition_value_range"}
+        with pytest.raises(ValueError, match="The network has 1 channel") as error:
+            find(dataset, channels=1, **names)
+        assert "_mode" not in str(error.value)
+        with pytest.raises(ValueError, match="`--condition_value_range` is 0 to 1,.*or `--condition_value_range auto`"):
+            find(dataset, channels=3, value_range=(0, 1), **names)
+
     def test_a_fourth_band_of_unknown_meaning_is_not_dropped(self, tmp_path):
         values = integers(0, 4, 255, dtype=np.uint8)
         tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=["unspecified"])

@@ -66,6 +66,9 @@ class FormatRequest:
         value_range (`tuple[float, float]` or "auto", *optional*): `--value_range`: the values of the data for -1 and 1.
             "auto": the lowest and the highest of all images.
         known (`ImageFormat`, *optional*): The format of a pretrained model. It is kept where the others are None.
+        mode_argument (`str`, *optional*, defaults to "--image_mode"): The argument of the mode, for messages. None:
+            there is none.
+        range_argument (`str`, defaults to "--value_range"): The argument of the value range, for messages.
 
     Raises:
         ValueError: If these contradict each other.
@@ -75,11 +78,13 @@ class FormatRequest:
     image_mode: ImageMode | None = None
     value_range: ValueRange | None = None
     known: ImageFormat | None = None
+    mode_argument: str | None = "--image_mode"
+    range_argument: str = "--value_range"
 
     def __post_init__(self) -> None:
         mode, channels, known = self.image_mode, self.channels, self.known
         if mode is not None and mode not in get_args(ImageMode):
-            raise ValueError(f"`--image_mode` is {mode!r}; it must be one of {', '.join(get_args(ImageMode))}.")
+            raise ValueError(f"`{self.mode_argument}` is {mode!r}; it must be one of {', '.join(get_args(ImageMode))}.")
         if known is not None and channels not in (None, known.channels):
             raise ValueError(
                 f"The pretrained model was trained on {known}, {count_channels(known.channels)}, but the network has "
@@ -87,23 +92,25 @@ class FormatRequest:
             )
         if known is not None and mode not in (None, known.mode):
             raise ValueError(
-                f"`--image_mode` is {mode}, but the pretrained model was trained on {known}. Omit it, or pass "
-                f"`--image_mode {known.mode}`."
+                f"`{self.mode_argument}` is {mode}, but the pretrained model was trained on {known}. Omit it, or pass "
+                f"`{self.mode_argument} {known.mode}`."
             )
         if mode is not None and channels is not None and MODE_CHANNELS.get(mode, channels) != channels:
             raise ValueError(
-                f"`--image_mode` {mode} has {count_channels(MODE_CHANNELS[mode])}, but the network has {channels}. "
-                f"Pass `--image_mode {_mode_for(channels)}`, or set the channels of the network to "
+                f"`{self.mode_argument}` {mode} has {count_channels(MODE_CHANNELS[mode])}, but the network has "
+                f"{channels}. Pass `{self.mode_argument} {_mode_for(channels)}`, or set the channels of the network to "
                 f"{MODE_CHANNELS[mode]}."
             )
         if self.value_range is None or self.value_range == "auto":
             return
         if isinstance(self.value_range, str) or len(self.value_range) != 2:
-            raise ValueError(f"`--value_range` is {self.value_range!r}. Pass two numbers, LOW HIGH, or auto.")
+            raise ValueError(f"`{self.range_argument}` is {self.value_range!r}. Pass two numbers, LOW HIGH, or auto.")
         low, high = self.value_range
         object.__setattr__(self, "value_range", (low, high))  # of a list from the command line
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"`--value_range` is {low:g} {high:g}; both must be finite, and the first the lower.")
+            raise ValueError(
+                f"`{self.range_argument}` is {low:g} {high:g}; both must be finite, and the first the lower."
+            )
 
     @property
     def expected_channels(self) -> int | None:
@@ -126,11 +133,10 @@ class _Kind:
 
 
 class _Survey:
-    """All images of a column, with their names, and that of the argument of their range, for messages."""
+    """All images of a column, with their names for messages."""
 
-    def __init__(self, dataset: datasets.Dataset, column: str, num_proc: int | None, range_argument: str):
+    def __init__(self, dataset: datasets.Dataset, column: str, num_proc: int | None):
         self.dataset, self.column, self.num_proc = dataset, column, num_proc
-        self.range_argument = range_argument
 
     def map(self, function: Callable[..., dict], description: str, **kwargs: Any) -> dict[str, list]:
         """The results of a function for all examples, as lists by name. `datasets` caches them."""
@@ -160,12 +166,7 @@ class _Survey:
 
 
 def find_image_format(
-    dataset: datasets.Dataset,
-    request: FormatRequest,
-    *,
-    num_proc: int | None = None,
-    column: str = "image",
-    range_argument: str = "--value_range",
+    dataset: datasets.Dataset, request: FormatRequest, *, num_proc: int | None = None, column: str = "image"
 ) -> ImageFormat:
     """
     Finds the format of all images of a dataset, as a network and a user ask for it.
@@ -183,7 +184,6 @@ def find_image_format(
         request (`FormatRequest`): What is asked for.
         num_proc (`int`, *optional*): Number of processes.
         column (`str`, defaults to "image"): "image" or "conditioning_image".
-        range_argument (`str`, defaults to "--value_range"): What the log calls the argument of the value range.
 
     Returns:
         `ImageFormat`: For `check_images`, `ImageDataset` and the config of a pipeline.
@@ -194,7 +194,7 @@ def find_image_format(
             given. The message names the first three files.
         ImportError: If a file needs tifffile or imagecodecs, which is not installed.
     """
-    survey = _Survey(dataset, column, num_proc, range_argument)
+    survey = _Survey(dataset, column, num_proc)
     kinds = _find_kinds(survey, request)
     if not kinds:  # `check_images` says why
         return request.known or _format_without_images(request)
@@ -300,9 +300,10 @@ def _check_channels(
     if not wrong:
         with_alpha = next((kind.mode for kind in kinds if kind.mode in ("LA", "RGBA")), None)
         if mode == "array" and with_alpha:
+            way_out = f" If it is transparency, pass `{request.mode_argument} {with_alpha}`."
             logger.warning(
-                f"The alpha of {with_alpha} images is taken for a channel like the others. If it is transparency, pass "
-                f"`--image_mode {with_alpha}`."
+                f"The alpha of {with_alpha} images is taken for a channel like the others."
+                + way_out * (request.mode_argument is not None)
             )
         for kind, rows in kinds.items():
             if "array" not in (mode, kind.mode) and kind.mode != mode:
@@ -314,11 +315,12 @@ def _check_channels(
     if request.expected_channels is None:
         raise ValueError(f"The images have different channels: {found}. Keep images of one kind only.")
     ways = []
-    if all(kind.mode != "array" for kind in wrong) and request.image_mode is None and request.known is None:
-        for_channels = {count: name for name, count in MODE_CHANNELS.items()}.get(channels)
-        ways += [f"pass `--image_mode {for_channels}` to convert them"] if for_channels else []
-    elif all(kind.mode != "array" for kind in wrong) and mode != "array":
-        ways.append(f"pass `--image_mode {mode}` to convert them")
+    if request.mode_argument is not None and all(kind.mode != "array" for kind in wrong):
+        mode_to_pass = None if mode == "array" else mode
+        if request.image_mode is None and request.known is None:
+            mode_to_pass = {count: name for name, count in MODE_CHANNELS.items()}.get(channels)
+        if mode_to_pass is not None:
+            ways.append(f"pass `{request.mode_argument} {mode_to_pass}` to convert them")
     numbers = {kind.channels for kind in kinds}
     if len(numbers) == 1:
         ways.append(f"use a network of {count_channels(numbers.pop())}")
@@ -326,7 +328,9 @@ def _check_channels(
             ways.append("leave `in_channels` and `out_channels` out of its config")
     else:
         ways.append("keep images of one kind only")
-    what = f"`--image_mode` is {mode}" if request.image_mode else f"The network has {count_channels(channels)}"
+    what = (
+        f"`{request.mode_argument}` is {mode}" if request.image_mode else f"The network has {count_channels(channels)}"
+    )
     way_out = ", or ".join(ways)
     raise ValueError(f"{what}, but the images have others: {found}. {way_out[0].upper()}{way_out[1:]}.")
 
@@ -399,38 +403,38 @@ def _find_range(
     survey: _Survey, request: FormatRequest, dtype: np.dtype, mode: ImageMode
 ) -> tuple[tuple[float, float], int | None]:
     """The value range and the number of levels."""
-    known = request.known
+    known, argument = request.known, request.range_argument
     whole, asked = (0, 255), request.value_range
     if dtype == np.uint8 and (asked == whole or (asked is None and (known is None or known.value_range == whole))):
         return whole, 256 if asked or known is None else known.num_levels
     measured = _measure_all(survey, request, mode)
     if request.value_range is None and known is not None:
-        _check_known(survey, known, dtype, measured)
+        _check_known(survey, known, dtype, measured, argument)
         return known.value_range, known.num_levels
-    value_range = _whole_range(dtype, measured) if request.value_range is None else request.value_range
+    value_range = _whole_range(dtype, measured, argument) if request.value_range is None else request.value_range
     if value_range == "auto":
         if measured.low == measured.high:
             raise ValueError(
-                f"All values of the images are {measured.low:g}, so that `--value_range auto` finds no range. Check "
-                "the images, or pass `--value_range LOW HIGH`."
+                f"All values of the images are {measured.low:g}, so that `{argument} auto` finds no "
+                f"range. Check the images, or pass `{argument} LOW HIGH`."
             )
         value_range = (measured.low, measured.high)
-        logger.info(f"`{survey.range_argument} auto`: the images range from {measured.low:.9g} to {measured.high:.9g}.")
-    _check_inside(survey, value_range, measured, "`--value_range`")
+        logger.info(f"`{argument} auto`: the images range from {measured.low:.9g} to {measured.high:.9g}.")
+    _check_inside(survey, value_range, measured, f"`{argument}`", argument)
     if request.value_range is not None and known is not None and tuple(value_range) != known.value_range:
         logger.warning(
-            f"`{survey.range_argument}` is {value_range[0]:g} to {value_range[1]:g}, but the pretrained model was "
+            f"`{argument}` is {value_range[0]:g} to {value_range[1]:g}, but the pretrained model was "
             f"trained on {known}. Its weights must adapt to the other range."
         )
     if request.value_range is None and dtype.itemsize > 1:
-        warn_of_share(measured.low, measured.high, value_range, MIN_SHARE_OF_RANGE, survey.range_argument)
-    return _levels_of(dtype, value_range)
+        warn_of_share(measured.low, measured.high, value_range, MIN_SHARE_OF_RANGE, argument)
+    return _levels_of(dtype, value_range, argument)
 
 
-def _whole_range(dtype: np.dtype, measured: _Measured) -> tuple[float, float]:
+def _whole_range(dtype: np.dtype, measured: _Measured, argument: str) -> tuple[float, float]:
     """The range of a type, where it is a default."""
     way_out = (
-        f"Pass `--value_range LOW HIGH`, the values that stand for black and white, or `--value_range auto` for "
+        f"Pass `{argument} LOW HIGH`, the values that stand for black and white, or `{argument} auto` for "
         f"{measured}, the range of the images."
     )
     if dtype.kind == "b":
@@ -443,34 +447,34 @@ def _whole_range(dtype: np.dtype, measured: _Measured) -> tuple[float, float]:
     return info.min, info.max
 
 
-def _check_inside(survey: _Survey, value_range: Sequence[float], measured: _Measured, what: str) -> None:
+def _check_inside(survey: _Survey, value_range: Sequence[float], measured: _Measured, what: str, argument: str) -> None:
     low, high = value_range
     outside = np.flatnonzero((measured.lows < low) | (measured.highs > high)).tolist()
     if outside:
         details = [f"{measured.lows[index]:g} to {measured.highs[index]:g}" for index in outside[:3]]
         raise ValueError(
             f"{what} is {low:g} to {high:g}, but {survey.count(outside)} images have values outside of it: "
-            f"{survey.name(outside, details)}. All images range from {measured}: pass `--value_range LOW HIGH` that "
-            "includes them, or `--value_range auto`."
+            f"{survey.name(outside, details)}. All images range from {measured}: pass "
+            f"`{argument} LOW HIGH` that includes them, or `{argument} auto`."
         )
 
 
-def _check_known(survey: _Survey, known: ImageFormat, dtype: np.dtype, measured: _Measured) -> None:
+def _check_known(survey: _Survey, known: ImageFormat, dtype: np.dtype, measured: _Measured, argument: str) -> None:
     """Checks that the data suit the range of the pretrained model."""
     low, high = known.value_range
     if dtype.kind == "f" and known.num_levels is not None:
         raise ValueError(
             f"The images are floating point numbers ({dtype}) from {measured}, but the pretrained model was trained on "
-            f"{known}. Pass the range of the images as `--value_range LOW HIGH`."
+            f"{known}. Pass the range of the images as `{argument} LOW HIGH`."
         )
     if dtype.kind != "f" and dtype.itemsize <= 2 and known.num_levels is not None:
-        lowest, highest = _whole_range(dtype, measured)
+        lowest, highest = _whole_range(dtype, measured, argument)
         if low < lowest or high > highest:
             raise ValueError(
                 f"The images are {dtype}, from {lowest} to {highest}, but the pretrained model was trained on {known}. "
-                f"Pass the range of the images as `--value_range {lowest} {highest}`."
+                f"Pass the range of the images as `{argument} {lowest} {highest}`."
             )
-    _check_inside(survey, (low, high), measured, f"The range of the pretrained model, trained on {known},")
+    _check_inside(survey, (low, high), measured, f"The range of the pretrained model, trained on {known},", argument)
 
 
 def warn_of_share(
@@ -496,19 +500,19 @@ def warn_of_share(
     return True
 
 
-def _levels_of(dtype: np.dtype, value_range: Sequence[float]) -> tuple[tuple[float, float], int | None]:
+def _levels_of(dtype: np.dtype, value_range: Sequence[float], argument: str) -> tuple[tuple[float, float], int | None]:
     low, high = value_range
     if dtype.kind == "f":
         return (float(low), float(high)), None
     if low != int(low) or high != int(high):
         raise ValueError(
-            f"`--value_range` is {low:g} to {high:g}, but the images are integers ({dtype}). Pass whole numbers, or "
+            f"`{argument}` is {low:g} to {high:g}, but the images are integers ({dtype}). Pass whole numbers, or "
             "convert the images to floating point numbers."
         )
     num_levels = int(high) - int(low) + 1
     if num_levels > MAX_LEVELS:
         raise ValueError(
             f"The integers from {low:g} to {high:g} are {num_levels} levels, more than {MAX_LEVELS}. Pass a narrower "
-            "`--value_range`, or convert the images to floating point numbers, which are continuous."
+            f"`{argument}`, or convert the images to floating point numbers, which are continuous."
         )
     return (int(low), int(high)), num_levels

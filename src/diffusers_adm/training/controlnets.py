@@ -125,7 +125,9 @@ def condition_request(control_args: ControlArguments, data_args: DataArguments) 
         channels, recorded = config.get("conditioning_channels", 3), config.get("condition_format")
         known = None if recorded is None else ImageFormat.from_config(recorded, channels)
     value_range = parse_value_range("condition_value_range", control_args.condition_value_range)
-    return FormatRequest(channels, None, value_range, known)
+    return FormatRequest(
+        channels, None, value_range, known, mode_argument=None, range_argument="--condition_value_range"
+    )
 
 
 def build_controlnet(

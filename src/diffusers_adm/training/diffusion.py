@@ -331,16 +331,9 @@ def find_condition_format(
     if condition is not None:
         return condition_format_of(condition, image_format)
     try:
-        found = find_image_format(
-            images,
-            request,
-            num_proc=num_proc,
-            column="conditioning_image",
-            range_argument="--condition_value_range",
-        )
+        found = find_image_format(images, request, num_proc=num_proc, column="conditioning_image")
     except ValueError as error:
-        message = str(error).replace("--value_range", "--condition_value_range")
-        raise ValueError(f"Conditioning images: {message}") from error
+        raise ValueError(f"Conditioning images: {error}") from error
     return ImageFormat() if request.channels is None and found == ImageFormat("L", 1) else found
 
 

@@ -167,17 +167,17 @@ class ImageToImageArguments:
             try:
                 recorded = ImageFormat.from_config(known, channels, "source_format") if known and channels else None
                 value_range = parse_value_range("source_value_range", self.source_value_range)
-                request = FormatRequest(channels or None, self.source_mode, value_range, recorded)
-                found = find_image_format(
-                    images,
-                    request,
-                    num_proc=num_proc,
-                    column="conditioning_image",
+                request = FormatRequest(
+                    channels or None,
+                    self.source_mode,
+                    value_range,
+                    recorded,
+                    mode_argument="--source_mode",
                     range_argument="--source_value_range",
                 )
+                found = find_image_format(images, request, num_proc=num_proc, column="conditioning_image")
             except ValueError as error:
-                message = str(error).replace("image_mode", "source_mode").replace("value_range", "source_value_range")
-                raise ValueError(f"Source images: {message}") from error
+                raise ValueError(f"Source images: {error}") from error
         if channels and found.channels != channels:
             raise ValueError(
                 f"The U-Net takes {channels} channels in addition to those of the targets, but the source images "
