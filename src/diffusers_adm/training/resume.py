@@ -265,10 +265,10 @@ class RunRecord:
             return values["lora_rank"]
         if name == "resolution":
             return facts.get("resolution") if value is None else as_sample_size(parse_size(name, value))
-        for fact, (names, _) in FORMAT_ARGUMENTS.items():
-            for key, argument in names.items():
-                if name == argument and value in (None, ["auto"]) and fact in facts:
-                    return facts[fact][key]
+        if name == "image_mode" and value is None and "image_format" in facts:
+            return facts["image_format"]["mode"]
+        if name == "value_range" and value in (None, ["auto"]) and "image_format" in facts:
+            return facts["image_format"]["value_range"]
         if name == "min_image_size" and value is None and "resolution" in facts:
             sides = as_size(facts["resolution"])
             return as_sample_size(sides if "low_res_size" in values else [max(1, side // 2) for side in sides])
