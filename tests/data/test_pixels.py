@@ -281,6 +281,30 @@ class TestArrays:
         assert read(random_values((5, 7, 5), np.float32), channels=5)[1].shape == (5, 7, 5)
         fails(first, UNSUPPORTED, r"shape \(5, 6, 7\), which looks like \(channels, height, width\)")
 
+    @pytest.mark.parametrize("shape", [(32, 16, 16), (16, 16, 16), (5, 7, 5)])
+    def test_ambiguous_axes(self, shape):
+        """As many channels as columns, or more: nothing but the number of channels tells the axes apart."""
+        values = random_values(shape, np.float32)
+        pattern = rf"shape \({', '.join(map(str, shape))}\), which may be \(height, width, channels\) or \(channels, "
+        for image in (values, npy(values), tiff(values, photometric="minisblack")):
+            fails(image, UNSUPPORTED, pattern + ".*set `in_channels` in the network's config")
+        first, last = np.moveaxis(values, 0, -1), values
+        np.testing.assert_array_equal(read(values, shape[0])[1], last if shape[-1] == shape[0] else first)
+        np.testing.assert_array_equal(read(values, shape[-1])[1], last)
+
+    def test_transposing_is_only_advised_where_it_helps(self):
+        for shape, helps in (((5, 6, 7), True), ((5, 7, 5), False), ((32, 16, 16), False), ((16, 16, 16), False)):
+            values = random_values(shape, np.float32)
+            way_out = "Transpose it to" if helps else "Say how many channels it has"
+            fails(values, UNSUPPORTED, rf"\. {way_out}")
+            if helps:
+                transposed = values.transpose(1, 2, 0)
+                np.testing.assert_array_equal(read(transposed)[1], transposed)
+
+    def test_a_single_row_or_column_of_grey(self):
+        for shape in ((1, 7, 1), (7, 1, 1), (1, 1, 1)):
+            assert read(random_values(shape, np.float32))[1].shape == shape
+
     def test_objects_are_never_unpickled(self, tmp_path):
         objects = np.array([[1, print]], dtype=object)
         fails(npy(objects, allow_pickle=True), UNSUPPORTED, "an array of Python objects, which is never unpickled")

@@ -411,10 +411,21 @@ def _has_channels_first(shape: tuple[int, ...], channels: int | None) -> bool:
     if channels is not None:
         # If neither axis has this number, the shorter one is named in the error about other channels.
         return shape[-1] != channels and (shape[0] == channels or shape[0] < shape[-1])
+    reason = _why_unclear(shape)
+    if reason is None:
+        return False
+    way_out = "for images to train on, set `in_channels` in the network's config"
+    if _why_unclear((*shape[1:], shape[0])) is None:
+        way_out = f"Transpose it to (height, width, channels), or, {way_out}"
+    else:  # the transposed array would be as unclear
+        way_out = f"Say how many channels it has: {way_out}"
+    raise UnusableImageError(UNSUPPORTED, f"an array of shape {shape}, which {reason}. {way_out}")
+
+
+def _why_unclear(shape: tuple[int, ...]) -> str | None:
+    """Why the axes of an array, whose number of channels is not known, may be other than (height, width, channels)."""
     if shape[-1] > shape[0]:
-        raise UnusableImageError(
-            UNSUPPORTED,
-            f"an array of shape {shape}, which looks like (channels, height, width). Transpose it to (height, width, "
-            "channels), or, for images to train on, set `in_channels` in the network's config",
-        )
-    return False
+        return "looks like (channels, height, width)"
+    if shape[-1] > 1 and shape[-1] in shape[:-1]:
+        return "may be (height, width, channels) or (channels, height, width)"
+    return None
