@@ -18,6 +18,7 @@ from diffusers_adm.data.columns import load_image_dataset
 from diffusers_adm.data.decoding import decode_image
 from diffusers_adm.data.formats import FormatRequest, find_image_format
 from diffusers_adm.data.images import ImageDataset
+from diffusers_adm.data.pixels import UnusableImageError
 
 
 SIZE = (12, 20)  # height, width
@@ -258,6 +259,80 @@ class TestConversion:
         dataset = load(tmp_path, a_png=grey)
         expected = np.concatenate([grey, grey, grey, np.full_like(grey, 65535)], axis=-1)
         check_round_trip(dataset, find(dataset, image_mode="RGBA"), [expected])
+
+    @pytest.mark.parametrize("write", ["png", "tif", "npy"])
+    @pytest.mark.parametrize("value_range", ["auto", (0, 4095), (-100, 70000)])
+    def test_alpha_has_the_range_of_its_type(self, tmp_path, caplog, write, value_range):
+        """12 bits of colour in 16: opaque is 65535 in the file, and the upper end of the range in data."""
+        values = integers(0, 4, 4095)
+        alpha = np.zeros(SIZE, dtype=np.uint16)
+        alpha[:, 5:], alpha[:, 9:] = 65535 // 3, 65535
+        values[..., 3] = alpha
+        if write == "tif":
+            tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=["unassalpha"])
+            dataset = load(tmp_path)
+        else:
+            dataset = load(tmp_path, **{f"a_{write}": values})
+        if value_range == (-100, 70000):
+            with pytest.raises(ValueError, match="70101 levels, more than 65536"):
+                find(dataset, image_mode="RGBA", value_range=value_range)
+            image_format = ImageFormat("RGBA", 4, value_range, 65536)
+        else:
+            image_format = find(dataset, image_mode="RGBA", value_range=value_range)
+            assert image_format == ImageFormat("RGBA", 4, (0, 4095), 4096)
+            assert not [record for record in caplog.records if record.levelname == "WARNING"]
+            expected = values.copy()
+            expected[..., 3] = np.round(alpha / 65535 * 4095)
+            check_round_trip(dataset, image_format, [expected])
+        found = decode_image(dataset[0]["image"], image_format)
+        low, high = image_format.value_range
+        np.testing.assert_array_equal(found[..., :3], values[..., :3])
+        assert found[0, [0, 5, 9], 3].tolist() == [low, round(low + (high - low) / 3), high]
+
+    def test_the_share_of_the_range_is_that_of_colours(self, tmp_path, caplog):
+        values = integers(0, 4, 4000)
+        values[..., 3] = 65535
+        image_format = find(load(tmp_path, a_png=values), image_mode="RGBA")
+        assert image_format.value_range == (0, 65535)
+        assert "The images range from 0 to 4000 and fill 6% of 0 to 65535" in caplog.text
+
+    def test_alpha_of_floating_point_numbers(self, tmp_path):
+        values = floats(0, 4) * 10
+        values[..., 3] = np.linspace(0, 1, SIZE[1])
+        dataset = load(tmp_path, a_npy=values)
+        tifffile.imwrite(tmp_path / "b.tif", values, photometric="rgb", extrasamples=["unassalpha"])
+        dataset = load(tmp_path)
+        image_format = find(dataset, image_mode="RGBA", value_range=(-60, 60))
+        expected = values.copy()
+        expected[..., 3] = values[..., 3] * 120 - 60
+        check_round_trip(dataset, image_format, [expected] * 2)
+        low, high = find(dataset, image_mode="RGBA", value_range="auto").value_range
+        assert (low, high) == (values[..., :3].min(), values[..., :3].max())
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_alpha_outside_of_its_range(self, tmp_path, mode):
+        values = floats(0, 4)
+        values[..., 3] = np.linspace(0, 2, SIZE[1])
+        path = tmp_path / "a.tif"
+        tifffile.imwrite(path, values, photometric="rgb", extrasamples=["unassalpha"])
+        with pytest.raises(ValueError, match=r"The alpha of 1 of 1 images .*a.tif \(from 0 to 2, outside of 0 to 1\)"):
+            find(load(tmp_path), image_mode=mode, value_range="auto")
+        with pytest.raises(UnusableImageError, match="alpha from 0 to 2, outside of 0 to 1"):
+            decode_image({"bytes": None, "path": str(path)}, ImageFormat(mode, len(mode), (-9, 9), None))
+
+    def test_alpha_of_wide_integers_is_in_the_value_range(self, tmp_path):
+        """Nested lists are int64, whatever they hold."""
+        values = integers(0, 4, 255, dtype=np.int64)
+        dataset = load(tmp_path, a_npy=values)
+        check_round_trip(dataset, find(dataset, image_mode="RGBA", value_range=(0, 255)), [values])
+
+    @pytest.mark.parametrize("low, high", [(0, 4095), (-5, 300), (0, 1)])
+    def test_images_without_alpha_are_opaque_in_any_range(self, tmp_path, low, high):
+        grey = integers(0, 1, 1, dtype=np.uint8)
+        dataset = load(tmp_path, a_png=grey)
+        image_format = find(dataset, image_mode="LA", value_range=(low, high))
+        expected = np.concatenate([grey.astype(int), np.full(grey.shape, high)], axis=-1)
+        check_round_trip(dataset, image_format, [expected])
 
     def test_alpha_is_a_channel_of_arrays_with_a_warning(self, tmp_path, caplog):
         values = integers(0, 4, 255, dtype=np.uint8)

@@ -8,9 +8,10 @@ import signal
 import datasets
 import numpy as np
 import pytest
+import tifffile
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, ImagePipelineOutput
 from PIL import Image
 from processes import run_distributed, start
 from tolerances import levels_apart
@@ -25,6 +26,7 @@ from toy_models import (
 
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm.data.decoding import decode_image
 from diffusers_adm.data.pixels import open_image
 from diffusers_adm.evaluation import sample_images
 from diffusers_adm.evaluation.sample.__main__ import main
@@ -424,6 +426,46 @@ def formatted_pipeline(image_format):
     """Of images that are not square."""
     unet = random_unet(sample_size=(8, 12), in_channels=image_format.channels, out_channels=2 * image_format.channels)
     return toy_pipeline(unet, image_format=image_format.to_config())
+
+
+@pytest.mark.parametrize("output_format", ["tiff", "npz"])
+@pytest.mark.parametrize(
+    "image_format",
+    [
+        ImageFormat("RGBA", 4, (0, 4095), 4096),
+        ImageFormat("LA", 2, (0, 127), 128),
+        ImageFormat("RGBA", 4, (-1024, 3071), 4096),
+        ImageFormat("RGBA", 4, (-60, 60), None),
+    ],
+    ids=str,
+)
+def test_opaque_is_opaque_to_viewers(image_format, output_format, tmp_path):
+    """Alpha fills the range of the type in files, and the value range in data, in both directions."""
+    low, high = image_format.value_range
+    pipe = formatted_pipeline(image_format)
+    fractions = np.random.default_rng(0).random((1, 8, 12, image_format.channels), dtype=np.float32)
+    fractions[..., :4, -1], fractions[..., 4:6, -1] = 1, 0
+    data = image_format.from_unit(torch.from_numpy(fractions)).numpy()
+    images = fractions if image_format.is_viewable else data
+
+    class Fixed(type(pipe)):
+        def __call__(self, batch_size=1, generator=None, output_type="np", num_inference_steps=1):
+            return ImagePipelineOutput(images=images)
+
+    pipe.__class__ = Fixed
+    folder = draw(pipe, 1, tmp_path / "out", output_format=output_format)
+    if output_format == "npz":
+        with np.load(folder) as arrays:
+            stored = arrays["arr_0"][0]
+        image = stored
+    else:
+        image = {"path": str(folder / "000000.tiff"), "bytes": None}
+        stored = tifffile.imread(image["path"])
+    opaque = {"f": 1}.get(stored.dtype.kind) or np.iinfo(stored.dtype).max
+    assert set(stored[:, :4, -1].ravel()) == {opaque}
+    assert set(stored[:, 4:6, -1].ravel()) == {0}
+    np.testing.assert_allclose(stored[..., :-1], data[0, ..., :-1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(decode_image(image, image_format), data[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("image_format,suffix,dtype", FORMATS, ids=lambda value: str(value))

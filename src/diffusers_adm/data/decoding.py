@@ -101,8 +101,9 @@ def decode_image(
     Decodes an image completely and converts it to the channels of a format.
 
     Grey becomes colour and the reverse as in Pillow, at any depth. Alpha is kept in the modes "LA" and "RGBA", and
-    opaque for images without; otherwise, the image is composited over `background`. In the mode "array", nothing is
-    converted. Applies the orientation in the file and takes the first frame of an animation.
+    opaque for images without: the lowest value of the range is transparent, and the highest opaque, whatever they are
+    in the file. Otherwise, the image is composited over `background`. In the mode "array", nothing is converted.
+    Applies the orientation in the file and takes the first frame of an animation.
 
     Args:
         image (`dict`, `PIL.Image.Image`, `np.ndarray` or nested lists): See [`open_image`].
@@ -159,30 +160,72 @@ def decoded_size(image: Decoded) -> tuple[int, int]:
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
+def split_alpha(
+    values: np.ndarray, mode: ImageMode, dtype: np.dtype, target: ImageMode
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """
+    Splits an image into its colours and its alpha, which has a scale of its own, whatever the range of the colours.
+
+    Args:
+        values (`np.ndarray`): `(height, width, channels)`.
+        mode (`str`): The mode of the image.
+        dtype (`np.dtype`): The type that its values are stored in.
+        target (`str`): The mode that it becomes. Alpha is a channel like the others in "array"; the last channel of an
+            array is alpha in "LA" and "RGBA". (Of integers of more than 16 bits, only a file that says so holds alpha
+            in the range of the type.)
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray | None]`: The colours, and the alpha as float64, 0 for transparent and 1 for
+        opaque; `None` if there is none.
+    """
+    is_declared = mode in ("LA", "RGBA") and target != "array"
+    is_asked_for = mode == "array" and target in ("LA", "RGBA") and (dtype.kind in "bf" or dtype.itemsize <= 2)
+    if not (is_declared or is_asked_for):
+        return values, None
+    return values[..., :-1], values[..., -1:] / np.float64(alpha_of_opaque(dtype))
+
+
 def _convert_values(stored: StoredImage, image_format: ImageFormat, background: tuple[int, int, int]) -> np.ndarray:
     values = stored.read()
     if values.dtype.kind == "b":
         values = values.astype(np.uint8)
-    mode, target = stored.mode, image_format.mode
-    if target == "array" or mode in ("array", target):
-        _check_range(values, image_format)
-        return values
-    alpha = values[..., -1:] if mode in ("LA", "RGBA") else None
-    colours = values if alpha is None else values[..., :-1]
+    target = image_format.mode
+    colours, alpha = split_alpha(values, stored.mode, stored.dtype, target)
     _check_range(colours, image_format)
+    if alpha is not None and not (alpha.min() >= 0 and alpha.max() <= 1):  # NaN too
+        raise UnusableImageError(OTHER_VALUES, f"alpha {describe_alpha(alpha.min(), alpha.max(), stored.dtype)}")
+    if target == "array" or (stored.mode == "array" and alpha is None):
+        return colours
     low, high = image_format.value_range
     if alpha is not None and target in ("L", "RGB"):
         page = low + np.array(background, dtype=np.float64) / 255 * (high - low)
         page = page if colours.shape[-1] == 3 else _to_grey(page)
-        colours = _round_like(page + (colours - page) * (alpha / alpha_of_opaque(stored.dtype)), colours.dtype)
+        colours = _round_like(page + (colours - page) * alpha, colours.dtype)
     if colours.shape[-1] == 3 and target in ("L", "LA"):
         colours = _round_like(_to_grey(colours.astype(np.float64)), colours.dtype)
     elif colours.shape[-1] == 1 and target in ("RGB", "RGBA"):
         colours = np.repeat(colours, 3, axis=-1)
     if target in ("LA", "RGBA"):
-        alpha = np.full_like(colours[..., :1], high) if alpha is None else alpha
-        colours = np.concatenate([colours, alpha], axis=-1)
+        alpha = np.ones(colours[..., :1].shape) if alpha is None else alpha
+        colours = np.concatenate([colours, _alpha_in_range(alpha, image_format, colours.dtype)], axis=-1)
     return colours
+
+
+def describe_alpha(lowest: float, highest: float, dtype: np.dtype) -> str:
+    """The range of alphas outside of that of their type, given as fractions: "from 0 to 2, outside of 0 to 1"."""
+    opaque = alpha_of_opaque(dtype)
+    return f"from {lowest * opaque:g} to {highest * opaque:g}, outside of 0 to {opaque:g}"
+
+
+def _alpha_in_range(alpha: np.ndarray, image_format: ImageFormat, dtype: np.dtype) -> np.ndarray:
+    """Alpha from 0 to 1 in the value range, in a type that goes with colours of this type."""
+    low, high = image_format.value_range
+    values = low + alpha * (high - low)
+    if image_format.num_levels is None or dtype.kind == "f":
+        return values.astype(np.result_type(dtype, np.float32))
+    # The range may exceed that of the type.
+    whole = np.result_type(dtype, np.min_scalar_type(int(low)), np.min_scalar_type(int(high)))
+    return _round_like(values, whole)
 
 
 def _to_grey(colours: np.ndarray) -> np.ndarray:

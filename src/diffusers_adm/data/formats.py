@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ..conditioning.image_format import MAX_LEVELS, MODE_CHANNELS, ImageFormat, ImageMode, count_channels
-from .decoding import can_convert
+from .decoding import can_convert, describe_alpha, split_alpha
 from .images import example_name
 from .labels import list_names
 from .pixels import UNSUPPORTED, UnusableImageError, open_image, reader_versions
@@ -31,7 +31,7 @@ MODES_OF_CHANNELS: dict[int, ImageMode] = {1: "L", 3: "RGB"}
 # A warning follows if data of more than 8 bits fill a smaller share of their type's range.
 MIN_SHARE_OF_RANGE = 0.5
 # Bump when `_read_header` or `_measure` changes: cached results of older versions are then not used.
-SURVEY_VERSION = 1
+SURVEY_VERSION = 2
 
 
 def parse_value_range(name: str, words: Sequence[float | str] | None) -> ValueRange | None:
@@ -339,26 +339,29 @@ def _check_channels(
 
 
 def _measure(
-    example: dict[str, Any], column: str, channels: int | None, keeps_alpha: bool, version: tuple
+    example: dict[str, Any], column: str, channels: int | None, mode: ImageMode, version: tuple
 ) -> dict[str, Any]:
     """
-    Lowest and highest finite value of an image, and the number of the others; infinity and its negative for one that
-    cannot be decoded.
+    Lowest and highest finite value of an image without its alpha, the same of its alpha as a fraction, and the number
+    of values that are not finite; infinity and its negative for one that cannot be decoded.
     """
-    nothing = {"low": math.inf, "high": -math.inf, "num_not_finite": 0}
+    nothing = {"low": math.inf, "high": -math.inf, "alpha_low": 0.0, "alpha_high": 1.0, "num_not_finite": 0}
     try:
         with open_image(example[column], channels) as stored:
-            values = stored.read()
-            if stored.mode in ("LA", "RGBA") and not keeps_alpha:
-                values = values[..., :-1]
+            values, alpha = split_alpha(stored.read(), stored.mode, stored.dtype, mode)
     except UnusableImageError:
         return nothing
-    if values.dtype.kind == "f":
-        finite = np.isfinite(values)
-        if not finite.all():
-            nothing["num_not_finite"] = int((~finite).sum())
-            values = values[finite]
-    return nothing | ({"low": float(values.min()), "high": float(values.max())} if values.size else {})
+    for part, names in ((values, ("low", "high")), (alpha, ("alpha_low", "alpha_high"))):
+        if part is None:
+            continue
+        finite = part
+        if part.dtype.kind == "f":
+            is_finite = np.isfinite(part)
+            nothing["num_not_finite"] += int((~is_finite).sum())
+            finite = part[is_finite]
+        if finite.size:
+            nothing |= dict(zip(names, (float(finite.min()), float(finite.max())), strict=True))
+    return nothing
 
 
 @dataclass
@@ -380,15 +383,23 @@ class _Measured:
         return f"{self.low:g} to {self.high:g}"
 
 
-def _measure_all(survey: _Survey, request: FormatRequest, mode: ImageMode) -> _Measured:
-    keeps_alpha = mode in ("LA", "RGBA", "array")
-    results = survey.map(_measure, "Reading values", channels=request.expected_channels, keeps_alpha=keeps_alpha)
+def _measure_all(survey: _Survey, request: FormatRequest, dtype: np.dtype, mode: ImageMode) -> _Measured:
+    """Measures the values of all images, without their alpha."""
+    results = survey.map(_measure, "Reading values", channels=request.expected_channels, mode=mode)
     not_finite = [index for index, number in enumerate(results["num_not_finite"]) if number]
     if not_finite:
         details = [f"{results['num_not_finite'][index]} values" for index in not_finite[:3]]
         raise ValueError(
             f"{survey.count(not_finite)} images hold NaN or infinite values: {survey.name(not_finite, details)}. "
             "Replace these values, or remove the images."
+        )
+    alphas = list(zip(results["alpha_low"], results["alpha_high"], strict=True))
+    wrong = [index for index, (low, high) in enumerate(alphas) if low < 0 or high > 1]
+    if wrong:
+        details = [describe_alpha(*alphas[index], dtype) for index in wrong[:3]]
+        raise ValueError(
+            f"The alpha of {survey.count(wrong)} images is outside of the range of its type: "
+            f"{survey.name(wrong, details)}. Rescale it in the files: 0 is transparent, the upper end opaque."
         )
     measured = _Measured(np.array(results["low"]), np.array(results["high"]))
     if measured.low > measured.high:
@@ -407,7 +418,7 @@ def _find_range(
     whole, asked = (0, 255), request.value_range
     if dtype == np.uint8 and (asked == whole or (asked is None and (known is None or known.value_range == whole))):
         return whole, 256 if asked or known is None else known.num_levels
-    measured = _measure_all(survey, request, mode)
+    measured = _measure_all(survey, request, dtype, mode)
     if request.value_range is None and known is not None:
         _check_known(survey, known, dtype, measured, argument)
         return known.value_range, known.num_levels

@@ -26,6 +26,7 @@ from PIL import Image
 from ...commands.errors import CommandError
 from ...conditioning.image_format import ImageFormat, ImageMode
 from ...data.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
+from ...data.pixels import alpha_of_opaque
 from ...data.seeding import derive_seed
 from ...models.config_checks import check_choice
 from ...ops.finiteness import explain_not_finite, not_finite
@@ -84,8 +85,8 @@ def sample_images(
             `tifffile`; `"npz"`: any image; at the end they are moved into `samples.npz`, as expected by
             guided-diffusion's scripts (`arr_0` of shape `(num_images, height, width, channels)`; `arr_1`: the class
             labels, if any). `None`: `"png"` if that holds images of the pipeline's format, else `"tiff"`. Files hold
-            values of the data (`pipe.image_format`) in its dtype; those of a pipeline whose config has no format are
-            8-bit.
+            values of the data (`pipe.image_format`) in its dtype, and alpha in the whole range of this dtype; those of
+            a pipeline whose config has no format are 8-bit.
         pipeline_options (mapping, *optional*): Further arguments of the pipeline's call, the same for all images; plain
             values.
         accelerator (`accelerate.Accelerator`, *optional*): Shares the images between its processes, and runs the
@@ -354,11 +355,19 @@ def _image_name(index: int, suffix: str = "png") -> str:
 
 
 def _to_pixels(images: np.ndarray, image_format: ImageFormat | None) -> np.ndarray:
-    """Images of the pipeline's output "np" as values of the data, in the dtype of their format."""
+    """
+    Images of the pipeline's output "np" as values of the data, in the dtype of their format. Alpha fills the whole
+    range of this dtype, as viewers and the readers of this package expect: opaque is 65535 in 16 bits, also for 12-bit
+    data.
+    """
     if image_format is None:
         return (images * 255).round().astype(np.uint8)
     values = torch.from_numpy(images)
     values = image_format.from_unit(values) if image_format.is_viewable else values
+    opaque = alpha_of_opaque(image_format.dtype)
+    if image_format.mode in ("LA", "RGBA") and image_format.value_range != (0, opaque):
+        colours, alpha = values[..., :-1].double(), values[..., -1:].double()
+        values = torch.cat([colours, image_format.to_unit(alpha).clamp(0, 1) * opaque], dim=-1)
     return (values.round() if image_format.dtype.kind in "iu" else values).numpy().astype(image_format.dtype)
 
 
