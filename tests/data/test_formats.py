@@ -369,6 +369,15 @@ class TestRange:
         check_round_trip(dataset, image_format, [values])
         assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
+    @pytest.mark.parametrize(
+        "low, high, share", [(61441, 65535, "6%"), (40000, 40099, "0.2%"), (40000, 40010, "0.02%"), (0, 25000, "38%")]
+    )
+    def test_a_range_that_is_no_better_is_not_advised(self, tmp_path, caplog, low, high, share):
+        dataset = load(tmp_path, a_png=integers(0, 1, high, low=low))
+        find(dataset, channels=1)
+        advice = "`--value_range auto`" + " or `--value_range 0 32767`" * (high == 25000)
+        assert f"range from {low} to {high} and fill {share} of 0 to 65535: pass {advice}." in caplog.text
+
     def test_auto_is_measured_over_all_images_and_logged(self, tmp_path, caplog):
         dataset = load(tmp_path, a_png=integers(0, 1, 4000, low=16), b_png=integers(1, 1, 900, low=3))
         with caplog.at_level("INFO"):

@@ -502,9 +502,10 @@ def warn_of_share(
     if share >= least:
         return False
     ways = f"`{argument} auto`"
-    if lowest >= 0 and highest >= 1:
-        ways += f" or `{argument} 0 {2 ** int(highest).bit_length() - 1}`"
-    percent = f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+    whole = 2 ** int(highest).bit_length() - 1  # 4095 for 12 bits
+    if lowest >= 0 and highest >= 1 and whole < 0.75 * high:
+        ways += f" or `{argument} 0 {whole}`"
+    percent = f"{share:.0%}" if share >= 0.01 else f"{100 * share:.1g}%"
     logger.warning(
         f"The {images} range from {lowest:g} to {highest:g} and fill {percent} of {low:g} to {high:g}: pass {ways}."
     )
