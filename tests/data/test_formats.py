@@ -577,9 +577,21 @@ class TestRefusals:
             find(dataset, channels=5)
         dataset = load(tmp_path, a_npy=floats(0, 5)).select([0])
         with pytest.raises(
-            ValueError, match="`--image_mode` is L, but .* arrays of 5 channels.*Use a network of 5 channel"
+            ValueError,
+            match="`--image_mode` is L, but .* arrays of 5 channels.*Leave `--image_mode` out, or pass "
+            "`--image_mode array`.$",
         ):
             find(dataset, image_mode="L", value_range="auto")
+        for way_out in ({}, {"image_mode": "array"}):
+            assert find(dataset, value_range="auto", **way_out).channels == 5
+        with pytest.raises(
+            ValueError,
+            match="`--image_mode` is RGB, .* Use a network of 5 channels without `--image_mode RGB`.$",
+        ):
+            find(dataset, channels=3, image_mode="RGB", value_range="auto")
+        assert find(dataset, channels=5, value_range="auto").channels == 5
+        with pytest.raises(ValueError, match="The network has 3 channels, .* Use a network of 5 channels"):
+            find(dataset, channels=3, image_mode="array", value_range="auto")
 
     def test_messages_name_the_arguments_of_the_images(self, tmp_path):
         dataset = load(tmp_path, a_png=integers(0, 3, 255, dtype=np.uint8))

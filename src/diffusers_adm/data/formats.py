@@ -322,15 +322,20 @@ def _check_channels(
         if mode_to_pass is not None:
             ways.append(f"pass `{request.mode_argument} {mode_to_pass}` to convert them")
     numbers = {kind.channels for kind in kinds}
-    if len(numbers) == 1:
+    is_settled_by_mode = request.image_mode not in (None, "array") and request.known is None
+    if len(numbers) == 1 and is_settled_by_mode and request.mode_argument is not None:
+        ways.append(f"leave `{request.mode_argument}` out, or pass `{request.mode_argument} array`")
+        if request.channels is not None:
+            ways = [f"use a network of {count_channels(numbers.pop())} without `{request.mode_argument} {mode}`"]
+    elif len(numbers) == 1:
         ways.append(f"use a network of {count_channels(numbers.pop())}")
         if survey.column == "image" and request.image_mode is None and request.known is None:
             ways.append("leave `in_channels` and `out_channels` out of its config")
     else:
         ways.append("keep images of one kind only")
-    what = (
-        f"`{request.mode_argument}` is {mode}" if request.image_mode else f"The network has {count_channels(channels)}"
-    )
+    what = f"The network has {count_channels(channels)}"
+    if request.image_mode not in (None, "array"):
+        what = f"`{request.mode_argument}` is {mode}"
     way_out = ", or ".join(ways)
     raise ValueError(f"{what}, but the images have others: {found}. {way_out[0].upper()}{way_out[1:]}.")
 
