@@ -495,26 +495,28 @@ class TestPretrained:
     def test_a_range_that_is_said_wins_with_a_warning(self, tmp_path, caplog):
         dataset = load(tmp_path, a_png=integers(0, 1, 1000))
         assert find(dataset, value_range=(0, 1023), known=self.known) == ImageFormat("L", 1, (0, 1023), 1024)
-        assert "`--value_range` is 0 to 1023, but the pretrained model was trained on grey images from 0 to 4095" in (
-            caplog.text
-        )
+        assert (
+            "`--value_range` is 0 to 1023, but the model was trained on grey images from 0 to 4095 (4096 levels): the "
+            "same value means something else to it."
+        ) in caplog.text
+        assert "pretrained" not in caplog.text  # evaluations, where nobody trains, say the same
 
     def test_contradictions_with_the_data(self, tmp_path):
         for name, values, message in (
             (
                 "deep",
                 integers(0, 1, 5000),
-                "The range of the pretrained model, trained on grey images .* 1 of 1 images have",
+                "The range of the model, trained on grey images .* 1 of 1 images have",
             ),
             (
                 "eight",
                 integers(0, 1, 255, dtype=np.uint8),
-                "The images are uint8, from 0 to 255, but the pretrained mod",
+                "The images are uint8, from 0 to 255, but the model was trained",
             ),
             (
                 "float",
                 floats(0, 1),
-                "are floating point numbers .float32. from .*, but the pretrained model was trained",
+                "are floating point numbers .float32. from .*, but the model was trained",
             ),
         ):
             (tmp_path / name).mkdir()
@@ -526,7 +528,7 @@ class TestPretrained:
             find(colour, known=ImageFormat("L", 1))
 
     def test_contradictions_with_arguments(self):
-        with pytest.raises(ValueError, match="`--image_mode` is array, but the pretrained model was trained on grey"):
+        with pytest.raises(ValueError, match="`--image_mode` is array, but the model was trained on grey"):
             FormatRequest(image_mode="array", known=self.known)
         with pytest.raises(ValueError, match="trained on grey images .*, 1 channel.*, but the network has 3"):
             FormatRequest(channels=3, known=self.known)

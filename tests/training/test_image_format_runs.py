@@ -321,9 +321,7 @@ class TestGoingOn:
         assert ADMPipeline.from_pretrained(short["output_dir"]).image_format == wide
         with pytest.raises(ValueError, match="trained on grey images from 0 to 4095 .*, and `lora_rank` leaves"):
             train("train_adm", **short | {"output_dir": str(tmp_path / "lora")}, value_range="auto", lora_rank=2)
-        with pytest.raises(
-            ValueError, match="image_mode` is array, but the pretrained model was trained on grey images"
-        ):
+        with pytest.raises(ValueError, match="image_mode` is array, but the model was trained on grey images"):
             train("train_adm", **short | {"output_dir": str(tmp_path / "x")}, image_mode="array")
 
     def test_a_pretrained_model_is_widened_by_its_own_channels(self, short, tmp_path):

@@ -87,12 +87,12 @@ class FormatRequest:
             raise ValueError(f"`{self.mode_argument}` is {mode!r}; it must be one of {', '.join(get_args(ImageMode))}.")
         if known is not None and channels not in (None, known.channels):
             raise ValueError(
-                f"The pretrained model was trained on {known}, {count_channels(known.channels)}, but the network has "
+                f"The model was trained on {known}, {count_channels(known.channels)}, but the network has "
                 f"{channels}. Start from a model of {count_channels(channels)}, or without one."
             )
         if known is not None and mode not in (None, known.mode):
             raise ValueError(
-                f"`{self.mode_argument}` is {mode}, but the pretrained model was trained on {known}. Omit it, or pass "
+                f"`{self.mode_argument}` is {mode}, but the model was trained on {known}. Omit it, or pass "
                 f"`{self.mode_argument} {known.mode}`."
             )
         if mode is not None and channels is not None and MODE_CHANNELS.get(mode, channels) != channels:
@@ -439,8 +439,8 @@ def _find_range(
     _check_inside(survey, value_range, measured, f"`{argument}`", argument)
     if request.value_range is not None and known is not None and tuple(value_range) != known.value_range:
         logger.warning(
-            f"`{argument}` is {value_range[0]:g} to {value_range[1]:g}, but the pretrained model was "
-            f"trained on {known}. Its weights must adapt to the other range."
+            f"`{argument}` is {value_range[0]:g} to {value_range[1]:g}, but the model was trained on {known}: the same "
+            "value means something else to it."
         )
     if request.value_range is None and dtype.itemsize > 1:
         warn_of_share(measured.low, measured.high, value_range, MIN_SHARE_OF_RANGE, argument)
@@ -480,17 +480,17 @@ def _check_known(survey: _Survey, known: ImageFormat, dtype: np.dtype, measured:
     low, high = known.value_range
     if dtype.kind == "f" and known.num_levels is not None:
         raise ValueError(
-            f"The images are floating point numbers ({dtype}) from {measured}, but the pretrained model was trained on "
+            f"The images are floating point numbers ({dtype}) from {measured}, but the model was trained on "
             f"{known}. Pass the range of the images as `{argument} LOW HIGH`."
         )
     if dtype.kind != "f" and dtype.itemsize <= 2 and known.num_levels is not None:
         lowest, highest = _whole_range(dtype, measured, argument)
         if low < lowest or high > highest:
             raise ValueError(
-                f"The images are {dtype}, from {lowest} to {highest}, but the pretrained model was trained on {known}. "
+                f"The images are {dtype}, from {lowest} to {highest}, but the model was trained on {known}. "
                 f"Pass the range of the images as `{argument} {lowest} {highest}`."
             )
-    _check_inside(survey, (low, high), measured, f"The range of the pretrained model, trained on {known},", argument)
+    _check_inside(survey, (low, high), measured, f"The range of the model, trained on {known},", argument)
 
 
 def warn_of_share(
