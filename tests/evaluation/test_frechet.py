@@ -728,6 +728,9 @@ def test_labels_of_samples_in_tiff_files(tmp_path):
         (np.full((4, 6, 4), 9, np.uint8), {}, ImageFormat("array", 4)),
         (np.full((4, 6, 4), 9, np.uint8), {"image_mode": "RGBA"}, ImageFormat("RGBA", 4)),
         (np.full((4, 6, 1), 9, np.uint8), {"channels": 3}, ImageFormat("RGB", 3)),
+        # The axes of the images in these files are known, whatever their lengths.
+        (np.arange(30, dtype=np.uint8).reshape(2, 3, 5), {}, ImageFormat("array", 5)),
+        (np.arange(80, dtype=np.uint8).reshape(5, 4, 4), {}, ImageFormat("array", 4)),
     ],
 )
 def test_npz_files_of_any_format(array, request_of, expected, tmp_path):

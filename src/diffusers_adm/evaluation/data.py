@@ -235,6 +235,8 @@ def read_images(
             raise ValueError(f"{' and '.join(names)} would have no effect: {source[0]} is not a dataset. Omit it.")
     if is_array:
         images = ArrayImages(source[0], to_class, any_format=request is not None)
+        if request is not None and request.expected_channels is None:  # the axes of these files are known
+            request = dataclasses.replace(request, channels=images.pixels.shape[-1])
     elif is_labelled_run:
         images, id2label = load_image_dataset(train_data_dir=source[0], label_column="label", cache_dir=cache_dir)
         # `datasets` numbers only the classes that occur.
