@@ -215,7 +215,45 @@ def test_classifier(short, kind, tmp_path):
     assert tuned.config.image_format == classifier.config.image_format
 
 
+@pytest.fixture
+def validated(monkeypatch):
+    """The conditions of the examples that validation shows, and those that the ControlNet gets for them."""
+    shown, given = [], []
+    control_grid, forward = SCRIPTS["train_controlnet"].control_grid, AdaGNControlNetModel.forward
+
+    def record_examples(pipeline, examples, *args):
+        shown.extend(tensors["conditions"] for tensors, _ in examples)
+
+        def record_inputs(self, *args, **kwargs):
+            given.append(kwargs["controlnet_cond"])
+            return forward(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AdaGNControlNetModel, "forward", record_inputs)
+            return control_grid(pipeline, examples, *args)
+
+    monkeypatch.setattr(SCRIPTS["train_controlnet"], "control_grid", record_examples)
+    return lambda: (torch.stack(shown), torch.cat(given[:: SHORT_RUN["validation_num_inference_steps"]]))
+
+
+@pytest.mark.parametrize("kind", ["bands"], indirect=True)
+def test_validation_with_conditions_of_bands(short, tmp_path, validated):
+    short |= {"pretrained_model_name_or_path": make_base(tmp_path / "base", FORMATS["bands"], sample_size=[8, 16])}
+    del short["model_config_name_or_path"], short["value_range"]
+    train("train_controlnet", **short, condition="low_resolution")
+    shown, given = validated()
+    assert shown.shape[1] == 5
+    assert shown.std() > 0.01
+    torch.testing.assert_close(given, shown, rtol=0, atol=1e-6)
+
+
 class TestConditionsOfAColumn:
+    def test_validation_with_floats(self, short, validated):
+        train("train_controlnet", **short, conditioning_image_column="flow", condition_value_range=[-3, 3])
+        shown, given = validated()
+        assert shown.shape[1] == 2
+        torch.testing.assert_close(given, shown, rtol=0, atol=1e-6)
+
     @pytest.fixture
     def short(self, tmp_path):
         generator = np.random.default_rng(0)

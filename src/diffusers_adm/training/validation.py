@@ -261,7 +261,8 @@ def control_grid(
     image_format, channels = pipeline.image_format, training_args.preview_channels
     condition_format = condition_format or ImageFormat()
     targets, conditions = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
-    wanted = [{"image": condition, **given} for condition, (_, given) in zip(conditions, examples, strict=True)]
+    given = conditions if condition_format.is_viewable else condition_format.from_unit(conditions)
+    wanted = [{"image": image, **arguments} for image, (_, arguments) in zip(given, examples, strict=True)]
     samples = generate(pipeline, wanted, training_args)
     columns = {
         "condition": preview(conditions * 2 - 1, condition_format),
