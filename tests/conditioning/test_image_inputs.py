@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from diffusers_adm.conditioning.image_format import ImageFormat
-from diffusers_adm.conditioning.image_inputs import read_control_images, read_images, read_masks
+from diffusers_adm.conditioning.image_inputs import read_control_images, read_images, read_masks, read_values
+from diffusers_adm.conditioning.source_image import SourceImageCondition
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)  # height 5, width 4
@@ -286,3 +287,30 @@ class TestMasksOfThreeChannels:
     def test_colours_are_refused(self):
         with pytest.raises(ValueError, match="`mask_image` has three different channels"):
             read_masks(PIXELS[0], "mask_image")
+
+
+BANDS = ImageFormat("array", 2, (-300, 900), None)
+REFUSED = "is of type torch.uint8, of 8 bits, but .* have values from -300 to 900 .* Pass such values as `float32`"
+
+
+class TestMessagesNameTheEntry:
+    """Of the config that holds the format of the images."""
+
+    def test_of_source_images(self):
+        condition = SourceImageCondition(BANDS)
+        condition.read(np.zeros((4, 4, 2), np.int16))
+        with pytest.raises(ValueError, match="the value range of this model's source images .`source_format`."):
+            condition.read(np.full((4, 4, 2), 901, np.int16))
+        with pytest.raises(ValueError, match=REFUSED):
+            condition.read(np.zeros((4, 4, 2), np.uint8))
+
+    def test_of_conditioning_images(self):
+        with pytest.raises(ValueError, match="the value range of this ControlNet's images .`condition_format`."):
+            read_control_images(np.full((4, 4, 2), -301.0), "image", BANDS)
+        with pytest.raises(ValueError, match=REFUSED):
+            read_control_images(torch.zeros(2, 4, 4, dtype=torch.uint8), "image", BANDS)
+
+    def test_8_bits_of_a_narrower_range(self):
+        few = ImageFormat("array", 2, (0, 200), 201)
+        values = read_values(np.full((4, 4, 2), 200, np.uint8), "image", few)
+        assert (values == 200).all()

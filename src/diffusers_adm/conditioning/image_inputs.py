@@ -28,20 +28,32 @@ MIN_SHARE_OF_RANGE = 0.05
 # At least this much means "inpaint", as in diffusers' `VaeImageProcessor(do_binarize=True)`.
 MASK_THRESHOLD = 0.5
 MASK_FORMAT = ImageFormat("L", 1)
+# Entries of configs that hold the format of images, and what messages call these images.
+IMAGES_OF_ENTRY = {
+    "image_format": "this model's images",
+    "source_format": "this model's source images",
+    "condition_format": "this ControlNet's images",
+}
 
 
-def read_images(images: ImageInput, name: str, image_format: ImageFormat, background: str = "white") -> torch.Tensor:
+def read_images(
+    images: ImageInput,
+    name: str,
+    image_format: ImageFormat,
+    background: str = "white",
+    entry: str = "image_format",
+) -> torch.Tensor:
     r"""
     Reads images as a tensor `(batch_size, channels, height, width)` in [0, 1], fractions of the format's value range,
     float32, on their own device.
 
     Args:
-        images, name, image_format, background: See `read_values`.
+        images, name, image_format, background, entry: See `read_values`.
 
     Raises:
         ValueError: See `read_values`.
     """
-    return as_fractions(read_values(images, name, image_format, background), image_format)
+    return as_fractions(read_values(images, name, image_format, background, entry), image_format)
 
 
 def as_fractions(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
@@ -49,7 +61,13 @@ def as_fractions(values: torch.Tensor, image_format: ImageFormat) -> torch.Tenso
     return values if image_format.is_viewable else image_format.to_unit(values).clamp(0, 1)
 
 
-def read_values(images: ImageInput, name: str, image_format: ImageFormat, background: str = "white") -> torch.Tensor:
+def read_values(
+    images: ImageInput,
+    name: str,
+    image_format: ImageFormat,
+    background: str = "white",
+    entry: str = "image_format",
+) -> torch.Tensor:
     r"""
     Reads images as a tensor `(batch_size, channels, height, width)`, float32, on their own device, with the values of a
     pipeline's outputs "np" and "pt": fractions of the value range in [0, 1] for viewable images
@@ -60,10 +78,12 @@ def read_values(images: ImageInput, name: str, image_format: ImageFormat, backgr
             channels)` and tensors `(channels, height, width)`, with a batch dimension in front or without. Floating
             point numbers have the values of the result. Integers are values of the data, as those of Pillow images; 8
             bits of a colour image stand for the whole range of a model of more. Only `uint8` for 8-bit images; it is
-            divided by 255 for continuous data in [0, 1]. With one channel its dimension may be missing.
+            divided by 255 for continuous data in [0, 1], and refused for higher values than its own. With one channel
+            its dimension may be missing.
         name (`str`): Name of the argument, for messages.
         image_format (`ImageFormat`): Format of the model's images.
         background (`str`, defaults to `"white"`): Colour that messages recommend to put behind transparent images.
+        entry (`str`, defaults to `"image_format"`): Entry of a config that holds the format, for messages.
 
     Raises:
         ValueError: For another type, shape or mode, transparency that the model has no channel for, values out of
@@ -72,7 +92,7 @@ def read_values(images: ImageInput, name: str, image_format: ImageFormat, backgr
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
         raise ValueError(f"`{name}` is empty; pass at least one image.")
-    batches = [_read_one(item, name, image_format, background) for item in items]
+    batches = [_read_one(item, name, image_format, background, entry) for item in items]
     sizes = sorted({tuple(batch.shape[2:]) for batch in batches})
     if len(sizes) > 1:
         raise ValueError(
@@ -124,7 +144,7 @@ def read_control_images(conditions: ImageInput, name: str, image_format: ImageFo
                 stacklevel=2,
             )
         read.append(item)
-    return read_images(read, name, image_format, background="black")
+    return read_images(read, name, image_format, background="black", entry="condition_format")
 
 
 def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
@@ -194,11 +214,11 @@ def _one_channel(mask: np.ndarray | torch.Tensor, name: str) -> np.ndarray | tor
     return mask  # three masks, whose dimension of channels is missing
 
 
-def _read_one(image: OneImage, name: str, image_format: ImageFormat, background: str) -> torch.Tensor:
+def _read_one(image: OneImage, name: str, image_format: ImageFormat, background: str, entry: str) -> torch.Tensor:
     """Reads one image, or a batch of them as one array or tensor, as a batch."""
     is_text, channels = isinstance(image, str), image_format.channels
     if isinstance(image, Image.Image):
-        image = _read_pil(image, name, image_format, background)
+        image = _read_pil(image, name, image_format, background, entry)
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "biuf":
             raise ValueError(f"`{name}` is an array of type {image.dtype}; pass one of numbers.")
@@ -230,16 +250,17 @@ def _read_one(image: OneImage, name: str, image_format: ImageFormat, background:
             f"`{name}` has shape {tuple(image.shape)}; pass {layout}, with or without a batch dimension in front, with "
             f"{channels} channels." + way_out * is_other_layout
         )
-    values = _to_values(tensor, name, image_format)
+    values = _to_values(tensor, name, image_format, entry)
     return values if values.ndim == 4 else values[None]
 
 
-def _read_pil(image: Image.Image, name: str, image_format: ImageFormat, background: str) -> np.ndarray:
+def _read_pil(image: Image.Image, name: str, image_format: ImageFormat, background: str, entry: str) -> np.ndarray:
     """Pillow's numbers, or, if they are not those of the data, fractions."""
+    whose = IMAGES_OF_ENTRY[entry]
     channels, mode = image_format.channels, image_format.pil_mode
     if mode is None:
         raise ValueError(
-            f"`{name}` is a Pillow image, but this model's images have {channels} channels ({image_format}). Pass an "
+            f"`{name}` is a Pillow image, but {whose} have {channels} channels ({image_format}). Pass an "
             f"array (height, width, channels) or a tensor (channels, height, width) {_in_range(image_format)}."
         )
     if mode in ("L", "RGB") and image.has_transparency_data:
@@ -252,7 +273,7 @@ def _read_pil(image: Image.Image, name: str, image_format: ImageFormat, backgrou
         image = image.convert(mode)  # drawing programs save opaque images like this
     if mode == "I;16" and image.mode in ("1", "L"):
         raise ValueError(
-            f"`{name}` has mode {image.mode}, of 8 bits, but this model's images have values from "
+            f"`{name}` has mode {image.mode}, of 8 bits, but {whose} have values from "
             "{:g} to {:g}. Pass an image of mode I;16 with such values, or an array of floating point numbers in "
             "[0, 1], such as `np.asarray(image) / 255`.".format(*image_format.value_range)
         )
@@ -263,7 +284,7 @@ def _read_pil(image: Image.Image, name: str, image_format: ImageFormat, backgrou
         )
     if image.mode not in LOSSLESS_PIL_MODES[mode]:
         raise ValueError(
-            f"`{name}` has mode {image.mode}, but this model's images have {channels} channels. Pass "
+            f"`{name}` has mode {image.mode}, but {whose} have {channels} channels. Pass "
             + (f"`image.convert('{mode}')`." if mode != "I;16" else "grey images of mode I;16.")
         )
     if mode == "I;16":
@@ -279,9 +300,9 @@ def _in_range(image_format: ImageFormat) -> str:
     return "with values of the data, from {:g} to {:g}".format(*image_format.value_range)
 
 
-def _to_values(tensor: torch.Tensor, name: str, image_format: ImageFormat) -> torch.Tensor:
+def _to_values(tensor: torch.Tensor, name: str, image_format: ImageFormat, entry: str) -> torch.Tensor:
     """The values of `read_values`, from the numbers of an array."""
-    low, high = image_format.value_range
+    (low, high), whose = image_format.value_range, IMAGES_OF_ENTRY[entry]
     is_bytes, is_viewable = reads_bytes(image_format), image_format.is_viewable
     if tensor.dtype == torch.bool or (is_bytes and not tensor.is_floating_point() and tensor.dtype != torch.uint8):
         integers = "`uint8`" if is_bytes else "integers"
@@ -294,10 +315,16 @@ def _to_values(tensor: torch.Tensor, name: str, image_format: ImageFormat) -> to
         lowest, highest = (0, 1) if is_viewable else (low, high)
     else:
         lowest, highest = low, high
-        if tensor.dtype == torch.uint8 and is_viewable and high > 255:
+        if tensor.dtype == torch.uint8 and high > 255:
+            type_name = image_format.dtype.name
             raise ValueError(
-                f"`{name}` is of type {tensor.dtype}, of 8 bits, but this model's images have values from {low:g} to "
-                f"{high:g}. Pass such values as `uint16`, or floating point numbers in [0, 1]: 8 bits divided by 255."
+                f"`{name}` is of type {tensor.dtype}, of 8 bits, but {whose} have values from {low:g} to {high:g} "
+                f"(`{entry}`). Pass such values as `{type_name}`"
+                + (
+                    ", or floating point numbers in [0, 1]: 8 bits divided by 255."
+                    if is_viewable
+                    else "; 8 bits of which 255 stands for the highest must be scaled to them first."
+                )
             )
     values = tensor.float()
     smallest, largest = float(values.min()), float(values.max())
@@ -305,7 +332,7 @@ def _to_values(tensor: torch.Tensor, name: str, image_format: ImageFormat) -> to
     if not (smallest >= lowest - tolerance and largest <= highest + tolerance):  # in this form, NaN is refused as well
         given = f"`{name}` has values from {smallest:g} to {largest:g}; they must lie in [{lowest:g}, {highest:g}]"
         if not is_viewable or not tensor.is_floating_point():
-            raise ValueError(f"{given}, the value range of this model's images (`image_format`).")
+            raise ValueError(f"{given}, the value range of {whose} (`{entry}`).")
         if is_bytes:
             raise ValueError(f"{given}. Divide 0 to 255 by 255; of -1 to 1 take `x / 2 + 0.5`.")
         raise ValueError(

@@ -34,11 +34,12 @@ class ConcatenatedImageCondition(Condition):
     """
 
     argument = "image"
+    format_entry = "image_format"  # of a config: the format of the images, for messages
     source: torch.Tensor
 
     def read_source(self, image: ImageInput, source_format: ImageFormat) -> None:
         """Takes the images of a call; raises a `ValueError` for those that `read_images` refuses."""
-        self.source = 2 * read_images(image, self.argument, source_format) - 1
+        self.source = 2 * read_images(image, self.argument, source_format, entry=self.format_entry) - 1
         if len(self.source) > 1:
             self.counts = {self.argument: len(self.source)}
 
@@ -57,6 +58,8 @@ class SourceImageCondition(ConcatenatedImageCondition):
         dropout_prob (`float`, *optional*): Share of whole source images that training replaces by `DROPPED`, for
             classifier-free guidance; `None`: not known, so that the source is not guided.
     """
+
+    format_entry = "source_format"
 
     def __init__(self, source_format: ImageFormat | None = None, *, dropout_prob: float | None = 0.0):
         super().__init__()
