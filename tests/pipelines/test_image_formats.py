@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image
 from toy_models import CONDITIONAL, fill_randomly, random_classifier, random_unet
 
@@ -187,8 +187,19 @@ class TestConfig:
         assert loaded.image_format == pipe.image_format == FORMATS[name]
         other = FORMATS[name].to_config() | {"value_range": [0, 7], "num_levels": 8}
         assert ADMPipeline.from_pretrained(tmp_path, image_format=other).image_format.value_range == (0, 7)
-        inpainter = ADMInpaintPipeline.from_pipe(loaded)
-        assert inpainter.image_format == FORMATS[name]
+
+    @pytest.mark.parametrize("pipeline_class", [ADMPipeline, ADMInpaintPipeline])
+    def test_from_pipe(self, pipeline_class):
+        """As README.md makes a pipeline of another one: its format, classes and networks, and a scheduler of its own."""
+        pipe = make(unet=random_unet(in_channels=1, out_channels=2, **CONDITIONAL), image_format=FORMATS["L-16"])
+        pipe.register_to_config(id2label={0: "cats", 1: "dogs"})
+        again, scheduler = pipeline_class.from_pipe(pipe), pipe.scheduler
+        assert type(again) is pipeline_class
+        assert again.image_format == pipe.image_format == FORMATS["L-16"]
+        assert {int(number): name for number, name in again.config.id2label.items()} == {0: "cats", 1: "dogs"}
+        assert again.unet is pipe.unet
+        again.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+        assert pipe.scheduler is scheduler
 
     @pytest.mark.parametrize(
         "image_format, message",
@@ -306,6 +317,7 @@ class TestKeptPixels:
             ("L-12", np.full((8, 8), -1, np.int16), "values from -1 to -1; they must lie in [0, 4095]"),
             ("L-12", np.full((8, 8), 17.0), "Pass values from 0 to 4095 as integers, such as `uint16`, or divided by"),
             ("L-12", np.zeros((8, 8), np.uint8), "of 8 bits, but this model's images have values from 0 to 4095"),
+            ("bands", np.zeros((8, 8, 5), np.uint8), "to 10000 (`image_format`). Pass such values as `uint16`;"),
             ("L-12", Image.new("L", (8, 8)), "has mode L, of 8 bits, but this model's images have values"),
             ("L-12", Image.new("RGB", (8, 8)), "has mode RGB, but this model's images have 1 channels. Pass grey"),
             ("bands", Image.new("RGB", (8, 8)), "5 channels (5-channel images from 0 to 10000 (10001 levels)). Pass"),
