@@ -792,6 +792,7 @@ class TestCommand:
         "image_format,arguments",
         [
             (DEEP, {}),
+            (DEEP, {"value_range": [0, 4095]}),
             (None, {"image_mode": "L", "value_range": [0, 4095]}),
             (None, {"value_range": "auto"}),
             (None, {}),
@@ -851,6 +852,14 @@ class TestCommand:
             ({"value_range": ["0", "many"]}, "`value_range` is '0 many'; pass two numbers"),
             ({"image_mode": "L"}, "`--image_mode` L has 1 channel, but the network has 3"),
             ({"model": "{path}/deep", "dataset": "{path}/wide"}, "outside of it: .*/2.npy"),
+            (
+                {"model": "{path}/deep", "dataset": "nowhere", "value_range": ["0", "5000"]},
+                "`--value_range` is 0 5000, but .* grey images from 0 to 4095 .* leave `--value_range` out",
+            ),
+            (
+                {"model": "{path}/deep", "dataset": "{path}/wide", "value_range": ["auto"]},
+                "leave `--value_range` out, and convert",
+            ),
             ({"model": "{path}/field", "dataset": "{path}/floats"}, "density, whose bits depend on the unit"),
             ({"model": "{path}/deep", "dataset": "{path}/floats"}, "floating point numbers"),
             ({"model": "{path}/deep", "dataset": "{path}/images"}, "others: RGB images"),

@@ -786,7 +786,8 @@ def test_command_on_grey_images_that_are_not_square(tmp_path, capsys):
         measure(capsys, reference=tmp_path / "deep.npz", **arguments)
     draw_samples(DEEP, tmp_path / "deep", 18)
     with pytest.raises(
-        ValueError, match="The classifier was trained on .* 0 to 255 .*, but the samples are .* 0 to 4095"
+        ValueError,
+        match="on .* 0 to 255 .*, but the samples are .* 0 to 4095 .*the classifier with `--value_range 0 4095`",
     ):
         measure(capsys, reference=tmp_path / "images", **arguments | {"samples": tmp_path / "deep"})
 

@@ -190,7 +190,7 @@ class TestConfig:
 
     @pytest.mark.parametrize("pipeline_class", [ADMPipeline, ADMInpaintPipeline])
     def test_from_pipe(self, pipeline_class):
-        """As README.md makes a pipeline of another one: its format, classes and networks, and a scheduler of its own."""
+        """As README.md does: with the format, classes and networks of the other one, and a scheduler of its own."""
         pipe = make(unet=random_unet(in_channels=1, out_channels=2, **CONDITIONAL), image_format=FORMATS["L-16"])
         pipe.register_to_config(id2label={0: "cats", 1: "dogs"})
         again, scheduler = pipeline_class.from_pipe(pipe), pipe.scheduler

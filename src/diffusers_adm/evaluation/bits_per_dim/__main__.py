@@ -129,6 +129,18 @@ def recorded_format(index: dict[str, Any], channels: int) -> ImageFormat | None:
     return None if recorded is None else ImageFormat.from_config(recorded, channels)
 
 
+def check_range(value_range: Sequence[float] | str | None, known: ImageFormat | None) -> None:
+    """Raises a `ValueError` for another range than that of training; "auto" is checked once it is known."""
+    if value_range in (None, "auto") or known is None or tuple(map(float, value_range)) == known.value_range:
+        return
+    raise ValueError(
+        "`--value_range` is {:g} {:g}, but the model was trained on {}. Its bits per dimension can only be measured "
+        "with this range: leave `--value_range` out, and convert images of another range to this one.".format(
+            *map(float, value_range), known
+        )
+    )
+
+
 def check_levels(image_format: ImageFormat) -> None:
     if image_format.num_levels is None:
         raise ValueError(
@@ -158,6 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet = _load(AdaGNUNet2DModel.from_pretrained, args, "unet", variant=args.variant).to(accelerator.device)
     resolution = args.resolution or unet.config.sample_size
     check_network(args, unet.config, resolution)
+    channels, value_range = unet.config.in_channels, parse_value_range("value_range", args.value_range)
+    known = recorded_format(index, channels)
+    check_range(value_range, known)
 
     # 2. data
     with accelerator.main_process_first():
@@ -173,10 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_classes = num_real_classes(unet.config)
             to_class = match_classes(id2label, index.get("id2label"), num_classes, by_number=True)
             images = renumber_labels(images, to_class)
-        channels = unet.config.in_channels
-        known = recorded_format(index, channels)
-        request = FormatRequest(channels, args.image_mode, parse_value_range("value_range", args.value_range), known)
+        request = FormatRequest(channels, args.image_mode, value_range, known)
         image_format = find_image_format(images, request)
+        check_range(image_format.value_range, known)
         check_levels(image_format)
         images, _ = check_images(
             images,

@@ -110,7 +110,15 @@ def request_format(args: Arguments, network: FeatureNetwork) -> FormatRequest:
     known: ImageFormat | None = getattr(network, "image_format", None)
     sampled = format_of_run(run_of_sample(args.samples)) or format_of_run(run_of_sample(args.reference))
     if known is not None and sampled is not None and known != sampled:
-        raise ValueError(f"The classifier was trained on {known}, but the samples are {sampled}. Use one for them.")
+        low, high = sampled.value_range
+        same_kind = dataclasses.replace(known, value_range=sampled.value_range, num_levels=sampled.num_levels)
+        way_out = f"train the classifier with `--value_range {low:.9g} {high:.9g}`"
+        if same_kind != sampled:
+            way_out = f"train one with `--image_mode {sampled.mode} --value_range {low:.9g} {high:.9g}`"
+        raise ValueError(
+            f"The classifier was trained on {known}, but the samples are {sampled}. Features compare only images of "
+            f"one format: {way_out}."
+        )
     known = known or sampled
     channels = None if known is None else known.channels
     if known is None and args.image_mode is None:
