@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,8 +15,11 @@ from toy_models import CONDITIONAL, random_classifier, random_unet
 
 from diffusers_adm import (
     AdaGNControlNetModel,
+    ADMControlNetPipeline,
     ADMImageToImagePipeline,
+    ADMInpaintPipeline,
     ADMPipeline,
+    ADMSuperResolutionPipeline,
     LearnedVarianceDDPMScheduler,
 )
 from diffusers_adm.conditioning.image_format import ImageFormat
@@ -249,6 +253,42 @@ class TestCard:
         assert line in card.text
         assert "output_type" not in card.text
         assert ("The samples are shown as" in card.text) == (image_format is not None)
+
+    @pytest.mark.parametrize("kind", ["translation", "scan", "inpainting", "super-resolution", "controlnets"])
+    def test_the_call_runs(self, kind, run, tmp_path, monkeypatch):
+        """Of pipelines that take images, on files of such images."""
+        bands, scan = ImageFormat("array", 5, (-1.5, 2.5), None), ImageFormat("L", 1, (0, 4095), 4096)
+        shapes, parts, channels = {"image": (8, 8, 5)}, {"image_format": bands.to_config()}, 5
+        if kind == "translation":
+            cls, extra, parts = ADMImageToImagePipeline, 5, {"image_format": None, "source_format": bands.to_config()}
+            channels = 3
+        elif kind == "scan":
+            cls, extra, shapes, parts = ADMImageToImagePipeline, 1, {}, parts | {"source_format": scan.to_config()}
+            Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "image.png")
+        elif kind == "inpainting":
+            cls, extra = ADMInpaintPipeline, 0
+            Image.new("L", (8, 8), "white").save(tmp_path / "mask.png")
+        elif kind == "super-resolution":
+            cls, extra, shapes = ADMSuperResolutionPipeline, 5, {"image": (4, 4, 5)}
+        else:
+            cls, extra, shapes = ADMControlNetPipeline, 0, {"image_0": (8, 8, 5), "image_1": (8, 8, 5)}
+            net = AdaGNControlNetModel.from_unet(random_unet(in_channels=5, out_channels=10), conditioning_channels=5)
+            net.register_to_config(condition_format=bands.to_config())
+            parts["controlnet"] = [net, net]
+        unet = random_unet(in_channels=channels + extra, out_channels=2 * channels)
+        pipe = cls(unet=unet, scheduler=LearnedVarianceDDPMScheduler(), **NONE, **parts)
+        pipe.save_pretrained(run)
+        for name, shape in shapes.items():
+            np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).uniform(-1.5, 2.5, shape).astype(np.float32))
+        card = ModelCard.load(write_model_card(pipe, tmp_path, "alice/model"))
+        code = "\n".join(re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL))
+        code = code.replace('"alice/model"', repr(str(run))).replace("pipe(image", "pipe(num_inference_steps=2, image")
+        assert "num_inference_steps" in code
+        monkeypatch.chdir(tmp_path)
+        namespace = {}
+        exec(code, namespace)
+        images = namespace["images"]
+        assert images[0].mode == "RGB" if kind == "translation" else images.shape == (1, 8, 8, 5)
 
     def test_tells_the_formats_of_other_models(self, tmp_path):
         deep, flow = ImageFormat("L", 1, (0, 4095), 4096), ImageFormat("array", 2, (-3, 3), None)

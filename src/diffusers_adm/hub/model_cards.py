@@ -22,9 +22,10 @@ from diffusers.utils import PushToHubMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from ..conditioning.controlnet import controlnet_format_of, nets_of
 from ..conditioning.image_format import ImageFormat, as_size
 from ..conditioning.previews import describe_preview
-from ..models import AdaGNClassifierModel, AdaGNControlNetModel, GLIDETextModel
+from ..models import AdaGNClassifierModel, AdaGNControlNetModel, AdaGNMultiControlNetModel, GLIDETextModel
 from ..pipelines import (
     ADMControlNetPipeline,
     ADMImageToImagePipeline,
@@ -296,23 +297,58 @@ def _format_variables(pushed: Any, run: _Run) -> dict[str, Any]:
     image_format = None if recorded is None else ImageFormat.from_config(recorded, recorded["channels"])
     conditions = pushed.config.get("condition_format")
     size = as_size((pushed.unet if is_pipeline else pushed).config.get("sample_size"))
-    arguments = ""  # of a call, before `output_type`
-    if isinstance(pushed, ADMInpaintPipeline):
-        arguments = "image=image, mask_image=mask, "
-    elif _task(pushed) == "image-to-image":
-        arguments = "image=image, "
-    elif is_pipeline and pushed.text_encoder is not None:
-        arguments = 'prompt="...", '
-    elif is_pipeline and pushed.config.get("id2label"):
-        arguments = f"class_labels={next(iter(pushed.config['id2label'].values()))!r}, "
+    why_no_pil = None if image_format is None else image_format.why_no_pil
+    call = ""  # the output of other pipelines needs no explanation
+    if is_pipeline and (why_no_pil is not None or isinstance(pushed, ADMImageToImagePipeline)):
+        call = _call(pushed, why_no_pil is None)
     return {
         "size": None if size is None else "{}x{}".format(*size),  # HEIGHTxWIDTH
         "image_format": image_format,
         "condition_format": None if conditions is None else ImageFormat.from_config(conditions, conditions["channels"]),
         "preview": None if image_format is None else describe_preview(image_format, run.args.get("preview_channels")),
-        "why_no_pil": None if image_format is None else image_format.why_no_pil,
-        "call": arguments,
+        "why_no_pil": why_no_pil,
+        "call": call,
     }
+
+
+def _call(pipe: DiffusionPipeline, shows_pil: bool) -> str:
+    """Code that calls a pipeline on files of its images, as far as it needs any."""
+    files: dict[str, ImageFormat] = {}  # by the name of a variable
+    arguments = []
+    if isinstance(pipe, ADMControlNetPipeline):
+        nets = nets_of(pipe.controlnet)
+        names = ["image"] if len(nets) == 1 else [f"image_{i}" for i in range(len(nets))]
+        files = {name: controlnet_format_of(net) for name, net in zip(names, nets, strict=True)}
+        is_list = isinstance(pipe.controlnet, AdaGNMultiControlNetModel)
+        arguments = [f"image=[{', '.join(names)}]" if is_list else "image=image"]
+    elif _task(pipe) == "image-to-image":
+        is_translation = isinstance(pipe, ADMImageToImagePipeline)
+        files, arguments = {"image": pipe.source_format if is_translation else pipe.image_format}, ["image=image"]
+        if isinstance(pipe, ADMInpaintPipeline):
+            files["mask"] = ImageFormat("L", 1)
+            arguments += ["mask_image=mask"]
+    if pipe.text_encoder is not None:
+        arguments.append('prompt="..."')
+    elif pipe.config.get("id2label"):
+        arguments.append(f"class_labels={next(iter(pipe.config['id2label'].values()))!r}")
+    if not shows_pil:
+        arguments.append('output_type="np"')
+    lines = [_reading(name, image_format) for name, image_format in files.items()]
+    if any("Image.open" in line for line in lines):
+        lines.insert(0, "from PIL import Image")
+    if any("np.load" in line for line in lines):
+        lines.insert(0, "import numpy as np")
+    shape = "" if shows_pil else "  # (batch_size, height, width, channels)"
+    return "\n".join([*lines, f"images = pipe({', '.join(arguments)}).images{shape}"])
+
+
+def _reading(name: str, image_format: ImageFormat) -> str:
+    """A line of code that reads images of a format from a file."""
+    if name == "mask":
+        return 'mask = Image.open("mask.png").convert("L")  # white is inpainted'
+    if image_format.is_viewable:
+        return f'{name} = Image.open("{name}.png")  # {image_format}'
+    return f'{name} = np.load("{name}.npy")  # (height, width, channels), {image_format}'
 
 
 def _copy_images(run: Path | None, folder: Path) -> set[str]:
