@@ -67,7 +67,9 @@ def test_channels_of_images(load, c, outputs, extra_channels):
 @pytest.mark.parametrize(
     ("channels", "extra_channels", "outputs", "message"),
     [
-        ((6, 6), no_extra_channels, 2, "on RGB images. Those of 6 are trained by train_super_resolution.py. Images of"),
+        ((7, 6), no_extra_channels, 2, "on RGB images. Those of 7 are trained by train_adm.py --task inpaint. Images"),
+        ((4, 4), no_extra_channels, 2, "4 output channels. Images of 4 .* by train_super_resolution.py.."),
+        ((9, 4), mask_channels, 2, "and has 4 output channels. Images of 4 .* need 8 output channels: "),
         ((6, 6), no_extra_channels, 2, "Images of 6 channels and `variance_type` 'learned_range' need 12 output"),
         (
             (11, 10),

@@ -149,23 +149,36 @@ def _wrong_channels(
     scheduler: LearnedVarianceDDPMScheduler,
 ) -> ValueError:
     """Numbers of channels that no image has in this task; `channels` are those that the input alone allows."""
-    outputs, variance_type = 2 if scheduler.has_learned_variance else 1, scheduler.config.variance_type
+    outputs = 2 if scheduler.has_learned_variance else 1
     c = (out_channels or 0) // outputs
     message = f"The U-Net takes {in_channels} channels"
     if out_channels is not None:
         message += f" and has {out_channels} output channels"
+    other_task = None
     if c > 0 and out_channels == c * outputs and in_channels is not None:
         kind = "RGB images" if c == 3 else f"images of {c} channels"
-        message += f"; this script trains U-Nets of {c + extra_channels(c)}, on {kind}"
         # What it takes may be the channels of another task.
         tasks = {c: "train_adm.py", 2 * c: "train_super_resolution.py", 2 * c + 1: "train_adm.py --task inpaint"}
         if in_channels in tasks and in_channels != c + extra_channels(c):
-            message += f". Those of {in_channels} are trained by {tasks[in_channels]}"
+            other_task = tasks[in_channels]
+        # With as many outputs as an image has channels, those of the variance were probably forgotten.
+        is_without_variance = [out_channels] == channels and c != out_channels
+        if is_without_variance and out_channels + extra_channels(out_channels) == in_channels:
+            hint = f" (Those of {in_channels} for {kind} are trained by {other_task}.)" if other_task else ""
+            return ValueError(f"{message}. {_needed_outputs(out_channels, scheduler)}{hint}")
+        message += f"; this script trains U-Nets of {c + extra_channels(c)}, on {kind}"
+        if other_task:
+            message += f". Those of {in_channels} are trained by {other_task}"
     if not channels:
         return ValueError(f"{message}. Change `in_channels` in its config.")
-    return ValueError(
-        f"{message}. Images of {channels[0]} channels and `variance_type` {variance_type!r} need "
-        f"{channels[0] * outputs} output channels: change `out_channels` in its config, or pass `--variance_type "
+    return ValueError(f"{message}. {_needed_outputs(channels[0], scheduler)}")
+
+
+def _needed_outputs(channels: int, scheduler: LearnedVarianceDDPMScheduler) -> str:
+    outputs = 2 if scheduler.has_learned_variance else 1
+    return (
+        f"Images of {channels} channels and `variance_type` {scheduler.config.variance_type!r} need "
+        f"{channels * outputs} output channels: change `out_channels` in its config, or pass `--variance_type "
         "fixed_small --objective simple` for a network without learned variance."
     )
 
