@@ -635,7 +635,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         shape = (num_images, self.sample_channels, *size)
         samples.check_numbers(shape)
         for condition in conditions:
-            condition.check_size((height, width))
+            condition.check_size((height, width), size)
         guidance.check_classifier(self.classifier, classes, self.scheduler, steps.eta, size)
 
         # 2. timesteps, noise, conditions

@@ -513,9 +513,36 @@ class TestStableDiffusion:
             ADMControlNetPipeline.from_pipe(theirs, classifier=None, controlnet=theirs.controlnet)
 
     def test_sizes_are_those_of_decoded_images(self, pipelines):
-        message = "`controlnet_cond` has shape (1, 3, 8, 8)"
+        message = "`image[1]` is 8 x 8 (height x width), but 16 x 16 are generated. Resize it, or pass `height=8` and"
         with pytest.raises(ValueError, match=re.escape(message)):
             pipelines[1]("a cat", [conditions(1, 16, 16), conditions(1)])
+
+    def test_sizes_are_checked_before_the_first_step(self, one, monkeypatch):
+        def begin(*args, **kwargs):
+            raise RuntimeError("sampling began")
+
+        monkeypatch.setattr(AdaGNControlNetModel, "forward", begin)
+        call = {"class_labels": 1, "num_inference_steps": 2}
+        message = "`image` is 16 x 8 .height x width., but 8 x 8 .*, or pass `height=16` and `width=8`"
+        with pytest.raises(ValueError, match=message):
+            one(image=conditions(1, 16, 8), **call)
+        with pytest.raises(RuntimeError, match="sampling began"):
+            one(image=conditions(1, 16, 8), height=16, width=8, **call)
+
+    def test_a_controlnet_of_larger_images(self, monkeypatch):
+        """As those of diffusers, which reduce their images, next to a network of pixels."""
+        unet = random_unet(**CONDITIONAL)
+        net = AdaGNControlNetModel.from_unet(
+            unet, conditioning_embedding_out_channels=(4, 8), conditioning_downsampling_factor=None
+        )
+        pipe, call = make_pipeline(controlnet=net, unet=unet), {"class_labels": 1, "num_inference_steps": 2}
+        assert net.conditioning_factor == 2
+        assert pipe(image=conditions(1, 16, 16), output_type="pt", **call).images.shape[2:] == (8, 8)
+        message = (
+            "8 x 8 are generated, for which this ControlNet takes images of 16 x 16. Resize it, or pass `height=4`"
+        )
+        with pytest.raises(ValueError, match=message):
+            pipe(image=conditions(1, 8, 8), **call)
 
 
 class TestImages:

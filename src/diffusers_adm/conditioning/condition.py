@@ -215,8 +215,11 @@ class Condition:
         """The inputs of the U-Net for a batch of training data, with some conditions dropped at random."""
         raise NotImplementedError
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raises a `ValueError` if images of the call are incompatible with the height and width of the results."""
+    def check_size(self, size: tuple[int, int], sample_size: tuple[int, int]) -> None:
+        """
+        Raises a `ValueError` if images of the call are incompatible with the height and width of the results, or with
+        those of samples, which differ with an autoencoder.
+        """
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """The inputs of the U-Net for the call. Called after `read`."""

@@ -27,7 +27,7 @@ from .condition import (
     check_interval,
     warn_of_interval,
 )
-from .image_format import ImageFormat
+from .image_format import ImageFormat, describe_size
 from .image_inputs import ImageInput, read_control_images
 
 
@@ -163,6 +163,24 @@ class ControlNetCondition(Condition):
     def _numbers(self, values: float | Sequence[float], name: str) -> list[float]:
         is_list = isinstance(values, (list, tuple))
         return [float(value) for value in self._one_for_each(values if is_list else [values] * len(self.nets), name)]
+
+    def check_size(self, size: tuple[int, int], sample_size: tuple[int, int]) -> None:
+        """Raises a `ValueError` for images of another size than the ControlNets take for these results."""
+        pixels = size[0] // sample_size[0]  # for each pixel of a sample
+        for i, (images, net) in enumerate(zip(self.images, self.nets, strict=True)):
+            given, factor = tuple(images.shape[2:]), net.conditioning_factor
+            wanted = (sample_size[0] * factor, sample_size[1] * factor)
+            if given == wanted:
+                continue
+            name = self._name(i)
+            message = f"`{name}` is {describe_size(given)} (height x width), but {describe_size(size)} are generated"
+            if wanted != size:
+                message += f", for which this ControlNet takes images of {describe_size(wanted)}"
+            height, width = (side // factor * pixels for side in given)
+            way_out = "Resize it"
+            if given[0] % factor == 0 and given[1] % factor == 0:
+                way_out += f", or pass `height={height}` and `width={width}`"
+            raise ValueError(f"{message}. {way_out}.")
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """No inputs but the residuals of each step."""

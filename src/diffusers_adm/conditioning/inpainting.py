@@ -180,7 +180,7 @@ class InpaintingCondition(Condition):
         self.keeps_all_of_one = bool(self.keep_pixels.flatten(1).all(dim=1).any())
         return self
 
-    def check_size(self, size: tuple[int, int]) -> None:
+    def check_size(self, size: tuple[int, int], sample_size: tuple[int, int]) -> None:
         """Raises a `ValueError` for an image or mask of another size, and a missing or large low-resolution image."""
         height, width = self.image_size
         if self.image_size != size:

@@ -186,7 +186,7 @@ class LowResolutionCondition(ConcatenatedImageCondition):
                 "the level: it was trained on low-resolution images without noise. Leave it at 0."
             )
 
-    def check_size(self, size: tuple[int, int]) -> None:
+    def check_size(self, size: tuple[int, int], sample_size: tuple[int, int]) -> None:
         """Raises a `ValueError` for images that are no smaller than the large ones, or by another factor."""
         (h, w), (height, width) = self.source.shape[-2:], size
         given = f"`image` is {w} x {h} pixels (width x height) and would become {width} x {height}"

@@ -79,7 +79,7 @@ class SourceImageCondition(ConcatenatedImageCondition):
         self.is_given = True
         return self
 
-    def check_size(self, size: tuple[int, int]) -> None:
+    def check_size(self, size: tuple[int, int], sample_size: tuple[int, int]) -> None:
         """Raises a `ValueError` for source images of another size than the results."""
         if self.image_size != size:
             (height, width), (own_height, own_width) = size, self.image_size or (0, 0)
