@@ -18,6 +18,16 @@ MONTAGE_GAP = 1  # white pixels between channels side by side
 WHITE = 255
 
 
+def check_preview_numbers(channels: Sequence[int] | None) -> None:
+    """Raises a `ValueError` for `preview_channels` that no images have, or that are named twice."""
+    channels = channels or ()
+    given = f"`preview_channels` is {' '.join(map(str, channels))}"
+    if any(channel < 1 for channel in channels):
+        raise ValueError(f"{given}. Count from 1.")
+    if len(set(channels)) < len(channels):
+        raise ValueError(f"{given}, which names a channel twice. Name each once.")
+
+
 def check_preview_channels(channels: Sequence[int] | None, image_format: ImageFormat) -> None:
     """Raises a `ValueError` for `preview_channels` (from 1) that the images do not have."""
     if channels is not None and not all(1 <= channel <= image_format.channels for channel in channels):

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..commands.arguments import HUB_TOKEN, arg, check_at_least
 from ..commands.processes import MixedPrecision
 from ..conditioning.image_format import ImageFormat, ImageMode, Size, as_size, describe_size, parse_size
+from ..conditioning.previews import check_preview_numbers
 from ..data.formats import FormatRequest, parse_value_range
 from ..schedulers.noise_schedules import BetaScheduleName
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
@@ -439,6 +440,7 @@ class DiffusionTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         check_at_least(self, 1, "num_validation_images", "validation_num_inference_steps")
+        check_preview_numbers(self.preview_channels)
 
 
 # What all scripts that train a diffusion model have in common, in this order.
