@@ -133,11 +133,10 @@ def check_range(value_range: Sequence[float] | str | None, known: ImageFormat | 
     """Raises a `ValueError` for another range than that of training; "auto" is checked once it is known."""
     if value_range in (None, "auto") or known is None or tuple(map(float, value_range)) == known.value_range:
         return
+    low, high = map(float, value_range)
     raise ValueError(
-        "`--value_range` is {:g} {:g}, but the model was trained on {}. Its bits per dimension can only be measured "
-        "with this range: leave `--value_range` out, and convert images of another range to this one.".format(
-            *map(float, value_range), known
-        )
+        f"`--value_range` is {low:g} {high:g}, but the model was trained on {known}. Its bits per dimension can only "
+        "be measured with this range: leave `--value_range` out, and convert images of another range to this one."
     )
 
 
