@@ -161,8 +161,9 @@ def _wrong_channels(
         tasks = {c: "train_adm.py", 2 * c: "train_super_resolution.py", 2 * c + 1: "train_adm.py --task inpaint"}
         if in_channels in tasks and in_channels != c + extra_channels(c):
             other_task = tasks[in_channels]
-        # With as many outputs as an image has channels, those of the variance were probably forgotten.
-        is_without_variance = [out_channels] == channels and c != out_channels
+        # With as many outputs as an image has channels, those of the variance were probably forgotten; but 6 and 6 are
+        # most likely an upsampler of RGB images.
+        is_without_variance = [out_channels] == channels and c not in (3, out_channels)
         if is_without_variance and out_channels + extra_channels(out_channels) == in_channels:
             hint = f" (Those of {in_channels} for {kind} are trained by {other_task}.)" if other_task else ""
             return ValueError(f"{message}. {_needed_outputs(out_channels, scheduler)}{hint}")
