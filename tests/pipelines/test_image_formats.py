@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image
+from tolerances import SAMPLING, levels_apart, rounding_errors
 from toy_models import CONDITIONAL, fill_randomly, random_classifier, random_unet
 
 from diffusers_adm import (
@@ -40,6 +41,7 @@ FORMATS = {
     "field": ImageFormat("array", 2, (-3.5, 12.3), None),
     "grey-field": ImageFormat("L", 1, (-0.1, 0.7), None),
 }
+CALLS = SAMPLING * 2**-23  # of two calls, as a share of the value range
 PIL_MODES = {"L": "L", "L-12": "I;16", "L-16": "I;16", "L-mask": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA"}
 ALL = pytest.mark.parametrize("name", FORMATS)
 PICTURES = pytest.mark.parametrize("name", PIL_MODES)
@@ -92,8 +94,11 @@ class TestOutputs:
         actual = call(pipe, "np")
         assert actual.dtype == np.float32
         assert actual.shape == (1, 8, 8, FORMATS[name].channels)
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * size)
-        np.testing.assert_array_equal(call(pipe, "pt").permute(0, 2, 3, 1).numpy(), actual)
+        # Two calls of one network need not agree in their last bits, nor on the side of a boundary between levels.
+        one_level = 0 if is_viewable or FORMATS[name].num_levels is None else 1
+        atol = CALLS * size + one_level
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+        np.testing.assert_allclose(call(pipe, "pt").permute(0, 2, 3, 1).numpy(), actual, rtol=0, atol=atol)
 
     @PICTURES
     def test_pillow(self, name):
@@ -101,7 +106,9 @@ class TestOutputs:
         (image,) = call(pipe, "pil")
         assert image.mode == PIL_MODES[name]
         expected = values_of(fractions_of(pipe), FORMATS[name])[0]
-        np.testing.assert_array_equal(np.asarray(image).reshape(8, 8, -1), expected.round())
+        # At most one level, by which values on a boundary of rounding differ, and the difference of two calls.
+        size = FORMATS[name].value_range[1]
+        np.testing.assert_allclose(np.asarray(image).reshape(8, 8, -1), expected.round(), rtol=0, atol=1 + CALLS * size)
         assert expected.max() > 0.8 * FORMATS[name].value_range[1]  # and not a fraction of the range
 
     @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
@@ -111,18 +118,18 @@ class TestOutputs:
         assert old.image_format == new.image_format
         assert old.config.image_format is None
         for output_type in ("np", "pt"):
-            assert (call(old, output_type) == call(new, output_type)).all()
+            assert np.abs(np.asarray(call(old, output_type)) - np.asarray(call(new, output_type))).max() <= CALLS
         # diffusers' own conversion
         expected = old.image_processor.postprocess(call(old, "latent"), output_type="pil")[0]
         for pipe in (old, new):
-            assert call(pipe, "pil")[0].tobytes() == expected.tobytes()
+            assert levels_apart(call(pipe, "pil")[0], expected) <= 1
 
     def test_16_bit_colours_have_8_in_pillow(self, caplog):
         pipe = make(image_format=FORMATS["RGB-16"])
         with caplog.at_level(logging.WARNING):
             images = [call(pipe, "pil")[0] for _ in range(2)]
         assert images[0].mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(images[0]), np.round(255 * fractions_of(pipe)[0]))
+        assert levels_apart(images[0], np.round(255 * fractions_of(pipe)[0]).astype(np.uint8)) <= 1
         warnings = [record.message for record in caplog.records if "reduces" in record.message]
         assert len(warnings) == 1
         assert "65536 levels" in warnings[0]
@@ -148,7 +155,7 @@ class TestOutputs:
         refused(pipe, "images have 4 channels, whose meaning the pipeline's config does not tell", output_type="pil")
         refused(pipe, "of mode RGBA, load the pipeline with `image_format={'mode': 'RGBA'", output_type="pil")
         fractions = fractions_of(pipe)
-        np.testing.assert_allclose(call(pipe, "np"), fractions, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(call(pipe, "np"), fractions, rtol=0, atol=CALLS)
 
     @pytest.mark.parametrize("name", ["L-12", "field"])
     def test_not_finite(self, name, caplog):
@@ -355,7 +362,7 @@ class TestNotSquare:
 
     def same_in_both(self, pipes, output_type="pt", **arguments):
         images = call(pipes[0], output_type, **arguments)
-        assert torch.equal(images, call(pipes[1], output_type, height=8, width=16, **arguments))
+        assert rounding_errors(images, call(pipes[1], output_type, height=8, width=16, **arguments)) <= SAMPLING
         return images
 
     def test_unconditional(self):

@@ -8,6 +8,7 @@ import math
 import mpmath
 import pytest
 import torch
+from tolerances import ONE_LAYER, rounding_errors
 from torch.distributions import Normal
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -180,7 +181,7 @@ def test_bound_and_losses_use_the_levels(num_levels):
     x_t = scheduler.add_noise(x_0, noise, t)
     bound = scheduler.variational_bound(output, x_0, x_t, t, num_levels=num_levels)
     in_8_bits = scheduler.variational_bound(output, x_0, x_t, t)
-    assert torch.equal(bound[1:], in_8_bits[1:])
+    assert rounding_errors(bound[1:], in_8_bits[1:]) <= ONE_LAYER
     mean, log_variance, _ = scheduler.predicted_distribution(output, t, x_t)
     log_likelihood = discretized_gaussian_log_likelihood(x_0, mean, 0.5 * log_variance, num_levels)[0]
     assert_close(bound[0], -log_likelihood.mean() / math.log(2))
