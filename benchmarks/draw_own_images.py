@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-# Of the data, as in `training/example_images.py`.
+# Properties of the data that `training/example_images.py` makes.
 NUM_BANDS, NIR, RED, GREEN = 5, 4, 2, 1
 MAX_WAVE_NUMBER, VORTICITY_STD = 8, 12.0
 DECIBEL_RANGE = 80.0

@@ -12,7 +12,7 @@ training/train_image_to_image.py. Each is translated by the pipeline, once for e
 - `psnr` (dB) and `ssim`: distance to the targets; `psnr_input`, `ssim_input`: the same for the input, its channels
   repeated if it is grey; left out if its channels are others than the target's. Plausible colours or details that
   differ from the target's score lower than blurred ones.
-- `psnr_difference`: of `psnr` and `psnr_input`, image by image.
+- `psnr_difference`: the mean over images of `psnr` minus `psnr_input`.
 
 Means over images with standard errors. `--output_dir` gets the table (`image_to_image.json`) and some images
 (`samples.png`: input, sample, target).

@@ -309,7 +309,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     @property
     def image_format(self) -> ImageFormat:
-        """Format of the images, as in the config; without one it follows from the number of channels."""
+        """Format of the images, from the config; if the config has none, it follows from the number of channels."""
         return ImageFormat.from_config(self.config.image_format, self.image_channels)
 
     @property

@@ -235,7 +235,7 @@ class TestFractionsInPlaceOfValues:
     )
     def test_are_taken_literally_with_a_warning(self, images):
         with pytest.warns(
-            UserWarning, match=r"`image` lie in \[0, 1\], but .* from 0 to 5000.*take `x \* 5000`"
+            UserWarning, match=r"`image` lie in \[0, 1\], but .* from 0 to 5000.*with `x \* 5000`"
         ) as caught:
             found = read_images(images, "image", self.BANDS)
         assert len(caught) == 1
@@ -243,7 +243,7 @@ class TestFractionsInPlaceOfValues:
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
 
     def test_a_range_that_does_not_begin_at_0(self):
-        with pytest.warns(UserWarning, match=r"take `-1024 \+ x \* 4095`"):
+        with pytest.warns(UserWarning, match=r"with `-1024 \+ x \* 4095`"):
             read_images(self.FRACTIONS[..., :1], "image", ImageFormat("L", 1, (-1024, 3071), 4096))
 
     @pytest.mark.parametrize(

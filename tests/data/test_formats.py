@@ -541,10 +541,16 @@ class TestPretrained:
         with pytest.raises(ValueError, match="`--image_mode` is 'CMYK'; it must be one of L, LA, RGB"):
             FormatRequest(image_mode="CMYK")
         for value_range in ((1, 1), (0, float("inf")), (float("nan"), 1)):
-            with pytest.raises(ValueError, match="both must be finite, and the first the lower"):
+            with pytest.raises(ValueError, match="pass two numbers, .* the lower one first"):
                 FormatRequest(value_range=value_range)
-        with pytest.raises(ValueError, match="`--value_range` is 'all'. Pass two numbers, LOW HIGH, or auto"):
+        with pytest.raises(ValueError, match="`--value_range` is .*pass two numbers, .* or auto"):
             FormatRequest(value_range="all")
+
+
+def test_integers_that_float32_does_not_tell_apart(tmp_path):
+    dataset = load(tmp_path, a_npy=np.array([[3 * 10**7, 3 * 10**7 + 1]], np.int32))
+    with pytest.raises(ValueError, match="from 30000000 to 30000001 are beyond 16777216.* Subtract an offset"):
+        find(dataset, value_range="auto")
 
 
 class TestRefusals:

@@ -110,7 +110,7 @@ class ImageFormat:
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest NumPy type for values of the data: of 8, 16 or 32 bits, float32 if they are continuous."""
+        """The smallest NumPy type for values of the data: an integer type for whole numbers, else float32."""
         if self.num_levels is None or not self.has_whole_numbers:
             return np.dtype(np.float32)
         low, high = self.value_range
@@ -199,7 +199,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def as_size(size: Size | None) -> tuple[int, int] | None:
-    """Height and width of a size in pixels: of one number, for a square, or two, as `sample_size` of a config."""
+    """Returns (height, width) for the side of a square or for both sides, such as the `sample_size` of a config."""
     if size is None:
         return None
     if isinstance(size, int):
@@ -220,7 +220,7 @@ def describe_size(size: Size) -> str:
 
 
 def describe_resolution(size: Size) -> str:
-    """The size in words, as briefly as arguments give it: "96", the side of a square, or "64 x 256"."""
+    """Describes a size in words: "96" for the side of a square, or "64 x 256" for (height, width)."""
     height, width = as_size(size)
     return str(height) if height == width else describe_size(size)
 

@@ -116,7 +116,7 @@ def _warn_of_fractions(items: list[OneImage], values: torch.Tensor, name: str, i
         way_out = f"{low:g} + x * {high - low:g}" if low else f"x * {high:g}"
         warnings.warn(
             f"All numbers of `{name}` lie in [0, 1], but this model takes values of the data, from {low:g} to "
-            f"{high:g}, of which these are nearly one. Of fractions of this range take `{way_out}`.",
+            f"{high:g}, so these are almost constant. Convert fractions of this range with `{way_out}`.",
             stacklevel=3,
         )
 

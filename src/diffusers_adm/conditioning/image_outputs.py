@@ -13,7 +13,7 @@ def as_outputs(fractions: torch.Tensor, image_format: ImageFormat) -> torch.Tens
     (`image_format.is_viewable`), values of the data for other formats.
 
     Args:
-        fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Of the value range, in [0, 1].
+        fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Fractions of the value range.
         image_format (`ImageFormat`): Format of the images.
     """
     if image_format.is_viewable:
@@ -32,7 +32,7 @@ def to_pil(fractions: torch.Tensor, image_format: ImageFormat) -> list[Image.Ima
     not have, are reduced to 8.
 
     Args:
-        fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Of the value range, in [0, 1].
+        fractions (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Fractions of the value range.
         image_format (`ImageFormat`): Format of the images, a viewable one.
     """
     if image_format.loses_depth_in_pil:

@@ -89,7 +89,7 @@ def make_source(
         image (`torch.Tensor` of shape `(channels, height, width)`): Fractions of the value range in [0, 1], float32, on
             the CPU.
         kind (`str`): "grayscale", "noise", or one of the kinds of `make_condition`.
-        image_format (`ImageFormat`, *optional*): Of the image. `None`: 8-bit RGB.
+        image_format (`ImageFormat`, *optional*): Format of the image. `None`: 8-bit RGB.
         generator (`torch.Generator`, *optional*): For "noise".
 
     Returns:

@@ -1,5 +1,5 @@
 """
-8-bit images that show samples of any format: viewable ones as they are, of other data some channels as red, green and
+8-bit images that show samples of any format: viewable ones as they are; for other data, some channels as red, green and
 blue, or side by side in grey. They are for looking at only; nothing is measured on them.
 """
 
@@ -51,7 +51,7 @@ def preview(
             other data the first three, or all if there are fewer.
 
     Returns:
-        list of `PIL.Image.Image`: Of mode RGB or L. Channels side by side make them wider.
+        list of `PIL.Image.Image`: Images of mode RGB or L; wider than the samples if channels are shown side by side.
     """
     check_preview_channels(channels, image_format)
     # Bytes have no NaN, and its conversion depends on the processor.

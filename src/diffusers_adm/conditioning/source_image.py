@@ -54,7 +54,7 @@ class SourceImageCondition(ConcatenatedImageCondition):
     The source image of a translation.
 
     Args:
-        source_format (`ImageFormat`, *optional*): Of the source images. Not needed for training.
+        source_format (`ImageFormat`, *optional*): Format of the source images. Not needed for training.
         dropout_prob (`float`, *optional*): Share of whole source images that training replaces by `DROPPED`, for
             classifier-free guidance; `None`: not known, so that the source is not guided.
     """

@@ -133,14 +133,7 @@ def check_images(
         if output_dir is not None:
             logger.warning(f"All names are in {report}.")
     if "label" in dataset.column_names:
-        labels = dataset["label"][:]
-        kept = [label for label, reason in zip(labels, reasons, strict=True) if not reason]
-        if UNLABELLED in kept:
-            logger.warning(f"{kept.count(UNLABELLED)} of the remaining images have no label and stay unlabelled.")
-        lost = sorted(set(labels) - set(kept) - {UNLABELLED})
-        if lost:
-            names = list_names([(id2label or {}).get(label, label) for label in lost], max_names, str)
-            logger.warning(f"No image is left of these classes, so they are not trained: {names}.")
+        _warn_of_labels(dataset["label"][:], reasons, id2label or {}, max_names)
     if range_argument is not None:
         _warn_of_few_values(verdicts["low"][:], verdicts["high"][:], range_argument, "images")
     lows, highs = verdicts["condition_low"][:], verdicts["condition_high"][:]
@@ -194,6 +187,17 @@ def _extremes(image: Decoded, image_format: ImageFormat | None) -> tuple[int, in
     values = np.asarray(image)
     values = values[..., :-1] if image_format.mode in ("LA", "RGBA") else values
     return int(values.min()), int(values.max())
+
+
+def _warn_of_labels(labels: list[int], reasons: list[str], id2label: Mapping[int, str], max_names: int) -> None:
+    """Warns of unlabelled images that are kept, and of classes that lose all images."""
+    kept = [label for label, reason in zip(labels, reasons, strict=True) if not reason]
+    if UNLABELLED in kept:
+        logger.warning(f"{kept.count(UNLABELLED)} of the remaining images have no label and stay unlabelled.")
+    lost = sorted(set(labels) - set(kept) - {UNLABELLED})
+    if lost:
+        names = list_names([id2label.get(label, label) for label in lost], max_names, str)
+        logger.warning(f"No image is left of these classes, so they are not trained: {names}.")
 
 
 def _warn_of_few_values(lows: list[int], highs: list[int], argument: str, images: str) -> bool:

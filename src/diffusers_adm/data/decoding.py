@@ -164,14 +164,14 @@ def split_alpha(
     values: np.ndarray, mode: ImageMode, dtype: np.dtype, target: ImageMode
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """
-    Splits an image into its colours and its alpha, which has a scale of its own, whatever the range of the colours.
+    Splits an image into its colours and its alpha. The value range applies to the colours; alpha has its own scale.
 
     Args:
         values (`np.ndarray`): `(height, width, channels)`.
         mode (`str`): The mode of the image.
         dtype (`np.dtype`): The type that its values are stored in.
         target (`str`): The mode that it becomes. Alpha is a channel like the others in "array"; the last channel of an
-            array is alpha in "LA" and "RGBA". (Of integers of more than 16 bits, only a file that says so holds alpha
+            array is alpha in "LA" and "RGBA". (With integers of more than 16 bits, only a file that says so holds alpha
             in the range of the type.)
 
     Returns:

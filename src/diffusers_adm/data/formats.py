@@ -30,17 +30,19 @@ ValueRange = tuple[float, float] | Literal["auto"]
 MODES_OF_CHANNELS: dict[int, ImageMode] = {1: "L", 3: "RGB"}
 # A warning follows if data of more than 8 bits fill a smaller share of their type's range.
 MIN_SHARE_OF_RANGE = 0.5
+# Up to here, float32 holds all integers.
+MAX_INTEGER = 2**24
 # Bump when `_read_header` or `_measure` changes: cached results of older versions are then not used.
 SURVEY_VERSION = 2
 
 
-def parse_value_range(name: str, words: Sequence[float | str] | None) -> ValueRange | None:
+def parse_value_range(name: str, words: Sequence[float | str] | Literal["auto"] | None) -> ValueRange | None:
     """
     Reads the words of an argument like `--value_range`: two numbers in order, or auto; `None` stays. Raises a
     `ValueError` that calls it `name`.
     """
-    if words is None:
-        return None
+    if words is None or words == "auto":
+        return words
     if list(words) == ["auto"]:
         return "auto"
     try:
@@ -101,16 +103,8 @@ class FormatRequest:
                 f"{channels}. Pass `{self.mode_argument} {_mode_for(channels)}`, or set the channels of the network to "
                 f"{MODE_CHANNELS[mode]}."
             )
-        if self.value_range is None or self.value_range == "auto":
-            return
-        if isinstance(self.value_range, str) or len(self.value_range) != 2:
-            raise ValueError(f"`{self.range_argument}` is {self.value_range!r}. Pass two numbers, LOW HIGH, or auto.")
-        low, high = self.value_range
-        object.__setattr__(self, "value_range", (low, high))  # of a list from the command line
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(
-                f"`{self.range_argument}` is {low:g} {high:g}; both must be finite, and the first the lower."
-            )
+        # As a tuple, also of a list from the command line.
+        object.__setattr__(self, "value_range", parse_value_range(self.range_argument, self.value_range))
 
     @property
     def expected_channels(self) -> int | None:
@@ -169,9 +163,9 @@ def find_image_format(
     dataset: datasets.Dataset, request: FormatRequest, *, num_proc: int | None = None, column: str = "image"
 ) -> ImageFormat:
     """
-    Finds the format of all images of a dataset, as a network and a user ask for it.
+    Finds the format of all images of a dataset, and checks it against the request of network and user.
 
-    Of images with 8 bits per channel, only the headers are read, unless a value range is given. Unreadable files are
+    If images have 8 bits per channel, only their headers are read, unless a value range is given. Unreadable files are
     ignored here; `check_images` drops and reports them.
 
     - **Channels**: the mode is `image_mode`, that of the pretrained model, or follows from the channels of the network:
@@ -531,5 +525,10 @@ def _levels_of(dtype: np.dtype, value_range: Sequence[float], argument: str) -> 
         raise ValueError(
             f"The integers from {low:g} to {high:g} are {num_levels} levels, more than {MAX_LEVELS}. Pass a narrower "
             f"`{argument}`, or convert the images to floating point numbers, which are continuous."
+        )
+    if max(-low, high) > MAX_INTEGER:
+        raise ValueError(
+            f"The integers from {low:.9g} to {high:.9g} are beyond {MAX_INTEGER}, so that float32, in which networks "
+            "compute, does not tell them apart. Subtract an offset from all images."
         )
     return (int(low), int(high)), num_levels

@@ -236,7 +236,7 @@ def _bits_of_jpeg2000(file: BinaryIO) -> int:
 
 
 def _of_deep_colour(file: BinaryIO, image: Any, path: str | None) -> StoredImage:
-    """An image in colour, or with alpha, of 16 bits, of which Pillow only reads the header."""
+    """An image of 16 bits in colour or with alpha: Pillow only reads its header."""
     if image.format != "PNG":
         raise UnusableImageError(
             UNSUPPORTED,
@@ -284,7 +284,7 @@ def _of_tiff(file: Any, channels: int | None) -> StoredImage:
 
 
 def _of_pages(series: Any, channels: int | None) -> StoredImage | None:
-    """Pages that are one array, if the file says so; otherwise the first page is the image, as for animations."""
+    """The array that the pages form, if the file says so; otherwise the first page, as for animations."""
     if not set(series.axes) & {"C", "Q"}:
         return None
     shape = series.shape

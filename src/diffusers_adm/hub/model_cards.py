@@ -64,7 +64,7 @@ SCRIPTS = {
     ADMImageToImagePipeline: "train_image_to_image.py",
     ADMSuperResolutionPipeline: "train_super_resolution.py",
 }
-# Of image_to_image.json, with their names in a card.
+# Measures in image_to_image.json, with their names in a card.
 TRANSLATION_MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "dice": "Dice coefficient"}
 
 

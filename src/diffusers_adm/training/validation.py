@@ -261,7 +261,7 @@ def control_grid(
     image_format, channels = pipeline.image_format, training_args.preview_channels
     condition_format = condition_format or ImageFormat()
     targets, conditions = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
-    given = conditions if condition_format.is_viewable else condition_format.from_unit(conditions)
+    given = to_pipeline(2 * conditions - 1, condition_format)
     wanted = [{"image": image, **arguments} for image, (_, arguments) in zip(given, examples, strict=True)]
     samples = generate(pipeline, wanted, training_args)
     columns = {

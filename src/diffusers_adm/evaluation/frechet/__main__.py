@@ -51,7 +51,7 @@ class Arguments:
     image_mode: ImageMode | None = arg(
         None,
         "Meaning of the channels: L (grey), LA, RGB, RGBA (A is alpha), or array (no colours). None: that of the "
-        "classifier, of the samples, or by the number of channels.",
+        "classifier or of the samples, or the one that follows from the number of channels.",
     )
     value_range: list[str] | None = arg(
         None,

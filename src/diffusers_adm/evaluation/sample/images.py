@@ -389,7 +389,7 @@ def _write_image(
 
 
 def _write_tiff(file: BinaryIO, pixels: np.ndarray, mode: ImageMode) -> None:
-    """Writes `(height, width)` or `(height, width, channels)`: the channels of a pixel together, as in most files."""
+    """Writes pixels `(height, width)` or `(height, width, channels)`, with interleaved channels."""
     import tifffile  # of the extra `eval`
 
     options: dict[str, Any] = {"photometric": "rgb" if mode in ("RGB", "RGBA") else "minisblack", "metadata": None}
