@@ -45,6 +45,7 @@ from diffusers_adm.conditioning.guidance import (
 from diffusers_adm.conditioning.image_format import MODE_CHANNELS, ImageFormat, as_size
 from diffusers_adm.conditioning.image_outputs import as_outputs, to_numpy, to_pil
 from diffusers_adm.conditioning.inpainting import sample_channels_of
+from diffusers_adm.conditioning.latents import LatentSpace, downsampling_factor
 from diffusers_adm.conditioning.text import TextCondition, TextConditioning, check_text_encoder, cross_attention_width
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
@@ -295,7 +296,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     @property
     def vae_scale_factor(self) -> int:
         """Number of image pixels per sample pixel, along each side."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return downsampling_factor(self.vae)
 
     @property
     def sample_channels(self) -> int:
@@ -757,8 +758,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Samples as images of `output_type`."""
         if self.vae is not None and output_type != "latent":
-            latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
-            latents = self.vae.decode(latents.to(self.vae.dtype)).sample
+            latents = LatentSpace(self.vae).decode(latents)
         if output_type == "latent":
             return latents
         if output_type in ("pil", "np"):  # tensors may stay on the device, which nothing has to wait for

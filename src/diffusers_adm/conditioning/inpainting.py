@@ -22,6 +22,7 @@ from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
 from .guidance import exact_prediction, signal_and_std
 from .image_format import ImageFormat
 from .image_inputs import ImageInput, as_fractions, read_images, read_masks, read_values
+from .latents import LatentSpace
 from .low_resolution import upsample
 
 
@@ -231,8 +232,9 @@ class InpaintingCondition(Condition):
             self.original, visible, self.keep_mask = pixels, pixels, self.keep_pixels
         else:
             # A latent is kept if all of its pixels are; the masked pixels must not leak into the network's input.
-            self.original = self._encode(pixels)
-            visible = self._encode(pixels * self.keep_pixels) if self.is_trained else self.original
+            latents = LatentSpace(self.vae)
+            self.original = latents.encode(pixels).to(dtype)
+            visible = latents.encode(pixels * self.keep_pixels).to(dtype) if self.is_trained else self.original
             factor = self.images.shape[-1] // self.original.shape[-1]
             self.keep_mask = ~F.max_pool2d((~self.keep_pixels).to(dtype), factor).bool()
         self.scheduler = call.scheduler
@@ -248,11 +250,6 @@ class InpaintingCondition(Condition):
         if self.low_res is not None:
             channels = torch.cat([channels, upsample(call.rows(self.low_res.to(dtype)), *call.size)], dim=1)
         return PreparedCondition.same_in_both(UNetInputs(extra_channels=channels))
-
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        config = self.vae.config
-        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode().to(pixels.dtype)
-        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def noised(self, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """A sample of q(x_t | x_0) of the images, at the coming step and as the scheduler scales its samples."""

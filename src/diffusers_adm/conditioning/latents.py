@@ -1,0 +1,138 @@
+"""
+The latents of an autoencoder as samples of a diffusion model (Rombach et al. 2022,
+https://huggingface.co/papers/2112.10752): encoding and decoding with the scale and shift of its config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ModelMixin
+
+from .image_format import Size, as_size, describe_size
+
+
+# Held while the weights of an autoencoder that overflows in float16 are float32: other threads use them, too.
+_UPCAST = threading.RLock()
+
+
+class Posterior(NamedTuple):
+    """
+    The distribution of the latents of images, before scale and shift: a diagonal Gaussian.
+
+    Attributes:
+        mean, std (`torch.Tensor` of shape `(batch_size, latent channels, height, width)`): float32, or float64 of such
+            an autoencoder. The standard deviation is 0 for autoencoders that give one latent (`VQModel`,
+            `AutoencoderTiny`).
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+class LatentSpace:
+    r"""
+    The latents of an autoencoder as the samples of a diffusion model: `samples = (latents - shift) * scale`.
+
+    Args:
+        vae ([`AutoencoderKL`], [`VQModel`] or [`AutoencoderTiny`]): The autoencoder.
+
+    Attributes:
+        vae: As passed.
+        scale (`float`), shift (`float`): `scaling_factor` and `shift_factor` of its config.
+        channels (`int`): Of a latent.
+        factor (`int`): Number of image pixels per latent, along each side.
+
+    Raises:
+        ValueError: If its config has no `scaling_factor`, or one that is not finite and positive.
+    """
+
+    def __init__(self, vae: ModelMixin):
+        config = vae.config
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+        if scale is None or not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
+            raise ValueError(
+                f"The config of `vae` has `scaling_factor` {scale} and `shift_factor` {shift}; the former must be a "
+                "positive number and the latter finite. `train_autoencoder.py` measures and stores them; or set them "
+                "with `vae.register_to_config(scaling_factor=...)`: 1 / (standard deviation of the latents)."
+            )
+        self.vae, self.scale, self.shift = vae, float(scale), float(shift)
+        self.channels: int = config.latent_channels
+        self.factor: int = downsampling_factor(vae)
+
+    @property
+    def image_channels(self) -> tuple[int, int]:
+        """Channels of the images that are encoded, and of those that are decoded."""
+        config = self.vae.config
+        return config.get("in_channels", 3), config.get("out_channels", 3)
+
+    def check_size(self, size: Size, name: str = "The size of the images") -> None:
+        """Raises a `ValueError` for images (height and width) that cannot be encoded without a rest."""
+        if any(side % self.factor for side in as_size(size)):
+            raised = [math.ceil(side / self.factor) * self.factor for side in as_size(size)]
+            raise ValueError(
+                f"{name} is {describe_size(size)}, but `vae` downsamples by {self.factor}, so both must be divisible "
+                f"by {self.factor}. Use e.g. {describe_size(raised)}."
+            )
+
+    def latent_size(self, size: Size) -> tuple[int, int]:
+        """Height and width of the latents of images of this size."""
+        height, width = as_size(size)
+        return height // self.factor, width // self.factor
+
+    def posterior(self, images: torch.Tensor) -> Posterior:
+        """The distribution of the latents of images `(batch_size, channels, height, width)` in [-1, 1]."""
+        with _computing(self.vae) as dtype:
+            encoded: Any = self.vae.encode(images.to(dtype))
+        if not hasattr(encoded, "latent_dist"):
+            latents = _precise(encoded.latents)
+            return Posterior(latents, torch.zeros_like(latents))
+        distribution = encoded.latent_dist
+        return Posterior(_precise(distribution.mean), _precise(distribution.std))
+
+    def to_samples(self, posterior: Posterior, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Samples of a posterior, with standard normal noise of its shape; `None`: its mode. Scaled and shifted."""
+        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return (latents - self.shift) * self.scale
+
+    def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Encodes images in [-1, 1] to samples; see `posterior` and `to_samples`."""
+        return self.to_samples(self.posterior(images), noise)
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        """
+        Decodes samples `(batch_size, channels, height, width)` to images in about [-1, 1], float32 unless the
+        autoencoder is float64. (A `VQModel` quantises first.)
+        """
+        latents = samples / self.scale + self.shift
+        with _computing(self.vae) as dtype:
+            images: torch.Tensor = self.vae.decode(latents.to(dtype)).sample
+        return _precise(images)
+
+
+def downsampling_factor(vae: ModelMixin | None) -> int:
+    """Number of image pixels per latent, along each side; 1 without an autoencoder."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@contextlib.contextmanager
+def _computing(vae: ModelMixin) -> Iterator[torch.dtype]:
+    """Gives the dtype to compute in. float16 weights become float32 for a while if the config says that they must."""
+    with contextlib.ExitStack() as stack:
+        if vae.config.get("force_upcast"):
+            with contextlib.ExitStack() as waiting:
+                waiting.enter_context(_UPCAST)
+                if vae.dtype == torch.float16:
+                    torch.nn.Module.to(vae, torch.float32)  # without the warnings of `ModelMixin.to`
+                    stack.enter_context(waiting.pop_all())  # until the weights are back
+                    stack.callback(torch.nn.Module.to, vae, torch.float16)
+        yield vae.dtype
+
+
+def _precise(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
