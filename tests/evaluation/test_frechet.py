@@ -26,6 +26,7 @@ from diffusers_adm.evaluation import (
     compare_image_sets,
     frechet_distance,
     inception_score,
+    kernel_distance,
     mean_pairwise_distance,
     precision_recall,
     sample_images,
@@ -287,6 +288,56 @@ class TestMeanPairwiseDistance:
             mean_pairwise_distance(torch.ones(1, 4))
 
 
+class TestKernelDistance:
+    @pytest.mark.parametrize("size", [2**24, 100])
+    def test_brute_force_and_jackknife(self, size, monkeypatch):
+        monkeypatch.setattr(measures, "MAX_DISTANCES", size)
+        real, fake = normal(11, 3).numpy(), normal(17, 3, seed=1).numpy() + 0.5
+
+        def distance(real, fake):
+            def mean(points, others, same):
+                kernels = [
+                    (float(a @ b) / 3 + 1) ** 3
+                    for i, a in enumerate(points)
+                    for j, b in enumerate(others)
+                    if not (same and i == j)
+                ]
+                return np.mean(kernels)
+
+            return mean(real, real, True) + mean(fake, fake, True) - 2 * mean(real, fake, False)
+
+        variance = 0.0
+        for name, points in (("real", real), ("fake", fake)):
+            sets = {"real": real, "fake": fake}
+            left_out = np.array([distance(**sets | {name: np.delete(points, i, axis=0)}) for i in range(len(points))])
+            variance += (len(points) - 1) / len(points) * ((left_out - left_out.mean()) ** 2).sum()
+        expected = (distance(real, fake), math.sqrt(variance))
+        assert kernel_distance(real, fake) == pytest.approx(expected, rel=1e-9)
+
+    def test_is_unbiased_and_its_error_that_of_repeated_draws(self):
+        """Of two sets from N(0, 1) in one dimension with means 0 and 1: E k(x, y) has a closed form."""
+        draws = [kernel_distance(normal(60, 1, seed=i), normal(40, 1, seed=1000 + i) + 1) for i in range(200)]
+        distances, errors = np.array(draws).T
+        # (x y + 1)^3 = 1 + 3 x y + 3 x^2 y^2 + x^3 y^3; the moments of N(0, 1) are 0, 1, 0, those of N(1, 1) 1, 2, 4.
+        moments = np.array([[0, 1, 0], [1, 2, 4]])
+        kernel = 1 + (moments[:, None] * moments[None]) @ [3, 3, 1]
+        expected = kernel[0, 0] + kernel[1, 1] - 2 * kernel[0, 1]
+        assert distances.mean() == pytest.approx(expected, abs=4 * distances.std() / math.sqrt(200))
+        # The jackknife is an estimate, and known to be rather too large.
+        assert 0.9 * distances.std() < np.sqrt((errors**2).mean()) < 1.4 * distances.std()
+
+    @pytest.mark.parametrize(
+        ("real", "fake", "message"),
+        [
+            (torch.ones(2, 3), torch.ones(4, 3), "`real` has 2 points"),
+            (torch.ones(4, 3), torch.ones(4, 2), "`real` has 3 features and `fake` 2"),
+        ],
+    )
+    def test_bad_arguments(self, real, fake, message):
+        with pytest.raises(ValueError, match=message):
+            kernel_distance(real, fake)
+
+
 # 4. Networks
 
 
@@ -367,6 +418,8 @@ class TestComparison:
         expected = frechet_distance(fake.mean(dim=0), cov[0], real.mean(dim=0), cov[1])
         assert (result.num_samples, result.num_reference, result.feature_dim) == (50, 40, 3)
         assert result.frechet_distance == pytest.approx(expected, rel=1e-5)
+        kernel = (result.kernel_distance, result.kernel_distance_standard_error)
+        assert kernel == pytest.approx(kernel_distance(real, fake), rel=1e-5)
         assert (result.precision, result.recall) == precision_recall(real, fake)
         assert result.diversity == pytest.approx(mean_pairwise_distance(fake)[0])
         assert result.reference_diversity == pytest.approx(mean_pairwise_distance(real)[0])

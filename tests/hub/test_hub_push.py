@@ -62,6 +62,8 @@ def run(tmp_path) -> Path:
         num_reference=163,
         feature_dim=64,
         frechet_distance=12.34567,
+        kernel_distance=0.0625,
+        kernel_distance_standard_error=0.01,
         precision=0.75,
         recall=0.5,
         diversity=1.0,
@@ -150,6 +152,7 @@ class TestCard:
         assert measured == {
             "bits_per_dim": 4.9536,
             "frechet_distance": 12.3457,
+            "kernel_distance": 0.0625,
             "inception_score": 3.25,
             "precision": 0.75,
             "recall": 0.5,
@@ -160,7 +163,7 @@ class TestCard:
             result.metric_name for result in data.eval_results
         }
         assert "the classifier .../runs/judge, for 200 samples against 163 images of .../noto-emoji-32" in card.text
-        assert "- frechet distance: 12.35\n- inception score: 3.25\n- precision: 0.75\n- recall: 0.5\n" in card.text
+        assert "- frechet distance: 12.35\n- kernel distance: 0.0625\n- inception score: 3.25\n- precision: 0.75\n- recall: 0.5\n" in card.text
         assert 'DiffusionPipeline.from_pretrained("alice/emoji")' in card.text
         assert "trust_remote_code" not in card.text
         assert "accelerate launch training/train_adm.py --config train_args.yaml" in card.text
@@ -177,7 +180,7 @@ class TestCard:
         path.write_text(path.read_text().replace("classifier:/home/somebody/runs/judge", "inception"))
         (run / "bits_per_dim.json").unlink()
         card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/emoji"))
-        assert card.data.metrics == ["fid", "inception_score", "precision", "recall"]
+        assert card.data.metrics == ["fid", "kernel_distance", "inception_score", "precision", "recall"]
         assert "bits per dimension" not in card.text
 
     @pytest.mark.parametrize(

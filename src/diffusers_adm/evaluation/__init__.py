@@ -19,6 +19,7 @@ from .frechet import (
     compare_image_sets,
     frechet_distance,
     inception_score,
+    kernel_distance,
     mean_pairwise_distance,
     precision_recall,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "compare_image_sets",
     "frechet_distance",
     "inception_score",
+    "kernel_distance",
     "mean_pairwise_distance",
     "precision_recall",
     "sample_images",

@@ -5,7 +5,14 @@ Compares samples with images by the features of a network: measures, networks an
 
 from .comparison import ImageSetComparison, compare_image_sets
 from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
-from .measures import GaussianStatistics, frechet_distance, inception_score, mean_pairwise_distance, precision_recall
+from .measures import (
+    GaussianStatistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    mean_pairwise_distance,
+    precision_recall,
+)
 
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "compare_image_sets",
     "frechet_distance",
     "inception_score",
+    "kernel_distance",
     "mean_pairwise_distance",
     "precision_recall",
 ]

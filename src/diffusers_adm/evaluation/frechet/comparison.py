@@ -22,6 +22,7 @@ from .measures import (
     check_neighbours,
     frechet_distance,
     inception_score,
+    kernel_distance,
     mean_pairwise_distance,
     precision_recall,
 )
@@ -39,6 +40,8 @@ class ImageSetComparison:
         num_samples, num_reference (`int`): Images in both sets.
         feature_dim (`int`): Width of the features.
         frechet_distance (`float`): Distance of Gaussians with the means and covariances of the features; 0 is best.
+        kernel_distance, kernel_distance_standard_error (`float`): Squared maximum mean discrepancy of the features,
+            unbiased; 0 is best. With Inception features the KID.
         precision, recall (`float`): Fraction of the samples near the images, and of the images near the samples.
         diversity, diversity_standard_error (`float`): Mean distance of the features of two samples.
         reference_diversity (`float`): Mean distance of the features of two images.
@@ -52,6 +55,8 @@ class ImageSetComparison:
     num_reference: int
     feature_dim: int
     frechet_distance: float
+    kernel_distance: float
+    kernel_distance_standard_error: float
     precision: float
     recall: float
     diversity: float
@@ -72,6 +77,7 @@ class ImageSetComparison:
         lines = [
             f"{self.num_samples} samples, {self.num_reference} images, {self.feature_dim} features",
             f"Frechet distance  {self.frechet_distance:.4f}",
+            f"kernel distance   {self.kernel_distance:.4f} {plus_minus} {self.kernel_distance_standard_error:.4f}",
             f"precision         {self.precision:.4f}",
             f"recall            {self.recall:.4f}",
             f"diversity         {self.diversity:.4f} {plus_minus} {self.diversity_standard_error:.4f} (of the images: "
@@ -127,11 +133,14 @@ def compare_image_sets(
     # 2. measures; a further one has a field in the result and a line in `__str__`
     precision, recall = precision_recall(real, fake, k)
     diversity, diversity_standard_error = mean_pairwise_distance(fake)
+    kernel, kernel_standard_error = kernel_distance(real, fake)
     result = ImageSetComparison(
         num_samples=len(fake),
         num_reference=len(real),
         feature_dim=fake.shape[1],
         frechet_distance=frechet_distance(*_gaussian(fake, batch_size), *_gaussian(real, batch_size)),
+        kernel_distance=kernel,
+        kernel_distance_standard_error=kernel_standard_error,
         precision=precision,
         recall=recall,
         diversity=diversity,

@@ -1,9 +1,10 @@
 """
 Measures of sets of samples, computed in float64 from feature vectors or class probabilities.
 
-Frechet distance (Heusel et al. 2017, https://huggingface.co/papers/1706.08500, eq. 6; Dowson & Landau 1982), inception
-score (Salimans et al. 2016, https://huggingface.co/papers/1606.03498, section 4), improved precision and recall
-(Kynkäänniemi et al. 2019, https://huggingface.co/papers/1904.06991, section 2).
+Frechet distance (Heusel et al. 2017, https://huggingface.co/papers/1706.08500, eq. 6; Dowson & Landau 1982), kernel
+distance (Binkowski et al. 2018, https://huggingface.co/papers/1801.01401), inception score (Salimans et al. 2016,
+https://huggingface.co/papers/1606.03498, section 4), improved precision and recall (Kynkäänniemi et al. 2019,
+https://huggingface.co/papers/1904.06991, section 2).
 """
 
 from __future__ import annotations
@@ -138,6 +139,59 @@ def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, 
         divergences = torch.xlogy(part, part) - torch.xlogy(part, part.mean(dim=0, keepdim=True))
         scores[number] = divergences.sum(dim=1).mean().exp()
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+def kernel_distance(real: ArrayLike, fake: ArrayLike) -> tuple[float, float]:
+    r"""
+    Squared maximum mean discrepancy with the kernel `(x . y / dim + 1) ** 3`, and its standard error: with features of
+    the Inception network, the KID (Binkowski et al. 2018, https://huggingface.co/papers/1801.01401, section 4).
+
+    The estimate is unbiased, unlike the Frechet distance, so that few images can be compared; around 0 it may be
+    negative. The standard error is the jackknife's, over both sets.
+
+    Args:
+        real, fake (`torch.Tensor` or `np.ndarray` of shapes `(num_real, dim)` and `(num_fake, dim)`): Features, 3 or
+            more of each.
+
+    Returns:
+        `tuple[float, float]`: Distance and standard error.
+
+    Raises:
+        ValueError: For fewer features, other widths, or values that are not finite.
+    """
+    sets = {"real": _matrix("real", real), "fake": _matrix("fake", fake)}
+    x, y = sets.values()
+    for name, features in sets.items():
+        if len(features) < 3:
+            raise ValueError(f"`{name}` has {len(features)} points; the jackknife needs 3 or more.")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"`real` has {x.shape[1]} features and `fake` {y.shape[1]}; use the same network for both.")
+    m, n = len(x), len(y)
+    # Sums over the other points of the own set, and over all of the other set, for each point.
+    within_x, within_y = (_kernel_sums(z, z) - _kernel(z, z) for z in (x, y))
+    across_x, across_y = _kernel_sums(x, y), _kernel_sums(y, x)
+    sum_x, sum_y, sum_xy = within_x.sum(), within_y.sum(), across_x.sum()
+    distance = sum_x / (m * (m - 1)) + sum_y / (n * (n - 1)) - 2 * sum_xy / (m * n)
+    # The distance without each point of one set: its pairs are missing in two of the three sums.
+    without_x = (
+        (sum_x - 2 * within_x) / ((m - 1) * (m - 2)) + sum_y / (n * (n - 1)) - 2 * (sum_xy - across_x) / ((m - 1) * n)
+    )
+    without_y = (
+        sum_x / (m * (m - 1)) + (sum_y - 2 * within_y) / ((n - 1) * (n - 2)) - 2 * (sum_xy - across_y) / (m * (n - 1))
+    )
+    variance = (m - 1) * without_x.var(correction=0) + (n - 1) * without_y.var(correction=0)
+    return distance.item(), variance.sqrt().item()
+
+
+def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The polynomial kernel of each point of `x` and that of `y` in the same row."""
+    return ((x * y).sum(dim=1) / x.shape[1] + 1) ** 3
+
+
+def _kernel_sums(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The sum of the polynomial kernel over all `others`, for each point."""
+    size = max(1, MAX_DISTANCES // len(others))
+    return torch.cat([((rows @ others.T / rows.shape[1] + 1) ** 3).sum(dim=1) for rows in points.split(size)])
 
 
 def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[float, float]:
