@@ -1,19 +1,20 @@
 """
-Adds the keywords of Unicode CLDR to emoji, so that "flame" and "hot" find the fire as well. It takes parquet files of
-emoji (../shared/data, or the embedded sets) and writes them with the column `captions`, a list of texts for each image:
+Adds the keywords of Unicode CLDR to sets of emoji, so that "flame" and "hot" find the fire as well: it writes parquet
+files with the column `captions`, a list of texts for each image.
 
-    python data/emoji_keywords.py join data/noto-emoji-64/train.parquet train.parquet --held_out data/noto-emoji-64/test.parquet
-    python data/emoji_keywords.py join data/noto-emoji-64/test.parquet test.parquet
-
+    python data/emoji_keywords.py join data/noto-emoji-64/train.parquet train.parquet \\
+        --held_out data/noto-emoji-64/test.parquet
     python training/train_adm.py --data_files train.parquet --caption_column captions ...
 
-The captions are the name of the emoji in the set, its name in CLDR and its keywords, in lower case. Those of a skin tone
-variant are those of the emoji without a skin tone, each followed by the skin tone: "wave, dark skin tone".
+The captions are the name of the emoji in the set, its name in CLDR and its keywords, in lower case. Those of a skin
+tone variant are those of the emoji without a skin tone, each followed by the skin tone: "wave, dark skin tone".
 
-The keywords are in data/emoji-keywords, which was made from the npm package `emojibase-data`, version 17.0.0:
+The keywords are in data/emoji-keywords, which was made from the npm package `emojibase-data`, version 17.0.0, and from
+the embedded sets with code points:
 
     curl -O https://registry.npmjs.org/emojibase-data/-/emojibase-data-17.0.0.tgz
-    python data/emoji_keywords.py make emojibase-data-17.0.0.tgz data/emoji-keywords --names SETS_WITH_CODE_POINTS.parquet ...
+    python data/emoji_keywords.py make emojibase-data-17.0.0.tgz data/emoji-keywords \\
+        --names noto-emoji-64-train.parquet noto-emoji-64-test.parquet
 """
 
 import argparse
@@ -32,7 +33,7 @@ from datasets import Features, List, Value
 FOLDER = Path(__file__).parent / "emoji-keywords"
 MEMBER = "package/en/data.json"  # of the archive
 VARIATION_SELECTOR = "FE0F"  # asks for the colour image of a character; sets and CLDR differ in where they write it
-STRAIGHT = str.maketrans("’“”–", "'\"\"-")  # typographic characters of CLDR, which few captions have
+PLAIN = str.maketrans({"“": None, "”": None, "–": "-"})  # characters of CLDR that the names of the sets do not have
 SKIN_TONES = re.compile(r"(?:, (?:light|medium-light|medium|medium-dark|dark) skin tone)+$")
 REGIONAL_INDICATOR = "regional indicator"
 
@@ -46,7 +47,7 @@ def normalize(code_points: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The name of an emoji without its skin tones, and these: `("waving hand", ", dark skin tone")`, or `(name, "")`."""
+    """The name of an emoji without its skin tones, and these, if any: `("waving hand", ", dark skin tone")`."""
     match = SKIN_TONES.search(name)
     return (name[: match.start()], match[0]) if match else (name, "")
 
@@ -54,12 +55,12 @@ def split_name(name: str) -> tuple[str, str]:
 def make_keywords(emoji: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
     """
     Keywords by normalized code points, from the entries of emojibase's `data.json`: the name in CLDR first, each one
-    once, in lower case and with straight quotes. Skin tone variants have no entry.
+    once, in lower case and without quotation marks. Skin tone variants have no entry.
     """
     keywords = {}
     for entry in emoji:
         if not entry["label"].startswith(REGIONAL_INDICATOR):
-            words = [text.lower().translate(STRAIGHT) for text in (entry["label"], *entry.get("tags", ()))]
+            words = [text.lower().translate(PLAIN) for text in (entry["label"], *entry.get("tags", ()))]
             keywords[normalize(entry["hexcode"])] = list(dict.fromkeys(words))
     return dict(sorted(keywords.items()))
 
