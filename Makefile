@@ -49,7 +49,7 @@ test: $(VENV)/.installed-test
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1
 JITTER        ?= 0
 NUMBERS       := $(addprefix tests/,ops models schedulers conditioning conversion pipelines evaluation \
-  data/test_control_data.py data/test_masks.py) \
+  data/test_captions_lists.py data/test_control_data.py data/test_masks.py) \
   $(addprefix tests/training/test_,ema.py image_measures.py images.py losses.py metrics.py steps.py timestep_samplers.py)
 
 test-portable: $(VENV)/.installed-test

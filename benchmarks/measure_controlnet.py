@@ -42,6 +42,7 @@ from PIL import Image
 
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
 from diffusers_adm.conditioning.control_images import make_condition
+from diffusers_adm.data.columns import first_caption
 from diffusers_adm.training import labelled_strips
 
 
@@ -131,7 +132,7 @@ def main() -> None:
                 cell |= with_errors(**{name: mean_and_error(np.subtract(cell["f1_of_each"], other["f1_of_each"]))})
         cells[f"{scale:g}"] = cell
         print(f"scale {scale:g}: F1 {cell['f1']:.3f} ({cell['f1_error']:.3f})", flush=True)
-    names = data["caption"][:] if args.caption_column else range(len(data))
+    names = [first_caption(caption) for caption in data["caption"][:]] if args.caption_column else range(len(data))
     is_other = torch.tensor([[name != other for other in names] for name in names]).double()  # (images, conditions)
     # Means over the other images, for each condition.
     chance = {

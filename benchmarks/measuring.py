@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
+from diffusers_adm.data.columns import first_caption
 from diffusers_adm.evaluation import ClassifierFeatures
 from diffusers_adm.evaluation.data import num_real_classes
 from diffusers_adm.training import decode_rgb, labelled_grid, load_image_dataset, match_classes
@@ -230,7 +231,7 @@ def conditions_of(pipe: ADMPipeline, data: datasets.Dataset, id2label: Mapping[i
     """Captions of the images and their classes, as the pipeline numbers them, as far as data and pipeline have them."""
     conditions = {}
     if pipe.has_cross_attention and "caption" in data.column_names:
-        conditions["prompt"] = data["caption"][:]
+        conditions["prompt"] = [first_caption(caption) for caption in data["caption"][:]]
     if id2label and pipe.unet.config.num_class_embeds is not None:
         to_class = match_classes(id2label, pipe.id2label, num_real_classes(pipe.unet.config), by_number=True)
         conditions["class_labels"] = [to_class[label] for label in data["label"][:]]

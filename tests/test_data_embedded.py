@@ -1,8 +1,13 @@
-"""The embedded emoji sets (`data/noto-emoji-32/`, `-64/`, `data/twemoji-32/`) and the script that made them."""
+"""
+The embedded emoji sets (`data/noto-emoji-32/`, `-64/`, `data/twemoji-32/`) and the keywords of emoji
+(`data/emoji-keywords/`), and the scripts that made them.
+"""
 
 import importlib.util
 import io
+import json
 import re
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
 
@@ -34,12 +39,21 @@ def emoji():
     return load_dataset("parquet", data_files={split: str(FOLDER / f"{split}.parquet") for split in ("train", "test")})
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("make_emoji", DATA / "make_emoji.py")
+def load_module(name):
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_module("make_emoji")
+
+
+@pytest.fixture(scope="module")
+def keywords_script():
+    return load_module("emoji_keywords")
 
 
 class TestEmbeddedSet:
@@ -222,3 +236,137 @@ class TestScript:
         rgba = np.dstack([pixels, np.full((64, 64, 1), 255, np.uint8)])
         with pytest.raises(ValueError, match="got 64x64 RGBA"):
             script.encode(png(rgba), 64)
+
+
+# Keywords
+
+# As in emojibase: variation selectors, a name without keywords, repeated ones, typographic characters, skin tones.
+ENTRIES = [
+    {"label": "fire", "hexcode": "1F525", "tags": ["flame", "hot", "Fire"]},
+    {"label": "snowflake", "hexcode": "2744", "tags": ["cold", "fire"]},
+    {"label": "JAPANESE “here” button", "hexcode": "1F201"},
+    {"label": "waving hand", "hexcode": "1f44b", "tags": ["wave"], "skins": [{"hexcode": "1F44B-1F3FB"}]},
+    {"label": "man’s ice", "hexcode": "26F8-FE0F", "tags": ["5–0"]},
+    {"label": "regional indicator A", "hexcode": "1F1E6"},
+]
+
+
+def write_set(path: Path, rows: list[tuple[str, str]], with_code_points: bool = True) -> Path:
+    texts, code_points = zip(*rows, strict=True)
+    columns = {"text": texts, "label": range(len(rows))} | ({"unified": code_points} if with_code_points else {})
+    pq.write_table(pa.table({name: pa.array(list(column)) for name, column in columns.items()}), path)
+    return path
+
+
+def captions_of(path: Path) -> list[list[str]]:
+    return pq.read_table(path)["captions"].to_pylist()
+
+
+class TestKeywords:
+    def test_files(self):
+        folder = DATA / "emoji-keywords"
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 4e5
+        assert "UNICODE LICENSE V3" in (folder / "LICENSE-UNICODE").read_text()
+        assert (folder / "LICENSE-EMOJIBASE").read_text().startswith("MIT License")
+        readme = (folder / "README.md").read_text()
+        keywords = json.loads((folder / "keywords.json").read_text())
+        assert f"for {len(keywords)} emoji" in readme
+        assert {"flame", "hot"} <= set(keywords["1F525"])
+        assert all(words and len(set(words)) == len(words) for words in keywords.values())
+        assert not any("FE0F" in points.split("-") for points in keywords)
+
+    def test_every_embedded_emoji_has_an_entry(self, keywords_script):
+        keywords, names = keywords_script.read_table("keywords"), keywords_script.read_table("names")
+        for name in ("noto-emoji-32/train", "noto-emoji-32/test", "twemoji-32/train"):
+            texts = pq.read_table(DATA / f"{name}.parquet", columns=["text"])["text"].to_pylist()
+            assert [text for text in texts if names[keywords_script.split_name(text)[0]] not in keywords] == []
+
+    def test_keywords_of_held_out_emoji_stay_out(self, keywords_script, tmp_path):
+        """The sets themselves: no emoji of the test set, its names or a keyword that only it has is in the training."""
+        files = {split: DATA / "noto-emoji-64" / f"{split}.parquet" for split in ("train", "test")}
+        keywords_script.join(files["train"], tmp_path / "train.parquet", files["test"])
+        texts = pq.read_table(files["train"], columns=["text"])["text"].to_pylist()
+        keywords, names = keywords_script.read_table("keywords"), keywords_script.read_table("names")
+        split = keywords_script.split_name
+        points = {
+            name: {names[split(text)[0]] for text in pq.read_table(path, columns=["text"])["text"].to_pylist()}
+            for name, path in files.items()
+        }
+        assert not points["train"] & points["test"]
+        own = {word for point in points["train"] for word in keywords[point]}
+        held_out = {word for point in points["test"] for word in keywords[point]}
+        # What training must not say: the words of held-out emoji alone, and their names.
+        forbidden = held_out - own - {split(text)[0] for text in texts}
+        forbidden |= {keywords[point][0] for point in points["test"]}
+        assert {"fruit"} <= held_out & own
+        assert {"5-0", "mango", "guide dog"} <= forbidden
+        captions = captions_of(tmp_path / "train.parquet")
+        assert len(captions) == len(texts)
+        for text, found in zip(texts, captions, strict=True):
+            base, tones = split(text)
+            assert found[0] == text
+            assert {split(caption)[1] for caption in found} == {tones}
+            words = {split(caption)[0] for caption in found}
+            assert words <= {base, *keywords[names[base]]}
+            assert not words & forbidden, text
+
+    def test_make(self, keywords_script, tmp_path, monkeypatch):
+        (tmp_path / "data.json").write_text(json.dumps(ENTRIES))
+        with tarfile.open(tmp_path / "npm.tgz", "w:gz") as archive:
+            archive.add(tmp_path / "data.json", "package/en/data.json")
+        rows = [
+            ("fire", "1F525"),
+            ("waving hand, dark skin tone", "1F44B"),
+            ("ice", "26F8-FE0F"),
+            ("ice", "26F8-200D-2640"),
+        ]
+        names = write_set(tmp_path / "set.parquet", rows)
+        keywords_script.main(["make", str(tmp_path / "npm.tgz"), str(tmp_path / "made"), "--names", str(names)])
+        monkeypatch.setattr(keywords_script, "FOLDER", tmp_path / "made")
+        assert keywords_script.read_table("keywords") == {
+            "1F201": ["japanese here button"],
+            "1F44B": ["waving hand", "wave"],
+            "1F525": ["fire", "flame", "hot"],
+            "26F8": ["man’s ice", "5-0"],
+            "2744": ["snowflake", "cold", "fire"],
+        }
+        assert keywords_script.read_table("names") == {"fire": "1F525", "ice": "26F8-200D-2640", "waving hand": "1F44B"}
+
+    @pytest.mark.parametrize("with_code_points", [True, False])
+    def test_join(self, keywords_script, tmp_path, with_code_points, capsys):
+        rows = [("fire", "1F525"), ("waving hand sign, dark skin tone", "1F44B"), ("unheard of", "0-FE0F")]
+        source = write_set(tmp_path / "set.parquet", rows, with_code_points)
+        keywords_script.main(["join", str(source), str(tmp_path / "joined.parquet"), "--name_repeats", "2"])
+        assert "1 emoji have no keywords: unheard of" in capsys.readouterr().out
+        fire, hand, unknown = captions_of(tmp_path / "joined.parquet")
+        assert fire[:2] == ["fire", "fire"]
+        assert {"flame", "hot"} <= set(fire[2:])
+        assert "fire" not in fire[2:]
+        assert hand[:3] == [*["waving hand sign, dark skin tone"] * 2, "waving hand, dark skin tone"]
+        assert "wave, dark skin tone" in hand
+        assert unknown == ["unheard of"] * 2
+        assert pq.read_table(tmp_path / "joined.parquet").drop_columns("captions").equals(pq.read_table(source))
+
+    def test_labels_keep_their_names(self, keywords_script, tmp_path):
+        keywords_script.join(DATA / "twemoji-32" / "train.parquet", tmp_path / "joined.parquet")
+        features = Features.from_arrow_schema(pq.read_schema(tmp_path / "joined.parquet"))
+        assert features["label"] == ClassLabel(names=CATEGORIES)
+        assert features["captions"] == List(Value("string"))
+
+    def test_held_out_names_are_no_captions(self, keywords_script, tmp_path):
+        """Fire is a keyword of the firecracker, and the name of another emoji."""
+        source = write_set(tmp_path / "set.parquet", [("firecracker", "1F9E8")])
+        keywords_script.join(source, tmp_path / "all.parquet")
+        keywords_script.join(
+            source, tmp_path / "joined.parquet", write_set(tmp_path / "test.parquet", [("fire", "1F525")])
+        )
+        (before,), (after,) = captions_of(tmp_path / "all.parquet"), captions_of(tmp_path / "joined.parquet")
+        assert before == [*after[: before.index("fire")], "fire", *after[before.index("fire") :]]
+
+    def test_refuses_held_out_emoji(self, keywords_script, tmp_path):
+        """In another skin tone, too, and with another spelling of the code points."""
+        source = write_set(tmp_path / "set.parquet", [("fire", "1F525"), ("writing hand, dark skin tone", "270D-fe0f")])
+        held_out = write_set(tmp_path / "test.parquet", [("writing hand", "270D")])
+        with pytest.raises(ValueError, match="1 emoji of .* such as 'writing hand, dark skin tone'"):
+            keywords_script.join(source, tmp_path / "joined.parquet", held_out)
+        assert not (tmp_path / "joined.parquet").exists()

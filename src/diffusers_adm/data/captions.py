@@ -1,11 +1,13 @@
 """
 The captions of a dataset, as tokens (`CaptionTokens`) or encoded (`CaptionEmbeddings`).
 
-Either is passed to `ImageDataset`, whose examples then hold the tensors that `TextCondition` reads.
+Either is passed to `ImageDataset`, whose examples then hold the tensors that `TextCondition` reads. An example may have
+several captions, of which each epoch draws one.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ import transformers
 
 from ..conditioning.text import cut_off, encode_captions, max_prompt_length, tokenize
 from .fingerprints import hash_config, hash_plain, hash_tensors
+from .seeding import derive_seed
 
 
 logger = logging.getLogger(__name__)
@@ -31,17 +34,31 @@ class Captions:
     The captions of a dataset, each distinct one held once.
 
     Args:
-        captions (sequence of `str`): One per example, in the order of the dataset; "" for a missing one.
+        captions (sequence of `str` or of sequences of `str`): The caption of each example, or all its captions, in the
+            order of the dataset; "" or an empty sequence for a missing one.
     """
 
-    def __init__(self, captions: Sequence[str]):
-        self.texts = list(dict.fromkeys(["", *captions]))  # "" is number `EMPTY_CAPTION`
+    def __init__(self, captions: Sequence[str] | Sequence[Sequence[str]]):
+        lists = [[caption] if isinstance(caption, str) else caption or [""] for caption in captions]
+        self.texts = list(dict.fromkeys(["", *itertools.chain(*lists)]))  # "" is number `EMPTY_CAPTION`
         numbers = {text: number for number, text in enumerate(self.texts)}
-        self.numbers = torch.tensor([numbers[caption] for caption in captions])
+        # The captions of all examples in a row: those of example i are the numbers from `starts[i]` to `starts[i + 1]`.
+        self.numbers = torch.tensor([numbers[text] for texts in lists for text in texts])
+        self.starts = torch.tensor([0, *itertools.accumulate(map(len, lists))])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Returns the tensors of an example's caption."""
-        return self.distinct(int(self.numbers[index]))
+        """Returns the tensors of an example's caption, the first one if it has several."""
+        return self.distinct(int(self.numbers[self.starts[index]]))
+
+    def at(self, index: int, seed: int, epoch: int) -> dict[str, torch.Tensor]:
+        """
+        Returns the tensors of the caption that an example has in an epoch: of several, each is equally likely; a text
+        that is listed twice is drawn twice as often. The draw depends only on the seed of the run, the epoch and the
+        index.
+        """
+        start, end = self.starts[index : index + 2].tolist()
+        drawn = derive_seed(seed, "caption", epoch, index) % (end - start) if end - start > 1 else 0
+        return self.distinct(int(self.numbers[start + drawn]))
 
     def distinct(self, number: int) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -58,12 +75,18 @@ class CaptionTokens(Captions):
     `(length,)`.
 
     Args:
-        captions (sequence of `str`): One per example.
+        captions (sequence of `str` or of sequences of `str`): One or several per example.
         tokenizer, text_encoder: They limit the length; the number of captions that are cut is logged.
         pad_to_max (`bool`): See `diffusers_adm.conditioning.text.pads_to_max`.
     """
 
-    def __init__(self, captions: Sequence[str], tokenizer: Any, text_encoder: torch.nn.Module, pad_to_max: bool):
+    def __init__(
+        self,
+        captions: Sequence[str] | Sequence[Sequence[str]],
+        tokenizer: Any,
+        text_encoder: torch.nn.Module,
+        pad_to_max: bool,
+    ):
         super().__init__(captions)
         self.pad_to_max = pad_to_max
         max_length = max_prompt_length(tokenizer, text_encoder)
@@ -98,7 +121,8 @@ class CaptionEmbeddings(Captions):
     def __init__(self, tokens: CaptionTokens, text_encoder: torch.nn.Module, cache_dir: str | None = None):
         import datasets
 
-        self.texts, self.numbers, self.pad_to_max = tokens.texts, tokens.numbers, tokens.pad_to_max
+        self.texts, self.numbers, self.starts = tokens.texts, tokens.numbers, tokens.starts
+        self.pad_to_max = tokens.pad_to_max
         self.length = tokens.input_ids.shape[1]
         device = next(text_encoder.parameters()).device
         with torch.no_grad():

@@ -66,7 +66,8 @@ def load_image_dataset(
         max_train_samples (`int`, *optional*): Keep a random subset of that size, in order; the classes stay those of
             the whole dataset.
         seed (`int`, defaults to 0): Selects the subset.
-        caption_column (`str`, *optional*): Text. None loads no captions.
+        caption_column (`str`, *optional*): Text, or lists of texts of which each epoch draws one. None loads no
+            captions.
         conditioning_image_column (`str`, *optional*): Conditioning images for a ControlNet, stored like those of
             `image_column`. None loads none.
         tensor_columns (mapping, *optional*): Further columns of numbers, as name in the examples -> name of the column,
@@ -76,7 +77,8 @@ def load_image_dataset(
         `tuple` of the dataset and `id2label`. The dataset has the columns `image` (not decoded: a dict of `bytes` and
         `path`; arrays are the bytes of a `.npy` file, which keeps their type), `row` (the index in the source) and,
         with `label_column`, `label`: an int64 in `[0, len(id2label))`, or -1 for an example without a label (None, NaN,
-        -1 or empty text); with `caption_column`, `caption`: text, "" for a missing one; with
+        -1 or empty text); with `caption_column`, `caption`: text, "" for a missing one, or a list
+        of texts, empty for missing ones; with
         `conditioning_image_column`, `conditioning_image`, not decoded; and those of `tensor_columns`. `id2label`
         (`dict[int, str]`) is None without `label_column`. Class names keep their ids; integers and text get ids in
         sorted order.
@@ -85,6 +87,8 @@ def load_image_dataset(
         ValueError: If not exactly one source is given, it does not exist or is empty, the split or a column is missing,
             or a column has the wrong type.
     """
+    import datasets
+
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"`max_train_samples` is {max_train_samples}. Pass at least 1, or None for all examples.")
     dataset, source = load_source(
@@ -117,7 +121,11 @@ def load_image_dataset(
         labels, id2label = number_labels(_values(dataset, label_column), class_names, label_column)
         images = images.add_column("label", np.array(labels, dtype=np.int64))
     if caption_column is not None:
-        images = images.add_column("caption", read_captions(dataset, source, caption_column))
+        captions = read_captions(dataset, source, caption_column)
+        is_text = isinstance(captions[0], str)
+        # The type of lists is not left to a guess from the first ones, which may be empty.
+        feature = None if is_text else datasets.List(datasets.Value("string"))
+        images = images.add_column("caption", captions, feature=feature)
 
     if max_train_samples is not None and max_train_samples < len(images):
         chosen = random.Random(derive_seed(seed, "max_train_samples")).sample(range(len(images)), max_train_samples)
@@ -136,29 +144,45 @@ def check_column(dataset: datasets.Dataset, source: str, argument: str, column: 
         )
 
 
-def read_captions(dataset: datasets.Dataset, source: str, caption_column: str) -> list[str]:
+def read_captions(dataset: datasets.Dataset, source: str, caption_column: str) -> list[str] | list[list[str]]:
     """
-    Reads a column of text. Missing captions (None) become "", and are counted in a warning.
+    Reads a column of text, or of lists of texts. Missing captions (None) become "", in a column of lists an empty list;
+    missing texts in a list are left out. Both are counted in warnings.
 
     Raises:
-        ValueError: If there is no such column, or it does not hold text.
+        ValueError: If there is no such column, or it holds neither text nor lists of texts.
     """
     import datasets
 
     check_column(dataset, source, "caption_column", caption_column)
     feature = dataset.features[caption_column]
-    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string", "null"):
+    holds_lists = isinstance(feature, (datasets.List, datasets.LargeList))
+    text = feature.feature if holds_lists else feature
+    if not isinstance(text, datasets.Value) or text.dtype not in ("string", "large_string", "null"):
         raise ValueError(
             f"`caption_column` {caption_column!r} of {source} is of type {feature}, which is not text. Name a column "
-            "that holds one caption per image."
+            "that holds one caption, or a list of captions, per image."
         )
     captions = _values(dataset, caption_column)
+    if holds_lists:
+        given = sum(len(texts or ()) for texts in captions)
+        captions = [[text for text in texts or () if text] for texts in captions]
+        kept = sum(map(len, captions))
+        if 0 < kept < given:
+            logger.warning(f"{given - kept} of {given} texts in the lists of captions are missing and are left out.")
     missing = sum(not caption for caption in captions)
     if missing == len(captions):
         raise ValueError(f"`caption_column` {caption_column!r} of {source} holds no caption at all. Leave it out.")
     if missing:
         logger.warning(f"{missing} of {len(captions)} captions are missing and count as empty.")
-    return [caption or "" for caption in captions]
+    return captions if holds_lists else [caption or "" for caption in captions]
+
+
+def first_caption(caption: str | Sequence[str]) -> str:
+    """The caption of an example where only one is used, as in validation: of a list, the first one; "" if empty."""
+    if isinstance(caption, str):
+        return caption
+    return caption[0] if caption else ""
 
 
 def _values(dataset: datasets.Dataset, column: str) -> list:

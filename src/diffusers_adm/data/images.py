@@ -52,8 +52,8 @@ class ImageDataset(torch.utils.data.Dataset):
         random_flip (`bool`, defaults to False): Mirror half of the images left to right.
         seed (`int`, defaults to 0): The seed of the run.
         background (`tuple[int, int, int]`, defaults to white): RGB behind transparent pixels.
-        captions (`Captions`, *optional*): Captions of the same examples, in their order: the tensors of `captions[i]`
-            are part of example i.
+        captions (`Captions`, *optional*): Captions of the same examples, in their order. The tensors of the caption of
+            example i are part of it; of several captions, each epoch draws one.
         condition (`str`, *optional*): The kind of conditioning image (see `conditioning.control_images.CONDITIONS`) to
             make from each image, for a ControlNet. None reads the column `conditioning_image`, if there is one.
         image_format (`ImageFormat`, *optional*): The format of the images, from `find_image_format`. None: 8-bit RGB.
@@ -114,7 +114,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Selects the crops and flips of `epoch`, in workers too."""
+        """Selects the crops, flips and captions of `epoch`, in workers too."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 result["class_labels"] = torch.tensor(example["label"], dtype=torch.int64)
             result |= {name: torch.tensor(example[name], dtype=torch.float32) for name in self.tensor_columns}
             if self.captions is not None:
-                result |= self.captions[candidate]
+                result |= self.captions.at(candidate, self.seed, self.epoch)
             return result
         raise RuntimeError(
             f"{offset + 1} examples in a row, from {example_name(self.dataset[index], index)} on, became unreadable. "

@@ -36,7 +36,7 @@ PAD, UNK, BOS, EOS = SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
 
 @dataclass
 class TokenizerArguments:
-    caption_column: str = arg("text", "Column of the captions.")
+    caption_column: str = arg("text", "Column of the captions: texts, or lists of texts, all of which are used.")
     dataset_name: str | None = arg(None, "Dataset on the Hub, or path of a local copy.")
     dataset_config_name: str | None = arg(None, "Configuration of `dataset_name`.")
     train_data_dir: str | None = arg(None, "Folder of images, with captions in a metadata file or next to them.")
@@ -114,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
         args.cache_dir,
         caption_column=args.caption_column,
     )
-    captions = read_captions(dataset, source, args.caption_column)
+    captions = []
+    for caption in read_captions(dataset, source, args.caption_column):
+        captions += [caption] if isinstance(caption, str) else caption
     tokenizer = train_tokenizer(captions, args.vocab_size, args.model_max_length, args.algorithm)
     tokenizer.save_pretrained(args.output_dir)
     lengths = [len(ids) for ids in tokenizer(captions, truncation=False, verbose=False)["input_ids"]]

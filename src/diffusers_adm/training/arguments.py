@@ -371,7 +371,11 @@ class UNetArguments(ModelArguments):
 class TextArguments:
     """Captions, and the text encoder for them."""
 
-    caption_column: str | None = arg(None, "Column of the captions; none: train without text.", resume=PROCESS)
+    caption_column: str | None = arg(
+        None,
+        "Column of the captions: texts, or lists of which each epoch draws one text; none: train without text.",
+        resume=PROCESS,
+    )
     text_encoder_name_or_path: str | None = arg(
         None,
         "Text encoder of transformers (CLIP, T5, BERT, ...) on the Hub or in a folder, or a pipeline's.",

@@ -23,6 +23,7 @@ from ..commands.errors import CommandError
 from ..conditioning.image_format import ImageFormat, as_size
 from ..conditioning.low_resolution import downsample
 from ..conditioning.previews import describe_preview, preview
+from ..data.columns import first_caption
 from ..data.images import ImageDataset
 from ..deprecations import renamed
 from .arguments import DiffusionTrainingArguments
@@ -87,14 +88,20 @@ def choose_rows(
     """
     Chooses the conditions of validation images: `prompts` (None: the first captions of the data), each with the class
     of the first image of that caption, or else the null class; without captions, the classes of the data; an empty list
-    without either. Raises a `ValueError` if the class of a prompt is unknown and there is no null class.
+    without either. Of several captions of an image, the first one is used, and all are known as prompts. Raises a
+    `ValueError` if the class of a prompt is unknown and there is no null class.
     """
     labels = images["label"][:] if "label" in images.column_names else None
     if "caption" not in images.column_names:  # a pretrained model may have many other classes
         classes = sorted({label for label in labels or () if label >= 0})
         return [(id2label[label], {"class_labels": label}) for label in classes]
-    captions = images["caption"][:]
-    first = {caption: index for index, caption in reversed(list(enumerate(captions)))}
+    all_captions = images["caption"][:]
+    captions = [first_caption(caption) for caption in all_captions]
+    first: dict[str, int] = {}
+    for index, caption in reversed(list(enumerate(all_captions))):
+        first |= dict.fromkeys([caption] if isinstance(caption, str) else caption, index)
+    # An image whose first caption it is says more about a prompt than one that also has it.
+    first |= {caption: index for index, caption in reversed(list(enumerate(captions)))}
     if not prompts:
         # All captions of a random subset may be empty.
         prompts = [caption for caption in dict.fromkeys(captions) if caption][:DEFAULT_VALIDATION_PROMPTS] or [""]
@@ -116,7 +123,7 @@ def choose_rows(
 def choose_examples(dataset: ImageDataset, number: int, null_class_id: int | None = None) -> list[Example]:
     """
     Chooses at most `number` examples, evenly spaced over the data, each with the arguments of a pipeline for it: its
-    caption as `prompt` and its class as `class_labels`, as far as the data has them. Unlabelled examples get the
+    first caption as `prompt` and its class as `class_labels`, as far as the data has them. Unlabelled examples get the
     `null_class_id`.
     """
     number = min(number, len(dataset))
@@ -124,7 +131,7 @@ def choose_examples(dataset: ImageDataset, number: int, null_class_id: int | Non
     for index in (len(dataset) * place // number for place in range(number)):
         row, arguments = dataset.dataset[index], {}
         if "caption" in row:
-            arguments["prompt"] = row["caption"]
+            arguments["prompt"] = first_caption(row["caption"])
         if "label" in row:
             arguments["class_labels"] = null_class_id if row["label"] < 0 else row["label"]
         chosen.append((dataset[index], arguments))
