@@ -240,6 +240,8 @@ OTHERS = {
     "output_dir": "elsewhere",
     "pair_column": ["text"],
     "overwrite_output_dir": True,
+    "power_ema_snapshot_steps": 1,
+    "power_ema_stds": [0.05, 0.1],
     "precompute_text_embeddings": True,
     "prediction_type": "v_prediction",
     "preview_channels": [2],
@@ -296,8 +298,9 @@ REFUSED_ANYWAY |= {("train_controlnet", name) for name in ("prediction_type", "v
 
 @pytest.mark.parametrize(("script", "name"), with_verdict(FREE))
 def test_free_arguments_are_used(begun, script, name):
-    if name in (*OF_ONE_START, "precompute_text_embeddings", "validation_prompts", "validation_source_data_files"):
-        return  # of one start; the others need captions, see below, or other pairs of images
+    needs_others = ("precompute_text_embeddings", "validation_prompts", "validation_source_data_files")
+    if name in (*OF_ONE_START, *needs_others, "power_ema_snapshot_steps"):
+        return  # of one start; the others need captions, see below, other pairs of images, or test_power_ema.py
     changes = {name: OTHERS[name], "resume_from_checkpoint": str(begun(script) / "checkpoint-2"), "max_train_steps": 3}
     all_args, record = parse(script, **NEEDED.get(name, {}) | changes)
     assert values_of(all_args)[name] == OTHERS[name]

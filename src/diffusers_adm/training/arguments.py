@@ -17,6 +17,7 @@ from ..data.formats import FormatRequest, parse_value_range
 from ..schedulers.noise_schedules import BetaScheduleName
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
 from .losses import Objective
+from .power_ema import check_std
 from .timestep_samplers import TimestepSamplerName
 
 
@@ -303,6 +304,15 @@ class TrainingArguments:
         1.0, "Inverse gamma of the EMA decay warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.", resume=APPLIED
     )
     ema_power: float = arg(3 / 4, "Exponent of the EMA decay warm-up.", resume=APPLIED)
+    power_ema_stds: list[float] | None = arg(
+        None,
+        "Relative standard deviations of power-function averages of the weights, e.g. 0.05 0.1, of which snapshots are "
+        "kept, so that any other length can be reconstructed after training; none: no such averages.",
+        resume=NEVER,
+    )
+    power_ema_snapshot_steps: int | None = arg(
+        None, "Optimizer steps between these snapshots; none: `checkpointing_steps`.", resume=FREE
+    )
     checkpointing_steps: int = arg(1000, "Optimizer steps between checkpoints.", resume=FREE)
     checkpoints_total_limit: int | None = arg(None, "Number of checkpoints to keep; none: all.", resume=FREE)
     resume_from_checkpoint: str | None = arg(
@@ -350,6 +360,13 @@ class TrainingArguments:
         check_positive(self, "learning_rate", "max_grad_norm")
         if not 0 <= self.ema_max_decay < 1:
             raise ValueError(f"`ema_max_decay` is {self.ema_max_decay}; it must lie in [0, 1).")
+        stds = self.power_ema_stds or []
+        for std in stds:
+            check_std("power_ema_stds", std)
+        if len(set(stds)) != len(stds):
+            raise ValueError(f"`power_ema_stds` is {stds}; its values must differ.")
+        check_needs(self, "power_ema_stds", "power_ema_snapshot_steps")
+        check_at_least(self, 1, "power_ema_snapshot_steps")
 
 
 @dataclass

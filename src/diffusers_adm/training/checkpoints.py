@@ -115,7 +115,7 @@ def save_checkpoint(
             # A folder cannot be renamed over another. After a kill between these lines, `resume_checkpoint` repairs it.
             os.rename(path, replaced)
         os.rename(writing, path)
-        _flush_directory(output_dir)
+        flush_directory(output_dir)
         shutil.rmtree(replaced, ignore_errors=True)
         if total_limit is not None:
             _rotate(output_dir, global_step, total_limit)
@@ -360,10 +360,11 @@ def _flush_to_disk(folder: Path) -> None:
         for name in files:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
-        _flush_directory(root)
+        flush_directory(root)
 
 
-def _flush_directory(folder: str | os.PathLike) -> None:
+def flush_directory(folder: str | os.PathLike) -> None:
+    """Writes the entries of a folder to the disk."""
     if os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)

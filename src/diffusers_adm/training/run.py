@@ -31,6 +31,7 @@ from .frozen import FrozenNetworks
 from .log import ADVICE, TrainingLog
 from .metrics import ClassificationMetrics, LossMetrics
 from .plots import plot_loss_curves
+from .power_ema import PowerEMA, continue_snapshots
 from .resume import RunRecord, apply_arguments
 from .setup import prepare_output_dir, write_settings
 from .timestep_samplers import TimestepSampler
@@ -146,6 +147,7 @@ class TrainingRun:
         parameters (list of `torch.nn.Parameter`): The trained weights.
         optimizer (`AcceleratedOptimizer`), dataloader (`torch.utils.data.DataLoader`): As prepared by Accelerate.
         ema (`EMAModel`, *optional*): The average of `parameters`.
+        power_ema (`PowerEMA`, *optional*): Power-function averages of `parameters`, of which only snapshots are kept.
         progress (`TrainingProgress`), log (`TrainingLog`): Counters and log.
         max_train_steps (`int`): Number of optimizer steps of the whole run, those of a resumed checkpoint included.
     """
@@ -179,6 +181,7 @@ class TrainingRun:
         self.max_train_steps = training_args.max_train_steps or training_args.num_train_epochs * steps_per_epoch
         self.lr_scheduler = build_lr_scheduler(self.optimizer, training_args, self.max_train_steps)
         self.ema, self.progress = build_ema(self.parameters, training_args), TrainingProgress()
+        self.power_ema = PowerEMA(networks, training_args.power_ema_stds) if training_args.power_ema_stds else None
         # Their order is that of the files in a checkpoint.
         states = (self.lr_scheduler, timestep_sampler, self.progress, frozen)
         accelerator.register_for_checkpointing(*(state for state in states if state is not None))
@@ -214,6 +217,11 @@ class TrainingRun:
             functools.partial(record.load_average, self.ema, self.parameters, networks),
             not_restored=[timestep_sampler] if is_other_sampler else [],
         )
+        if self.power_ema is not None:
+            if path is not None:
+                self.power_ema.load(path)
+            if self.accelerator.is_main_process:
+                continue_snapshots(training_args.output_dir, path, self.progress.global_step)
         if path is not None:
             apply_arguments(training_args, self.optimizer, self.lr_scheduler, self.ema)
             record.checkpoint.step = self.progress.global_step
@@ -246,15 +254,17 @@ class TrainingRun:
 
     def after_step(self) -> Due:
         """
-        Updates learning rate, average and counters after an optimizer step, and writes a row of the log where one is
-        due. Returns what is due now. Raises a `RuntimeError` if the loss of a row, or a weight that would be saved in a
-        checkpoint, is not finite.
+        Updates learning rate, averages and counters after an optimizer step, and writes a row of the log where one is
+        due, and snapshots of the power-function averages. Returns what is due now. Raises a `RuntimeError` if the loss
+        of a row, or a weight that would be saved in a checkpoint or snapshot, is not finite.
         """
         if not self.accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
             self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
         self.progress.global_step += 1
+        if self.power_ema is not None:
+            self.power_ema.step(self.parameters, self.progress.global_step)
         self.log.advance()
         step, arguments = self.progress.global_step, self.training_args
         is_last = step == self.max_train_steps
@@ -269,13 +279,25 @@ class TrainingRun:
             self.log.write(step, values, float(self.lr_scheduler.get_last_lr()[0]))
         if due.checkpoint:  # a checkpoint of weights that are not finite could replace a sound one
             averages = self.ema.shadow_params if self.ema is not None else []
-            for name, tensors in (("weights", self.parameters), ("averaged weights", averages)):
+            powers = self.power_ema.averages if self.power_ema is not None else []
+            for name, tensors in (
+                ("weights", self.parameters),
+                ("averaged weights", averages),
+                *(("power-function averages", tensors) for tensors in powers),
+            ):
                 finite = [torch.isfinite(tensor).all() for tensor in tensors]
                 if finite and not torch.stack(finite).all():  # waits for the device once
                     raise RuntimeError(
                         f"The {name} are not finite at step {step}, so no checkpoint of them is saved. {ADVICE}"
                     )
+        # The last snapshot is saved by `finish`, also if the run was resumed at its last step.
+        if step % (arguments.power_ema_snapshot_steps or arguments.checkpointing_steps) == 0 and not is_last:
+            self._save_snapshots()
         return due
+
+    def _save_snapshots(self) -> None:
+        if self.power_ema is not None and self.accelerator.is_main_process:
+            self.power_ema.save_snapshots(self.training_args.output_dir, self.progress.global_step)
 
     def save_checkpoint(self, save_result: Callable[[str], None]) -> None:
         """
@@ -288,8 +310,13 @@ class TrainingRun:
             self.progress.global_step,
             self.training_args.checkpoints_total_limit,
             functools.partial(self._save, save_result),
-            lambda folder: self.record.write(folder, self.progress.global_step, self.ema),
+            self._save_record,
         )
+
+    def _save_record(self, folder: str) -> None:
+        if self.power_ema is not None:
+            self.power_ema.save(folder)
+        self.record.write(folder, self.progress.global_step, self.ema)
 
     def _save(self, save_result: Callable[[str], None], folder: str) -> None:
         with result_weights(self.ema, self.parameters):
@@ -345,6 +372,7 @@ class TrainingRun:
             self.frozen.check()
             hashes = ", ".join(f"{name} {value}" for name, value in self.frozen.hashes.items())
             self.logger.info(f"The frozen networks are unchanged (hashes: {hashes})")
+        self._save_snapshots()
         if self.accelerator.is_main_process:
             self._save(save_result, output_dir)
             self.logger.info(f"Saved the {name} to {output_dir}")

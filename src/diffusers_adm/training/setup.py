@@ -18,6 +18,7 @@ from ..data.repositories import check_can_be_written
 from .arguments import TrainingArguments
 from .checkpoints import delete_checkpoints, find_latest_checkpoint
 from .effects import check_effects
+from .power_ema import SNAPSHOT_FOLDER, delete_snapshots, find_snapshots
 from .reproducibility import report_machine
 
 
@@ -101,26 +102,39 @@ def write_settings(folder: str | os.PathLike, settings: Mapping[str, Any]) -> No
 def check_output_dir(training_args: TrainingArguments) -> None:
     """
     Raises a `ValueError` for a folder that cannot be made, or that holds checkpoints of another run which the arguments
-    neither resume nor delete: `latest` would find the highest step, of whichever run.
+    neither resume nor delete: `latest` would find the highest step, of whichever run. Likewise for snapshots of
+    averages.
     """
     output_dir = training_args.output_dir
     check_can_be_written("output_dir", output_dir)
+    if training_args.resume_from_checkpoint is not None or training_args.overwrite_output_dir:
+        return
     latest = find_latest_checkpoint(output_dir)
-    if latest is not None and training_args.resume_from_checkpoint is None and not training_args.overwrite_output_dir:
+    if latest is not None:
         raise ValueError(
             f"`output_dir` {output_dir!r} holds {os.path.basename(latest)} of another run. Pass "
             "`--resume_from_checkpoint latest` to resume it, `--overwrite_output_dir` to delete its checkpoints and "
             "start a new run, or another `--output_dir`."
         )
+    if find_snapshots(output_dir):
+        raise ValueError(
+            f"`output_dir` {output_dir!r} holds snapshots of another run in {SNAPSHOT_FOLDER}. Pass "
+            "`--overwrite_output_dir` to delete them and start a new run, or another `--output_dir`."
+        )
 
 
 def prepare_output_dir(accelerator: Accelerator, training_args: TrainingArguments) -> None:
-    """Creates the folder of the run, and deletes the checkpoints of another run if the arguments say so. Collective."""
+    """
+    Creates the folder of the run, and deletes checkpoints and snapshots of another run if the arguments say so.
+    Collective.
+    """
     output_dir = training_args.output_dir
     if training_args.resume_from_checkpoint is None and find_latest_checkpoint(output_dir) is not None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             delete_checkpoints(output_dir)
         accelerator.wait_for_everyone()
+    if training_args.resume_from_checkpoint is None and accelerator.is_main_process:
+        delete_snapshots(output_dir)
     if accelerator.is_main_process:
         os.makedirs(output_dir, exist_ok=True)

@@ -1,0 +1,239 @@
+"""
+Power-function averages of the weights, their snapshots, and the reconstruction of averages of another length
+(Karras et al. 2024, https://huggingface.co/papers/2312.02696, section 3 and appendix C).
+
+After step t, the average of exponent gamma is the integral of p(tau) theta(tau) over training time, where
+p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t] is its profile, and theta(tau) are the weights after step
+ceil(tau). The length of an average is the standard deviation of its profile, relative to t: sigma_rel, here `std`. It
+grows with the run, so that the first steps are soon forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .checkpoints import WRITING_PREFIX, flush_directory
+
+
+logger = logging.getLogger(__name__)
+
+# The standard deviation of a uniform profile, gamma = 0. A longer average would favour the first steps of a run.
+MAX_STD = 1 / math.sqrt(12)
+SNAPSHOT_FOLDER = "power_ema"
+SNAPSHOT_NAME = re.compile(r"step-(\d+)-std-([0-9.e-]+)\.safetensors")
+STATE_NAME = "power_ema.safetensors"  # in a checkpoint
+
+
+# 1. Profiles, in float64
+
+
+def check_std(name: str, std: float) -> None:
+    """Raises a `ValueError` unless `std` is the relative standard deviation of a power-function average."""
+    if not 0 < std <= MAX_STD:
+        raise ValueError(
+            f"`{name}` is {std}; it must be above 0 and at most {MAX_STD:.4f} (1 / sqrt(12)), the relative standard "
+            "deviation of the plain mean over all steps. Usual values are 0.05 to 0.15."
+        )
+
+
+def std_of(gamma: float) -> float:
+    """The standard deviation of the profile of exponent `gamma`, relative to training time; appendix C.1."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def gamma_of(std: float) -> float:
+    """The exponent of the profile of relative standard deviation `std`: the inverse of `std_of`."""
+    check_std("std", std)
+    inverse = std**-2
+    # (gamma + 2)^2 (gamma + 3) = inverse (gamma + 1) has one root of gamma > -1 that falls with std: the largest.
+    return max(float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()), 0.0)
+
+
+def decay_complement(gamma: float, step: int) -> float:
+    """
+    1 - beta at `step` (the first is 1), where beta = (1 - 1 / step)^(gamma + 1) is the weight of the former average.
+    It is 1 at the first step: the initial weights have no influence.
+    """
+    return 1.0 if step == 1 else -math.expm1((gamma + 1) * math.log1p(-1 / step))
+
+
+# 2. Tracking
+
+
+class PowerEMA:
+    """
+    Power-function averages of trained weights, updated after each optimizer step.
+
+    Args:
+        networks (mapping of `torch.nn.Module`): By the subfolder of the result that holds them (`""` for its root).
+            Weights that require gradients are averaged.
+        stds (sequence of `float`): The relative standard deviation of each average.
+
+    Attributes:
+        averages (list of lists of `torch.Tensor`): For each of `stds`, the float32 averages in the order of the
+            parameters that require gradients.
+    """
+
+    def __init__(self, networks: Mapping[str, torch.nn.Module], stds: Sequence[float]):
+        self.networks, self.stds = list(networks), list(stds)
+        self.gammas = [gamma_of(std) for std in self.stds]
+        parameters = trained_parameters(networks)
+        self.names = list(parameters)
+        self.averages = [[tensor.detach().float().clone() for tensor in parameters.values()] for _ in self.stds]
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.nn.Parameter], step: int) -> None:
+        """Adds the weights after `step` (the first is 1). Nothing waits for the device."""
+        weights = [parameter.float() for parameter in parameters]
+        for gamma, averages in zip(self.gammas, self.averages, strict=True):
+            torch._foreach_lerp_(averages, weights, decay_complement(gamma, step))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the averages into a checkpoint, in float32."""
+        tensors = {
+            f"{std!r}/{name}": average.contiguous()
+            for std, averages in zip(self.stds, self.averages, strict=True)
+            for name, average in zip(self.names, averages, strict=True)
+        }
+        save_file(tensors, Path(folder, STATE_NAME), {"stds": json.dumps(self.stds)})
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Loads the averages of a checkpoint. Raises a `ValueError` if it holds none, or others."""
+        path = Path(folder, STATE_NAME)
+        if not path.is_file():
+            raise ValueError(
+                f"The checkpoint {folder} holds no power-function averages: its run had no `power_ema_stds`. They are "
+                "averages since the first step. Resume it without `power_ema_stds`, or start a new run."
+            )
+        with safe_open(path, "pt") as file:
+            stds = json.loads(file.metadata()["stds"])
+            if stds != self.stds:
+                raise ValueError(f"`power_ema_stds` is {self.stds}, and was {stds} for {folder}. Pass the latter.")
+            expected = {f"{std!r}/{name}" for std in stds for name in self.names}
+            if differing := sorted(expected ^ set(file.keys())):
+                raise ValueError(
+                    f"The averages of {folder} are those of other networks; they differ in {differing[0]!r}, for "
+                    "example. Resume it with the networks that it was written with, or start a new run."
+                )
+            for std, averages in zip(stds, self.averages, strict=True):
+                for name, average in zip(self.names, averages, strict=True):
+                    average.copy_(file.get_tensor(f"{std!r}/{name}"))
+
+    def save_snapshots(self, output_dir: str | os.PathLike, step: int) -> None:
+        """
+        Writes a float16 snapshot of each average into `output_dir/power_ema`, atomically. Raises a `RuntimeError` for
+        values that float16 cannot hold.
+        """
+        snapshots = [[average.half() for average in averages] for averages in self.averages]
+        finite = [torch.isfinite(tensor).all() for tensors in snapshots for tensor in tensors]
+        if finite and not torch.stack(finite).all():  # waits for the device once
+            raise RuntimeError(
+                f"The power-function averages are not finite in float16 at step {step}, so no snapshot of them is "
+                "saved. The run has diverged: resume an earlier checkpoint with a lower `--learning_rate`."
+            )
+        folder = Path(output_dir, SNAPSHOT_FOLDER)
+        folder.mkdir(parents=True, exist_ok=True)
+        for std, tensors in zip(self.stds, snapshots, strict=True):
+            path = folder / f"step-{step:08d}-std-{std!r}.safetensors"
+            writing = path.with_name(f"{WRITING_PREFIX}{path.name}")
+            metadata = {"step": str(step), "sigma_rel": repr(std), "networks": json.dumps(self.networks)}
+            named = zip(self.names, tensors, strict=True)
+            save_file({name: tensor.contiguous() for name, tensor in named}, writing, metadata)
+            _finish(writing, path)
+
+
+def trained_parameters(networks: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """
+    The weights that require gradients, each once, by the names of snapshots: `unet/conv_in.weight`; without a slash for
+    a network in the root. Their order is that of the parameters of the networks, one after the other.
+    """
+    found: dict[int, tuple[str, torch.nn.Parameter]] = {}
+    for subfolder, network in networks.items():
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:  # one of two networks is listed under its first name
+                found.setdefault(id(parameter), (f"{subfolder}/{name}" if subfolder else name, parameter))
+    return dict(found.values())
+
+
+# 3. Snapshots
+
+
+@dataclass(frozen=True, order=True)
+class Snapshot:
+    """A float16 snapshot of one average."""
+
+    step: int
+    std: float
+    path: Path
+
+
+def find_snapshots(output_dir: str | os.PathLike) -> list[Snapshot]:
+    """The snapshots in the folder of a run, by step."""
+    folder = Path(output_dir, SNAPSHOT_FOLDER)
+    matches = [(SNAPSHOT_NAME.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ())]
+    return sorted(Snapshot(int(match[1]), float(match[2]), path) for match, path in matches if match is not None)
+
+
+def delete_snapshots(output_dir: str | os.PathLike, after_step: int = -1) -> None:
+    """Deletes the snapshots of later steps than `after_step`, and half-written ones."""
+    for path in Path(output_dir, SNAPSHOT_FOLDER).glob(f"{WRITING_PREFIX}*"):
+        path.unlink()
+    later = [snapshot for snapshot in find_snapshots(output_dir) if snapshot.step > after_step]
+    for snapshot in later:
+        snapshot.path.unlink()
+    if later:
+        logger.warning(
+            "Deleted %d snapshots of steps %d to %d in %s: the run starts before them.",
+            len(later),
+            later[0].step,
+            later[-1].step,
+            later[0].path.parent,
+        )
+
+
+def continue_snapshots(output_dir: str | os.PathLike, checkpoint: str | os.PathLike | None, step: int) -> None:
+    """
+    Prepares the snapshots in `output_dir` for a run that continues after `step`: later ones are deleted. A run that
+    branches off from the checkpoint of another folder starts with copies of the snapshots there. Call it on one
+    process.
+    """
+    source = Path(output_dir) if checkpoint is None else Path(checkpoint).parent
+    if source.resolve() == Path(output_dir).resolve():
+        delete_snapshots(output_dir, step)
+        return
+    delete_snapshots(output_dir)
+    earlier = [snapshot for snapshot in find_snapshots(source) if snapshot.step <= step]
+    if not earlier:
+        logger.warning(
+            "There are no snapshots of power-function averages in %s: those of steps up to %d are missing for the "
+            "reconstruction of other averages.",
+            source,
+            step,
+        )
+    folder = Path(output_dir, SNAPSHOT_FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    for snapshot in earlier:
+        writing = folder / f"{WRITING_PREFIX}{snapshot.path.name}"
+        shutil.copyfile(snapshot.path, writing)
+        _finish(writing, folder / snapshot.path.name)
+
+
+def _finish(writing: Path, path: Path) -> None:
+    """Gives a completely written file its name."""
+    with open(writing, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(writing, path)
+    flush_directory(path.parent)
