@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         may_widen=inpaints,
         # Reason in error messages: "The pretrained U-Net takes no masks, and `lora_rank` leaves ..."
         keeps="`lora_rank` leaves the pretrained weights as they are" if trains_adapter else None,
+        only_pixels="`task` inpaint is trained in pixels" if inpaints else None,
     )
     frozen_parts = diffusion.frozen_parts(trains_unet=not trains_adapter)
     record.check_network(diffusion.unet.config, diffusion.resolution, frozen_parts)
@@ -115,19 +116,18 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Training
     for batch in run.batches():
         with run.accumulate():
-            batch["images"] = batch["images"].contiguous(memory_format=model_args.memory_format)
-            pixels = batch["images"]  # (B, C, H, W) in [-1, 1]
+            samples = diffusion.samples(batch)  # (B, C, H, W): pixels in [-1, 1], or latents
             inputs = merge(condition.for_training(batch) for condition in conditions)
-            timesteps, weights = diffusion.timestep_sampler.sample(len(pixels), device=pixels.device)
+            timesteps, weights = diffusion.timestep_sampler.sample(len(samples), device=samples.device)
             # As in GLIDE, the loss includes the kept part of an inpainted image; the network soon learns to copy it.
             terms = training_losses(
                 run.networks["unet"],
                 diffusion.noise_scheduler,
-                pixels,
+                samples,
                 timesteps,
                 objective=diffusion_args.objective,
                 snr_gamma=diffusion_args.snr_gamma,
-                num_levels=diffusion.image_format.num_levels,
+                num_levels=diffusion.num_levels,
                 extra_channels=inputs.extra_channels,
                 model_kwargs=inputs.kwargs,
             )

@@ -33,7 +33,6 @@ from diffusers_adm.training import (
     build_controlnet,
     check_base_stays,
     check_text_stays,
-    choose_examples,
     condition_request,
     control_grid,
     load_diffusion,
@@ -101,13 +100,16 @@ def main(argv: list[str] | None = None) -> None:
             diffusion.noise_scheduler,
             diffusion.image_format,
             diffusion.condition_format,
+            diffusion.factor,
         )
     # `FrozenNetworks` compares U-Net and text encoder.
-    record.check_network(controlnet.config, diffusion.resolution, {"tokenizer": diffusion.tokenizer})
+    others = {"tokenizer": diffusion.tokenizer, "autoencoder": diffusion.autoencoder_hash}
+    record.check_network(controlnet.config, diffusion.resolution, others)
     train_dataset, validation_dataset = diffusion.datasets()
-    examples = choose_examples(validation_dataset, training_args.num_validation_images, diffusion.null_class_id)
+    examples = diffusion.examples(validation_dataset, training_args.num_validation_images)
     text_encoder = {} if diffusion.text_encoder is None else {"text encoder": diffusion.text_encoder}
-    frozen = FrozenNetworks({"U-Net": diffusion.unet, **text_encoder})
+    autoencoder = {} if diffusion.latent_space is None else {"autoencoder": diffusion.latent_space.vae}
+    frozen = FrozenNetworks({"U-Net": diffusion.unet, **text_encoder, **autoencoder})
     unet = diffusion.unet.to(accelerator.device)
     for network in (unet, controlnet):
         model_args.apply_to(network)
@@ -138,18 +140,17 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Training
     for batch in run.batches():
         with run.accumulate():
-            batch["images"] = batch["images"].contiguous(memory_format=model_args.memory_format)
-            pixels = batch["images"]  # (B, C, H, W) in [-1, 1]
+            samples = diffusion.samples(batch)  # (B, C, H, W): pixels in [-1, 1], or latents
             inputs = merge(condition.for_training(batch) for condition in conditions)
-            timesteps, weights = diffusion.timestep_sampler.sample(len(pixels), device=pixels.device)
+            timesteps, weights = diffusion.timestep_sampler.sample(len(samples), device=samples.device)
             terms = training_losses(
                 model,
                 diffusion.noise_scheduler,
-                pixels,
+                samples,
                 timesteps,
                 objective=diffusion_args.objective,
                 snr_gamma=diffusion_args.snr_gamma,
-                num_levels=diffusion.image_format.num_levels,
+                num_levels=diffusion.num_levels,
                 model_kwargs=inputs.kwargs,
             )
             diffusion.record_losses(terms, timesteps, weights)

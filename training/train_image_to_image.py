@@ -53,7 +53,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Networks and data
     with source_column_in_errors():
-        diffusion = load_diffusion(accelerator, record, common_args, may_widen=True, translation=pair_args)
+        diffusion = load_diffusion(
+            accelerator,
+            record,
+            common_args,
+            may_widen=True,
+            translation=pair_args,
+            only_pixels="train_image_to_image.py trains in pixels",
+        )
     record.check_network(diffusion.unet.config, diffusion.resolution, diffusion.frozen_parts())
     train_dataset, validation_dataset = diffusion.datasets(dataset_class=pair_args.dataset_class())
     with accelerator.main_process_first():

@@ -54,7 +54,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Networks and data
     diffusion = load_diffusion(
-        accelerator, record, common_args, extra_channels=low_res_channels, upsampler_args=sr_args
+        accelerator,
+        record,
+        common_args,
+        extra_channels=low_res_channels,
+        upsampler_args=sr_args,
+        only_pixels="train_super_resolution.py trains in pixels",
     )
     record.check_network(diffusion.unet.config, diffusion.resolution, diffusion.frozen_parts())
     train_dataset, validation_dataset = diffusion.datasets()

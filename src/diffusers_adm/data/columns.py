@@ -113,13 +113,11 @@ def load_image_dataset(
     tensor_names = {column: name for name, column in (tensor_columns or {}).items()}
     images = dataset.select_columns([*names, *tensor_names]).rename_columns(names | tensor_names)
     for column, name in names.items():
-        images = _cast_to_images(images, name, f"`{name}_column` {column!r} of {source}")
+        images = cast_to_images(images, name, f"`{name}_column` {column!r} of {source}")
     images = images.add_column("row", np.arange(len(images)))
     id2label = None
     if label_column is not None:
-        class_names = getattr(dataset.features[label_column], "names", None)
-        labels, id2label = number_labels(_values(dataset, label_column), class_names, label_column)
-        images = images.add_column("label", np.array(labels, dtype=np.int64))
+        images, id2label = add_labels(images, dataset, label_column)
     if caption_column is not None:
         captions = read_captions(dataset, source, caption_column)
         is_text = isinstance(captions[0], str)
@@ -127,12 +125,26 @@ def load_image_dataset(
         feature = None if is_text else datasets.List(datasets.Value("string"))
         images = images.add_column("caption", captions, feature=feature)
 
+    return choose_samples(images, max_train_samples, seed), id2label
+
+
+def add_labels(
+    images: datasets.Dataset, dataset: datasets.Dataset, label_column: str
+) -> tuple[datasets.Dataset, dict[int, str]]:
+    """Adds the column `label` of the numbers of the labels of `dataset`, and returns their names, too."""
+    class_names = getattr(dataset.features[label_column], "names", None)
+    labels, id2label = number_labels(_values(dataset, label_column), class_names, label_column)
+    return images.add_column("label", np.array(labels, dtype=np.int64)), id2label
+
+
+def choose_samples(images: datasets.Dataset, max_train_samples: int | None, seed: int) -> datasets.Dataset:
+    """A random subset of `max_train_samples` examples, in order; `None`: all of them."""
     if max_train_samples is not None and max_train_samples < len(images):
         chosen = random.Random(derive_seed(seed, "max_train_samples")).sample(range(len(images)), max_train_samples)
-        images = images.select(sorted(chosen))
-    elif max_train_samples is not None and max_train_samples > len(images):
+        return images.select(sorted(chosen))
+    if max_train_samples is not None and max_train_samples > len(images):
         logger.info(f"`max_train_samples` is {max_train_samples}, but there are {len(images)} images: all are taken.")
-    return images, id2label
+    return images
 
 
 def check_column(dataset: datasets.Dataset, source: str, argument: str, column: str) -> None:
@@ -189,7 +201,7 @@ def _values(dataset: datasets.Dataset, column: str) -> list:
     return dataset.select_columns(column).with_format("arrow")[:].column(column).to_pylist()
 
 
-def _cast_to_images(dataset: datasets.Dataset, column: str, description: str) -> datasets.Dataset:
+def cast_to_images(dataset: datasets.Dataset, column: str, description: str) -> datasets.Dataset:
     import datasets
     import pyarrow
 

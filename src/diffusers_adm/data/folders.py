@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # The column of captions in a .txt file next to each image, the layout of training scripts for other models.
 CAPTION_FILES_COLUMN = "text"
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+LATENTS_NAME = "latents.json"  # in folders of latents, see latents.py
 SPLIT_FOLDERS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -110,6 +111,11 @@ def split_folder(folder: str, split: str) -> Path:
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"`train_data_dir` is {folder!r}, which is not a folder. Check the path.")
+    if (root / LATENTS_NAME).is_file():
+        raise ValueError(
+            f"`train_data_dir` {folder!r} holds latents ({LATENTS_NAME}), and images are needed here. Name the folder "
+            "of the images."
+        )
     names = [path.name for path in _subfolders(root)]
     if split in names and all(name in SPLIT_FOLDERS for name in names):
         logger.warning(f"Reading the images in {root / split}; its other folders are named like splits.")

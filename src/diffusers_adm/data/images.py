@@ -14,6 +14,7 @@ from ..conditioning.image_format import ImageFormat, Size, as_size
 from ..deprecations import renamed
 from .decoding import WHITE, UnusableImageError, decode_condition, decode_image, decoded_size
 from .resizing import draw_window
+from .seeding import derive_seed
 
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class ImageDataset(torch.utils.data.Dataset):
             make from each image, for a ControlNet. None reads the column `conditioning_image`, if there is one.
         image_format (`ImageFormat`, *optional*): The format of the images, from `find_image_format`. None: 8-bit RGB.
         condition_format (`ImageFormat`, *optional*): The same for the column `conditioning_image`.
+        latent_shape (`tuple[int, int, int]`, *optional*): Channels, height and width of the latents that the images are
+            encoded to. Examples then have noise of this shape.
 
     Attributes:
         size (`tuple[int, int]`): Height and width.
@@ -81,6 +84,7 @@ class ImageDataset(torch.utils.data.Dataset):
         condition: ControlImageKind | None = None,
         image_format: ImageFormat | None = None,
         condition_format: ImageFormat | None = None,
+        latent_shape: tuple[int, int, int] | None = None,
     ):
         # None is decoded in its own way: any image becomes 8-bit RGB.
         self._decoded_as = image_format, condition_format
@@ -103,6 +107,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.background = background
         self.captions = captions
         self.condition = condition
+        self.latent_shape = latent_shape
         self.has_labels = "label" in dataset.column_names
         self.tensor_columns = [name for name in dataset.column_names if name not in PLAIN_COLUMNS]
         # In shared memory, since workers that live on over epochs hold a copy of this object.
@@ -125,9 +130,9 @@ class ImageDataset(torch.utils.data.Dataset):
         Returns:
             `dict`: `images`, float32 of shape `(channels, height, width)` in [-1, 1], where `image_format.to_values`
             gives back the values of the data; with conditioning images, `conditions`, `(condition channels, height,
-            width)` in [0, 1], the fractions of their value range, cropped and flipped like the image; with labels,
-            `class_labels`, an int64 scalar, -1 for unlabelled; tensor columns under their names, in float32; the
-            tensors of `captions`.
+            width)` in [0, 1], the fractions of their value range, cropped and flipped like the image; with a
+            `latent_shape`, `latent_noise`, standard normal noise of it, new in each epoch; with labels, `class_labels`,
+            an int64 scalar, -1 for unlabelled; tensor columns under their names, in float32; the tensors of `captions`.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"Index {index} is out of range for {len(self)} examples.")
@@ -142,6 +147,9 @@ class ImageDataset(torch.utils.data.Dataset):
                     name = example_name(example, candidate)
                     logger.warning("%s became %s (%s); another image takes its place.", name, error.reason, error)
                 continue
+            if self.latent_shape is not None:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "latent", self.epoch, candidate))
+                result["latent_noise"] = torch.randn(self.latent_shape, generator=generator)
             if self.has_labels:
                 result["class_labels"] = torch.tensor(example["label"], dtype=torch.int64)
             result |= {name: torch.tensor(example[name], dtype=torch.float32) for name in self.tensor_columns}

@@ -379,6 +379,12 @@ class UNetArguments(ModelArguments):
     class_dropout_prob: float = arg(
         0.1, "Share of the labels replaced by the null class, for classifier-free guidance.", resume=APPLIED
     )
+    vae: str | None = arg(
+        None,
+        "Autoencoder in whose latents the U-Net is trained, on the Hub or in a folder: in its root, or in that of a "
+        "pipeline. None: the pretrained pipeline's, or pixels if it has none.",
+        resume=SOURCE,
+    )
 
     def __post_init__(self):
         check_share(self, "class_dropout_prob")

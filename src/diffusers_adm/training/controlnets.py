@@ -137,11 +137,12 @@ def build_controlnet(
     noise_scheduler: LearnedVarianceDDPMScheduler,
     image_format: ImageFormat,
     condition_format: ImageFormat,
+    factor: int = 1,
 ) -> AdaGNControlNetModel:
     """
     Makes a new ControlNet, or loads the one to fine-tune, and records in its config the noise schedule and the formats
-    of the images of the base model and of the conditioning images. Raises a `ValueError` for one of another U-Net,
-    noise schedule, or format of either.
+    of the images of the base model and of the conditioning images, whose sides are `factor` times as long as those of
+    the samples. Raises a `ValueError` for one of another U-Net, noise schedule, or format or size of either.
     """
     name = control_args.controlnet_model_name_or_path
     if name is None:
@@ -149,13 +150,14 @@ def build_controlnet(
             unet,
             conditioning_channels=condition_format.channels,
             conditioning_embedding_out_channels=control_args.conditioning_embedding_out_channels,
+            conditioning_downsampling_factor=factor,
             width=control_args.controlnet_width,
         )
     else:
         load = AdaGNControlNetModel.from_pretrained
         with reading("controlnet_model_name_or_path", name):
             controlnet = from_subfolder_or_root(load, name, "controlnet", cache_dir=data_args.cache_dir)
-        _check_controlnet(name, controlnet, unet, noise_scheduler, image_format, condition_format)
+        _check_controlnet(name, controlnet, unet, noise_scheduler, image_format, condition_format, factor)
     record_noise_schedule(controlnet, "ControlNet", noise_scheduler)
     controlnet.register_to_config(image_format=image_format.to_config(), condition_format=condition_format.to_config())
     return controlnet
@@ -168,6 +170,7 @@ def _check_controlnet(
     noise_scheduler: LearnedVarianceDDPMScheduler,
     image_format: ImageFormat,
     condition_format: ImageFormat,
+    factor: int,
 ) -> None:
     controlnet.check_base(unet)
     config = controlnet.config
@@ -178,12 +181,12 @@ def _check_controlnet(
         controlnet,
         how_to_record="this run records that of the pretrained model",
     )
-    channels, factor = config.conditioning_channels, controlnet.conditioning_factor
-    if channels != condition_format.channels or factor != 1:
+    channels, expected = config.conditioning_channels, controlnet.conditioning_factor
+    if channels != condition_format.channels or expected != factor:
+        size = "the size of the samples" if factor == 1 else f"sides {factor} times as long as those of the samples"
         raise ValueError(
-            f"The ControlNet {name} takes conditioning images of {channels} channels, {factor} times as large as the "
-            f"samples; those of this run have {condition_format.channels}, and the size of the samples. Train a new "
-            "one."
+            f"The ControlNet {name} takes conditioning images of {channels} channels, {expected} times as large as the "
+            f"samples; those of this run have {condition_format.channels}, and {size}. Train a new one."
         )
     for what, recorded, now in (
         ("a base model of", config.image_format, image_format),

@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from ..conditioning.class_labels import ClassCondition
 from ..conditioning.condition import Condition
 from ..conditioning.control_images import ControlImageKind, condition_format_of
-from ..conditioning.image_format import ImageFormat, Size, describe_size
+from ..conditioning.image_format import ImageFormat, Size, as_sample_size, as_size, describe_size
+from ..conditioning.latents import LatentSpace, Posterior
 from ..conditioning.previews import check_preview_channels
 from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
 from ..data.captions import CaptionEmbeddings, CaptionTokens
@@ -24,6 +25,7 @@ from ..data.checks import check_batch_fits, check_images
 from ..data.columns import load_image_dataset
 from ..data.formats import FormatRequest, find_image_format
 from ..data.images import ImageDataset
+from ..data.latents import LatentDataset, StoredLatents, check_latents, load_latents
 from ..data.masks import InpaintingDataset
 from ..data.text_encoders import build_text_encoder, freeze_unused_parameters, load_text_encoder, load_tokenizer
 from ..deprecations import REMOVED_IN
@@ -37,6 +39,13 @@ from .arguments import (
     ModelArguments,
     TextArguments,
     UNetArguments,
+)
+from .latents import (
+    TrainedLatents,
+    check_latent_channels,
+    check_stored_resolution,
+    find_latents,
+    load_latent_space,
 )
 from .loading import (
     choose_resolution,
@@ -62,7 +71,7 @@ from .unets import (
     spare_channels,
     widen_input,
 )
-from .validation import Row, choose_rows
+from .validation import Example, Row, choose_examples, choose_rows
 
 
 if TYPE_CHECKING:
@@ -102,6 +111,9 @@ class Diffusion:
     image_format: ImageFormat
     condition: ControlImageKind | None = None  # made from the images, for ControlNets
     condition_format: ImageFormat | None = None  # of conditioning images, if there are any
+    latent_space: LatentSpace | None = None  # of the samples; None: they are pixels
+    autoencoder_hash: str | None = None
+    stored_latents: StoredLatents | None = None  # read instead of images
 
     @property
     def null_class_id(self) -> int | None:
@@ -113,13 +125,58 @@ class Diffusion:
         """The noise schedule as results record it."""
         return noise_schedule_of(self.noise_scheduler)
 
+    @property
+    def num_levels(self) -> int | None:
+        """Number of levels of the samples, for the loss; `None`: they are continuous, as latents are."""
+        return self.image_format.num_levels if self.latent_space is None else None
+
+    @property
+    def factor(self) -> int:
+        """Number of image pixels per sample pixel, along each side."""
+        return 1 if self.latent_space is None else self.latent_space.factor
+
+    def samples(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        The samples of a batch, which the U-Net is trained on: its images, in [-1, 1], or samples of their latents,
+        encoded now or before. The images of the batch get the memory format of the run.
+        """
+        memory_format = self.args.model.memory_format
+        if "images" in batch:
+            batch["images"] = batch["images"].contiguous(memory_format=memory_format)
+        if self.latent_space is None:
+            return batch["images"]
+        # The forward passes of prepared networks run under autocast, this one does not: stored latents do not depend
+        # on the mixed precision of a run.
+        with torch.no_grad():
+            if self.stored_latents is not None:
+                posterior = Posterior(batch["latent_mean"], batch["latent_std"])
+            else:
+                posterior = self.latent_space.posterior(batch["images"])
+            samples = self.latent_space.to_samples(posterior, batch["latent_noise"])
+        return samples.contiguous(memory_format=memory_format)
+
+    def examples(self, dataset: ImageDataset, number: int) -> list[Example]:
+        """Examples for validation images; see `validation.choose_examples`. Stored latents are decoded to `images`."""
+        examples = choose_examples(dataset, number, self.null_class_id)
+        if self.latent_space is not None and self.stored_latents is not None:
+            for tensors, _ in examples:
+                mean = tensors["latent_mean"][None].to(self.latent_space.vae.device)
+                with torch.no_grad():
+                    samples = self.latent_space.to_samples(Posterior(mean, torch.zeros_like(mean)))
+                    tensors["images"] = self.latent_space.decode(samples)[0].float().clamp(-1, 1).cpu()
+        return examples
+
     def frozen_parts(self, trains_unet: bool = True) -> dict[str, Any]:
-        """The networks and the tokenizer that are not trained, by name; None for what there is not."""
+        """
+        The networks and the tokenizer that are not trained, by name; the autoencoder's hash; None for what there is
+        not.
+        """
         is_trained = self.args.text.train_text_encoder
         return {
             "U-Net": None if trains_unet else self.unet,
             "text encoder": None if is_trained else self.text_encoder,
             "tokenizer": self.tokenizer,
+            "autoencoder": self.autoencoder_hash,
         }
 
     def trained_networks(self) -> dict[str, torch.nn.Module]:
@@ -135,6 +192,11 @@ class Diffusion:
         masks for inpainting, or of another class.
         """
         data_args, seed = self.args.data, self.args.training.seed
+        latents: dict[str, Any] = {}
+        if self.latent_space is not None:
+            latents["latent_shape"] = (self.latent_space.channels, *self.latent_space.latent_size(self.resolution))
+        if self.stored_latents is not None:
+            dataset_class, latents = LatentDataset, {"stored": self.stored_latents}
         build = functools.partial(
             InpaintingDataset if masks else dataset_class,
             self.images,
@@ -143,6 +205,7 @@ class Diffusion:
             condition=self.condition,
             image_format=self.image_format,
             condition_format=self.condition_format,
+            **latents,
         )
         return (
             build(center_crop=data_args.center_crop, random_flip=data_args.random_flip, captions=self.captions),
@@ -181,7 +244,7 @@ class Diffusion:
         return pipeline_class(
             unet=self.unet,
             scheduler=self.noise_scheduler,
-            vae=None,
+            vae=None if self.latent_space is None else self.latent_space.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             classifier=None,
@@ -198,7 +261,13 @@ class Diffusion:
             + (f" with {len(self.captions.texts) - 1} captions" if self.captions is not None else "")
             + f"{further} at {describe_size(self.resolution)}"
             + ("" if self.image_format == ImageFormat() else f", {self.image_format}")
+            + ("" if self.latent_space is None else f", in latents {self._describe_latents()}")
         )
+
+    def _describe_latents(self) -> str:
+        space = self.latent_space
+        where = "encoded in the loop" if self.stored_latents is None else "read from disk"
+        return f"of {space.channels} channels at {describe_size(space.latent_size(self.resolution))}, {where}"
 
 
 def load_text(
@@ -297,16 +366,22 @@ def find_training_format(
     model_args: ModelArguments,
     data_args: DataArguments,
     keeps: str | None = None,
+    latents: TrainedLatents | None = None,
 ) -> ImageFormat:
     """
     The format of the training images, logged; see `loading.training_image_format`. Raises a `ValueError` also for
-    another one than that of a pretrained model that stays as it is.
+    another one than that of a pretrained model, or an autoencoder, that stays as it is.
 
     Args:
         channels (`int`, *optional*): Of the network's images; `None`: those of the data.
         keeps (`str`, *optional*): Why the pretrained weights stay as they are.
+        latents (`TrainedLatents`, *optional*): The autoencoder that encodes the images.
     """
-    known = None if channels is None else pretrained_image_format(model_args, data_args, channels)
+    if latents is not None:
+        known, channels = latents.image_format, latents.space.image_channels[0]
+        keeps = "the autoencoder stays as it is"
+    else:
+        known = None if channels is None else pretrained_image_format(model_args, data_args, channels)
     image_format = training_image_format(images, channels, known, data_args)
     if keeps is not None and known is not None and image_format != known:
         raise ValueError(
@@ -337,6 +412,18 @@ def find_condition_format(
     return ImageFormat() if request.channels is None and found == ImageFormat("L", 1) else found
 
 
+def stored_condition_format(stored: StoredLatents, request: FormatRequest) -> ImageFormat:
+    """The format of conditioning images next to stored latents. Raises a `ValueError` if another one is asked for."""
+    found = stored.condition_format or ImageFormat()
+    asked = (request.channels or found.channels, request.value_range or found.value_range, request.known or found)
+    if asked != (found.channels, found.value_range, found):
+        raise ValueError(
+            f"The conditioning images next to the latents are {found}, but the ControlNet or `condition_value_range` "
+            f"asks for {request.known or 'others'}. Encode the images again."
+        )
+    return found
+
+
 def load_diffusion(
     accelerator: Accelerator,
     record: RunRecord,
@@ -351,6 +438,7 @@ def load_diffusion(
     conditioning_image_column: str | None = None,
     tensor_columns: Mapping[str, str] | None = None,
     translation: Any = None,
+    only_pixels: str | None = None,
 ) -> Diffusion:
     """
     Loads noise schedule, networks and data of a run, checks that they are compatible with each other and with the
@@ -372,6 +460,7 @@ def load_diffusion(
             `load_image_dataset`.
         translation (`ImageToImageArguments`, *optional*): Of image to image translation: they pair images, and tell the
             format of the source images and the channels that are concatenated.
+        only_pixels (`str`, *optional*): Why autoencoders are refused, for errors.
     """
     model_args, data_args, diffusion_args, training_args, text_args = args
     seed, has_text = training_args.seed, text_args.caption_column is not None
@@ -379,6 +468,9 @@ def load_diffusion(
         extra_channels = functools.partial(constant_channels, extra_channels)
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
     record.check_noise(noise_scheduler)
+    latents = load_latent_space(model_args, data_args, keeps, only_pixels)
+    latent_space = None if latents is None else latents.space
+    stored = find_latents(data_args, latents, condition, conditioning_image_column)
     spare, guides_image = None, False
     if translation is not None:
         spare = spare_channels(model_args, data_args, noise_scheduler)
@@ -390,26 +482,44 @@ def load_diffusion(
         raise ValueError(
             f"The pretrained U-Net takes no masks, and {keeps}. Train all weights, or adapt a model that inpaints."
         )
+    if latent_space is not None:
+        check_latent_channels(latent_space, channels)
     check_sampling_steps(training_args, noise_scheduler, data_args.label_column is not None, has_text or guides_image)
     text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, seed)
     with accelerator.main_process_first():
-        images, id2label = load_image_dataset(
-            **data_args.source(),
-            caption_column=text_args.caption_column,
-            conditioning_image_column=conditioning_image_column,
-            tensor_columns=tensor_columns,
-            seed=seed,
-        )
+        if stored is not None:
+            images, id2label = load_latents(
+                data_args.train_data_dir,
+                stored,
+                data_args.label_column,
+                text_args.caption_column,
+                conditioning_image_column,
+                data_args.cache_dir,
+                data_args.max_train_samples,
+                seed,
+            )
+        else:
+            images, id2label = load_image_dataset(
+                **data_args.source(),
+                caption_column=text_args.caption_column,
+                conditioning_image_column=conditioning_image_column,
+                tensor_columns=tensor_columns,
+                seed=seed,
+            )
         if translation is not None:
             images = translation.pair(images, data_args.source())
         record.check_classes(id2label)
         num_classes = len(id2label) if id2label is not None else None
-        image_format = find_training_format(images, channels, model_args, data_args, keeps)
+        if stored is not None:
+            image_format = stored.image_format
+        else:
+            image_format = find_training_format(images, channels, model_args, data_args, keeps, latents)
         record.check_format(image_format)
-        if image_format.num_levels is None and diffusion_args.objective != "simple":
+        if diffusion_args.objective != "simple" and (latent_space is not None or image_format.num_levels is None):
+            what, scaled = ("data", "of values scaled to [-1, 1]") if latent_space is None else ("latents", "scaled")
             logger.info(
-                f"The data are continuous, so the bound in the loss (`objective` {diffusion_args.objective}) is that "
-                "of their density, of values scaled to [-1, 1]; it may be negative"
+                f"The {what} are continuous, so the bound in the loss (`objective` {diffusion_args.objective}) is that "
+                f"of their density, {scaled}; it may be negative"
             )
         check_preview_channels(training_args.preview_channels, image_format)
         condition_format = None
@@ -420,6 +530,9 @@ def load_diffusion(
             )
             record.check_format(condition_format, "source_format")
             extra_channels = functools.partial(constant_channels, condition_format.channels)
+        elif stored is not None and conditioning_image_column is not None:
+            condition_format = stored_condition_format(stored, condition_request or FormatRequest())
+            record.check_format(condition_format, "condition_format")
         elif condition is not None or conditioning_image_column is not None:
             condition_format = find_condition_format(
                 images,
@@ -429,39 +542,51 @@ def load_diffusion(
                 data_args.image_check_num_proc,
             )
             record.check_format(condition_format, "condition_format")
-        unet_config = set_channels(unet_config, image_format.channels, noise_scheduler, extra_channels)
+        sample_channels = image_format.channels if latent_space is None else latent_space.channels
+        unet_config = set_channels(unet_config, sample_channels, noise_scheduler, extra_channels)
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(seed)
         unet = build_unet(model_args, data_args, unet_config, num_classes)
         images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, keeps)
         record.check_rows(id2label)
-        in_channels = image_format.channels + extra_channels(image_format.channels)
+        in_channels = sample_channels + extra_channels(sample_channels)
         if unet.config.in_channels < in_channels:
             widen_input(unet, in_channels)
         check_guidance(training_args, unet.config, num_classes, has_text or guides_image)
-        resolution = choose_resolution(data_args.size, unet.config, "U-Net")
+        factor = 1 if latent_space is None else latent_space.factor
+        resolution = choose_resolution(data_args.size, unet.config, "U-Net", factor)
+        if stored is not None:
+            check_stored_resolution(stored, resolution, data_args.train_data_dir)
         min_image_size: Size | None = data_args.min_image_size
         if upsampler_args is not None:
             upsampler_args.check(resolution, noise_scheduler, unet_config.get("time_cond_proj_dim"))
             min_image_size = resolution if min_image_size is None else min_image_size
-        unet.register_to_config(sample_size=resolution)
-        images, _ = check_images(
-            images,
-            resolution,
-            min_image_size=min_image_size,
-            allow_unlabelled=num_classes is None or unet.config.null_class_id is not None,
-            num_proc=data_args.image_check_num_proc,
-            output_dir=training_args.output_dir if accelerator.is_main_process else None,
-            id2label=id2label,
-            image_format=image_format,
-            condition_format=condition_format,
-            condition_range_argument="--condition_value_range" if translation is None else "--source_value_range",
-        )
+        unet.register_to_config(sample_size=as_sample_size([side // factor for side in as_size(resolution)]))
+        allow_unlabelled = num_classes is None or unet.config.null_class_id is not None
+        if stored is not None:
+            images = check_latents(
+                images, stored, data_args.train_data_dir, allow_unlabelled, data_args.image_check_num_proc
+            )
+        else:
+            images, _ = check_images(
+                images,
+                resolution,
+                min_image_size=min_image_size,
+                allow_unlabelled=allow_unlabelled,
+                num_proc=data_args.image_check_num_proc,
+                output_dir=training_args.output_dir if accelerator.is_main_process else None,
+                id2label=id2label,
+                image_format=image_format,
+                condition_format=condition_format,
+                condition_range_argument="--condition_value_range" if translation is None else "--source_value_range",
+            )
         captions = None
         if has_text:
             captions = prepare_captions(
                 images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
             )
+    if latent_space is not None:
+        latent_space.vae.to(accelerator.device)
     check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
     record.check_data(len(images))
     num_timesteps = noise_scheduler.config.num_train_timesteps
@@ -481,4 +606,7 @@ def load_diffusion(
         image_format=image_format,
         condition=condition,
         condition_format=condition_format,
+        latent_space=latent_space,
+        autoencoder_hash=None if latents is None else latents.autoencoder_hash,
+        stored_latents=stored,
     )

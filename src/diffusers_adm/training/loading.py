@@ -106,24 +106,28 @@ def check_config_keys(config: Mapping[str, Any], model_class: type, source: str 
             raise ValueError(f"The config {source} holds {key!r}, which is no argument of `{name}`.{hint}")
 
 
-def choose_resolution(resolution: Size | None, config: Any, network: str) -> Size:
+def choose_resolution(resolution: Size | None, config: Any, network: str, factor: int = 1) -> Size:
     """
     Returns the training resolution in pixels: `resolution`, or else the `sample_size` of the network's config; the side
     of a square, or height and width. Raises a `ValueError` for one that the network cannot downsample. `network` is its
-    name in messages.
+    name in messages, and `factor` the downsampling of the autoencoder in front of it.
     """
-    resolution = resolution or config.sample_size
+    if resolution is None and config.sample_size is not None:
+        resolution = as_sample_size([side * factor for side in as_size(config.sample_size)])
     if resolution is None:
         raise ValueError(
             f"The {network}'s config has no `sample_size`, so the resolution is not known. Pass `--resolution`."
         )
     sides = as_size(resolution)
-    downsampling = 2 ** (len(config.block_out_channels) - 1)
+    downsampling = factor * 2 ** (len(config.block_out_channels) - 1)
     if any(side % downsampling for side in sides):
         raised = [math.ceil(side / downsampling) * downsampling for side in sides]
+        who = f"this {network} downsamples by {downsampling}"
+        if factor > 1:
+            who = f"the autoencoder downsamples by {factor} and this {network} by {downsampling // factor}"
         raise ValueError(
-            f"The resolution is {describe_resolution(resolution)}; this {network} downsamples by {downsampling}, so it "
-            f"must be divisible by {downsampling}. Pass e.g. `--resolution {size_argument(raised)}`."
+            f"The resolution is {describe_resolution(resolution)}; {who}, so it must be divisible by {downsampling}. "
+            f"Pass e.g. `--resolution {size_argument(raised)}`."
         )
     return as_sample_size(sides)
 

@@ -434,8 +434,8 @@ class RunRecord:
         self, config: Mapping[str, Any], resolution: Size, frozen: Mapping[str, Any] | None = None
     ) -> None:
         """
-        Compares the config of the network, the resolution in pixels, and the frozen networks and tokenizers, by their
-        names in messages; None is ignored.
+        Compares the config of the network, the resolution in pixels, and the frozen networks and tokenizers, or their
+        hashes, by their names in messages; None is ignored.
         """
         known, before, now = self._before("resolution", as_sample_size(resolution))
         if known and before != now:
@@ -448,14 +448,13 @@ class RunRecord:
             before, now = ({key: values[key] for key in now if key in before} for values in (before, now))
             changes = _changes("`{}` in the config of the network", before, now)
             self.refuse(changes, "Resume with the former config or pretrained model")
-        hashes = {
-            name: hash_tensors(part.state_dict()) if isinstance(part, torch.nn.Module) else hash_tokenizer(part)
-            for name, part in (frozen or {}).items()
-            if part is not None
-        }
+        hashes = {name: _hash(part) for name, part in (frozen or {}).items() if part is not None}
         known, before, now = self._before("frozen", hashes)
         if known:
-            self.refuse(_changes("the hash of the frozen {}", before, now), "Resume with the former pretrained model")
+            former = (
+                "pretrained model" if before.get("autoencoder") == now.get("autoencoder") else "autoencoder (`vae`)"
+            )
+            self.refuse(_changes("the hash of the frozen {}", before, now), f"Resume with the former {former}")
 
     # Loading and writing
 
@@ -513,6 +512,13 @@ def apply_arguments(
     if ema is not None:
         ema.decay = training_args.ema_max_decay
         ema.inv_gamma, ema.power = training_args.ema_inv_gamma, training_args.ema_power
+
+
+def _hash(part: Any) -> str:
+    """The hash of a network or a tokenizer; a hash stays."""
+    if isinstance(part, str):
+        return part
+    return hash_tensors(part.state_dict()) if isinstance(part, torch.nn.Module) else hash_tokenizer(part)
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
