@@ -87,7 +87,6 @@ def load_image_dataset(
         ValueError: If not exactly one source is given, it does not exist or is empty, the split or a column is missing,
             or a column has the wrong type.
     """
-    import datasets
 
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"`max_train_samples` is {max_train_samples}. Pass at least 1, or None for all examples.")
@@ -119,11 +118,7 @@ def load_image_dataset(
     if label_column is not None:
         images, id2label = add_labels(images, dataset, label_column)
     if caption_column is not None:
-        captions = read_captions(dataset, source, caption_column)
-        is_text = isinstance(captions[0], str)
-        # The type of lists is not left to a guess from the first ones, which may be empty.
-        feature = None if is_text else datasets.List(datasets.Value("string"))
-        images = images.add_column("caption", captions, feature=feature)
+        images = add_captions(images, dataset, source, caption_column)
 
     return choose_samples(images, max_train_samples, seed), id2label
 
@@ -154,6 +149,18 @@ def check_column(dataset: datasets.Dataset, source: str, argument: str, column: 
             f"`{argument}` is {column!r}, but {source} has the columns {', '.join(dataset.column_names)}. Pass one of "
             "them."
         )
+
+
+def add_captions(
+    images: datasets.Dataset, dataset: datasets.Dataset, source: str, caption_column: str
+) -> datasets.Dataset:
+    """Adds the column `caption` with the captions of `dataset`, as `read_captions` reads them."""
+    import datasets
+
+    captions = read_captions(dataset, source, caption_column)
+    # The type of lists is not left to a guess from the first ones, which may be empty.
+    feature = None if isinstance(captions[0], str) else datasets.List(datasets.Value("string"))
+    return images.add_column("caption", captions, feature=feature)
 
 
 def read_captions(dataset: datasets.Dataset, source: str, caption_column: str) -> list[str] | list[list[str]]:

@@ -26,7 +26,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..conditioning.image_format import ImageFormat, Size
 from ..conditioning.latents import LatentSpace
-from .columns import add_labels, cast_to_images, check_column, choose_samples, read_captions
+from .columns import add_captions, add_labels, cast_to_images, check_column, choose_samples
 from .decoding import decode_condition
 from .fingerprints import hash_config, hash_plain, hash_tensors
 from .folders import LATENTS_NAME
@@ -287,7 +287,7 @@ def load_latents(
     if label_column is not None:
         images, id2label = add_labels(images, dataset, label_column)
     if caption_column is not None:
-        images = images.add_column("caption", read_captions(dataset, folder, caption_column))
+        images = add_captions(images, dataset, folder, caption_column)
     return choose_samples(images, max_train_samples, seed), id2label
 
 

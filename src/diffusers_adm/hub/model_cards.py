@@ -57,7 +57,8 @@ KNOWN_DATA = {
 # Where a result goes is not part of the recipe.
 NO_RECIPE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "cache_dir"}
 NO_RECIPE |= {"force_resume", "push_to_hub", "hub_model_id", "hub_private_repo"}
-MEASURES = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall", "accuracy")  # of frechet.json
+# Of frechet.json.
+MEASURES = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall", "accuracy")
 SCRIPTS = {
     AdaGNClassifierModel: "train_classifier.py",
     AdaGNControlNetModel: "train_controlnet.py",
