@@ -24,6 +24,7 @@ MODULES = (
     "evaluation.bits_per_dim",
     "conversion.openai",
     "conversion.glide",
+    "training.post_hoc_ema",
     "training.tokenizer",
     "hub",
 )
@@ -126,6 +127,11 @@ def run_here(monkeypatch, name, *arguments):
             "conversion.glide",
             ["--checkpoint", "absent.pt", "--output_dir", "out"],
             "absent.pt is not a file",
+        ),
+        (
+            "training.post_hoc_ema",
+            ["--run_dir", "absent", "--std", "0.1", "--output_dir", "out"],
+            "`run_dir` is 'absent', which is not a folder",
         ),
         (
             "training.tokenizer",

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checkpoints import WRITING_PREFIX, flush_directory
@@ -35,6 +35,11 @@ MAX_STD = 1 / math.sqrt(12)
 SNAPSHOT_FOLDER = "power_ema"
 SNAPSHOT_NAME = re.compile(r"step-(\d+)-std-([0-9.e-]+)\.safetensors")
 STATE_NAME = "power_ema.safetensors"  # in a checkpoint
+# Largest relative distance of profiles with which a reconstruction is accepted: 10 snapshots each of 0.05 and 0.1 reach
+# 0.08 for 0.03, 0.008 for 0.075 and 0.05 for 0.2.
+MAX_PROFILE_ERROR = 0.1
+
+Profile = np.ndarray | float
 
 
 # 1. Profiles, in float64
@@ -44,7 +49,7 @@ def check_std(name: str, std: float) -> None:
     """Raises a `ValueError` unless `std` is the relative standard deviation of a power-function average."""
     if not 0 < std <= MAX_STD:
         raise ValueError(
-            f"`{name}` is {std}; it must be above 0 and at most {MAX_STD:.4f} (1 / sqrt(12)), the relative standard "
+            f"`{name}` is {std}; it must be above 0 and at most 0.28867 (1 / sqrt(12)), the relative standard "
             "deviation of the plain mean over all steps. Usual values are 0.05 to 0.15."
         )
 
@@ -68,6 +73,43 @@ def decay_complement(gamma: float, step: int) -> float:
     It is 1 at the first step: the initial weights have no influence.
     """
     return 1.0 if step == 1 else -math.expm1((gamma + 1) * math.log1p(-1 / step))
+
+
+def profile_products(steps: Profile, gammas: Profile, other_steps: Profile, other_gammas: Profile) -> np.ndarray:
+    """
+    Inner products of profiles, the integral of p q over training time, for arrays that broadcast. With m the earlier
+    and M the later step, it is (gamma + 1) (other + 1) / (gamma + other + 1) (m / M)^(gamma of the later) / M.
+    """
+    earlier, later = np.minimum(steps, other_steps), np.maximum(steps, other_steps)
+    gamma_of_later = np.where(steps > other_steps, gammas, other_gammas)
+    scale = (gammas + 1) * (other_gammas + 1) / (gammas + other_gammas + 1)
+    return scale * np.exp(gamma_of_later * np.log(earlier / later)) / later
+
+
+def solve_profile(steps: np.ndarray, gammas: np.ndarray, step: int, gamma: float) -> tuple[np.ndarray, float]:
+    """
+    The combination of profiles that is nearest to that of `gamma` at `step`: A x = b of appendix C.3, where A and b are
+    inner products of profiles. In addition to the paper, the coefficients sum to 1. Otherwise a constant weight would
+    change, which with few snapshots is the largest error: with 10 snapshots each of two averages of a random walk, it
+    makes the total two to eight times as large.
+
+    Returns:
+        `tuple`: The coefficients, float64; and the norm of the difference, relative to that of the profile.
+    """
+    steps = steps / step  # in units in which the products are of order 1
+    products = profile_products(steps[:, None], gammas[:, None], steps, gammas)
+    target = profile_products(steps, gammas, 1.0, gamma)
+    # The conditions for a minimum with a Lagrange multiplier, in units in which each profile has the norm 1.
+    units = 1 / np.sqrt(np.diag(products))
+    system = np.zeros((len(steps) + 1, len(steps) + 1))
+    system[:-1, :-1] = products * units[:, None] * units
+    system[-1, :-1] = system[:-1, -1] = units
+    # Least squares, because averages of nearly the same length make the system singular.
+    solution = np.linalg.lstsq(system, np.append(target * units, 1.0), rcond=None)[0]
+    coefficients = solution[:-1] * units
+    norm = float(profile_products(1.0, gamma, 1.0, gamma))
+    distance = coefficients @ products @ coefficients - 2 * coefficients @ target + norm
+    return coefficients, math.sqrt(max(float(distance), 0.0) / norm)
 
 
 # 2. Tracking
@@ -237,3 +279,114 @@ def _finish(writing: Path, path: Path) -> None:
         os.fsync(file.fileno())
     os.replace(writing, path)
     flush_directory(path.parent)
+
+
+# 4. Reconstruction
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """An average as a combination of snapshots."""
+
+    std: float
+    step: int
+    snapshots: list[Snapshot]
+    coefficients: list[float]  # one for each snapshot; they sum to 1
+    error: float  # norm of the difference of the profiles, relative to that of the profile of `std`
+
+
+def plan_reconstruction(
+    snapshots: Sequence[Snapshot], std: float, step: int | None = None, max_error: float = MAX_PROFILE_ERROR
+) -> Reconstruction:
+    """
+    Chooses the combination of `snapshots` that reconstructs the average of `std` after `step`; see `reconstruct`.
+    Reads no file.
+    """
+    check_std("std", std)
+    if not snapshots:
+        raise ValueError(
+            f"There are no snapshots of power-function averages. Train with `--power_ema_stds`; a run writes them into "
+            f"{SNAPSHOT_FOLDER}."
+        )
+    steps = sorted({snapshot.step for snapshot in snapshots})
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        if step > steps[-1]:
+            raise ValueError(f"`step` is {step}, but the last snapshot is of step {steps[-1]}. Choose an earlier one.")
+        nearest = sorted(sorted(steps, key=lambda other: abs(other - step))[:2])
+        raise ValueError(
+            f"`step` is {step}, but there is no snapshot of that step. Choose one that has a snapshot; the nearest are "
+            f"{' and '.join(map(str, nearest))}."
+        )
+    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    coefficients, error = solve_profile(
+        np.array([snapshot.step for snapshot in used], dtype=np.float64),
+        np.array([gamma_of(snapshot.std) for snapshot in used]),
+        step,
+        gamma_of(std),
+    )
+    if error > max_error:
+        tracked = ", ".join(map(str, sorted({snapshot.std for snapshot in used})))
+        raise ValueError(
+            f"The {len(used)} snapshots up to step {step} (of `std` {tracked}) are too few for `std` {std}: the best "
+            f"combination misses its profile by {error:.0%}, and `max_error` is {max_error:.0%}. Choose a value closer "
+            "to those, or a later step, or train with smaller `--power_ema_snapshot_steps`."
+        )
+    return Reconstruction(std, step, used, coefficients.tolist(), error)
+
+
+def combine(plan: Reconstruction) -> dict[str, torch.Tensor]:
+    """
+    Reads the snapshots of a plan, one after the other, and returns the combination in float32. Raises a `ValueError`
+    for files that cannot be read, or that are not of the same networks.
+    """
+    first, result = plan.snapshots[0], dict[str, torch.Tensor]()
+    networks, shapes = None, None
+    for snapshot, coefficient in zip(plan.snapshots, plan.coefficients, strict=True):
+        try:
+            with safe_open(snapshot.path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"The snapshot {snapshot.path} cannot be read: {error}. Delete or restore it.") from error
+        if (metadata.get("step"), metadata.get("sigma_rel")) != (str(snapshot.step), repr(snapshot.std)):
+            raise ValueError(
+                f"The snapshot {snapshot.path} was renamed: it is of step {metadata.get('step')} and of `std` "
+                f"{metadata.get('sigma_rel')}. Restore its name."
+            )
+        found = metadata.get("networks"), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        networks, shapes = (networks, shapes) if shapes is not None else found
+        if found != (networks, shapes):
+            names = [name for name in {**shapes, **found[1]} if shapes.get(name) != found[1].get(name)]
+            differing = f", for example in {names[0]!r}" if names else ""
+            raise ValueError(
+                f"The snapshots {first.path} and {snapshot.path} are of different networks; they differ{differing}. "
+                "Keep those of one run in a folder."
+            )
+        for name, tensor in tensors.items():
+            if name not in result:
+                result[name] = torch.zeros(tensor.shape, dtype=torch.float32)
+            result[name].add_(tensor.float(), alpha=coefficient)
+    return result
+
+
+def reconstruct(
+    snapshots: Sequence[Snapshot], std: float, step: int | None = None, max_error: float = MAX_PROFILE_ERROR
+) -> dict[str, torch.Tensor]:
+    """
+    Reconstructs a power-function average that was not tracked, from the snapshots of those that were.
+
+    Args:
+        snapshots (sequence of `Snapshot`): From `find_snapshots`; those of later steps than `step` are not used.
+        std (`float`): Relative standard deviation of the average, above 0 and at most `MAX_STD`.
+        step (`int`, *optional*): A step with a snapshot; by default the last.
+        max_error (`float`): Largest distance of the profiles, relative to the norm of that of `std`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The averages in float32, by the names of `trained_parameters`. For a `std` below
+        those tracked, coefficients are large and amplify the rounding of the snapshots to float16.
+
+    Raises:
+        ValueError: For values out of range, too few snapshots, and snapshots of different networks.
+    """
+    return combine(plan_reconstruction(snapshots, std, step, max_error))
