@@ -50,7 +50,7 @@ OTHER_KERNELS := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPA
 JITTER        ?= 0
 NUMBERS       := $(addprefix tests/,ops models schedulers conditioning conversion pipelines evaluation \
   data/test_captions_lists.py data/test_control_data.py data/test_masks.py) \
-  $(addprefix tests/training/test_,ema.py image_measures.py images.py losses.py metrics.py power_ema.py steps.py \
+  $(addprefix tests/training/test_,autoencoder_losses.py ema.py image_measures.py images.py losses.py metrics.py power_ema.py steps.py \
   timestep_samplers.py)
 
 test-portable: $(VENV)/.installed-test

@@ -40,6 +40,15 @@ TOY_CLASSIFIER_CONFIG = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
+# `AutoencoderKL` with latents of half the size.
+TOY_AUTOENCODER_CONFIG = {
+    "sample_size": 8,
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "norm_num_groups": 4,
+    "latent_channels": 2,
+}
 # Both kinds of cross-attention; text states are `TEXT_WIDTH` wide.
 TEXT_WIDTH = 16
 TEXT_CONFIGS = {

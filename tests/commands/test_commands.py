@@ -17,7 +17,14 @@ from diffusers_adm.commands.errors import CommandError, run_command
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = ("train_adm", "train_classifier", "train_controlnet", "train_image_to_image", "train_super_resolution")
+SCRIPTS = (
+    "train_adm",
+    "train_autoencoder",
+    "train_classifier",
+    "train_controlnet",
+    "train_image_to_image",
+    "train_super_resolution",
+)
 MODULES = (
     "evaluation.sample",
     "evaluation.frechet",

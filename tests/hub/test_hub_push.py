@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
-from toy_models import CONDITIONAL, random_classifier, random_unet
+from toy_models import CONDITIONAL, TOY_AUTOENCODER_CONFIG, fill_randomly, random_classifier, random_unet
 
 from diffusers_adm import (
     AdaGNControlNetModel,
@@ -23,6 +24,7 @@ from diffusers_adm import (
     LearnedVarianceDDPMScheduler,
 )
 from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm.data.autoencoder_record import save_autoencoder_record
 from diffusers_adm.evaluation import ImageSetComparison
 from diffusers_adm.hub import model_cards
 from diffusers_adm.hub.model_cards import LoraAdapter, write_model_card
@@ -85,7 +87,7 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture
 def parts(tmp_path) -> Path:
-    """Folders of the other kinds of runs: a classifier, a branch and an adapter."""
+    """Folders of the other kinds of runs: a classifier, a branch, an adapter and an autoencoder."""
     folder = tmp_path / "parts"
     random_classifier(num_classes=4).save_pretrained(folder / "judge" / "classifier")
     save_id2label(folder / "judge" / "classifier", {0: "cat", 1: "dog", 2: "fox", 3: "owl"})
@@ -95,7 +97,10 @@ def parts(tmp_path) -> Path:
     add_lora(unet, 4)
     (folder / "lora").mkdir()
     save_lora(unet, folder / "lora")
-    for name in ("judge", "edges", "lora"):
+    autoencoder = fill_randomly(AutoencoderKL(**TOY_AUTOENCODER_CONFIG, scaling_factor=0.5, shift_factor=0.25))
+    autoencoder.save_pretrained(folder / "vae")
+    save_autoencoder_record(folder / "vae", {"image_format": ImageFormat("L", 1).to_config()})
+    for name in ("judge", "edges", "lora", "vae"):
         recipe = RECIPE | {"pretrained_model_name_or_path": "alice/pushed"}
         (folder / name / "train_args.yaml").write_text(yaml.safe_dump(recipe))
     return folder
@@ -109,6 +114,29 @@ class TestCard:
     @staticmethod
     def local_card(path: Path, repo_id: str, token: str | None) -> ModelCard | None:
         return ModelCard.load(path) if path.is_file() else None
+
+    def test_of_an_autoencoder(self, parts):
+        folder = parts / "vae"
+        measures = {"psnr": 27.5, "ssim": 0.75, "rfid": 1.5, "rfid_network": "spaces/model/base", "num_images": 16}
+        (folder / "reconstruction.json").write_text(json.dumps(measures | {"held_out": True, "step": 2}))
+        (folder / "train_args.yaml").write_text(
+            yaml.safe_dump(RECIPE | {"validation_data_files": ["/home/a/noto-emoji/test.parquet"]})
+        )
+        card = ModelCard.load(write_model_card(AutoencoderKL.from_pretrained(folder), folder, "alice/vae"))
+        assert card.data.license == "apache-2.0"
+        assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+            "psnr": 27.5,
+            "ssim": 0.75,
+            "rfid": 1.5,
+        }
+        means = "means over 16 held-out images: PSNR (dB) 27.5, SSIM 0.75, Frechet distance (rFID) 1.5."
+        assert f"{means} The Frechet distance has the features of the classifier spaces/model/base." in card.text
+        assert "`AutoencoderKL` of diffusers, trained with diffusers-adm." in card.text
+        assert "Images of 8x8 pixels, grey images from 0 to 255 (256 levels), become latents of 1/2" in card.text
+        assert "`(latents - 0.25) * 0.5`" in card.text
+        assert "from diffusers import AutoencoderKL" in card.text
+        assert "training/train_autoencoder.py" in card.text
+        assert "It does not generate images" in card.text
 
     @pytest.mark.parametrize("held_out", [True, False])
     def test_of_an_image_to_image_model(self, held_out, tmp_path):
@@ -348,7 +376,8 @@ class TestPush:
     CLIENT = """
 import sys
 import diffusers_adm
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers_adm.data.autoencoder_record import load_autoencoder_record
 from diffusers_adm import ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.hub.__main__ import main
 from huggingface_hub import HfApi
@@ -370,12 +399,15 @@ words = b"---\\nlicense: mit\\n---\\n\\n# My own words\\n"
 hub.upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id="alice/unet")
 pipe.unet.push_to_hub("alice/unet", **mine)
 main(["push", run, "alice/run", "--token", "token-of-alice", "--include_code"])
-for part in ("judge", "edges", "lora"):
+for part in ("judge", "edges", "lora", "vae"):
     main(["push", f"{parts}/{part}", f"alice/{part}", "--token", "token-of-alice"])
 classifier, names = load_classifier("classifier", "alice/judge", None)
 assert (classifier.config.num_classes, names[1]) == (4, "dog")
 noise = LearnedVarianceDDPMScheduler.from_pretrained("alice/judge", subfolder="scheduler")
 assert noise.config.num_train_timesteps == 500
+assert AutoencoderKL.from_pretrained("alice/vae").config.scaling_factor == 0.5
+assert load_autoencoder_record("alice/vae")["image_format"]["mode"] == "L"
+assert load_autoencoder_record("alice/edges") is None
 branch = AdaGNControlNetModel.from_pretrained("alice/edges")
 ADMControlNetPipeline.from_pretrained("alice/pushed", controlnet=branch, **mine).load_lora_weights("alice/lora")
 for token in (None, "wrong", "token-of-bob"):
@@ -403,6 +435,7 @@ assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == 
             "README.md",
             "pytorch_lora_weights.safetensors",
         }
+        assert {"config.json", "autoencoder.json"} < set(hub.files("alice/vae"))
         assert {"config.json", "id2label.json", "scheduler/scheduler_config.json"} < set(hub.files("alice/judge"))
         assert said.count("refused") == 3
         assert "refused 401" in said
@@ -422,7 +455,7 @@ assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == 
         kept = ModelCard(hub.files("alice/unet")["README.md"].decode())
         assert kept.text.strip() == "# My own words"
         assert (kept.data.license, kept.data.library_name) == ("mit", "diffusers")
-        for repo in ("pushed", "saved", "scheduler", "scheduler2", "run", "judge", "edges", "lora"):
+        for repo in ("pushed", "saved", "scheduler", "scheduler2", "run", "judge", "edges", "lora", "vae"):
             card = ModelCard(hub.files(f"alice/{repo}")["README.md"].decode())
             assert card.data.library_name == "diffusers"
             assert model_cards.MARK in card.text

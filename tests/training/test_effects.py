@@ -18,7 +18,14 @@ from diffusers_adm.training import run as training_run
 
 SCRIPTS = {
     name: load_script(name)
-    for name in ("train_adm", "train_classifier", "train_controlnet", "train_image_to_image", "train_super_resolution")
+    for name in (
+        "train_adm",
+        "train_autoencoder",
+        "train_classifier",
+        "train_controlnet",
+        "train_image_to_image",
+        "train_super_resolution",
+    )
 }
 SCRATCH = {"model_config_name_or_path": "unet.json"}
 PRETRAINED = {"pretrained_model_name_or_path": "somebody/model"}
@@ -49,6 +56,9 @@ def told(script, **arguments):
         ("train_adm", {"report_to": "none", "logging_dir": "here"}, "`report_to` is 'none'"),
         ("train_classifier", {"validation_steps": 5}, "no held-out images"),
         ("train_classifier", {"noised": False, "num_timestep_bins": 3}, "`noised` is false"),
+        ("train_autoencoder", {"label_column": "label"}, "an autoencoder has no classes"),
+        ("train_autoencoder", {"discriminator_weight": 0.1}, "without `discriminator_start` there is no discriminator"),
+        ("train_autoencoder", {"decoder_only": True, "kl_weight": 0.1}, "leaves the encoder, and so the KL divergence"),
     ],
 )
 def test_harmless_ones_are_told(script, arguments, sentence):
@@ -66,6 +76,9 @@ def test_harmless_ones_are_told(script, arguments, sentence):
         ("train_adm", {"lr_scheduler": "constant", "lr_warmup_steps": 0}),
         ("train_adm", {"validation_steps": 5}),  # of samples
         ("train_classifier", {"validation_steps": 5, "validation_split": "test"}),
+        ("train_autoencoder", {"validation_steps": 5}),  # on training images
+        ("train_autoencoder", {"label_column": "label", "class_balanced": True}),
+        ("train_autoencoder", {"discriminator_weight": 0.1, "discriminator_start": 1}),
         ("train_adm", {"beta_start": 0.01, "ddpm_beta_schedule": "linear"}),
     ],
 )
@@ -95,6 +108,7 @@ def test_published_recipes(recipe, monkeypatch):
     if "distributed_type" in keys:
         pytest.skip("of Accelerate")
     script = "train_classifier" if "classifier" in recipe.stem else "train_adm"
+    script = "train_autoencoder" if "reconstruction_loss" in keys else script
     script = "train_super_resolution" if "low_res_size" in keys else script
     script = "train_controlnet" if "\ncondition:" in keys else script
     script = "train_image_to_image" if "\nsource" in keys else script

@@ -24,17 +24,24 @@ from runs import (
 )
 from safetensors.torch import load_file
 from scripts import REPOSITORY, load_script
-from toy_models import TOY_CLASSIFIER_CONFIG, TOY_CONFIG, random_text_unet, random_unet
+from toy_models import TOY_AUTOENCODER_CONFIG, TOY_CLASSIFIER_CONFIG, TOY_CONFIG, random_text_unet, random_unet
 
 from diffusers_adm import AdaGNClassifierModel, AdaGNControlNetModel, AdaGNUNet2DModel, ADMPipeline
 from diffusers_adm.evaluation.sample.__main__ import main as sample
-from diffusers_adm.training import check_effects, classifiers, diffusion
+from diffusers_adm.training import autoencoders, check_effects, classifiers, diffusion
 from diffusers_adm.training import run as training_run
 from diffusers_adm.training.arguments import APPLIED, FREE, NEVER, PROCESS, Verdict, resume_verdicts
 from diffusers_adm.training.resume import OF_ONE_START, apply_arguments, parse_run
 
 
-NAMES = ("train_adm", "train_classifier", "train_controlnet", "train_image_to_image", "train_super_resolution")
+NAMES = (
+    "train_adm",
+    "train_autoencoder",
+    "train_classifier",
+    "train_controlnet",
+    "train_image_to_image",
+    "train_super_resolution",
+)
 SCRIPTS = {name: load_script(name) for name in NAMES}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREVIOUS = Path("tests", "training", "data", "previous_version")  # as its record has it: relative to the repository
@@ -134,6 +141,8 @@ def toys(tmp_path_factory):
     no_grids = ("num_validation_images", "validation_num_inference_steps")
     arguments = {
         "train_adm": TOY_RUN | {"model_config_name_or_path": write_json(folder / "unet.json", TOY_CONFIG)},
+        "train_autoencoder": {k: v for k, v in TOY_RUN.items() if k != no_grids[1]}
+        | {"model_config_name_or_path": write_json(folder / "autoencoder.json", TOY_AUTOENCODER_CONFIG)},
         "train_classifier": {k: v for k, v in TOY_RUN.items() if k not in no_grids}
         | {"model_config_name_or_path": write_json(folder / "classifier.json", classifier), "use_ema": True},
         "train_controlnet": TOY_RUN | {"pretrained_model_name_or_path": base, "condition": "low_resolution"},
@@ -201,6 +210,11 @@ OTHERS = {
     "data_files": ["elsewhere.parquet"],
     "dataloader_num_workers": 1,
     "dataset_config_name": "other",
+    "decoder_only": True,
+    "discriminator_channels": 16,
+    "discriminator_layers": 2,
+    "discriminator_start": 0,
+    "discriminator_weight": 0.7,
     "dataset_name": "somebody/else",
     "ddpm_beta_schedule": "cosine",
     "ddpm_num_steps": 100,
@@ -215,6 +229,7 @@ OTHERS = {
     "image_check_num_proc": 2,
     "image_column": "picture",
     "image_mode": "array",
+    "kl_weight": 0.5,
     "label_column": None,
     "learning_rate": 2e-3,
     "logging_dir": "elsewhere",
@@ -240,6 +255,7 @@ OTHERS = {
     "output_dir": "elsewhere",
     "pair_column": ["text"],
     "overwrite_output_dir": True,
+    "perceptual_weight": 0.5,
     "power_ema_snapshot_steps": 1,
     "power_ema_stds": [0.05, 0.1],
     "precompute_text_embeddings": True,
@@ -247,9 +263,11 @@ OTHERS = {
     "preview_channels": [2],
     "push_to_hub": True,
     "random_flip": True,
+    "reconstruction_loss": "l2",
     "report_to": "tensorboard",
     "replace_classes": True,
     "resolution": 16,
+    "rfid_network": "elsewhere",
     "seed": 5,
     "snr_gamma": 5.0,
     "source": "noise",
@@ -668,7 +686,7 @@ def test_another_script(begun):
 @pytest.mark.parametrize("script", NAMES)
 def test_where_results_go_is_looked_at_before_the_data(begun, toys, tmp_path, monkeypatch, script):
     begun(script)
-    for module in (diffusion, classifiers):
+    for module in (autoencoders, diffusion, classifiers):
         monkeypatch.setattr(module, "load_image_dataset", lambda **kwargs: pytest.fail("the data was read"))
     with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
         run(script, **toys[script])

@@ -1,10 +1,11 @@
 """
 Model cards for what is pushed to the Hub, from the object itself and from the folder of the run that trained it.
 
-`model_card.md` is their template. The folder of a run holds `train_args.yaml`, `loss_curves.png`, `samples-*.png`, for
-an image to image model `image_to_image.json` (measures of its last validation) and, once measured, `bits_per_dim.json`
-and `frechet.json`: the outputs of `python -m diffusers_adm.evaluation.bits_per_dim` and `...frechet --json`. What is
-unknown is left out: a card claims no licence, data or score that is not found there.
+`model_card.md` is their template. The folder of a run holds `train_args.yaml`, `loss_curves.png`, `samples-*.png`, the
+measures of the last validation for an image to image model (`image_to_image.json`) and an autoencoder
+(`reconstruction.json`) and, once measured, `bits_per_dim.json` and `frechet.json`: the outputs of `python -m
+diffusers_adm.evaluation.bits_per_dim` and `...frechet --json`. What is unknown is left out: a card claims no licence,
+data or score that is not found there.
 """
 
 import json
@@ -17,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.utils import PushToHubMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..conditioning.controlnet import controlnet_format_of, nets_of
 from ..conditioning.image_format import ImageFormat, as_size
+from ..conditioning.latents import downsampling_factor
 from ..conditioning.previews import describe_preview
+from ..data.autoencoder_record import load_autoencoder_record
 from ..models import AdaGNClassifierModel, AdaGNControlNetModel, AdaGNMultiControlNetModel, GLIDETextModel
 from ..pipelines import (
     ADMControlNetPipeline,
@@ -64,9 +67,12 @@ SCRIPTS = {
     AdaGNControlNetModel: "train_controlnet.py",
     ADMImageToImagePipeline: "train_image_to_image.py",
     ADMSuperResolutionPipeline: "train_super_resolution.py",
+    AutoencoderKL: "train_autoencoder.py",
 }
 # Measures in image_to_image.json, with their names in a card.
 TRANSLATION_MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "dice": "Dice coefficient"}
+# Those in reconstruction.json.
+RECONSTRUCTION_MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "rfid": "Frechet distance (rFID)"}
 
 
 class LoraAdapter(PushToHubMixin):
@@ -90,6 +96,7 @@ class _Run:
     bits: Mapping[str, Any] | None
     frechet: Mapping[str, Any] | None
     translation: Mapping[str, Any] | None
+    reconstruction: Mapping[str, Any] | None
 
     @classmethod
     def find(cls, pushed: Any, folder: Path) -> "_Run":
@@ -102,10 +109,12 @@ class _Run:
                 places.append(Path(origin).resolve().parent)
         run = next((place for place in places if (place / "train_args.yaml").is_file()), None)
         if run is None:
-            return cls(None, {}, None, None, None)
+            return cls(None, {}, None, None, None, None)
         args = yaml.safe_load((run / "train_args.yaml").read_text(encoding="utf-8"))
         args = {name: value for name, value in args.items() if value is not None and name not in NO_RECIPE}
-        paths = [run / name for name in ("bits_per_dim.json", "frechet.json", "image_to_image.json")]
+        paths = [
+            run / name for name in ("bits_per_dim.json", "frechet.json", "image_to_image.json", "reconstruction.json")
+        ]
         return cls(run, args, *(json.loads(path.read_text("utf-8")) if path.is_file() else None for path in paths))
 
     @property
@@ -116,8 +125,12 @@ class _Run:
     @property
     def translated(self) -> str:
         """The images on which an image to image model was measured, in words."""
-        kind = "held-out" if self.translation["held_out"] else "training"
-        return f"{self.translation['num_images']} {kind} images"
+        return _measured_images(self.translation)
+
+    @property
+    def reconstructed(self) -> str:
+        """The same for an autoencoder."""
+        return _measured_images(self.reconstruction)
 
     @property
     def known_data(self) -> list[tuple[str, str]]:
@@ -127,6 +140,10 @@ class _Run:
         places = [str(place) for value in given if value for place in ([value] if isinstance(value, str) else value)]
         found = [[part for part in KNOWN_DATA if part in place] for place in places]
         return [KNOWN_DATA[part] for part in dict.fromkeys(sum(found, []))] if all(found) else []
+
+
+def _measured_images(measures: Mapping[str, Any]) -> str:
+    return f"{measures['num_images']} {'held-out' if measures['held_out'] else 'training'} images"
 
 
 def write_model_card(pushed: Any, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> Path:
@@ -201,6 +218,8 @@ def _task(pushed: Any) -> str | None:
         return "image-classification"
     if isinstance(pushed, GLIDETextModel):
         return "feature-extraction"
+    if isinstance(pushed, AutoencoderKL):
+        return "image-feature-extraction"
     if isinstance(pushed, DiffusionPipeline) and pushed.text_encoder is not None:
         return "text-to-image"
     return "unconditional-image-generation" if isinstance(pushed, (DiffusionPipeline, ModelMixin)) else None
@@ -219,12 +238,16 @@ def _metadata(pushed: Any, repo_id: str, run: _Run) -> ModelCardData:
                 kind = "fid" if (measure, run.features) == ("frechet_distance", "Inception") else measure
                 name = f"{measure.replace('_', ' ').capitalize()} ({run.frechet['num_samples']} samples, {origin})"
                 measured.append((data, kind, name, run.frechet[measure]))
-    if run.translation is not None:
-        places = run.args.get("validation_data_files") if run.translation["held_out"] else None
-        data = _names(places or "training images")
-        for measure, name in TRANSLATION_MEASURES.items():
-            if measure in run.translation:
-                measured.append((data, measure, f"{name} of {run.translated}", run.translation[measure]))
+    for values, names in (
+        (run.translation, TRANSLATION_MEASURES),
+        (run.reconstruction, RECONSTRUCTION_MEASURES),
+    ):
+        if values is not None:
+            places = run.args.get("validation_data_files") if values["held_out"] else None
+            data = _names(places or "training images")
+            for measure, name in names.items():
+                if measure in values:
+                    measured.append((data, measure, f"{name} of {_measured_images(values)}", values[measure]))
     task = _task(pushed)
     results = [
         EvalResult(
@@ -264,7 +287,7 @@ def _metadata(pushed: Any, repo_id: str, run: _Run) -> ModelCardData:
 
 def _template_variables(pushed: Any, folder: Path, repo_id: str, run: _Run) -> dict[str, Any]:
     kinds = {DiffusionPipeline: "pipeline", AdaGNControlNetModel: "controlnet", AdaGNClassifierModel: "classifier"}
-    kinds[LoraAdapter] = "adapter"
+    kinds |= {LoraAdapter: "adapter", AutoencoderKL: "autoencoder"}
     noise_schedule = pushed.config.get("noise_schedule") if isinstance(pushed, ModelMixin) else None
     recipe = {name: _public(value) for name, value in run.args.items()}
     return {
@@ -283,18 +306,23 @@ def _template_variables(pushed: Any, folder: Path, repo_id: str, run: _Run) -> d
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else "",
         "measures": MEASURES,
         "translation_measures": TRANSLATION_MEASURES,
+        "reconstruction_measures": RECONSTRUCTION_MEASURES,
+        "rfid_network": _public((run.reconstruction or {}).get("rfid_network")),
         "source_format": pushed.source_format if isinstance(pushed, ADMImageToImagePipeline) else None,
         "names": _names,
-        **_format_variables(pushed, run),
+        **_format_variables(pushed, folder, run),
+        "factor": downsampling_factor(pushed) if isinstance(pushed, AutoencoderKL) else None,
         "is_for_clean_images": noise_schedule == {},
         "noise_schedule": describe_noise_schedule(noise_schedule) if noise_schedule else "",
     }
 
 
-def _format_variables(pushed: Any, run: _Run) -> dict[str, Any]:
+def _format_variables(pushed: Any, folder: Path, run: _Run) -> dict[str, Any]:
     """What the card says of size and format of the images; None where the config does not tell."""
     is_pipeline = isinstance(pushed, DiffusionPipeline)
     recorded = pushed.config.get("image_format")
+    if isinstance(pushed, AutoencoderKL):  # whose config has no such entry
+        recorded = (load_autoencoder_record(folder) or {}).get("image_format")
     image_format = None if recorded is None else ImageFormat.from_config(recorded, recorded["channels"])
     conditions = pushed.config.get("condition_format")
     size = as_size((pushed.unet if is_pipeline else pushed).config.get("sample_size"))

@@ -54,7 +54,7 @@ def add_publishing(
     ) -> CommitInfo:
         if write_card is not None and not kwargs.get("subfolder"):
             write_card(self, working_dir, repo_id, token=token)
-        _drop_local_paths(Path(working_dir))
+        drop_local_paths(Path(working_dir))
         return upload(self, working_dir, repo_id, token, *args, **kwargs)
 
     cls._upload_folder = _upload_folder  # type: ignore[attr-defined]
@@ -87,7 +87,7 @@ def _check_no_adapter(networks: dict[str, torch.nn.Module], save_alone: str, unl
             )
 
 
-def _drop_local_paths(folder: Path) -> None:
+def drop_local_paths(folder: Path) -> None:
     """Remove from configs the folder that they were loaded from, which exists only on this machine."""
     for path in [*folder.rglob("model_index.json"), *folder.rglob("*config.json")]:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -6,13 +6,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from diffusers import AutoModel, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.utils import validate_repo_id
 
+from ..data.autoencoder_record import AUTOENCODER_NAME
 from ..data.labels import ID2LABEL_NAME
-from .model_cards import LoraAdapter
+from .model_cards import LoraAdapter, write_model_card
+from .publishing import drop_local_paths
 
 
 def push_folder(
@@ -28,7 +30,8 @@ def push_folder(
 ) -> CommitInfo:
     r"""
     Push the result of a training script or of `save_pretrained`: a pipeline, a single model (a classifier with its
-    class names and its noise scheduler) or an adapter. Its card describes the run. Checkpoints and logs are not pushed.
+    class names and its noise scheduler, an autoencoder with its record) or an adapter. Its card describes the run.
+    Checkpoints and logs are not pushed.
 
     Args:
         folder (`str` or `Path`): Contains a `model_index.json`, a `config.json`, a folder `classifier`, or
@@ -78,6 +81,11 @@ def push_folder(
             pushed.save_pretrained(staged, variant=variant)
             if (place / ID2LABEL_NAME).is_file():
                 shutil.copyfile(place / ID2LABEL_NAME, Path(staged, ID2LABEL_NAME))
+            if (place / AUTOENCODER_NAME).is_file():
+                shutil.copyfile(place / AUTOENCODER_NAME, Path(staged, AUTOENCODER_NAME))
+            if isinstance(pushed, AutoencoderKL):  # a class of diffusers, which would write its own card
+                write_model_card(pushed, staged, repo_id, token=token)
+                drop_local_paths(Path(staged))
             if (folder / "scheduler").is_dir():
                 shutil.copytree(folder / "scheduler", Path(staged, "scheduler"))
         return pushed._upload_folder(staged, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)

@@ -38,6 +38,24 @@ from .arguments import (
     TrainingArguments,
     UNetArguments,
 )
+from .autoencoder_losses import (
+    AutoencoderLosses,
+    Reconstruction,
+    adaptive_weight,
+    autoencoder_losses,
+    generator_loss,
+    hinge_loss,
+    kl_per_value,
+)
+from .autoencoders import (
+    AUTOENCODER_ARGUMENTS,
+    CHECKPOINT_IMAGES,
+    LatentMoments,
+    latent_moments,
+    load_autoencoding,
+    measure_latents,
+    validate_reconstructions,
+)
 from .checkpoints import (
     TrainingProgress,
     delete_checkpoints,
@@ -77,8 +95,8 @@ from .loading import (
 from .log import TrainingLog
 from .lora import LoraArguments, add_lora, checkpoint_adapter_only, save_lora, train_lora
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
-from .metrics import ClassificationMetrics, LossMetrics, MetricsHistory, record_losses, timestep_bin_edges
-from .plots import plot_accuracy_by_timestep, plot_classifier_curves, plot_loss_curves
+from .metrics import ClassificationMetrics, LossMetrics, MeanMetrics, MetricsHistory, record_losses, timestep_bin_edges
+from .plots import AUTOENCODER_PANELS, plot_accuracy_by_timestep, plot_classifier_curves, plot_loss_curves
 from .resume import RunRecord, parse_run
 from .run import TrainingRun, build_dataloader, build_ema, build_lr_scheduler, build_optimizer
 from .setup import prepare_output_dir, run_settings, start_accelerator, start_run

@@ -59,15 +59,35 @@ TRAINING_RULES = (
     ),
     Rule(("logging_dir",), lambda given: given["report_to"] != "none", "`report_to` is 'none'"),
     Rule(("allow_tf32",), lambda given: torch.cuda.is_available(), "it is for CUDA devices, and there is none"),
-    # Only classifiers have held-out images.
+    # Only classifiers need held-out images.
     Rule(
         ("validation_steps",),
-        lambda given: (
-            "validation_split" not in given or bool(given["validation_split"] or given["validation_data_files"])
-        ),
+        lambda given: "noised" not in given or bool(given["validation_split"] or given["validation_data_files"]),
         "there are no held-out images to validate on: name `validation_data_files` or `validation_split`",
     ),
     Rule(("num_timestep_bins",), _has("noised"), "`noised` is false, so there is one timestep only"),
+    # Of autoencoders, which have no classes.
+    Rule(
+        ("label_column",),
+        lambda given: "decoder_only" not in given or bool(given["class_balanced"]),
+        "an autoencoder has no classes; only `class_balanced` uses labels",
+    ),
+    Rule(
+        ("replace_classes",),
+        lambda given: "decoder_only" not in given,
+        "an autoencoder has no classes",
+        refused=True,
+    ),
+    Rule(
+        ("kl_weight",),
+        lambda given: not given["decoder_only"],
+        "`decoder_only` leaves the encoder, and so the KL divergence, as it is",
+    ),
+    Rule(
+        ("discriminator_weight", "discriminator_channels", "discriminator_layers"),
+        lambda given: given["discriminator_start"] is not None,
+        "without `discriminator_start` there is no discriminator",
+    ),
 )
 
 # The rules of the training scripts, unless others are given.

@@ -85,6 +85,43 @@ class LossMetrics:
         return {name: s / w for name, s, w in zip(METRIC_NAMES, sums, weights, strict=True) if w > 0}
 
 
+class MeanMetrics:
+    """
+    Means of named scalars over batches of one size.
+
+    Sums stay on the device until `compute`, so that a step never waits for the device.
+
+    Args:
+        device (`torch.device` or `str`): Device of the values.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all sums."""
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    @torch.no_grad()
+    def update(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Adds the scalars of one batch; every process passes the same names."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value.float()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        The means over all processes and the batches with a value of this name since the last `reset`. Collective: every
+        process calls it and gets the same.
+        """
+        if not self.sums:
+            return {}
+        means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
+        return dict(zip(self.sums, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+
+
 def record_losses(
     terms: TrainingLosses,
     timesteps: torch.Tensor,

@@ -19,6 +19,19 @@ LOSS_PANELS = {
     },
 }
 
+AUTOENCODER_PANELS = {
+    "Loss and its terms": {
+        "loss": "loss",
+        "mse": "mse (squared error)",
+        "perceptual": "perceptual",
+        "discriminator_loss": "loss of the discriminator",
+    },
+    "KL divergence and weight of the discriminator": {
+        "kl": "KL (nats per value)",
+        "adaptive_weight": "adaptive weight",
+    },
+}
+
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
     """
@@ -65,14 +78,18 @@ def _plot_curve(axes: Any, steps: Sequence[float], values: Sequence[float], colo
     axes.plot(steps, smooth(values, span=max(1.0, len(values) / 20)), linewidth=1.8, color=color, **style)
 
 
-def plot_loss_curves(history: Sequence[Mapping[str, float]], path: str | os.PathLike) -> str:
+def plot_loss_curves(
+    history: Sequence[Mapping[str, float]],
+    path: str | os.PathLike,
+    panels: Mapping[str, Mapping[str, str]] = LOSS_PANELS,
+) -> str:
     """
     Plots the loss with its terms, and the loss by quarter of the timestep range, from rows of `MetricsHistory.rows`
     (metrics may be missing) into a PNG file, whose path is returned. The vertical axis is logarithmic unless a value is
-    zero or negative.
+    zero or negative. `panels` names two other panels: the metrics of each, with their labels.
     """
-    with _two_panels(path, "optimizer step") as panels:
-        for axes, (heading, labels) in zip(panels, LOSS_PANELS.items(), strict=True):
+    with _two_panels(path, "optimizer step") as both:
+        for axes, (heading, labels) in zip(both, panels.items(), strict=True):
             axes.set_title(heading)
             lowest = []
             for index, (name, label) in enumerate(labels.items()):

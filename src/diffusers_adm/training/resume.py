@@ -498,11 +498,9 @@ def apply_arguments(
     Sets optimizer, learning rate and average to the values of `training_args` after a checkpoint was loaded, which has
     those of its run. Moments and averages are kept.
     """
+    apply_optimizer_arguments(training_args, optimizer)
     for group in optimizer.param_groups:
         group["initial_lr"] = training_args.learning_rate
-        group["betas"] = (training_args.adam_beta1, training_args.adam_beta2)
-        group["weight_decay"] = training_args.adam_weight_decay
-        group["eps"] = training_args.adam_epsilon
     lr_scheduler.base_lrs = [training_args.learning_rate] * len(optimizer.param_groups)
     # The shape of the schedule is a function, which no checkpoint holds: it is already that of this run.
     factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]  # type: ignore[attr-defined]
@@ -512,6 +510,14 @@ def apply_arguments(
     if ema is not None:
         ema.decay = training_args.ema_max_decay
         ema.inv_gamma, ema.power = training_args.ema_inv_gamma, training_args.ema_power
+
+
+def apply_optimizer_arguments(training_args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+    """Sets an optimizer that was loaded from a checkpoint to the values of `training_args`, apart from its schedule."""
+    for group in optimizer.param_groups:
+        group["betas"] = (training_args.adam_beta1, training_args.adam_beta2)
+        group["weight_decay"] = training_args.adam_weight_decay
+        group["eps"] = training_args.adam_epsilon
 
 
 def _hash(part: Any) -> str:

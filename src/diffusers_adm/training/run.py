@@ -29,10 +29,10 @@ from .checkpoints import TrainingProgress, rest_of_epoch, resume_checkpoint, sav
 from .ema import evaluation_weights, result_weights
 from .frozen import FrozenNetworks
 from .log import ADVICE, TrainingLog
-from .metrics import ClassificationMetrics, LossMetrics
+from .metrics import ClassificationMetrics, LossMetrics, MeanMetrics
 from .plots import plot_loss_curves
 from .power_ema import PowerEMA, continue_snapshots
-from .resume import RunRecord, apply_arguments
+from .resume import RunRecord, apply_arguments, apply_optimizer_arguments
 from .setup import prepare_output_dir, write_settings
 from .timestep_samplers import TimestepSampler
 from .validation import check_last_validation, save_samples, survives
@@ -135,10 +135,13 @@ class TrainingRun:
         accelerator (`Accelerator`), record (`RunRecord`): From `start_run` and `parse_run`.
         networks (mapping of `torch.nn.Module`): The networks to train, by the subfolder of the result that holds them
             (`""` for its root). Weights that do not require gradients stay as they are.
-        metrics (`LossMetrics` or `ClassificationMetrics`): Source of the rows of the log.
+        metrics (`LossMetrics`, `ClassificationMetrics` or `MeanMetrics`): Source of the rows of the log.
         timestep_sampler (`TimestepSampler`, *optional*): Kept in checkpoints.
         frozen (`FrozenNetworks`, *optional*): Networks that are used but not trained: their hashes are kept in
             checkpoints and verified before the result is saved.
+        opponent (`torch.nn.Module`, *optional*): A network that is trained against the others, by an optimizer of its
+            own with the same settings and the same learning rate in every step, such as a discriminator. It is kept in
+            checkpoints, but has no average and is no part of the result.
         description (`str`): The data in words, for the log.
 
     Attributes:
@@ -146,6 +149,8 @@ class TrainingRun:
         trained (`torch.nn.ModuleList`): The same networks, not prepared.
         parameters (list of `torch.nn.Parameter`): The trained weights.
         optimizer (`AcceleratedOptimizer`), dataloader (`torch.utils.data.DataLoader`): As prepared by Accelerate.
+        opponent (`torch.nn.Module`, *optional*), opponent_optimizer (`AcceleratedOptimizer`, *optional*): As prepared
+            by Accelerate.
         ema (`EMAModel`, *optional*): The average of `parameters`.
         power_ema (`PowerEMA`, *optional*): Power-function averages of `parameters`, of which only snapshots are kept.
         progress (`TrainingProgress`), log (`TrainingLog`): Counters and log.
@@ -160,9 +165,10 @@ class TrainingRun:
         training_args: TrainingArguments,
         networks: Mapping[str, torch.nn.Module],
         train_dataset: ImageDataset,
-        metrics: LossMetrics | ClassificationMetrics,
+        metrics: LossMetrics | ClassificationMetrics | MeanMetrics,
         timestep_sampler: TimestepSampler | None = None,
         frozen: FrozenNetworks | None = None,
+        opponent: torch.nn.Module | None = None,
         description: str = "",
     ):
         self.accelerator, self.record, self.training_args, self.frozen = accelerator, record, training_args, frozen
@@ -177,6 +183,11 @@ class TrainingRun:
             networks[first], build_optimizer(self.parameters, training_args), dataloader
         )
         self.networks = {first: prepared} | {name: accelerator.prepare(networks[name]) for name in others}
+        self.opponent, self.opponent_optimizer = opponent, None
+        if opponent is not None:
+            self.opponent, self.opponent_optimizer = accelerator.prepare(
+                opponent, build_optimizer(opponent.parameters(), training_args)
+            )
         steps_per_epoch = math.ceil(len(self.dataloader) / training_args.gradient_accumulation_steps)
         self.max_train_steps = training_args.max_train_steps or training_args.num_train_epochs * steps_per_epoch
         self.lr_scheduler = build_lr_scheduler(self.optimizer, training_args, self.max_train_steps)
@@ -188,6 +199,7 @@ class TrainingRun:
 
         prepare_output_dir(accelerator, training_args)
         self._resume(networks, timestep_sampler)
+        self._equal_rates()
         if self.ema is not None:
             self.ema.to(accelerator.device)
         step = self.progress.global_step
@@ -224,12 +236,20 @@ class TrainingRun:
                 continue_snapshots(training_args.output_dir, path, self.progress.global_step)
         if path is not None:
             apply_arguments(training_args, self.optimizer, self.lr_scheduler, self.ema)
+            if self.opponent_optimizer is not None:
+                apply_optimizer_arguments(training_args, self.opponent_optimizer)
             record.checkpoint.step = self.progress.global_step
             record.check_steps(self.max_train_steps)
             if self.progress.global_step == self.max_train_steps:
                 self.logger.info(f"{record.checkpoint.name} is that of the last step: only the result is saved.")
         if self.accelerator.is_main_process:
             write_settings(training_args.output_dir, record.settings)
+
+    def _equal_rates(self) -> None:
+        """Gives the opponent's optimizer the learning rate of the other one."""
+        if self.opponent_optimizer is not None:
+            for group in self.opponent_optimizer.param_groups:
+                group["lr"] = self.lr_scheduler.get_last_lr()[0]
 
     def _count_parameters(self) -> str:
         num_trained = sum(parameter.numel() for parameter in self.parameters)
@@ -250,7 +270,8 @@ class TrainingRun:
                     return
 
     def accumulate(self) -> AbstractContextManager[Any]:
-        return self.accelerator.accumulate(*self.networks.values())
+        opponent = [] if self.opponent is None else [self.opponent]
+        return self.accelerator.accumulate(*self.networks.values(), *opponent)
 
     def after_step(self) -> Due:
         """
@@ -260,6 +281,7 @@ class TrainingRun:
         """
         if not self.accelerator.optimizer_step_was_skipped:  # by the gradient scaler of fp16
             self.lr_scheduler.step()
+            self._equal_rates()
         if self.ema is not None:
             self.ema.step(self.parameters)
         self.progress.global_step += 1
@@ -280,10 +302,12 @@ class TrainingRun:
         if due.checkpoint:  # a checkpoint of weights that are not finite could replace a sound one
             averages = self.ema.shadow_params if self.ema is not None else []
             powers = self.power_ema.averages if self.power_ema is not None else []
+            opponent = list(self.opponent.parameters()) if self.opponent is not None else []
             for name, tensors in (
                 ("weights", self.parameters),
                 ("averaged weights", averages),
                 *(("power-function averages", tensors) for tensors in powers),
+                ("discriminator's weights", opponent),
             ):
                 finite = [torch.isfinite(tensor).all() for tensor in tensors]
                 if finite and not torch.stack(finite).all():  # waits for the device once
@@ -335,16 +359,19 @@ class TrainingRun:
         self.log.start_clock(self.progress.global_step)
         return succeeded
 
-    def show_samples(self, generate: Callable[[], Image.Image]) -> None:
+    def show_samples(
+        self, generate: Callable[[], Image.Image], panels: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
         """
         Plots the loss and saves validation images, on the main process. `generate`, called in evaluation mode with the
-        averaged weights, returns them.
+        averaged weights, returns them. `panels` are those of `plot_loss_curves`, `None`: of a diffusion model.
         """
         if not self.accelerator.is_main_process:
             return
         output_dir = self.training_args.output_dir
         if self.log.history.rows():
-            plot_loss_curves(self.log.history.rows(), os.path.join(output_dir, "loss_curves.png"))
+            arguments = () if panels is None else (panels,)
+            plot_loss_curves(self.log.history.rows(), os.path.join(output_dir, "loss_curves.png"), *arguments)
         with self.evaluation_weights():
             images = generate()
         save_samples(self.accelerator, images, output_dir, self.progress.global_step)

@@ -3,16 +3,10 @@ Compares samples with images by the features of a network: measures, networks an
 `python -m diffusers_adm.evaluation.frechet`.
 """
 
+from ...ops.frechet import GaussianStatistics, frechet_distance
 from .comparison import ImageSetComparison, compare_image_sets
 from .features import ClassifierFeatures, FeatureNetwork, InceptionFeatures
-from .measures import (
-    GaussianStatistics,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    mean_pairwise_distance,
-    precision_recall,
-)
+from .measures import inception_score, kernel_distance, mean_pairwise_distance, precision_recall
 
 
 __all__ = [

@@ -15,12 +15,11 @@ from ...conditioning.image_format import ImageFormat
 from ...data.labels import UNLABELLED
 from ...data.seeding import derive_seed
 from ...ops.finiteness import explain_not_finite, not_finite
+from ...ops.frechet import GaussianStatistics, frechet_distance
 from ..common import make_bar
 from .features import FeatureNetwork
 from .measures import (
-    GaussianStatistics,
     check_neighbours,
-    frechet_distance,
     inception_score,
     kernel_distance,
     mean_pairwise_distance,

@@ -1,114 +1,26 @@
 """
-Measures of sets of samples, computed in float64 from feature vectors or class probabilities.
+Measures of sets of samples, computed in float64 from feature vectors or class probabilities. (The Frechet distance is
+in `ops/frechet.py`, since training measures it, too.)
 
-Frechet distance (Heusel et al. 2017, https://huggingface.co/papers/1706.08500, eq. 6; Dowson & Landau 1982), kernel
-distance (Binkowski et al. 2018, https://huggingface.co/papers/1801.01401), inception score (Salimans et al. 2016,
-https://huggingface.co/papers/1606.03498, section 4), improved precision and recall (Kynkäänniemi et al. 2019,
+Kernel distance (Binkowski et al. 2018, https://huggingface.co/papers/1801.01401), inception score (Salimans et al.
+2016, https://huggingface.co/papers/1606.03498, section 4), improved precision and recall (Kynkäänniemi et al. 2019,
 https://huggingface.co/papers/1904.06991, section 2).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 import torch
+
+from ...ops.frechet import ArrayLike, as_matrix
 
 
 # Distances in memory at a time: 128 MB in float64.
 MAX_DISTANCES = 2**24
 # Maximum deviation of a sum of probabilities from 1: the rounding of float16 for a thousand classes.
 PROBABILITY_TOLERANCE = 1e-2
-
-ArrayLike = torch.Tensor | np.ndarray
-
-
-class GaussianStatistics:
-    """
-    Mean and covariance of vectors that arrive in chunks and are not kept (Chan et al. 1979, eq. 2.1). Unlike sums of
-    squares, it stays accurate if the mean is large compared with the spread.
-
-    Attributes:
-        count (`int`): Number of vectors so far.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean = self._scatter = torch.zeros(0)
-
-    def update(self, vectors: ArrayLike) -> None:
-        """Adds vectors, `(n, dim)`."""
-        vectors = _matrix("vectors", vectors)
-        if self.count and vectors.shape[1] != len(self._mean):
-            raise ValueError(f"`vectors` have {vectors.shape[1]} entries; those before had {len(self._mean)}.")
-        n = len(vectors)
-        if n == 0:
-            return
-        mean = vectors.mean(dim=0)
-        centred = vectors - mean
-        scatter = centred.T @ centred
-        if self.count == 0:
-            self._mean, self._scatter = mean, scatter
-        else:
-            delta, total = mean - self._mean, self.count + n
-            self._scatter = self._scatter + scatter + torch.outer(delta, delta) * (self.count * n / total)
-            self._mean = self._mean + delta * (n / total)
-        self.count += n
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """`(dim,)`, float64."""
-        self._check_count(1)
-        return self._mean
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """`(dim, dim)`, float64; unbiased: divided by the number of vectors minus 1."""
-        self._check_count(2)
-        return self._scatter / (self.count - 1)
-
-    def _check_count(self, minimum: int) -> None:
-        if self.count < minimum:
-            raise ValueError(f"There are {self.count} vectors; {minimum} or more are needed.")
-
-
-def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike) -> float:
-    r"""
-    Squared Frechet (2-Wasserstein) distance of two Gaussians: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
-
-    The trace of the root is the sum of the singular values of `C1^(1/2) C2^(1/2)`: nothing is inverted, so the singular
-    covariances of fewer samples than dimensions are handled.
-
-    Args:
-        mean1, cov1 (`torch.Tensor` or `np.ndarray` of shape `(dim,)` and `(dim, dim)`): Mean and covariance of one
-            Gaussian; the covariance is symmetric without negative eigenvalues.
-        mean2, cov2 (`torch.Tensor` or `np.ndarray` of shape `(dim,)` and `(dim, dim)`): Those of the other.
-
-    Returns:
-        `float`: At least 0. FID is this number (not its root) for Inception features.
-    """
-    dim = torch.as_tensor(mean1).numel()
-    mean1, mean2 = _float64("mean1", mean1, (dim,)), _float64("mean2", mean2, (dim,))
-    cov1, cov2 = _float64("cov1", cov1, (dim, dim)), _float64("cov2", cov2, (dim, dim))
-    trace_of_root = torch.linalg.svdvals(_matrix_root("cov1", cov1) @ _matrix_root("cov2", cov2)).sum()
-    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_of_root
-    return max(distance.item(), 0.0)  # rounding may give a small negative number
-
-
-def _matrix_root(name: str, covariance: torch.Tensor) -> torch.Tensor:
-    eigenvalues, vectors = torch.linalg.eigh(covariance)
-    # Rounding turns the eigenvalues 0 of a singular matrix into about this size, whose roots are not as small.
-    rounding = len(covariance) * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
-    asymmetry = (covariance - covariance.T).abs().max()
-    scale = covariance.abs().max()
-    if asymmetry > 1e-6 * scale or eigenvalues[0] < -1e-6 * scale:
-        raise ValueError(
-            f"`{name}` is not a covariance: it differs from its transpose by up to {asymmetry:.3g}, and its smallest "
-            f"eigenvalue is {eigenvalues[0]:.3g}."
-        )
-    roots = torch.where(eigenvalues > rounding, eigenvalues, 0).sqrt()
-    return (vectors * roots) @ vectors.T
 
 
 def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, float]:
@@ -125,7 +37,7 @@ def inception_score(probabilities: ArrayLike, splits: int = 10) -> tuple[float, 
     Returns:
         `tuple[float, float]`: Mean and standard deviation over the parts; the latter is 0 for one part.
     """
-    probabilities = _matrix("probabilities", probabilities)
+    probabilities = as_matrix("probabilities", probabilities)
     if not 1 <= splits <= len(probabilities):
         raise ValueError(f"`splits` is {splits}; it must be between 1 and {len(probabilities)}, the number of images.")
     sums = probabilities.sum(dim=1)
@@ -159,7 +71,7 @@ def kernel_distance(real: ArrayLike, fake: ArrayLike) -> tuple[float, float]:
     Raises:
         ValueError: For fewer features, other widths, or values that are not finite.
     """
-    sets = {"real": _matrix("real", real), "fake": _matrix("fake", fake)}
+    sets = {"real": as_matrix("real", real), "fake": as_matrix("fake", fake)}
     x, y = sets.values()
     for name, features in sets.items():
         if len(features) < 3:
@@ -208,7 +120,7 @@ def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3) -> tuple[floa
         `tuple[float, float]`: Precision, the fraction of `fake` in the manifold of `real`; and recall, the fraction of
         `real` in the manifold of `fake`.
     """
-    real, fake = _matrix("real", real), _matrix("fake", fake)
+    real, fake = as_matrix("real", real), as_matrix("fake", fake)
     check_neighbours(k, real=len(real), fake=len(fake))
     precision = _share_covered(fake, real, _neighbour_radii(real, k))
     recall = _share_covered(real, fake, _neighbour_radii(fake, k))
@@ -245,7 +157,7 @@ def mean_pairwise_distance(features: ArrayLike) -> tuple[float, float]:
     Returns:
         `tuple[float, float]`: Mean and standard error.
     """
-    features = _matrix("features", features)
+    features = as_matrix("features", features)
     n = len(features)
     if n < 2:
         raise ValueError(f"`features` has {n} points; pairs need 2 or more.")
@@ -268,19 +180,3 @@ def _distances(points: torch.Tensor, others: torch.Tensor) -> Iterator[tuple[int
     size = max(1, MAX_DISTANCES // len(others))
     for start in range(0, len(points), size):
         yield start, torch.cdist(points[start : start + size], others)
-
-
-def _matrix(name: str, values: ArrayLike) -> torch.Tensor:
-    values = torch.as_tensor(values)
-    if values.ndim != 2:
-        raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be a matrix with one row per image.")
-    return _float64(name, values, values.shape)
-
-
-def _float64(name: str, values: ArrayLike, shape: Sequence[int]) -> torch.Tensor:
-    values = torch.as_tensor(values).detach().to(torch.float64)
-    if values.shape != shape:
-        raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be {shape}, given `mean1`.")
-    if not values.isfinite().all():
-        raise ValueError(f"`{name}` holds values that are not finite.")
-    return values
