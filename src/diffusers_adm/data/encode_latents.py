@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,12 @@ def _range_word(text: str) -> float | str:
 
 @dataclass
 class EncodingArguments:
-    vae: str = arg("", "Autoencoder, on the Hub or in a folder: in its root, or in that of a pipeline.")
+    vae: str = field(
+        metadata={"help": "Autoencoder, on the Hub or in a folder: in its root, or in that of a pipeline."}
+    )
+    resolution: str = field(
+        metadata={"help": "Size of the images in pixels: the side of a square, or HEIGHTxWIDTH, e.g. 64x256."}
+    )
     dataset_name: str | None = arg(None, "Dataset on the Hub, or path of a local copy.")
     dataset_config_name: str | None = arg(None, "Configuration of `dataset_name`.")
     train_data_dir: str | None = arg(None, "Folder of images; the names of its subfolders are the labels.")
@@ -84,9 +89,6 @@ class EncodingArguments:
         None, "Column of conditioning images to keep, resized and cropped like the images; for ControlNets."
     )
     cache_dir: str | None = arg(None, "Cache folder of datasets and pretrained models.")
-    resolution: str | None = arg(
-        None, "Size of the images in pixels: the side of a square, or HEIGHTxWIDTH; none: the autoencoder's."
-    )
     min_image_size: int | None = arg(
         None, "Skip images whose shorter side is below this many pixels; none: half the resolution."
     )
@@ -111,8 +113,7 @@ class EncodingArguments:
     output_dir: str = arg("latents", "New folder for the latents.")
 
     def __post_init__(self):
-        if not self.vae:
-            raise ValueError("`vae` is missing: the autoencoder, e.g. `--vae runs/autoencoder`.")
+        self.size = parse_size("resolution", self.resolution)
         parse_value_range("value_range", self.value_range)
         parse_value_range("condition_value_range", self.condition_value_range)
         if self.condition_value_range is not None and self.conditioning_image_column is None:
@@ -213,6 +214,7 @@ def encode_dataset(
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
     num_shards, moments = math.ceil(len(dataset) / shard_size), _Moments()
     rows: dict[str, list] = {name: [] for name in features}
+    kept = {name: dataset.dataset[column][:] for name, column in columns.items() if column != "conditioning_image"}
     done = shard = 0
 
     def write(number: int) -> None:
@@ -228,8 +230,7 @@ def encode_dataset(
 
     for batch in loader:
         images = batch["images"].to(device)
-        indices = range(done, done + len(images))
-        of_batch = [names[index] for index in indices]
+        of_batch = names[done : done + len(images)]
         encoded = encode_batch(latent_space, images, of_batch, dtype)
         moments.add(latent_space, encoded)
         if random_flip:
@@ -242,14 +243,13 @@ def encode_dataset(
             if column == "conditioning_image":
                 rows[name] += [_store(values, dataset.condition_format) for values in batch["conditions"]]
             else:
-                rows[name] += [dataset.dataset[index][column] for index in indices]
+                rows[name] += kept[name][done : done + len(images)]
         done += len(images)
         while len(rows[NAME_COLUMN]) >= shard_size:
             write(shard_size)
     if rows[NAME_COLUMN]:
         write(shard_size)
-    if dataset._reported.any():
-        lost = [names[index] for index in dataset._reported.nonzero()[:, 0].tolist()]
+    if lost := [names[index] for index in dataset.unreadable]:
         raise ValueError(f"{list_names(lost, quote=str)} became unreadable meanwhile. Start again.")
     return moments
 
@@ -274,16 +274,10 @@ def _store(fractions: torch.Tensor, image_format: ImageFormat) -> dict[str, Any]
     return {"bytes": file.getvalue(), "path": None}
 
 
-def _count_cropped(dataset: ImageDataset, image_format: ImageFormat) -> int:
-    """Number of images that lose pixels at the sides."""
-
-    def measure(example: dict[str, Any]) -> dict[str, bool]:
-        size = decoded_size(decode_image(example["image"], image_format))
-        window = Window.place(size, dataset.size, 0.5, 0.5, False)
-        return {"is_cropped": window.resized != (window.width, window.height)}
-
-    images = dataset.dataset.select_columns("image")
-    return sum(images.map(measure, remove_columns=["image"], desc="Measuring images")["is_cropped"][:])
+def _is_cropped(example: dict[str, Any], image_format: ImageFormat, size: tuple[int, int]) -> dict[str, bool]:
+    """Whether an image loses pixels at the sides."""
+    window = Window.place(decoded_size(decode_image(example["image"], image_format)), size, 0.5, 0.5, False)
+    return {"is_cropped": window.resized != (window.width, window.height)}
 
 
 def _name_images(images: datasets.Dataset, folder: str | None) -> list[str]:
@@ -316,11 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     vae, known = load_autoencoder("vae", args.vae, cache_dir=args.cache_dir)
     latent_space, autoencoder_hash = LatentSpace(vae.to(device)), hash_autoencoder(vae)
-    resolution: Size | None = None if args.resolution is None else parse_size("resolution", args.resolution)
-    if resolution is None:
-        resolution = vae.config.get("sample_size")
-    if resolution is None:
-        raise ValueError("`resolution` is missing: the config of the autoencoder has no `sample_size`.")
+    resolution: Size = args.size
     latent_space.check_size(resolution, "`resolution`")
 
     images, id2label = args.load_images()
@@ -383,6 +373,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         shard_size=args.shard_size,
         device=device,
     )
+    cropped = images.select_columns("image").map(
+        _is_cropped,
+        remove_columns=["image"],
+        fn_kwargs={"image_format": image_format, "size": dataset.size},
+        num_proc=args.image_check_num_proc,
+        desc="Measuring images",
+    )
     stored = StoredLatents(
         autoencoder=autoencoder_hash,
         vae=args.vae,
@@ -395,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_format=image_format,
         condition_format=condition_format,
         random_flip=args.random_flip,
-        num_cropped=_count_cropped(dataset, image_format),
+        num_cropped=sum(cropped["is_cropped"][:]),
         num_images=len(images),
         label_column=args.label_column,
         caption_column=args.caption_column,

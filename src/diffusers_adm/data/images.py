@@ -118,6 +118,11 @@ class ImageDataset(torch.utils.data.Dataset):
     def epoch(self) -> int:
         return int(self._epoch)
 
+    @property
+    def unreadable(self) -> list[int]:
+        """The examples that became unreadable so far."""
+        return self._reported.nonzero()[:, 0].tolist()
+
     def set_epoch(self, epoch: int) -> None:
         """Selects the crops, flips and captions of `epoch`, in workers too."""
         self._epoch.fill_(epoch)

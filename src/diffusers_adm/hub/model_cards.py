@@ -326,6 +326,9 @@ def _format_variables(pushed: Any, folder: Path, run: _Run) -> dict[str, Any]:
     image_format = None if recorded is None else ImageFormat.from_config(recorded, recorded["channels"])
     conditions = pushed.config.get("condition_format")
     size = as_size((pushed.unet if is_pipeline else pushed).config.get("sample_size"))
+    if size is not None and is_pipeline:  # of latents, if there is an autoencoder
+        factor = downsampling_factor(getattr(pushed, "vae", None))
+        size = size[0] * factor, size[1] * factor
     why_no_pil = None if image_format is None else image_format.why_no_pil
     call = ""  # the output of other pipelines needs no explanation
     if is_pipeline and (why_no_pil is not None or isinstance(pushed, ADMImageToImagePipeline)):

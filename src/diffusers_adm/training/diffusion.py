@@ -45,6 +45,7 @@ from .latents import (
     check_latent_channels,
     check_stored_resolution,
     find_latents,
+    leave_unclipped,
     load_latent_space,
 )
 from .loading import (
@@ -483,6 +484,7 @@ def load_diffusion(
             f"The pretrained U-Net takes no masks, and {keeps}. Train all weights, or adapt a model that inpaints."
         )
     if latent_space is not None:
+        leave_unclipped(noise_scheduler)
         check_latent_channels(latent_space, channels)
     check_sampling_steps(training_args, noise_scheduler, data_args.label_column is not None, has_text or guides_image)
     text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, seed)

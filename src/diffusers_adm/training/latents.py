@@ -16,6 +16,7 @@ from ..data.latents import (
     hash_autoencoder,
     load_autoencoder,
 )
+from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from .arguments import DataArguments, UNetArguments, size_argument
 from .loading import pretrained_pipeline_config
 
@@ -81,9 +82,19 @@ def load_latent_space(
             f"The autoencoder encodes images of {encoded} channels and decodes to {decoded}. Use one with the same "
             "number of both."
         )
+    if image_format is None and given is not None:
+        image_format = given.image_format
     if image_format is None and own is not None and index.get("image_format") is not None:
         image_format = ImageFormat.from_config(index["image_format"], encoded)
     return TrainedLatents(space, hash_autoencoder(vae), image_format)
+
+
+def leave_unclipped(scheduler: LearnedVarianceDDPMScheduler) -> None:
+    """Switches off what keeps predicted samples in [-1, 1]: latents may have any value."""
+    clips = [name for name in ("clip_sample", "thresholding") if scheduler.config.get(name)]
+    if clips:
+        scheduler.register_to_config(**dict.fromkeys(clips, False))
+        logger.info(f"The scheduler's {' and '.join(f'`{name}`' for name in clips)} is off: latents are not clipped")
 
 
 def check_latent_channels(latent_space: LatentSpace, channels: int | None) -> None:
