@@ -90,7 +90,7 @@ def load_autoencoder(
     """
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     with reading(argument, name):
-        config, folder = _find_config(name, folders, hub)
+        place, folder, config = _find_config(name, folders, hub)
         class_name = config.get("_class_name")
         if class_name not in AUTOENCODER_CLASSES:
             raise ValueError(
@@ -98,8 +98,8 @@ def load_autoencoder(
                 f"autoencoder. Name a folder or repository of one of {', '.join(AUTOENCODER_CLASSES)}."
             )
         load = AUTOENCODER_CLASSES[class_name].from_pretrained
-        vae = load(name, subfolder=folder or None, variant=variant, torch_dtype=torch.float32, **hub)
-        image_format = _read_image_format(name, folder, vae, hub)
+        vae = load(place, subfolder=folder, variant=variant, torch_dtype=torch.float32, **hub)
+        image_format = _read_image_format(place, folder, vae, hub)
     if "scaling_factor" not in config:
         factor = vae.config.get("scaling_factor")
         logger.warning(f"The config of `{argument}` {name!r} has no `scaling_factor`; diffusers takes {factor}.")
@@ -107,23 +107,28 @@ def load_autoencoder(
     return Autoencoder(vae.requires_grad_(False).eval(), image_format)
 
 
-def _find_config(name: str, folders: Sequence[str], hub: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The config of the first of the folders that has one, and this folder."""
+def _find_config(name: str, folders: Sequence[str], hub: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
+    """The folder, or repository and subfolder, of the first of the folders that has a config, and this config."""
+    if os.path.isdir(name):
+        # diffusers prefers files in a folder itself to those in its subfolders.
+        places: list[tuple[str, str | None]] = [(os.path.join(name, folder), None) for folder in folders]
+    else:
+        places = [(name, folder or None) for folder in folders]
     errors = []
-    for folder in folders:
+    for place, folder in places:
         try:
-            return AutoencoderKL.load_config(name, subfolder=folder or None, **hub), folder
+            return place, folder, AutoencoderKL.load_config(place, subfolder=folder, **hub)
         except OSError as error:
             errors.append(error)
-    raise errors[0]
+    raise errors[-1 if os.path.isdir(name) else 0]
 
 
-def _read_image_format(name: str, folder: str, vae: ModelMixin, hub: Mapping[str, Any]) -> ImageFormat | None:
-    if os.path.isdir(name):
-        path = Path(name, folder, AUTOENCODER_NAME)
+def _read_image_format(place: str, folder: str | None, vae: ModelMixin, hub: Mapping[str, Any]) -> ImageFormat | None:
+    if os.path.isdir(place):
+        path = Path(place, AUTOENCODER_NAME)
     else:
         try:
-            path = Path(hf_hub_download(name, AUTOENCODER_NAME, subfolder=folder or None, **hub))
+            path = Path(hf_hub_download(place, AUTOENCODER_NAME, subfolder=folder, **hub))
         except EntryNotFoundError:
             return None
     if not path.is_file():
