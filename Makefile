@@ -49,9 +49,9 @@ test: $(VENV)/.installed-test
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1
 JITTER        ?= 0
 NUMBERS       := $(addprefix tests/,ops models schedulers conditioning conversion pipelines evaluation \
-  data/test_captions_lists.py data/test_control_data.py data/test_masks.py) \
-  $(addprefix tests/training/test_,autoencoder_losses.py ema.py image_measures.py images.py losses.py metrics.py power_ema.py steps.py \
-  timestep_samplers.py)
+  $(addprefix data/test_,captions_lists.py control_data.py latents.py masks.py) \
+  $(addprefix training/test_,autoencoder_losses.py ema.py image_measures.py images.py losses.py metrics.py power_ema.py \
+  steps.py timestep_samplers.py train_latents.py))
 
 test-portable: $(VENV)/.installed-test
 	$(OTHER_KERNELS) $(PY) -m pytest -n 2 -q -m 'not slow' --jitter $(JITTER) $(NUMBERS) $(TEST_ARGS)

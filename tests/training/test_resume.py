@@ -24,6 +24,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 from scripts import REPOSITORY, load_script
+from tiny_autoencoders import random_vae, save_vae
 from toy_models import TOY_AUTOENCODER_CONFIG, TOY_CLASSIFIER_CONFIG, TOY_CONFIG, random_text_unet, random_unet
 
 from diffusers_adm import AdaGNClassifierModel, AdaGNControlNetModel, AdaGNUNet2DModel, ADMPipeline
@@ -352,6 +353,13 @@ def test_what_could_not_be_loaded_is_refused_even_if_forced(begun, tmp_path, scr
             resume_from_checkpoint=str(begun(script) / "checkpoint-2"),
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_an_autoencoder_is_compared_by_its_content(begun, tmp_path):
+    """More in test_train_latents.py."""
+    vae = save_vae(tmp_path / "vae", random_vae(latent_channels=3))
+    with pytest.raises(ValueError, match="hash of the frozen autoencoder is '.*', and was None for checkpoint-2"):
+        resumed(begun, tmp_path / "run", vae=vae, resolution=8)
 
 
 # 3. Applied arguments
