@@ -4,27 +4,28 @@ ADMPipeline: generates images with an ablated diffusion model: unconditional, by
 Classifier-free guidance (Ho & Salimans 2022, https://huggingface.co/papers/2207.12598) with a null class or an empty or
 negative prompt, its rescaling (Lin et al. 2023, https://huggingface.co/papers/2305.08891, section 3.4) and its
 limitation to an interval of the steps (Kynkäänniemi et al. 2024, https://huggingface.co/papers/2404.07724). Classifier
-guidance (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, section 4). In pixels, or in the latents of
-an autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
+guidance (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, section 4). From noise, or from the noised
+image (SDEdit, Meng et al. 2021, https://huggingface.co/papers/2108.01073). In pixels, or in the latents of an
+autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
 """
 
 import contextlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_adm.conditioning.class_labels import ClassCondition, ClassLabels
 from diffusers_adm.conditioning.condition import (
@@ -43,14 +44,17 @@ from diffusers_adm.conditioning.guidance import (
     guide,
 )
 from diffusers_adm.conditioning.image_format import MODE_CHANNELS, ImageFormat, as_size
+from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.image_outputs import as_outputs, to_numpy, to_pil
 from diffusers_adm.conditioning.inpainting import sample_channels_of
-from diffusers_adm.conditioning.latents import LatentSpace, downsampling_factor
+from diffusers_adm.conditioning.latents import Autoencoder, LatentSpace, downsampling_factor
+from diffusers_adm.conditioning.start_image import StartCondition
 from diffusers_adm.conditioning.text import TextCondition, TextConditioning, check_text_encoder, cross_attention_width
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.ops.finiteness import explain_not_finite, not_finite
+from diffusers_adm.pipelines.ldm_layout import LDM_NAMES, has_ldm_layout, load_ldm_layout
 from diffusers_adm.schedulers.diffusers_schedulers import (
     DEFAULT_NUM_INFERENCE_STEPS,
     Generators,
@@ -100,17 +104,26 @@ class Samples:
     generator: Generators
     latents: torch.Tensor | None
 
-    def check_size(self, height: int | None, width: int | None, factor: int) -> None:
-        """Raises a `ValueError` unless the size in pixels is divisible by `factor`, the total downsampling factor."""
+    def check_size(
+        self, height: int | None, width: int | None, vae_factor: int, unet_factor: int, is_of_image: bool = False
+    ) -> None:
+        """
+        Raises a `ValueError` unless the size in pixels is divisible by both downsampling factors together.
+        `is_of_image`: whether an image of the call has this size.
+        """
         if height is None or width is None:
             raise ValueError(
                 "This model's config has no `sample_size`, so the size of the images is unknown. Pass `height` and "
                 "`width`."
             )
+        factor = vae_factor * unet_factor
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(
                 f"`height` and `width` are {height} and {width}; both must be positive and divisible by {factor}, the "
-                "total downsampling of this model."
+                "total downsampling of this model"
+                + f": `vae` by {vae_factor}, and `unet` by {unet_factor}" * (vae_factor > 1)
+                + "."
+                + " That is the size of the given image: resize or crop it." * is_of_image
             )
 
     def check_numbers(self, shape: tuple[int, ...]) -> None:
@@ -125,10 +138,18 @@ class Samples:
                 "image, or a single one."
             )
         latents = self.latents
-        if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
+        if latents is None:
+            return
+        if tuple(latents.shape) != shape or not latents.is_floating_point():
             raise ValueError(
                 f"`latents` has shape {tuple(latents.shape)} and type {latents.dtype}, but the number of images, "
                 f"`height` and `width` ask for floating point numbers of shape {shape}."
+            )
+        bad = not_finite(latents)
+        if bad:
+            raise ValueError(
+                f"`latents` holds NaN or infinity for {len(bad)} of {len(latents)} images (numbers "
+                f"{', '.join(map(str, bad))}, counted from 0). Pass standard normal noise, as by `torch.randn{shape}`."
             )
 
 
@@ -228,7 +249,9 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             `from_config` (docs/samplers.md compares them). Only the former and `DDPMScheduler` with
             `variance_type="learned_range"` use a learned variance; the others get only the mean channels. Each call
             steps a copy: `pipe.scheduler` stays as it is, its `timesteps` included.
-        vae ([`AutoencoderKL`], *optional*): Decodes the samples, which are then latents, to images.
+        vae ([`AutoencoderKL`], [`VQModel`] or [`AutoencoderTiny`], *optional*): Decodes the samples, which are then
+            latents, to images, and encodes images to start from. For large images and many at once call
+            `pipe.vae.enable_tiling()` and `pipe.vae.enable_slicing()`.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*), tokenizer
             ([`~transformers.PreTrainedTokenizerBase`], *optional*): Any text encoder of transformers (CLIP, T5, BERT
             and the like) for a U-Net with cross-attention. Prompts need both; without them, such a pipeline takes
@@ -259,7 +282,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self,
         unet: AdaGNUNet2DModel | UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None,
+        vae: Autoencoder | None,
         text_encoder: GLIDETextModel | torch.nn.Module | None,
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,
@@ -286,6 +309,31 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._latest_call = CallState()
         self._warned: set[str] = set()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """
+        Loads a saved pipeline as diffusers does, also those of diffusers' `LDMPipeline` and `LDMTextToImagePipeline`
+        (such as `CompVis/ldm-celebahq-256`), whose `vqvae` and `bert` become `vae` and `text_encoder`.
+        """
+        path = pretrained_model_name_or_path
+        if kwargs.get("custom_pipeline") is None and has_ldm_layout(cls, path, kwargs):
+            return load_ldm_layout(cls, path, kwargs)
+        return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """
+        Makes a pipeline of the components of another one as diffusers does, also of an `LDMPipeline` or
+        `LDMTextToImagePipeline`. Optional components that it does not have are `None`.
+        """
+        components = pipeline.components
+        for name, its_name in LDM_NAMES.items():
+            if its_name in components:
+                kwargs.setdefault(name, components[its_name])
+        for name in set(cls._optional_components) - set(components):
+            kwargs.setdefault(name, None)
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -504,9 +552,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        image: ImageInput | None = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Generates a batch of images.
+        Generates a batch of images, from noise or from a noised `image`.
 
         Args:
             prompt (`str` or list of `str`, *optional*): Description of the images, for a U-Net with cross-attention:
@@ -515,8 +565,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             class_labels (`int`, `str`, list of them or `torch.Tensor`, *optional*): Classes, by number or by name (see
                 `pipe.id2label`): one for all images, or one for each. `None`: the null class of a model that has one,
                 no class for an unconditional model. The classifier uses them too.
-            batch_size (`int`, defaults to 1): Number of different images. Not needed if `prompt` or `class_labels`
-                holds one entry for each; all that are given must agree.
+            batch_size (`int`, defaults to 1): Number of different images. Not needed if `prompt`, `class_labels` or
+                `image` holds one entry for each; all that are given must agree.
             num_images_per_prompt (`int`, defaults to 1): Number of samples for each of these, one after the other.
             num_inference_steps (`int`, defaults to 50): Number of steps, chosen by the scheduler's `timestep_spacing`.
             timestep_respacing (`str`, `int` or list of `int`, *optional*): Respacing as in guided-diffusion
@@ -541,12 +591,13 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             eta (`float`, *optional*): Noise of DDIM steps, from 0 (deterministic) to 1 (as much as DDPM). `None`:
                 ancestral steps with `LearnedVarianceDDPMScheduler`, the scheduler's own default elsewhere.
             height, width (`int`, *optional*): Size of the images in pixels, divisible by the total downsampling of
-                U-Net and `vae`. `None`: the U-Net's `sample_size`, times the upsampling of the `vae`.
+                U-Net and `vae`. `None`: that of `image`, or else the U-Net's `sample_size`, times the upsampling of the
+                `vae`.
             generator (`torch.Generator` or list of them, *optional*): Source of all noise; with one for each image, an
                 image does not depend on the others of its batch. Generators on the CPU give the same noise on every
                 device.
             latents (`torch.Tensor` of shape `(number of images, channels, height, width)`, *optional*): Standard
-                normal noise to start from; of the size of the samples, not of decoded images.
+                normal noise to start from, or to add to `image`; of the size of the samples, not of decoded images.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(number of prompts, length, width)`,
                 *optional*): Encoded prompts in place of `prompt` and `negative_prompt`; see `encode_prompt`.
             prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(number of prompts,
@@ -564,6 +615,15 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 `pipe.guidance_scale` for the steps that follow, if there is something to guide towards and away from.
             callback_on_step_end_tensor_inputs (sequence of `str`, defaults to `("latents",)`): Keys of
                 `callback_kwargs`, out of `pipe._callback_tensor_inputs`.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*): Images to
+                start from in place of noise: one for all results, or one for each. Arrays are `(height, width,
+                channels)` and tensors `(channels, height, width)` in [0, 1] or of `uint8`, with a batch dimension in
+                front or without; for other formats than 8-bit grey and RGB see `pipe.image_format`. The size of the
+                results is that of the image; nothing is resized. With an `AutoencoderKL` its latents are sampled.
+            strength (`float`, *optional*): In (0, 1], with `image`; `None`: 0.8. The image is noised for the last
+                `int(strength * steps)` steps, which are taken: the less, the more of it remains. 1.0 takes all steps
+                and leaves next to nothing of it. `guidance_start` and `guidance_end` are fractions of the steps that
+                are taken.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
@@ -578,19 +638,20 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
         classes, prompts = self._class_and_text(class_labels, prompt, text, negative_prompt, negative_text)
+        start = StartCondition(self.vae, self.image_format).read(image, strength)
 
         # 2. check other arguments, set timesteps, draw noise, prepare conditions
         sampling = self._start(
             classes,
-            [prompts],
-            Steps(num_inference_steps, timestep_respacing, eta),
+            [prompts, start],
+            Steps(num_inference_steps, timestep_respacing, eta, start.strength),
             Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
-            Samples(batch_size, num_images_per_prompt, height, width, generator, latents),
+            Samples(batch_size, num_images_per_prompt, *start.size(height, width), generator, latents),
             Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
 
         # 3. sample
-        latents = self._denoise(sampling, sampling.call.noise * sampling.call.scheduler.init_noise_sigma)
+        latents = self._denoise(sampling, start.samples(sampling.call, sampling.timesteps))
 
         # 4. decode
         return self._finish(self._decode(latents, output_type), return_dict)
@@ -631,7 +692,8 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         num_prompts = number_of_prompts(conditions, samples.batch_size)
         num_images = num_prompts * samples.num_images_per_prompt
         height, width = self._size(samples, conditions)
-        samples.check_size(height, width, pixels * 2 ** (len(unet.block_out_channels) - 1))
+        is_of_image = any(condition.image_size == (height, width) for condition in conditions)
+        samples.check_size(height, width, pixels, 2 ** (len(unet.block_out_channels) - 1), is_of_image)
         size = (height // pixels, width // pixels)
         shape = (num_images, self.sample_channels, *size)
         samples.check_numbers(shape)
@@ -647,13 +709,13 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         # A thousand roundings of the sample to bfloat16 would add up: whatever the dtype of the network, the sample and
         # the noise are float32 at least.
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        if samples.latents is None:
-            noise = randn_tensor(shape, generator=samples.generator, device=device, dtype=dtype)
-        else:
-            noise = samples.latents.to(device=device, dtype=dtype)
+        noise = torch.empty(shape, device=device, dtype=dtype)  # drawn below
         call = SamplingCall(
             num_prompts, size, scheduler, samples.generator, noise, self.unet.dtype, guidance_scale=guidance.scale
         )
+        for condition in conditions:
+            condition.before_noise(call)
+        call.noise = call.draw_noise(shape) if samples.latents is None else samples.latents.to(noise)
         merged = MergedConditions(conditions, call)
         classifier_guidance = None
         if guidance.classifier_scale != 0.0:
@@ -807,9 +869,10 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 * has_more
             )
         check_variance(self.scheduler, unet, channels)
-        if self.vae is not None and self.vae.config.latent_channels != channels:
+        latent_space = None if self.vae is None else LatentSpace(self.vae)  # which checks the scaling factor
+        if latent_space is not None and latent_space.channels != channels:
             raise ValueError(
-                f"`vae` has latents of {self.vae.config.latent_channels} channels, but `unet` has `in_channels="
+                f"`vae` has latents of {latent_space.channels} channels, but `unet` has `in_channels="
                 f"{unet.in_channels}`, for samples of {channels}. Use a U-Net that was trained on the latents of this "
                 "autoencoder."
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
@@ -21,6 +21,7 @@ from diffusers_adm.conditioning.controlnet import (
 from diffusers_adm.conditioning.guidance import Guidance
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import ImageInput
+from diffusers_adm.conditioning.latents import Autoencoder
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
@@ -36,9 +37,10 @@ class ADMControlNetPipeline(ADMPipeline):
 
     Args:
         unet (`AdaGNUNet2DModel` or [`UNet2DConditionModel`]): See [`ADMPipeline`]; takes the channels of a sample.
-        scheduler ([`SchedulerMixin`]), vae ([`AutoencoderKL`], *optional*), text_encoder
-            ([`~transformers.PreTrainedModel`], *optional*), tokenizer ([`~transformers.PreTrainedTokenizerBase`],
-            *optional*), classifier (`AdaGNClassifierModel`, *optional*): See [`ADMPipeline`].
+        scheduler ([`SchedulerMixin`]), vae ([`AutoencoderKL`], [`VQModel`] or [`AutoencoderTiny`], *optional*),
+            text_encoder ([`~transformers.PreTrainedModel`], *optional*), tokenizer
+            ([`~transformers.PreTrainedTokenizerBase`], *optional*), classifier (`AdaGNClassifierModel`, *optional*):
+            See [`ADMPipeline`].
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`): One ControlNet or several,
             which were made for `unet`. The residuals of several are added up.
         id2label (`dict[int, str]`, *optional*): See [`ADMPipeline`].
@@ -57,7 +59,7 @@ class ADMControlNetPipeline(ADMPipeline):
         self,
         unet: AdaGNUNet2DModel | UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None,
+        vae: Autoencoder | None,
         text_encoder: GLIDETextModel | torch.nn.Module | None,
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,

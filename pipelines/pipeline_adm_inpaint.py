@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
@@ -27,6 +27,7 @@ from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.image_outputs import to_numpy, to_pil
 from diffusers_adm.conditioning.inpainting import InpaintingCondition, Resampling, sample_channels_of
+from diffusers_adm.conditioning.latents import Autoencoder
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
@@ -65,7 +66,7 @@ class ADMInpaintPipeline(ADMPipeline):
         self,
         unet: AdaGNUNet2DModel | UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None,
+        vae: Autoencoder | None,
         text_encoder: GLIDETextModel | torch.nn.Module | None,
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,

@@ -183,7 +183,8 @@ class Condition:
 
     A subclass that pipelines use also has a method `read`. It takes the arguments of the call that belong to the
     condition (so its signature is its own), checks them, sets `counts`, `is_given` and, with images, `image_size`, and
-    returns the condition. Pipelines call `read`, `check_size`, `prepare` and then `at_step`, in this order.
+    returns the condition. Pipelines call `read`, `check_size`, `before_noise`, `prepare` and then `at_step`, in this
+    order.
 
     Guidance depends on four flags:
 
@@ -219,6 +220,12 @@ class Condition:
         """
         Raises a `ValueError` if images of the call are incompatible with the height and width of the results, or with
         those of samples, which differ with an autoencoder.
+        """
+
+    def before_noise(self, call: SamplingCall) -> None:
+        """
+        Does what draws noise from the generators before the samples do. The noise of the call has its shape, dtype and
+        device, but no values yet.
         """
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:

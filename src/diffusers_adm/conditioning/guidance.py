@@ -100,6 +100,29 @@ def signal_and_std(
     return signal, (1 - signal**2).sqrt()
 
 
+def precise_alphas_cumprod(scheduler: SchedulerMixin, device: torch.device) -> torch.Tensor:
+    """The scheduler's `alphas_cumprod` on a device, in float64, which "mps" does not have."""
+    return scheduler.alphas_cumprod.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def add_noise_for_step(
+    scheduler: SchedulerMixin,
+    original: torch.Tensor,
+    noise: torch.Tensor,
+    timestep: torch.Tensor,
+    alphas_cumprod: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    `original`, x_0, with noise as the coming step of a scheduler of diffusers takes it; for the other arguments see
+    `signal_and_std`.
+    """
+    signal, std = signal_and_std(scheduler, timestep, alphas_cumprod)
+    noised = signal * original + std * noise
+    # Some solvers scale the network's input; only they know the factor: in the middle of a second-order step their
+    # `add_noise` takes another noise level.
+    return noised / scheduler.scale_model_input(torch.ones_like(noised[:1, :1, :1, :1]), timestep)
+
+
 def shift_prediction(
     prediction: torch.Tensor,
     score: torch.Tensor,

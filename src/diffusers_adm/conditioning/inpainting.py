@@ -19,7 +19,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from ..deprecations import renamed
 from ..schedulers.diffusers_schedulers import keeps_no_state
 from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
-from .guidance import exact_prediction, signal_and_std
+from .guidance import add_noise_for_step, exact_prediction, precise_alphas_cumprod, signal_and_std
 from .image_format import ImageFormat
 from .image_inputs import ImageInput, as_fractions, read_images, read_masks, read_values
 from .latents import LatentSpace
@@ -238,10 +238,7 @@ class InpaintingCondition(Condition):
             factor = self.images.shape[-1] // self.original.shape[-1]
             self.keep_mask = ~F.max_pool2d((~self.keep_pixels).to(dtype), factor).bool()
         self.scheduler = call.scheduler
-        # In float64, which "mps" does not have.
-        self.alphas_cumprod = call.scheduler.alphas_cumprod.to(
-            device, torch.float32 if device.type == "mps" else torch.float64
-        )
+        self.alphas_cumprod = precise_alphas_cumprod(call.scheduler, device)
         # Solvers extrapolate from one step to the next: their kept part must move on a smooth path.
         self.noise = None if keeps_no_state(call.scheduler) else call.noise
         if not self.is_trained:
@@ -253,11 +250,7 @@ class InpaintingCondition(Condition):
 
     def noised(self, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """A sample of q(x_t | x_0) of the images, at the coming step and as the scheduler scales its samples."""
-        signal, std = signal_and_std(self.scheduler, t, self.alphas_cumprod)
-        noised = signal * self.original + std * noise
-        # Some solvers scale the network's input; only they know the factor: in the middle of a second-order step their
-        # `add_noise` takes another noise level.
-        return noised / self.scheduler.scale_model_input(torch.ones_like(noised[:1, :1, :1, :1]), t)
+        return add_noise_for_step(self.scheduler, self.original, noise, t, self.alphas_cumprod)
 
     def replace(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Replaces the kept part of x_t by the noised image (RePaint)."""

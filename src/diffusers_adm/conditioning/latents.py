@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, VQModel
 
 from .image_format import Size, as_size, describe_size
 
 
-# Held while the weights of an autoencoder that overflows in float16 are float32: other threads use them, too.
+Autoencoder = AutoencoderKL | VQModel | AutoencoderTiny
+
+# Held while the weights of an autoencoder that overflows in float16 are float32, since other threads use them, too: one
+# would find them in float32 and then lose them to float16 in the middle of its own pass. One lock for all autoencoders,
+# because passes of several in float16 at the same time are rare.
 _UPCAST = threading.RLock()
 
 
@@ -62,7 +66,8 @@ class LatentSpace:
                 "with `vae.register_to_config(scaling_factor=...)`: 1 / (standard deviation of the latents)."
             )
         self.vae, self.scale, self.shift = vae, float(scale), float(shift)
-        self.channels: int = config.latent_channels
+        # A `VQModel` may look its latents up in a codebook of another width.
+        self.channels: int = config.get("vq_embed_dim") or config.latent_channels
         self.factor: int = downsampling_factor(vae)
 
     @property
@@ -123,15 +128,18 @@ def downsampling_factor(vae: ModelMixin | None) -> int:
 @contextlib.contextmanager
 def _computing(vae: ModelMixin) -> Iterator[torch.dtype]:
     """Gives the dtype to compute in. float16 weights become float32 for a while if the config says that they must."""
-    with contextlib.ExitStack() as stack:
-        if vae.config.get("force_upcast"):
-            with contextlib.ExitStack() as waiting:
-                waiting.enter_context(_UPCAST)
-                if vae.dtype == torch.float16:
-                    torch.nn.Module.to(vae, torch.float32)  # without the warnings of `ModelMixin.to`
-                    stack.enter_context(waiting.pop_all())  # until the weights are back
-                    stack.callback(torch.nn.Module.to, vae, torch.float16)
+    if not vae.config.get("force_upcast"):
         yield vae.dtype
+        return
+    with _UPCAST:  # also to read the dtype, which another thread may have changed for a while
+        if vae.dtype == torch.float16:
+            try:
+                torch.nn.Module.to(vae, torch.float32)  # without the warnings of `ModelMixin.to`
+                yield torch.float32
+            finally:
+                torch.nn.Module.to(vae, torch.float16)  # exactly the weights from before
+            return
+    yield vae.dtype  # never changes here, so that several threads may compute at the same time
 
 
 def _precise(x: torch.Tensor) -> torch.Tensor:

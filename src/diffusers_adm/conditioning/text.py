@@ -1,8 +1,9 @@
 """
 Encoded captions and prompts for U-Nets with cross-attention, padded in the same way in training and sampling.
 
-There are two kinds of text encoders. CLIP's (https://huggingface.co/papers/2103.00020, as Stable Diffusion uses it) and
-GLIDE's (https://huggingface.co/papers/2112.10741), or the U-Nets on top of them, were trained with every caption padded
+There are two kinds of text encoders. CLIP's (https://huggingface.co/papers/2103.00020, as Stable Diffusion uses it),
+GLIDE's (https://huggingface.co/papers/2112.10741) and that of latent diffusion
+(https://huggingface.co/papers/2112.10752), or the U-Nets on top of them, were trained with every caption padded
 to one fixed length and attend to the padding: the U-Net gets no mask. For all others (T5, BERT, ...) captions are
 padded to the longest one of a batch, and encoder and U-Net get a mask that hides the padding. In both cases the
 encoding of a caption does not depend on the others in its batch.
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 _TOKENIZER_LOCK = threading.Lock()
 # If neither tokenizer nor encoder names a limit. T5, which needs none, was trained with this many tokens.
 DEFAULT_MAX_LENGTH = 512
+# Encoders that were trained without a mask, by the start of their `model_type`: CLIP's, which is causal, and that of latent
+# diffusion (`LDMBertModel`).
+MASKLESS_ENCODERS = ("clip", "ldmbert")
 # From here on a tokenizer's limit is none: transformers writes "no limit" as a number like 1e30.
 NO_MAX_LENGTH = 1_000_000
 # Default of `UNet2DConditionModel`, for configs that leave it out.
@@ -54,17 +58,18 @@ class TextConditioning(NamedTuple):
     pooled: torch.Tensor | None
 
 
-def _is_clip(text_encoder: torch.nn.Module) -> bool:
-    return str(getattr(text_encoder.config, "model_type", "")).startswith("clip")
+def _is_maskless(text_encoder: torch.nn.Module) -> bool:
+    return str(getattr(text_encoder.config, "model_type", "")).startswith(MASKLESS_ENCODERS)
 
 
 def pads_to_max(text_encoder: torch.nn.Module, unet_config: Mapping[str, Any]) -> bool:
     """
-    Whether captions are padded to `max_prompt_length` and the padding is not masked: for CLIP, for encoders with the
-    attribute `attends_to_padding`, and if the U-Net pools or normalises over all states, which a mask does not affect
-    (`addition_embed_type="text"`, `cross_attention_norm="group_norm"`; DeepFloyd IF has both).
+    Whether captions are padded to `max_prompt_length` and the padding is not masked: for CLIP, for latent diffusion's
+    encoder (`LDMBertModel`), for encoders with the attribute `attends_to_padding`, and if the U-Net pools or normalises
+    over all states, which a mask does not affect (`addition_embed_type="text"`, `cross_attention_norm="group_norm"`;
+    DeepFloyd IF has both).
     """
-    reads_padding = _is_clip(text_encoder) or getattr(text_encoder, "attends_to_padding", False)
+    reads_padding = _is_maskless(text_encoder) or getattr(text_encoder, "attends_to_padding", False)
     mixes_states = unet_config.get("cross_attention_norm") == "group_norm"
     return reads_padding or mixes_states or unet_config.get("addition_embed_type") == "text"
 
@@ -155,8 +160,8 @@ def encode_tokens(
         # Attention to nothing is undefined, so the first padding of an empty caption is not masked.
         is_empty = attention_mask.sum(dim=1, keepdim=True) == 0
         attention_mask = torch.cat([attention_mask[:, :1] | is_empty, attention_mask[:, 1:]], dim=1)
-    # CLIP's text encoder is causal and was trained without a mask; Stable Diffusion passes one only on request.
-    passes_mask = not _is_clip(unwrapped) or getattr(unwrapped.config, "use_attention_mask", False)
+    # Stable Diffusion passes one only on request.
+    passes_mask = not _is_maskless(unwrapped) or getattr(unwrapped.config, "use_attention_mask", False)
     output = text_encoder(input_ids, attention_mask=attention_mask if passes_mask else None)
     if isinstance(output, tuple):
         hidden_states, pooled = output

@@ -159,7 +159,8 @@ class Steps:
     Attributes:
         num_inference_steps (`int`), timestep_respacing (`str`, `int` or list of `int`, *optional*): Which timesteps.
         eta (`float`, *optional*): Noise of DDIM steps.
-        strength (`float`): Share of the steps that are taken, the last ones; see [`ADMInpaintPipeline`].
+        strength (`float`): Share of the steps that are taken, the last ones; see [`ADMPipeline`] and
+            [`ADMInpaintPipeline`].
     """
 
     num_inference_steps: int
@@ -184,8 +185,8 @@ class Steps:
             )
         if self.strength < 1 and name in SCHEDULERS_WITHOUT_STRENGTH:
             raise ValueError(
-                f"`strength` is {self.strength}, but a {name} cannot start in the middle of its timesteps. Leave it at "
-                "1.0, or use another scheduler, such as `DDIMScheduler` or `DPMSolverMultistepScheduler`."
+                f"`strength` is {self.strength}, but a {name} cannot start in the middle of its timesteps. Pass 1.0, "
+                "or use another scheduler, such as `DDIMScheduler` or `DPMSolverMultistepScheduler`."
             )
         if self.eta is not None and not 0 <= self.eta < math.inf:
             raise ValueError(
