@@ -53,6 +53,9 @@ def load_ldm_layout(
     modules, options = cls._get_signature_keys(cls)
     given = {name: arguments[name] for name in (*modules, *options) if name in arguments}
     others = {name: value for name, value in arguments.items() if name not in given}
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(others.get(name), dict):  # by component
+            others[name] = {LDM_NAMES.get(component, component): dtype for component, dtype in others[name].items()}
     by_its_name = {LDM_NAMES.get(name, name): value for name, value in given.items()}
     its_modules, _ = LDMComponents._get_signature_keys(LDMComponents)
     replaced = {name: by_its_name[name] for name in its_modules if name in by_its_name}

@@ -1,11 +1,21 @@
 """ADMPipeline with an autoencoder: a Stable Diffusion folder of reduced width, and what surrounds latents."""
 
 import re
+import threading
+import time
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from tolerances import SAMPLING, rounding_errors
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from tolerances import NETWORK, SAMPLING, rounding_errors
 from toy_models import (
     CONDITIONAL,
     fill_randomly,
@@ -17,6 +27,8 @@ from toy_models import (
 )
 
 from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm.conditioning.latents import LatentSpace
 
 
 def random_vae(**config) -> AutoencoderKL:
@@ -108,6 +120,51 @@ class TestStableDiffusion:
         )
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
+    @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
+            *("PNDMScheduler", "LMSDiscreteScheduler"),
+        ],
+    )
+    def test_same_images_from_images(self, pipelines, name, strength):
+        """The latents are sampled with the generator, and then the noise that is added to them."""
+        arguments = {"strength": strength, "guidance_scale": 2.0, "num_inference_steps": 8, "output_type": "pt"}
+        image = torch.rand((1, 3, 16, 16), generator=seeded(1))
+        components = {name: part for name, part in pipelines[0].components.items() if name != "scheduler"}
+        scheduler = getattr(diffusers, name).from_config(pipelines[0].scheduler.config, skip_prk_steps=True)
+        theirs = StableDiffusionImg2ImgPipeline(**components, scheduler=scheduler, requires_safety_checker=False)
+        ours = make_pipeline(**{**pipelines[1].components, "scheduler": scheduler})
+        theirs.set_progress_bar_config(disable=True)
+        if strength < 1 and name in ("PNDMScheduler", "LMSDiscreteScheduler"):
+            # Theirs runs, but with the first steps of a chain in the middle of it: PNDM's are one timestep off, and LMS
+            # applies the weights of four derivatives to one.
+            with pytest.raises(ValueError, match=f"a {name} cannot start in the middle of its timesteps. Pass 1.0"):
+                ours("a red cat", image=image, **arguments)
+            return
+        expected, actual, other = (
+            pipe("a red cat", image=image, generator=seeded(seed), **arguments).images
+            for pipe, seed in ((theirs, 0), (ours, 0), (ours, 1))
+        )
+        assert expected.std() > 0.03
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+        assert (other - actual).abs().max() > 1e-3
+
+    def test_same_images_from_several_images(self, pipelines):
+        theirs = StableDiffusionImg2ImgPipeline(**pipelines[0].components, requires_safety_checker=False)
+        theirs.set_progress_bar_config(disable=True)
+        images = torch.rand((2, 3, 16, 16), generator=seeded(1))
+        arguments = {"strength": 0.5, "guidance_scale": 3.0, "num_inference_steps": 6, "output_type": "pt"}
+        for generators in (seeded, lambda: [seeded(3), seeded(4)]):
+            expected, actual = (
+                pipe(["a cat", "a dog"], image=images, generator=generators(), **arguments).images
+                for pipe in (theirs, pipelines[1])
+            )
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+        alone = pipelines[1]("a dog", image=images[1], generator=[seeded(4)], **arguments).images
+        torch.testing.assert_close(actual[1:], alone, rtol=0, atol=1e-4)
+
     def test_from_pipe(self, pipelines):
         """The same components in our pipeline; the network of diffusers serves as it is."""
         theirs, ours = pipelines
@@ -182,3 +239,196 @@ class TestLatents:
     def test_another_number_of_channels(self):
         with pytest.raises(ValueError, match="latents of 4 channels, but `unet` has `in_channels=3`"):
             make_pipeline(unet=random_unet())
+
+
+class TestPrecision:
+    """A float16 autoencoder whose activations exceed 65504, as those of SDXL do."""
+
+    def overflowing(self, **config) -> AutoencoderKL:
+        vae = random_vae(**{"force_upcast": True, **config})
+        # Weights that float16 holds, but not their sums; the norms behind them remove the factor again.
+        for module in (vae.decoder.conv_in, vae.encoder.conv_in):
+            module.weight.data *= 5e4 / module.weight.abs().max()
+        return vae.half()
+
+    def test_computes_in_float32(self):
+        vae, plain = self.overflowing(), self.overflowing().float()
+        before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+        samples, images = torch.randn((2, 4, 8, 8), generator=seeded()), torch.rand((2, 3, 16, 16), generator=seeded())
+        with torch.no_grad():
+            assert not self.overflowing().decode(samples.half()).sample.isfinite().all()
+            decoded, expected = LatentSpace(vae).decode(samples), plain.decode(samples / 0.18215).sample
+            encoded, distribution = LatentSpace(vae).posterior(images), plain.encode(images).latent_dist
+        assert rounding_errors(decoded, expected) <= NETWORK
+        assert rounding_errors(encoded.mean, distribution.mean) <= NETWORK
+        assert rounding_errors(encoded.std, distribution.std) <= NETWORK
+        assert vae.dtype == torch.float16
+        assert all(torch.equal(weight, before[name]) for name, weight in vae.state_dict().items())
+
+    def test_only_where_the_config_says_so(self):
+        vae = self.overflowing(force_upcast=False)
+        seen = []
+        vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+        with torch.no_grad():
+            assert LatentSpace(vae).decode(torch.randn((1, 4, 8, 8), generator=seeded())).dtype == torch.float32
+        assert seen == [torch.float16]
+
+    def test_float16_again_after_an_exception(self):
+        vae = self.overflowing()
+        with pytest.raises(RuntimeError), torch.no_grad():
+            LatentSpace(vae).decode(torch.zeros(1, 5, 8, 8))
+        assert vae.dtype == torch.float16
+        with torch.no_grad():  # and no lock is held
+            assert LatentSpace(vae).decode(torch.zeros(1, 4, 8, 8)).isfinite().all()
+
+    def run_in_threads(self, vae, number: int) -> list[torch.Tensor]:
+        results = [None] * number
+
+        @torch.no_grad()
+        def work(index):
+            results[index] = LatentSpace(vae).decode(torch.randn((1, 4, 8, 8), generator=seeded(index)))
+
+        threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return results
+
+    def test_threads(self):
+        """One that ends must not take the float32 weights from another."""
+        vae, plain = self.overflowing(), self.overflowing().float()
+        seen = []
+
+        def slowly(module, inputs):
+            time.sleep(0.02)
+            seen.append(next(module.parameters()).dtype)
+
+        vae.decoder.register_forward_pre_hook(slowly)
+        results = self.run_in_threads(vae, 4)
+        assert seen == [torch.float32] * 4
+        assert vae.dtype == torch.float16
+        for index, result in enumerate(results):
+            with torch.no_grad():
+                expected = plain.decode(torch.randn((1, 4, 8, 8), generator=seeded(index)) / 0.18215).sample
+            assert rounding_errors(result, expected) <= NETWORK
+
+    def test_threads_do_not_wait_for_each_other_in_float32(self):
+        vae, meeting = random_vae(force_upcast=True), threading.Barrier(2, timeout=30)
+
+        def meet(module, inputs):
+            meeting.wait()
+
+        vae.decoder.register_forward_pre_hook(meet)
+        assert all(result is not None for result in self.run_in_threads(vae, 2))
+
+    def test_pipeline_in_half_precision(self, tmp_path):
+        pipe = make_pipeline(self.overflowing().float())
+        pipe.save_pretrained(tmp_path)
+        loaded = ADMPipeline.from_pretrained(tmp_path, dtype={"vae": torch.float16, "default": torch.float32})
+        loaded.set_progress_bar_config(disable=True)
+        arguments = {"num_inference_steps": 2, "strength": 0.5, "image": torch.rand((1, 3, 16, 16), generator=seeded())}
+        actual, expected = (
+            p(generator=seeded(), output_type="pt", **arguments).images for p in (loaded, make_pipeline(pipe.vae))
+        )
+        assert loaded.vae.dtype == torch.float16
+        assert rounding_errors(actual, expected) <= SAMPLING
+
+
+class TestTiling:
+    """`pipe.vae.enable_tiling()`, as diffusers recommends."""
+
+    ARGUMENTS = {"num_inference_steps": 2, "height": 48, "width": 32}
+
+    def test_large_images(self):
+        pipe = make_pipeline()
+        latents = pipe(generator=seeded(), output_type="latent", **self.ARGUMENTS).images
+        plain = pipe(generator=seeded(), output_type="pt", **self.ARGUMENTS).images
+        pipe.vae.enable_tiling()
+        tiled = pipe(generator=seeded(), output_type="pt", **self.ARGUMENTS).images
+        assert latents.shape[-2:] == (24, 16)  # tiles have 8 x 8
+        assert tiled.shape == (1, 3, 48, 32)
+        with torch.no_grad():
+            expected = pipe.vae.tiled_decode(latents / 0.18215).sample
+        assert rounding_errors(tiled, ((expected + 1) / 2).clamp(0, 1)) <= SAMPLING
+        assert 1e-4 < (tiled - plain).abs().mean() < 0.2
+        pipe.vae.disable_tiling()
+        assert rounding_errors(pipe(generator=seeded(), output_type="pt", **self.ARGUMENTS).images, plain) <= SAMPLING
+
+    def test_from_an_image(self):
+        pipe = make_pipeline()
+        pipe.vae.enable_tiling()
+        image = torch.rand((1, 3, 48, 32), generator=seeded())
+        images = pipe(image=image, strength=0.5, num_inference_steps=2, output_type="pt").images
+        assert images.shape == image.shape
+
+    def test_slices(self):
+        pipe = make_pipeline()
+        sizes = []
+        pipe.vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        arguments = {"batch_size": 3, "num_inference_steps": 2, "output_type": "pt"}
+        plain = pipe(generator=seeded(), **arguments).images
+        pipe.vae.enable_slicing()
+        sliced = pipe(generator=seeded(), **arguments).images
+        assert sizes == [3, 1, 1, 1]
+        assert rounding_errors(sliced, plain) <= SAMPLING
+
+
+class TestTinyAutoencoder:
+    def test_from_an_image(self):
+        vae = fill_randomly(
+            AutoencoderTiny(
+                encoder_block_out_channels=(4, 4),
+                decoder_block_out_channels=(4, 4),
+                num_encoder_blocks=(1, 1),
+                num_decoder_blocks=(1, 1),
+            )
+        )
+        pipe = make_pipeline(vae)
+        image = torch.rand((1, 3, 16, 16), generator=seeded())
+        latents = pipe(image=image, generator=seeded(), num_inference_steps=2, output_type="latent").images
+        assert latents.shape == (1, 4, 8, 8)
+        images = pipe(image=image, generator=seeded(), num_inference_steps=2, output_type="pt").images
+        with torch.no_grad():
+            expected = vae.decode(latents / vae.config.scaling_factor).sample
+        assert rounding_errors(images, ((expected + 1) / 2).clamp(0, 1)) <= SAMPLING
+
+
+class TestRefusals:
+    def test_without_a_scaling_factor(self):
+        vae = random_vae()
+        vae.register_to_config(scaling_factor=None)
+        with pytest.raises(ValueError, match="`vae` has `scaling_factor` None and .* must be a positive number"):
+            make_pipeline(vae)
+        with pytest.raises(ValueError, match="`scaling_factor` -1"):
+            make_pipeline(random_vae(scaling_factor=-1.0))
+
+    def test_another_number_of_image_channels(self):
+        with pytest.raises(ValueError, match=re.escape("`image_format`")):
+            make_pipeline(random_vae(), image_format=ImageFormat("L", 1))
+
+    def test_images_of_other_channels_than_results(self):
+        pipe = make_pipeline(random_vae(in_channels=1))
+        assert pipe(num_inference_steps=2, output_type="pt").images.shape == (1, 3, 16, 16)
+        with pytest.raises(ValueError, match="`vae` takes images of 1 channels and gives 3"):
+            pipe(image=torch.zeros(1, 3, 16, 16))
+
+    def test_sizes(self):
+        pipe = make_pipeline()
+        with pytest.raises(ValueError, match="are 18 and 16; .* by 4, .*: `vae` by 2, and `unet` by 2") as error:
+            pipe(image=torch.zeros(1, 3, 18, 16))
+        assert "That is the size of the given image: resize or crop it." in str(error.value)
+
+    def test_latents_that_are_not_finite(self):
+        """Of `vae`, which the message explains, and of the user."""
+        vae = random_vae()
+        vae.quant_conv.bias.data[0] = float("inf")
+        pipe = make_pipeline(vae)
+        with pytest.raises(
+            ValueError, match=r"`image` to latents that are not finite \(numbers 0, 1 of 2, .*Weights of"
+        ):
+            pipe(image=torch.zeros(2, 3, 16, 16))
+        latents = torch.zeros(2, 4, 8, 8)
+        latents[1, 0, 0, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"`latents` holds NaN or infinity for 1 of 2 images \(numbers 1, counted"):
+            pipe(latents=latents, batch_size=2)

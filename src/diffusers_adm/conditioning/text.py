@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 _TOKENIZER_LOCK = threading.Lock()
 # If neither tokenizer nor encoder names a limit. T5, which needs none, was trained with this many tokens.
 DEFAULT_MAX_LENGTH = 512
-# Encoders that were trained without a mask, by the start of their `model_type`: CLIP's, which is causal, and that of latent
-# diffusion (`LDMBertModel`).
+# Encoders that were trained without a mask, by the start of their `model_type`: CLIP's, which is causal, and latent
+# diffusion's `LDMBertModel`.
 MASKLESS_ENCODERS = ("clip", "ldmbert")
 # From here on a tokenizer's limit is none: transformers writes "no limit" as a number like 1e30.
 NO_MAX_LENGTH = 1_000_000
