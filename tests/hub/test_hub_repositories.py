@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from hub_server import HubServer
 from tolerances import SAMPLING, rounding_errors
 from toy_models import (
     CONDITIONAL,
+    fill_randomly,
     random_classifier,
     random_text_encoder,
     random_text_unet,
@@ -45,6 +47,7 @@ CALLS = {
     "control": CONDITIONED | {"image": IMAGE},
     "controls": CONDITIONED | {"image": [IMAGE, IMAGE]},
     "field": {"num_inference_steps": 2, "output_type": "pt"},
+    "latents": {"image": IMAGE, "strength": 0.5, "num_inference_steps": 4, "output_type": "pt"},
 }
 SHARED = """
 import os, sys, torch
@@ -88,6 +91,21 @@ def make_pipelines() -> dict[str, ADMPipeline]:
         "field": ADMPipeline(
             **common | {"unet": random_unet(in_channels=2, out_channels=4)},
             image_format=ImageFormat("array", 2, (-300.5, 40), None),
+        ),
+        "latents": ADMPipeline(
+            **common
+            | {
+                "unet": random_unet(in_channels=4, out_channels=8),
+                "vae": fill_randomly(
+                    AutoencoderKL(
+                        down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2,
+                        block_out_channels=(4, 4),
+                        norm_num_groups=2,
+                        latent_channels=4,
+                    )
+                ),
+            }
         ),
     }
 
