@@ -334,6 +334,17 @@ class TestPrecision:
         assert loaded.vae.dtype == torch.float16
         assert rounding_errors(actual, expected) <= SAMPLING
 
+    def test_offloading(self):
+        """What a GPU would show: with hooks on the components, nothing reaches for a network but by its calls."""
+        pipe = make_pipeline(self.overflowing())
+        arguments = {"num_inference_steps": 2, "output_type": "pt"}
+        arguments |= {"image": torch.rand((1, 3, 16, 16), generator=seeded())}
+        expected = pipe(generator=seeded(), **arguments).images
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert rounding_errors(pipe(generator=seeded(), **arguments).images, expected) <= SAMPLING
+        assert pipe.vae.dtype == torch.float16
+        pipe.remove_all_hooks()
+
 
 class TestTiling:
     """`pipe.vae.enable_tiling()`, as diffusers recommends."""
