@@ -2,18 +2,19 @@
 ADMInpaintPipeline: inpaints the masked part of images with an ablated diffusion model.
 
 With networks that were trained to inpaint (GLIDE, Nichol et al. 2021, https://huggingface.co/papers/2112.10741, section
-4), or any others, by replacing the kept part in each step and resampling (RePaint, Lugmayr et al. 2022,
-https://huggingface.co/papers/2201.09865). From noise, or from the noised image (SDEdit, Meng et al. 2021,
-https://huggingface.co/papers/2108.01073).
+4; Stable Diffusion, Rombach et al. 2022, https://huggingface.co/papers/2112.10752), or any others, by replacing the
+kept part in each step and resampling (RePaint, Lugmayr et al. 2022, https://huggingface.co/papers/2201.09865). From
+noise, or from the noised image (SDEdit, Meng et al. 2021, https://huggingface.co/papers/2108.01073).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
@@ -26,7 +27,15 @@ from diffusers_adm.conditioning.guidance import Guidance
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.image_outputs import to_numpy, to_pil
-from diffusers_adm.conditioning.inpainting import InpaintingCondition, Resampling, sample_channels_of
+from diffusers_adm.conditioning.inpainting import (
+    LAYOUT_OF_PIPELINE,
+    InpaintingCondition,
+    InpaintingLayout,
+    Resampling,
+    check_layout,
+    layout_of_pipeline,
+    sample_channels_of,
+)
 from diffusers_adm.conditioning.latents import Autoencoder
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
@@ -34,6 +43,10 @@ from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples, Sampling
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps, keeps_no_state
+
+
+# Arguments of `from_pretrained` that choose a file on the Hub.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
 
 class ADMInpaintPipeline(ADMPipeline):
@@ -44,19 +57,24 @@ class ADMInpaintPipeline(ADMPipeline):
     The method depends on the channels of the U-Net, for samples of c channels (3 for RGB):
         c: any model of [`ADMPipeline`]. In each step the kept part of x_t is replaced by the noised image, and with
             resampling (RePaint) steps are repeated, to harmonise the new part with the kept one;
-        2c + 1: trained to inpaint. Its input is `[x_t, image * keep_mask, keep_mask]`;
+        2c + 1: trained to inpaint. Its input is `[x_t, image * keep_mask, keep_mask]` (`inpainting_layout="glide"`), or
+            `[x_t, mask, image * (1 - mask)]` with `mask = 1 - keep_mask` (`"stable-diffusion"`);
         3c + 1: trained to upsample and to inpaint. Its input is `[x_t, image * keep_mask, keep_mask, low_res]`.
-    For the latter two the predicted x_0 of the kept part is corrected in each step.
+    For the latter two the predicted x_0 of the kept part can be corrected in each step.
 
     Args:
         unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label: See [`ADMPipeline`].
         controlnet (`AdaGNControlNetModel`, list of them or `AdaGNMultiControlNetModel`, *optional*): Made for `unet`;
             see [`ADMControlNetPipeline`].
         image_format (`ImageFormat` or `dict`, *optional*): See [`ADMPipeline`].
+        inpainting_layout (`str`, *optional*): `"glide"` or `"stable-diffusion"`, see above, for a U-Net that takes
+            masks; saved with the pipeline. `None`: `"glide"` in pixels, and not known with a `vae`, which is refused.
+            `from_pretrained` and `from_pipe` know that of diffusers' `StableDiffusionInpaintPipeline`.
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
-            [`ADMControlNetPipeline`]; for a U-Net of other channels.
+            [`ADMControlNetPipeline`]; for a U-Net of other channels; for a layout that is not known or that the U-Net
+            cannot have.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -73,10 +91,40 @@ class ADMInpaintPipeline(ADMPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
         controlnet: ControlNet | ControlNets | None = None,
         image_format: ImageFormat | dict[str, Any] | None = None,
+        inpainting_layout: str | None = None,  # not a Literal, with which diffusers' type check fails
     ):
         # First, because all components are checked against each other at the end of the other constructor.
         self.register_modules(controlnet=None if controlnet is None else as_one_model(controlnet))
+        self.register_to_config(inpainting_layout=inpainting_layout)
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label, image_format)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """
+        Loads a saved pipeline as [`ADMPipeline`] does. The `inpainting_layout` of a `StableDiffusionInpaintPipeline` is
+        known, unless another `unet` is given.
+        """
+        path = pretrained_model_name_or_path
+        if not {"inpainting_layout", "unet"} & kwargs.keys():
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            config = cls.load_config(path, **hub)
+            layout = layout_of_pipeline(config)
+            if layout is not None and "unet" in config:
+                unet_config = UNet2DConditionModel.load_config(path, subfolder="unet", **hub)
+                if _takes_masks(unet_config):
+                    kwargs["inpainting_layout"] = layout
+        return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """
+        Makes a pipeline of the components of another one as [`ADMPipeline`] does. The `inpainting_layout` of a
+        `StableDiffusionInpaintPipeline` is known, unless another `unet` is given.
+        """
+        is_known = any(parent.__name__ == "StableDiffusionInpaintPipeline" for parent in type(pipeline).__mro__)
+        if is_known and not {"inpainting_layout", "unet"} & kwargs.keys() and _takes_masks(pipeline.unet.config):
+            kwargs["inpainting_layout"] = LAYOUT_OF_PIPELINE["StableDiffusionInpaintPipeline"]
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def sample_channels(self) -> int:
@@ -92,6 +140,11 @@ class ADMInpaintPipeline(ADMPipeline):
     def takes_low_res(self) -> bool:
         """Whether the U-Net takes a low-resolution image as well."""
         return self.unet.config.in_channels == 3 * self.sample_channels + 1
+
+    @property
+    def inpainting_layout(self) -> InpaintingLayout | None:
+        """How the U-Net takes masked image and mask; `None`: it takes none."""
+        return check_layout(self.config.inpainting_layout, self.unet.config, self.vae is not None)
 
     @torch.no_grad()
     def __call__(
@@ -134,6 +187,7 @@ class ADMInpaintPipeline(ADMPipeline):
         guess_mode: bool = False,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
+        correct_kept: bool | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Inpaints images.
@@ -195,6 +249,9 @@ class ADMInpaintPipeline(ADMPipeline):
             controlnet_conditioning_scale (`float` or list of `float`, defaults to 1.0), guess_mode (`bool`, defaults to
                 `False`), control_guidance_start (`float` or list of `float`, defaults to 0.0), control_guidance_end
                 (`float` or list of `float`, defaults to 1.0): See [`ADMControlNetPipeline`].
+            correct_kept (`bool`, *optional*): Whether the predicted x_0 is the image where it is kept, in each step.
+                `None`: as the model's authors sample, `True` for the layout `"glide"` and `False` for
+                `"stable-diffusion"`. For a U-Net that takes no mask, the kept part is always replaced.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
@@ -203,8 +260,8 @@ class ADMInpaintPipeline(ADMPipeline):
             ValueError: For arguments that are incompatible with each other, the model or the scheduler.
         """
         self._check_components()
-        inpainting = InpaintingCondition(self.unet.config, self.vae, self.image_format)
-        inpainting.read(image, mask_image, low_res_image)
+        inpainting = InpaintingCondition(self.unet.config, self.vae, self.image_format, self.inpainting_layout)
+        inpainting.read(image, mask_image, low_res_image, correct_kept)
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
@@ -261,7 +318,7 @@ class ADMInpaintPipeline(ADMPipeline):
                     noise = call.draw_noise(shape) if inpainting.noise is None else inpainting.noise
                     latents = inpainting.replace(latents, noise, t)
                 model_output, steering = self._predict(sampling, latents, step)
-                if inpainting.is_trained:
+                if inpainting.corrects:
                     model_output, steering = inpainting.correct(model_output, steering, latents, t)
                 latents = call.scheduler.step(model_output, t, latents, **sampling.step_kwargs, **steering).prev_sample
                 position = index + 1
@@ -295,5 +352,13 @@ class ADMInpaintPipeline(ADMPipeline):
                 "pixels. Pass `vae=None`."
             )
         super()._check_components()
+        check_layout(self.config.inpainting_layout, self.unet.config, self.vae is not None)
         if self.controlnet is not None:
             check_controlnet(self.controlnet, self.unet, self.scheduler)
+
+
+def _takes_masks(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a U-Net takes masks; `unet_config` may be of a file that leaves out defaults."""
+    if "in_channels" not in unet_config or "out_channels" not in unet_config:
+        return False
+    return (sample_channels_of(unet_config) or unet_config["in_channels"]) < unet_config["in_channels"]

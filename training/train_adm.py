@@ -10,7 +10,8 @@ Nichol & Dhariwal 2021 (https://huggingface.co/papers/2102.09672), Dhariwal & Ni
 wins; `--help` lists them.
 
 Inpainting (`--task inpaint`) is that of GLIDE (https://huggingface.co/papers/2112.10741, section 4): the network takes
-the masked image and its mask as further input channels, and predicts the whole image.
+the masked image and its mask as further input channels, and predicts the whole image. Both tasks can be trained in the
+latents of an autoencoder (`--vae`, Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from diffusers_adm.training import (
     LoraArguments,
     TaskArguments,
     TrainingRun,
+    choose_inpainting_layout,
     inpainting_grid,
     load_diffusion,
     mask_channels,
@@ -62,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     prepare_repository(accelerator, training_args)
 
     # 2. Networks and data
+    layout = None
+    if inpaints:
+        layout = choose_inpainting_layout(task_args.inpainting_layout, model_args, data_args)
     diffusion = load_diffusion(
         accelerator,
         record,
@@ -70,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         may_widen=inpaints,
         # Reason in error messages: "The pretrained U-Net takes no masks, and `lora_rank` leaves ..."
         keeps="`lora_rank` leaves the pretrained weights as they are" if trains_adapter else None,
-        only_pixels="`task` inpaint is trained in pixels" if inpaints else None,
+        needs_images="masked images cannot be made from latents (`task` inpaint)" if inpaints else None,
     )
     frozen_parts = diffusion.frozen_parts(trains_unet=not trains_adapter)
     record.check_network(diffusion.unet.config, diffusion.resolution, frozen_parts)
@@ -94,10 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     conditions = diffusion.conditions(run.networks)
     if inpaints:
-        conditions.append(InpaintingCondition())
+        conditions.append(InpaintingCondition(vae=diffusion.vae, layout=layout))
 
     def build_pipeline() -> ADMPipeline:
-        return diffusion.build_pipeline(ADMInpaintPipeline if inpaints else ADMPipeline)
+        if inpaints:
+            return diffusion.build_pipeline(ADMInpaintPipeline, inpainting_layout=layout)
+        return diffusion.build_pipeline(ADMPipeline)
 
     def save_result(folder: str) -> None:
         if trains_adapter:

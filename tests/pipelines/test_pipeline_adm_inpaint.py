@@ -693,7 +693,8 @@ class TestLatents:
     @pytest.mark.parametrize("channels", [4, 9])
     def test_mask_of_latents(self, vae, channels):
         """A latent is known if all of its pixels are; pixels are kept one by one."""
-        pipe = make_pipeline(random_unet(in_channels=channels, out_channels=8), vae=vae)
+        unet, layout = random_unet(in_channels=channels, out_channels=8), None if channels == 4 else "glide"
+        pipe = make_pipeline(unet, vae=vae, inpainting_layout=layout)
         pixels = random_pixels(size=16)
         repainted = torch.zeros(16, 16, dtype=torch.bool)
         repainted[3, 5] = True

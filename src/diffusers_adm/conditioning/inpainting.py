@@ -2,7 +2,8 @@
 The kept part of an image and its mask, as a network that was trained to inpaint takes them, and RePaint's resampling.
 
 GLIDE (Nichol et al. 2021, https://huggingface.co/papers/2112.10741, section 4), RePaint (Lugmayr et al. 2022,
-https://huggingface.co/papers/2201.09865).
+https://huggingface.co/papers/2201.09865), Stable Diffusion (Rombach et al. 2022,
+https://huggingface.co/papers/2112.10752).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,17 @@ from .low_resolution import upsample
 # effect of the first ones.
 DEFAULT_JUMP_N_SAMPLE = 3
 
+# The channels that a U-Net of 2c + 1 channels takes after the c channels of x_t:
+# "glide": `[image * keep_mask, keep_mask]`, where the mask is 1 in the kept part;
+# "stable-diffusion": `[mask, image * (1 - mask)]`, where the mask is 1 in the part to inpaint.
+InpaintingLayout = Literal["glide", "stable-diffusion"]
+# What saved pipelines have without a recorded layout: that of diffusers' class is the only one, and so was GLIDE's in
+# ours before there was a choice. (Others of 9 channels differ: those of Kandinsky are in GLIDE's layout.)
+LAYOUT_OF_PIPELINE: dict[str, InpaintingLayout] = {
+    "ADMInpaintPipeline": "glide",
+    "StableDiffusionInpaintPipeline": "stable-diffusion",
+}
+
 
 def masked_image_channels(images: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
     r"""
@@ -41,6 +53,45 @@ def masked_image_channels(images: torch.Tensor, keep_mask: torch.Tensor) -> torc
     """
     keep_mask = keep_mask.to(images.dtype)
     return torch.cat([images * keep_mask, keep_mask], dim=1)
+
+
+def downsample_keep_mask(keep_mask: torch.Tensor, factor: int) -> torch.Tensor:
+    r"""
+    The keep mask of latents: one is kept if all of its pixels are.
+
+    Args:
+        keep_mask (`torch.Tensor` of shape `(batch_size, 1, height, width)`): 1 or `True` where the image is kept.
+        factor (`int`): Pixels per latent, along each side.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch_size, 1, height / factor, width / factor)`.
+    """
+    return ~F.max_pool2d((~keep_mask.bool()).float(), factor).bool()
+
+
+def inpainting_channels(
+    images: torch.Tensor, keep_mask: torch.Tensor, vae: ModelMixin | None, layout: InpaintingLayout
+) -> torch.Tensor:
+    r"""
+    The channels that a network trained to inpaint takes behind x_t, in training and sampling; see `InpaintingLayout`.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): In [-1, 1].
+        keep_mask (`torch.Tensor` of shape `(batch_size, 1, height, width)`): 1 or `True` where the image is kept.
+        vae (`ModelMixin`, *optional*): Encodes the masked image; its latents are the mode of their posterior.
+        layout (`str`): One of `InpaintingLayout`.
+    """
+    # The masked pixels must not leak into the input of the network, so they are masked before they are encoded.
+    visible, factor = images * keep_mask.to(images.dtype), 1
+    if vae is not None:
+        space = LatentSpace(vae)
+        visible, factor = space.encode(visible).to(images.dtype), space.factor
+    if layout == "glide":
+        # With an autoencoder, latents that also encode masked pixels are 0.
+        return masked_image_channels(visible, downsample_keep_mask(keep_mask, factor))
+    # Stable Diffusion was trained with one pixel of the mask for each latent, the upper left one.
+    mask = 1 - keep_mask.to(images.dtype)[:, :, ::factor, ::factor]
+    return torch.cat([mask, visible], dim=1)
 
 
 def resampling_walk(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
@@ -124,15 +175,63 @@ def sample_channels_of(unet_config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def layout_of_pipeline(config: Mapping[str, Any]) -> InpaintingLayout | None:
+    """The layout of a pipeline that takes masks, by its saved config (`model_index.json`); `None`: not known."""
+    name = config.get("_class_name")
+    if isinstance(name, (list, tuple)):  # of a pipeline that is saved with its code
+        name = name[-1]
+    return config.get("inpainting_layout") or LAYOUT_OF_PIPELINE.get(str(name))
+
+
+def check_layout(
+    layout: InpaintingLayout | None, unet_config: Mapping[str, Any], in_latents: bool
+) -> InpaintingLayout | None:
+    """
+    The layout of a U-Net; `None` for one that takes no mask.
+
+    Args:
+        layout (`str`, *optional*): As recorded or asked for.
+        in_latents (`bool`): Whether there is an autoencoder.
+
+    Raises:
+        ValueError: For an unknown layout, one that the U-Net cannot have, and a missing one in latents, where both are
+            in use.
+    """
+    if layout is not None and layout not in get_args(InpaintingLayout):
+        raise ValueError(f"`inpainting_layout` is {layout!r}; it must be one of {list(get_args(InpaintingLayout))}.")
+    in_channels, channels = unet_config["in_channels"], sample_channels_of(unet_config)
+    if channels is None or in_channels == channels:
+        if layout is not None:
+            raise ValueError(
+                f"`inpainting_layout` is {layout!r}, but the U-Net (`in_channels={in_channels}`) takes no mask. Leave "
+                "it out."
+            )
+        return None
+    if in_channels == 3 * channels + 1 and layout == "stable-diffusion":
+        raise ValueError(
+            f"`inpainting_layout` is {layout!r}, but the U-Net (`in_channels={in_channels}`) upsamples as well, which "
+            "only GLIDE's do. Leave it out, or pass 'glide'."
+        )
+    if layout is None and in_latents:
+        raise ValueError(
+            f"The U-Net takes {in_channels} channels, x_t and {channels + 1} for the masked image and its mask, but "
+            "their order is not recorded. Pass `inpainting_layout`: 'glide' for [x_t, masked image, keep mask], where "
+            "the mask is 1 in the kept part, or 'stable-diffusion' for [x_t, mask, masked image], where the mask is 1 "
+            "in the part to inpaint."
+        )
+    return layout or "glide"
+
+
 class InpaintingCondition(Condition):
     """
     The kept part of images and its mask. A U-Net that was trained to inpaint takes them as channels, and its prediction
-    is corrected where the image is kept (`correct`); for any other the kept part of x_t is replaced (`replace`).
+    may be corrected where the image is kept (`correct`); for any other the kept part of x_t is replaced (`replace`).
 
     Args:
         unet_config (mapping, *optional*): The config of the U-Net. Not needed for training.
         vae (`AutoencoderKL`, *optional*): Encodes the images.
         image_format (`ImageFormat`, *optional*): Format of the images. `None`: that of a model whose config has none.
+        layout (`str`, *optional*): See `check_layout`; of a network that takes masks.
 
     Attributes, after `prepare` one row an image and on the device:
         images (`torch.Tensor` of shape `(num_images, channels, height, width)`): As given, see `read_values`: fractions
@@ -140,6 +239,7 @@ class InpaintingCondition(Condition):
         keep_pixels (`torch.BoolTensor` of shape `(num_images, 1, height, width)`): Where the images are kept.
         original (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): x_0 of the images.
         keep_mask (`torch.BoolTensor` of shape `(num_images, 1, height, width)`): Where x_0 is kept.
+        corrects (`bool`): Whether to `correct` predictions.
         noise (`torch.Tensor`, *optional*): The noise of the kept part in all steps, for schedulers that use their
             earlier steps; `None`: it is drawn for each step.
     """
@@ -151,9 +251,10 @@ class InpaintingCondition(Condition):
         unet_config: Mapping[str, Any] | None = None,
         vae: ModelMixin | None = None,
         image_format: ImageFormat | None = None,
+        layout: InpaintingLayout | None = "glide",
     ):
         super().__init__()
-        self.vae = vae
+        self.vae, self.layout = vae, layout
         if unet_config is not None:
             self.channels = sample_channels_of(unet_config)
             self.is_trained = unet_config["in_channels"] > self.channels
@@ -164,10 +265,27 @@ class InpaintingCondition(Condition):
 
     def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
         """Reads `images` `(batch_size, channels, height, width)` in [-1, 1] and `keep_mask` with one channel."""
-        return UNetInputs(extra_channels=masked_image_channels(batch["images"], batch["keep_mask"]))
+        with torch.no_grad():  # of the autoencoder
+            channels = inpainting_channels(batch["images"], batch["keep_mask"], self.vae, self.layout or "glide")
+        return UNetInputs(extra_channels=channels)
 
-    def read(self, image: ImageInput, mask_image: ImageInput, low_res_image: ImageInput | None) -> InpaintingCondition:
-        """Takes the arguments of a call; raises a `ValueError` for those that `read_images` and `read_masks` refuse."""
+    def read(
+        self,
+        image: ImageInput,
+        mask_image: ImageInput,
+        low_res_image: ImageInput | None,
+        correct_kept: bool | None = None,
+    ) -> InpaintingCondition:
+        """
+        Takes the arguments of a call; raises a `ValueError` for those that `read_images` and `read_masks` refuse, and
+        for `correct_kept` with a network that takes no mask.
+        """
+        if correct_kept is not None and not self.is_trained:
+            raise ValueError(
+                f"`correct_kept` is {correct_kept}, but this U-Net takes no mask, so the kept part is always replaced. "
+                "Leave it out."
+            )
+        self.corrects = self.is_trained and (self.layout == "glide" if correct_kept is None else correct_kept)
         self.images = read_values(image, "image", self.image_format)
         self.keep_pixels = ~read_masks(mask_image, "mask_image")
         numbers = {"image": len(self.images), "mask_image": len(self.keep_pixels)}
@@ -229,21 +347,18 @@ class InpaintingCondition(Condition):
         self.images, self.keep_pixels = call.rows(self.images.to(dtype)), call.rows(self.keep_pixels)
         pixels = 2 * as_fractions(self.images, self.image_format) - 1
         if self.vae is None:
-            self.original, visible, self.keep_mask = pixels, pixels, self.keep_pixels
+            self.original, self.keep_mask = pixels, self.keep_pixels
         else:
-            # A latent is kept if all of its pixels are; the masked pixels must not leak into the network's input.
             latents = LatentSpace(self.vae)
             self.original = latents.encode(pixels).to(dtype)
-            visible = latents.encode(pixels * self.keep_pixels).to(dtype) if self.is_trained else self.original
-            factor = self.images.shape[-1] // self.original.shape[-1]
-            self.keep_mask = ~F.max_pool2d((~self.keep_pixels).to(dtype), factor).bool()
+            self.keep_mask = downsample_keep_mask(self.keep_pixels, latents.factor)
         self.scheduler = call.scheduler
         self.alphas_cumprod = precise_alphas_cumprod(call.scheduler, device)
         # Solvers extrapolate from one step to the next: their kept part must move on a smooth path.
         self.noise = None if keeps_no_state(call.scheduler) else call.noise
         if not self.is_trained:
             return PreparedCondition.same_in_both(UNetInputs())
-        channels = masked_image_channels(visible, self.keep_mask)
+        channels = inpainting_channels(pixels, self.keep_pixels, self.vae, self.layout or "glide")
         if self.low_res is not None:
             channels = torch.cat([channels, upsample(call.rows(self.low_res.to(dtype)), *call.size)], dim=1)
         return PreparedCondition.same_in_both(UNetInputs(extra_channels=channels))

@@ -111,6 +111,7 @@ from .unets import (
     build_unet,
     check_guidance,
     check_sampling_steps,
+    choose_inpainting_layout,
     load_unet_config,
     low_res_channels,
     mask_channels,

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..commands.arguments import HUB_TOKEN, arg, check_at_least
 from ..commands.processes import MixedPrecision
 from ..conditioning.image_format import ImageFormat, ImageMode, Size, as_size, describe_size, parse_size
+from ..conditioning.inpainting import InpaintingLayout
 from ..conditioning.previews import check_preview_numbers
 from ..data.formats import FormatRequest, parse_value_range
 from ..schedulers.noise_schedules import BetaScheduleName
@@ -486,9 +487,21 @@ class TaskArguments:
         "Generate images, or inpaint them. A model for either can be fine-tuned for the other.",
         resume=NEVER,
     )
+    inpainting_layout: InpaintingLayout | None = arg(
+        None,
+        "Order of the channels of an inpainting U-Net after those of the noisy image: `glide` (masked image, keep "
+        "mask) or `stable-diffusion` (mask of the part to inpaint, masked image). None: the pretrained model's, or "
+        "glide for new channels.",
+        resume=NEVER,
+    )
 
     def check(self, text_args: TextArguments) -> None:
-        """Raises a `ValueError` for `validation_prompts` that would not be used."""
+        """Raises a `ValueError` for `validation_prompts` that would not be used, and a layout without inpainting."""
+        if self.inpainting_layout is not None and self.task != "inpaint":
+            raise ValueError(
+                f"`inpainting_layout` is {self.inpainting_layout!r}, but `task` is {self.task}. Pass `--task inpaint`, "
+                "or leave it out."
+            )
         if self.validation_prompts and (text_args.caption_column is None or self.task == "inpaint"):
             raise ValueError(
                 "`validation_prompts` needs a `caption_column`, and `task` generate: inpainting is validated on images "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from ..conditioning.class_labels import ClassCondition
 from ..conditioning.condition import Condition
@@ -132,6 +132,11 @@ class Diffusion:
         return self.image_format.num_levels if self.latent_space is None else None
 
     @property
+    def vae(self) -> ModelMixin | None:
+        """The autoencoder; `None`: the samples are pixels."""
+        return None if self.latent_space is None else self.latent_space.vae
+
+    @property
     def factor(self) -> int:
         """Number of image pixels per sample pixel, along each side."""
         return 1 if self.latent_space is None else self.latent_space.factor
@@ -245,7 +250,7 @@ class Diffusion:
         return pipeline_class(
             unet=self.unet,
             scheduler=self.noise_scheduler,
-            vae=None if self.latent_space is None else self.latent_space.vae,
+            vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             classifier=None,
@@ -440,6 +445,7 @@ def load_diffusion(
     tensor_columns: Mapping[str, str] | None = None,
     translation: Any = None,
     only_pixels: str | None = None,
+    needs_images: str | None = None,
 ) -> Diffusion:
     """
     Loads noise schedule, networks and data of a run, checks that they are compatible with each other and with the
@@ -462,6 +468,7 @@ def load_diffusion(
         translation (`ImageToImageArguments`, *optional*): Of image to image translation: they pair images, and tell the
             format of the source images and the channels that are concatenated.
         only_pixels (`str`, *optional*): Why autoencoders are refused, for errors.
+        needs_images (`str`, *optional*): Why stored latents are refused, for errors.
     """
     model_args, data_args, diffusion_args, training_args, text_args = args
     seed, has_text = training_args.seed, text_args.caption_column is not None
@@ -471,7 +478,7 @@ def load_diffusion(
     record.check_noise(noise_scheduler)
     latents = load_latent_space(model_args, data_args, keeps, only_pixels)
     latent_space = None if latents is None else latents.space
-    stored = find_latents(data_args, latents, condition, conditioning_image_column)
+    stored = find_latents(data_args, latents, condition, conditioning_image_column, needs_images)
     spare, guides_image = None, False
     if translation is not None:
         spare = spare_channels(model_args, data_args, noise_scheduler)

@@ -112,15 +112,22 @@ def find_latents(
     latents: TrainedLatents | None,
     condition: str | None = None,
     conditioning_image_column: str | None = None,
+    needs_images: str | None = None,
 ) -> StoredLatents | None:
     """
     How the stored latents in `train_data_dir` were made; `None` if it holds images. Raises a `ValueError` for those of
-    another autoencoder, and for arguments that they contradict or that would have no effect on them.
+    another autoencoder, for arguments that they contradict or that would have no effect on them, and with
+    `needs_images`, which says why images are needed.
     """
     folder = data_args.train_data_dir
     stored = find_stored_latents(folder)
     if stored is None:
         return None
+    if needs_images is not None:
+        raise ValueError(
+            f"`train_data_dir` {folder!r} holds latents ({LATENTS_NAME}), but {needs_images}. Train on the images "
+            "themselves, which are then encoded in the loop."
+        )
     if latents is None:
         raise ValueError(
             f"`train_data_dir` {folder!r} holds latents ({LATENTS_NAME}) of the autoencoder {stored.vae}. Pass it as "

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..conditioning.inpainting import InpaintingLayout, check_layout, layout_of_pipeline, sample_channels_of
 from ..conditioning.text import cross_attention_width
 from ..data.labels import renumber_labels
+from ..data.latents import AUTOENCODER_FOLDERS
 from ..deprecations import renamed
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
@@ -21,6 +23,7 @@ from .loading import (
     load_noise_scheduler,
     load_pretrained,
     pretrained_class_names,
+    pretrained_pipeline_config,
 )
 from .losses import check_objective
 
@@ -46,8 +49,39 @@ def no_extra_channels(channels: int) -> int:
 
 
 def mask_channels(channels: int) -> int:
-    """For inpainting: the masked image, and its mask."""
+    """For inpainting: the masked image, or its latents, and its mask."""
     return channels + 1
+
+
+def choose_inpainting_layout(
+    asked: InpaintingLayout | None, model_args: UNetArguments, data_args: DataArguments
+) -> InpaintingLayout:
+    """
+    The layout to train in: the pretrained U-Net's if it takes masks, otherwise the one that was asked for, by default
+    GLIDE's.
+
+    Args:
+        asked (`str`, *optional*): The argument `inpainting_layout`.
+
+    Raises:
+        ValueError: If the pretrained U-Net has another one, or if its layout is not known.
+    """
+    if model_args.pretrained_model_name_or_path is None:
+        return asked or "glide"
+    config = load_model_config(AdaGNUNet2DModel, "unet", model_args, data_args)
+    in_channels, out_channels = _channels_of(config, pretrained=True)
+    channels = {"in_channels": in_channels, "out_channels": out_channels}
+    if (sample_channels_of(channels) or in_channels) == in_channels:  # it gets the channels of the mask
+        return asked or "glide"
+    pipeline = pretrained_pipeline_config(model_args, data_args)
+    recorded = layout_of_pipeline(pipeline)
+    if None not in (asked, recorded) and asked != recorded:
+        raise ValueError(
+            f"`inpainting_layout` is {asked!r}, but {model_args.pretrained_model_name_or_path} takes masks in the "
+            f"layout {recorded!r}. Leave it out."
+        )
+    has_own = any((pipeline.get(name) or [None])[0] is not None for name in AUTOENCODER_FOLDERS)
+    return check_layout(recorded or asked, channels, model_args.vae is not None or has_own) or "glide"
 
 
 def low_res_channels(channels: int) -> int:
