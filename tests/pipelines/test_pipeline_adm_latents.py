@@ -208,6 +208,35 @@ class TestLatents:
             expected = vae.decode(2 * latents + (shift or 0.0)).sample
         assert rounding_errors(images, ((expected + 1) / 2).clamp(0, 1)) <= SAMPLING
 
+    def test_mean_and_standard_deviation_by_channel(self):
+        """As `StableDiffusionXLPipeline` decodes; encoding is the inverse."""
+        mean, std = [0.5, -1.0, 0.0, 2.0], [1.0, 0.5, 2.0, 3.0]
+        vae = random_vae(scaling_factor=0.5, latents_mean=mean, latents_std=std)
+        pipe = make_pipeline(vae)
+        latents = pipe(generator=seeded(), output_type="latent", **self.ARGUMENTS).images
+        images = pipe(generator=seeded(), output_type="pt", **self.ARGUMENTS).images
+        mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+        with torch.no_grad():
+            expected = vae.decode(latents * std / 0.5 + mean).sample
+            encoded = vae.encode(expected).latent_dist.mode()
+        assert rounding_errors(images, ((expected + 1) / 2).clamp(0, 1)) <= SAMPLING
+        with torch.no_grad():
+            samples = LatentSpace(vae).encode(expected)
+        torch.testing.assert_close(samples, (encoded - mean) / std * 0.5, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"latents_mean": [0.0] * 4},
+            {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3},
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]},
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.5},
+        ],
+    )
+    def test_bad_means_and_standard_deviations(self, config):
+        with pytest.raises(ValueError, match="Set both lists, with 4 finite numbers each"):
+            make_pipeline(random_vae(**config))
+
     def test_sizes_are_pixels(self):
         pipe = make_pipeline()
         assert pipe(output_type="pt", height=24, **self.ARGUMENTS).images.shape == (2, 3, 24, 16)

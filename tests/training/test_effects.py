@@ -59,6 +59,7 @@ def told(script, **arguments):
         ("train_autoencoder", {"label_column": "label"}, "an autoencoder has no classes"),
         ("train_autoencoder", {"discriminator_weight": 0.1}, "without `discriminator_start` there is no discriminator"),
         ("train_autoencoder", {"decoder_only": True, "kl_weight": 0.1}, "leaves the encoder, and so the KL divergence"),
+        ("train_autoencoder", {"decoder_only": True, "standardize_channels": True}, "leaves the scale of the latents"),
     ],
 )
 def test_harmless_ones_are_told(script, arguments, sentence):

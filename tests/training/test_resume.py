@@ -280,6 +280,7 @@ OTHERS = {
     "source_mode": "RGB",
     "source_value_range": [0.0, 1.0],
     "split": "test",
+    "standardize_channels": True,
     "task": "inpaint",
     "timestep_sampler": "loss-second-moment",
     "train_batch_size": 2,

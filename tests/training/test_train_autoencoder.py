@@ -137,6 +137,21 @@ def test_the_result(short):
     assert row["validation_scaling_factor"] == scale
 
 
+def test_standard_channels(short):
+    del short["max_train_samples"]
+    train(**short, standardize_channels=True)
+    autoencoder = AutoencoderKL.from_pretrained(short["output_dir"])
+    record = json.loads(Path(short["output_dir"], "autoencoder.json").read_text())
+    assert autoencoder.config.latents_mean == record["latent_mean"]
+    assert autoencoder.config.latents_std == record["latent_std"]
+    assert (autoencoder.config.scaling_factor, autoencoder.config.shift_factor) == (1, None)
+    noise = torch.randn(163, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    samples = LatentSpace(autoencoder).encode(emoji(), noise)
+    # The standard error of a channel's standard deviation is about 1.4%, if its latents were independent.
+    assert samples.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0, 0], abs=0.05)
+    assert samples.std(dim=(0, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.05)
+
+
 def test_measures_of_held_out_images(short, tmp_path):
     """PSNR and rFID of the reconstructions, computed here from the saved result."""
     random_classifier(pool="adaptive", sample_size=8).save_pretrained(tmp_path / "judge")

@@ -41,7 +41,9 @@ class Posterior(NamedTuple):
 
 class LatentSpace:
     r"""
-    The latents of an autoencoder as the samples of a diffusion model: `samples = (latents - shift) * scale`.
+    The latents of an autoencoder as the samples of a diffusion model: `samples = (latents - shift) * scale`. If the
+    config has `latents_mean` and `latents_std`, they are `(latents - latents_mean) / latents_std * scale` by channel,
+    as in diffusers' pipelines for Stable Diffusion XL.
 
     Args:
         vae ([`AutoencoderKL`], [`VQModel`] or [`AutoencoderTiny`]): The autoencoder.
@@ -50,10 +52,12 @@ class LatentSpace:
         vae: As passed.
         scale (`float`), shift (`float`): `scaling_factor` and `shift_factor` of its config.
         channels (`int`): Of a latent.
+        mean, std (list of `float`, *optional*): `latents_mean` and `latents_std` of its config.
         factor (`int`): Number of image pixels per latent, along each side.
 
     Raises:
-        ValueError: If its config has no `scaling_factor`, or one that is not finite and positive.
+        ValueError: If its config has no `scaling_factor`, one that is not finite and positive, or means and standard
+            deviations that are not one for each channel, finite and positive; or both these and a `shift_factor`.
     """
 
     def __init__(self, vae: ModelMixin):
@@ -69,6 +73,30 @@ class LatentSpace:
         # A `VQModel` may look its latents up in a codebook of another width.
         self.channels: int = config.get("vq_embed_dim") or config.latent_channels
         self.factor: int = downsampling_factor(vae)
+        self.mean: list[float] | None = config.get("latents_mean")
+        self.std: list[float] | None = config.get("latents_std")
+        if self.mean is not None or self.std is not None:
+            self._check_channels()
+
+    def _check_channels(self) -> None:
+        mean, std = list(self.mean or ()), list(self.std or ())
+        is_usable = all(map(math.isfinite, (*mean, *std))) and all(value > 0 for value in std)
+        if len(mean) != self.channels or len(std) != self.channels or not is_usable or self.shift:
+            raise ValueError(
+                f"The config of `vae` has `latents_mean` {self.mean} and `latents_std` {self.std}, and `shift_factor` "
+                f"{self.shift}. Set both lists, with {self.channels} finite numbers each, positive in `latents_std`, "
+                "and no `shift_factor`; or neither list."
+            )
+
+    def scales(self, like: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """
+        Shift and scale that make `like`, latents or their standard deviations, samples: numbers, or tensors of shape
+        `(channels, 1, 1)`.
+        """
+        if self.mean is None or self.std is None:
+            return self.shift, self.scale
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (self.mean, self.std))
+        return mean.to(like), (self.scale / std).to(like)
 
     @property
     def image_channels(self) -> tuple[int, int]:
@@ -103,7 +131,8 @@ class LatentSpace:
     def to_samples(self, posterior: Posterior, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Samples of a posterior, with standard normal noise of its shape; `None`: its mode. Scaled and shifted."""
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return (latents - self.shift) * self.scale
+        shift, scale = self.scales(latents)
+        return (latents - shift) * scale
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Encodes images in [-1, 1] to samples; see `posterior` and `to_samples`."""
@@ -114,7 +143,8 @@ class LatentSpace:
         Decodes samples `(batch_size, channels, height, width)` to images in about [-1, 1], float32 unless the
         autoencoder is float64. (A `VQModel` quantises first.)
         """
-        latents = samples / self.scale + self.shift
+        shift, scale = self.scales(samples)
+        latents = samples / scale + shift
         with _computing(self.vae) as dtype:
             images: torch.Tensor = self.vae.decode(latents.to(dtype)).sample
         return _precise(images)

@@ -152,8 +152,11 @@ def encode_batch(
                 f"The autoencoder encodes {list_names(wrong, quote=str)} to NaN or infinite values. Remove these "
                 "images, or check the autoencoder."
             )
+    _, scale = latent_space.scales(posterior.mean.cpu())
+    if isinstance(scale, torch.Tensor):  # by channel, for latents in rows
+        scale = scale.expand(posterior.mean.shape[1:]).flatten()
     for part, rounded in zip(exact, stored, strict=True):
-        error = ((rounded.float() - part) * latent_space.scale).abs().amax(dim=1)
+        error = ((rounded.float() - part) * scale).abs().amax(dim=1)
         wrong = [name for name, amount in zip(names, error.tolist(), strict=True) if not amount <= MAX_ROUNDING]
         if wrong:
             raise ValueError(
@@ -174,7 +177,7 @@ class _Moments:
         samples = latent_space.to_samples(Posterior(mean, std))
         self.count += samples.numel()
         self.total += float(samples.sum())
-        self.squares += float((samples**2).sum() + ((std * latent_space.scale) ** 2).sum())
+        self.squares += float((samples**2).sum() + ((std * latent_space.scales(std)[1]) ** 2).sum())
 
     @property
     def mean(self) -> float:

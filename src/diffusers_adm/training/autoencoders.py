@@ -86,6 +86,12 @@ class AutoencoderArguments:
         "Weight of the KL divergence of an image's latents, divided by the number of values of the image.",
         resume=PROCESS,
     )
+    standardize_channels: bool = arg(
+        False,
+        "Store mean and standard deviation of the latents by channel (`latents_mean` and `latents_std` in the config) "
+        "instead of one scale and shift, so that each channel of the samples is standard.",
+        resume=FREE,
+    )
     perceptual_weight: float = arg(0.0, "Weight of the perceptual distance; 0: none.", resume=PROCESS)
     perceptual_network: str | None = arg(
         None,
@@ -259,6 +265,7 @@ class Autoencoding:
     held_out: ImageDataset | None
     image_format: ImageFormat
     keeps_scale: bool  # `decoder_only`
+    standardizes_channels: bool
     metrics: MeanMetrics
     latents: dict[str, Any] = field(default_factory=dict)  # entries of the record, once they are measured
 
@@ -361,6 +368,7 @@ def load_autoencoding(accelerator: Accelerator, record: RunRecord, args: Sequenc
         held_out,
         image_format,
         only,
+        loss_args.standardize_channels,
         metrics,
     )
 
@@ -399,6 +407,23 @@ class LatentMoments:
         """1 / (the standard deviation of all latents about `shift`): channels have equally many."""
         second = [std**2 + (mean - self.shift) ** 2 for mean, std in zip(self.mean, self.std, strict=True)]
         return 1 / math.sqrt(sum(second) / len(second))
+
+    def is_usable(self, by_channel: bool) -> bool:
+        """Whether latents with these moments can be made standard: they are finite, and not all the same."""
+        varies = all(std > 0 for std in self.std) if by_channel else any(std > 0 for std in self.std)
+        return varies and all(map(math.isfinite, (*self.mean, *self.std)))
+
+    def to_config(self, by_channel: bool) -> dict[str, Any]:
+        """Entries of an autoencoder's config that make samples standard, as a whole or by channel (`LatentSpace`)."""
+        if by_channel:
+            values: dict[str, Any] = {"latents_mean": self.mean, "latents_std": self.std, "scaling_factor": 1.0}
+            return {**values, "shift_factor": None}
+        return {
+            "latents_mean": None,
+            "latents_std": None,
+            "scaling_factor": self.scale,
+            "shift_factor": self.shift,
+        }
 
 
 @torch.no_grad()
@@ -454,10 +479,10 @@ def measure_latents(autoencoding: Autoencoding, run: TrainingRun, num_workers: i
     values = {f"latent_mean_{i}": mean for i, mean in enumerate(moments.mean)}
     values |= {f"latent_std_{i}": std for i, std in enumerate(moments.std)}
     if not autoencoding.keeps_scale:
-        if not (moments.scale < math.inf and math.isfinite(moments.shift)):  # NaN is neither
+        if not moments.is_usable(autoencoding.standardizes_channels):
             run.logger.warning("The latents are not finite, or all the same: their scale cannot be measured.")
             return
-        autoencoder.register_to_config(scaling_factor=moments.scale, shift_factor=moments.shift)
+        autoencoder.register_to_config(**moments.to_config(autoencoding.standardizes_channels))
     config = autoencoder.config
     values |= {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor or 0.0}
     run.log.write_validation(run.progress.global_step, values)

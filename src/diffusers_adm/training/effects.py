@@ -84,6 +84,11 @@ TRAINING_RULES = (
         "`decoder_only` leaves the encoder, and so the KL divergence, as it is",
     ),
     Rule(
+        ("standardize_channels",),
+        lambda given: not given["decoder_only"],
+        "`decoder_only` leaves the scale of the latents as it is",
+    ),
+    Rule(
         ("discriminator_weight", "discriminator_channels", "discriminator_layers"),
         lambda given: given["discriminator_start"] is not None,
         "without `discriminator_start` there is no discriminator",
