@@ -75,6 +75,7 @@ class LatentSpace:
         self.factor: int = downsampling_factor(vae)
         self.mean: list[float] | None = config.get("latents_mean")
         self.std: list[float] | None = config.get("latents_std")
+        self._scales: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         if self.mean is not None or self.std is not None:
             self._check_channels()
 
@@ -95,8 +96,11 @@ class LatentSpace:
         """
         if self.mean is None or self.std is None:
             return self.shift, self.scale
-        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (self.mean, self.std))
-        return mean.to(like), (self.scale / std).to(like)
+        key = like.device, like.dtype
+        if key not in self._scales:  # else they would be uploaded in each call
+            mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (self.mean, self.std))
+            self._scales[key] = mean.to(like), (self.scale / std).to(like)
+        return self._scales[key]
 
     @property
     def image_channels(self) -> tuple[int, int]:
