@@ -592,8 +592,9 @@ def test_bar_of_the_pipeline_is_as_before(tmp_path, capfd):
         ({"prompts": "a cat"}, "`prompts` is 'a cat'; pass a list"),
         ({"output_format": "jpg"}, "`output_format` is 'jpg'"),
         ({"pipeline_options": {"generator": None}}, "`generator` cannot be passed on .* made for each batch"),
-        ({"pipeline_options": {"strength": 1}}, "`strength` cannot be passed on .* does not take it"),
+        ({"pipeline_options": {"jump_length": 1}}, "`jump_length` cannot be passed on .* does not take it"),
         ({"pipeline_options": {"prompt_embeds": torch.zeros(1, 2, 3)}}, "`prompt_embeds` is a tensor"),
+        ({"pipeline_options": {"image": np.zeros((8, 8, 3))}}, "`image` is a ndarray; .* are plain values"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):

@@ -199,9 +199,14 @@ def _check_arguments(
     for name, values in (("class_labels", class_labels), ("prompts", prompts)):
         if values is not None and (isinstance(values, str) or len(values) == 0):
             raise ValueError(f"`{name}` is {values!r}; pass a list of at least one, or None.")
-    tensors = [name for name, value in options.items() if torch.is_tensor(value)]
-    if tensors:
-        raise ValueError(f"`{tensors[0]}` is a tensor; `pipeline_options` are plain values, the same for all images.")
+    for name, value in options.items():
+        try:
+            json.dumps(value)  # as they are written to the settings
+        except TypeError as error:
+            kind = "tensor" if torch.is_tensor(value) else type(value).__name__
+            raise ValueError(
+                f"`{name}` is a {kind}; `pipeline_options` are plain values, the same for all images."
+            ) from error
     parameters = inspect.signature(pipe.__call__).parameters
     wrong = [name for name in options if name in RESERVED or name not in parameters]
     if prompts is not None and "prompt" not in parameters:
