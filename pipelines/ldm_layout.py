@@ -4,10 +4,13 @@ Saved pipelines of latent diffusion (Rombach et al. 2022, https://huggingface.co
 other names.
 """
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 
 # Names of this layout by those of `ADMPipeline`.
@@ -32,7 +35,13 @@ def has_ldm_layout(cls: type[DiffusionPipeline], path: str | os.PathLike, argume
     Whether a saved pipeline, in a folder or on the Hub, is of this layout. `arguments` are those of
     `cls.from_pretrained`.
     """
-    config = cls.load_config(path, **{name: arguments[name] for name in HUB_ARGUMENTS if name in arguments})
+    of_hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+    try:
+        # Not by `cls.load_config`, which warns of an argument of its own at each download.
+        index = path if os.path.isdir(path) else Path(hf_hub_download(str(path), cls.config_name, **of_hub)).parent
+        config = json.loads(Path(index, cls.config_name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # diffusers' `from_pretrained`, which is called next, reads the same file and explains its error
     return LDM_NAMES["vae"] in config and "vae" not in config
 
 
