@@ -304,8 +304,8 @@ def pixels_of(images: Sequence[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
 
 
-def load_judge(folder: str) -> ClassifierFeatures:
-    return ClassifierFeatures(AdaGNClassifierModel.from_pretrained(folder, subfolder="classifier"))
+def load_judge(folder: str, variant: str | None = None) -> ClassifierFeatures:
+    return ClassifierFeatures(AdaGNClassifierModel.from_pretrained(folder, subfolder="classifier", variant=variant))
 
 
 def features_and_classes(judge: ClassifierFeatures, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
