@@ -129,14 +129,25 @@ class TestStoring:
             torch.testing.assert_close(torch.tensor(half[name][:]), expected, rtol=2**-10, atol=1e-6)
         assert "latent_mean_flipped" not in half.column_names
 
-    def test_samples_of_the_data_are_described(self, made, tmp_path, capsys, caplog):
-        encode(made, tmp_path / "out", dtype="float32")
-        _, data, _ = read(tmp_path / "out")
-        mean, std = (torch.tensor(data[name][:], dtype=torch.float64) for name in latents.PLAIN)
-        samples = (mean - SHIFT) * SCALING
-        total = ((samples - samples.mean()) ** 2 + (std * SCALING) ** 2).mean().sqrt()
-        printed = capsys.readouterr().out
-        assert f"mean {samples.mean():.3f} and standard deviation {total:.3f}" in printed
+    @pytest.mark.parametrize(
+        "config",
+        [{}, {"latents_mean": [0.5, 0.0, -0.5, 1.0], "latents_std": [0.5, 1.0, 2.0, 4.0], "shift_factor": None}],
+    )
+    def test_samples_of_the_data_are_described(self, made, tmp_path, capsys, config):
+        save_vae(tmp_path / "vae", random_vae(**config))
+        encode(made, tmp_path / "out", dtype="float32", vae=tmp_path / "vae")
+        stored, data, _ = read(tmp_path / "out")
+        shape = (-1, *stored.shape)
+        mean, std = (torch.tensor(data[name][:], dtype=torch.float64).view(shape) for name in latents.PLAIN)
+        shift, scale = SHIFT, SCALING
+        if config:
+            shift, divisor = (torch.tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+            scale = SCALING / divisor
+        samples = (mean - shift) * scale
+        total = ((samples - samples.mean()) ** 2 + (std * scale) ** 2).mean().sqrt()
+        assert f"mean {samples.mean():.3f} and standard deviation {total:.3f}" in capsys.readouterr().out
+
+    def test_an_unusual_scale_is_reported(self, made, tmp_path, caplog):
         save_vae(tmp_path / "vae", random_vae(scaling_factor=40.0))
         encode(made, tmp_path / "wide", vae=tmp_path / "vae", dtype="float32")
         assert "Set `scaling_factor` of the autoencoder to" in caplog.text

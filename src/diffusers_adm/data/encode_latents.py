@@ -173,7 +173,8 @@ class _Moments:
         self.count, self.total, self.squares = 0, 0.0, 0.0
 
     def add(self, latent_space: LatentSpace, rows: dict[str, np.ndarray]) -> None:
-        mean, std = (torch.from_numpy(rows[name]).double() for name in PLAIN)
+        shape = (latent_space.channels, -1, 1)  # some autoencoders have a scale for each channel
+        mean, std = (torch.from_numpy(rows[name]).double().unflatten(1, shape) for name in PLAIN)
         samples = latent_space.to_samples(Posterior(mean, std))
         self.count += samples.numel()
         self.total += float(samples.sum())
