@@ -6,17 +6,13 @@ from diffusers_adm.pipelines.pipeline_adm import ADMPipeline
 
 class ConcatenatedImagePipeline(ADMPipeline):
     """
-    The base of pipelines that concatenate an image to the sample, in pixels, and that a ControlNet can be added to. A
-    subclass registers its `controlnet` before it calls the constructor, which checks all components.
+    The base of pipelines that concatenate an image to the sample, and that a ControlNet can be added to. A subclass
+    registers its `controlnet` before it calls the constructor, which checks all components.
     """
 
     _optional_components = [*ADMPipeline._optional_components, "controlnet"]
 
     def _check_components(self) -> None:
-        if self.vae is not None:
-            raise ValueError(
-                f"`vae` was given, but {type(self).__name__} concatenates images in pixels. Pass `vae=None`."
-            )
         super()._check_components()
         if self.controlnet is not None:
             check_controlnet(self.controlnet, self.unet, self.scheduler)

@@ -821,14 +821,18 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Samples as images of `output_type`."""
         if self.vae is not None and output_type != "latent":
             latents = LatentSpace(self.vae).decode(latents)
+        return self._convert(latents, output_type)
+
+    def _convert(self, pixels: torch.Tensor, output_type: str) -> Any:
+        """Images in [-1, 1], or samples, as `output_type`."""
         if output_type == "latent":
-            return latents
+            return pixels
         if output_type in ("pil", "np"):  # tensors may stay on the device, which nothing has to wait for
-            self._warn_of_not_finite(latents)
+            self._warn_of_not_finite(pixels)
         if output_type == "pil":
             # 8-bit numbers have no NaN, and NumPy's conversion of it depends on the processor. Infinity is clamped.
-            latents = latents.nan_to_num(nan=-1.0, posinf=math.inf, neginf=-math.inf)
-        fractions = self.image_processor.postprocess(latents, output_type="pt")
+            pixels = pixels.nan_to_num(nan=-1.0, posinf=math.inf, neginf=-math.inf)
+        fractions = self.image_processor.postprocess(pixels, output_type="pt")
         if output_type == "pil":
             return to_pil(fractions, self.image_format)
         images = as_outputs(fractions, self.image_format)

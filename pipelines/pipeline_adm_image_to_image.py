@@ -204,5 +204,9 @@ class ADMImageToImagePipeline(ConcatenatedImagePipeline):
         return self._finish(self._decode(latents, output_type), return_dict)
 
     def _check_components(self) -> None:
+        if self.vae is not None:
+            raise ValueError(
+                f"`vae` was given, but {type(self).__name__} concatenates images in pixels. Pass `vae=None`."
+            )
         super()._check_components()
         _ = self.source_format  # checks the entry of the config

@@ -41,12 +41,9 @@ from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
+from diffusers_adm.pipelines.ldm_layout import HUB_ARGUMENTS
 from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples, Sampling
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps, keeps_no_state
-
-
-# Arguments of `from_pretrained` that choose a file on the Hub.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
 
 class ADMInpaintPipeline(ADMPipeline):

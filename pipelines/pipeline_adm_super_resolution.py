@@ -4,16 +4,19 @@ image.
 
 The upsamplers of ADM (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233) and GLIDE (Nichol et al. 2021,
 https://huggingface.co/papers/2112.10741), and ones that are conditioned on the noise level of the low-resolution image
-(cascaded diffusion, Ho et al. 2021, https://huggingface.co/papers/2106.15282).
+(cascaded diffusion, Ho et al. 2021, https://huggingface.co/papers/2106.15282). In pixels, or in the latents of an
+autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752, section 4.4).
 """
 
+import copy
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
@@ -24,12 +27,14 @@ from diffusers_adm.conditioning.controlnet import (
 from diffusers_adm.conditioning.guidance import Guidance
 from diffusers_adm.conditioning.image_format import ImageFormat, as_sample_size
 from diffusers_adm.conditioning.image_inputs import ImageInput
+from diffusers_adm.conditioning.latents import UNSCALED_PIPELINES, Autoencoder, LatentSpace
 from diffusers_adm.conditioning.low_resolution import LowResolutionCondition, check_low_res_size, match_low_res
 from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.pipelines.concatenated_images import ConcatenatedImagePipeline
+from diffusers_adm.pipelines.ldm_layout import HUB_ARGUMENTS
 from diffusers_adm.pipelines.pipeline_adm import Output, OutputType, Samples
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps
 from diffusers_adm.schedulers.noise_schedules import check_same_noise
@@ -37,14 +42,18 @@ from diffusers_adm.schedulers.noise_schedules import check_same_noise
 
 class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
     r"""
-    Upsamples images: a U-Net denoises the large image, with the bilinearly upsampled low-resolution image as further
-    input channels. Without further conditions, by class, by prompt, or by both, guided like [`ADMPipeline`].
+    Upsamples images: a U-Net denoises the large image, with the low-resolution image, bilinearly upsampled to the size
+    of the samples, as further input channels. Without further conditions, by class, by prompt, or by both, guided like
+    [`ADMPipeline`].
 
     Args:
-        unet (`AdaGNUNet2DModel`, [`UNet2DModel`] or [`UNet2DConditionModel`]): Takes twice the channels of an image, 6
-            for RGB. One with `time_cond_proj_dim` is conditioned on the noise level of the low-resolution image.
+        unet (`AdaGNUNet2DModel`, [`UNet2DModel`] or [`UNet2DConditionModel`]): Takes the channels of a sample and of an
+            image: 6 for RGB in pixels, 7 for RGB and latents of 4 channels. One with `time_cond_proj_dim` is
+            conditioned on the noise level of the low-resolution image.
         scheduler ([`SchedulerMixin`]): See [`ADMPipeline`].
-        vae (`None`): Must be `None`: images are upsampled in pixels.
+        vae ([`AutoencoderKL`], [`VQModel`] or [`AutoencoderTiny`], *optional*): Decodes the samples, which are then
+            latents. The low-resolution image is not encoded: it is concatenated to them as it is, and must not be
+            larger.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*), tokenizer
             ([`~transformers.PreTrainedTokenizerBase`], *optional*), classifier (`AdaGNClassifierModel`, *optional*),
             id2label (`dict[int, str]`, *optional*): See [`ADMPipeline`].
@@ -62,16 +71,15 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
 
     Raises:
         ValueError: For components that are incompatible with each other, as by [`ADMPipeline`] and
-            [`ADMControlNetPipeline`]; for a U-Net whose channels are not those of an upsampler, a `vae`, levels or a
-            size that the U-Net cannot have been trained on, and a `scheduler` with another noise schedule than
-            `noise_schedule`.
+            [`ADMControlNetPipeline`]; for a U-Net whose channels are not those of an upsampler, levels or a size that
+            the U-Net cannot have been trained on, and a `scheduler` with another noise schedule than `noise_schedule`.
     """
 
     def __init__(
         self,
         unet: AdaGNUNet2DModel | UNet2DModel | UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None,
+        vae: Autoencoder | None,
         text_encoder: GLIDETextModel | torch.nn.Module | None,
         tokenizer: object | None,
         classifier: AdaGNClassifierModel | None,
@@ -91,10 +99,35 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label, image_format)
         self.register_to_config(noise_level=noise_level, max_noise_level=max_noise_level)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """
+        Loads a saved pipeline as [`ADMPipeline`] does. The latents of diffusers' `LDMSuperResolutionPipeline` (such as
+        `CompVis/ldm-super-resolution-4x-openimages`) are not scaled.
+        """
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        config = cls.load_config(pretrained_model_name_or_path, **hub)
+        if config["_class_name"] in UNSCALED_PIPELINES and not {"vae", "vqvae"} & kwargs.keys():
+            pipe.vae.register_to_config(scaling_factor=1.0)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """
+        Makes a pipeline of the components of another one as [`ADMPipeline`] does. The latents of diffusers'
+        `LDMSuperResolutionPipeline` are not scaled.
+        """
+        if type(pipeline).__name__ in UNSCALED_PIPELINES and "vae" not in kwargs:
+            # Another object with the same layers, since the config of the other pipeline's must stay.
+            kwargs["vae"] = copy.copy(pipeline.vqvae)
+            kwargs["vae"].register_to_config(scaling_factor=1.0)
+        return super().from_pipe(pipeline, **kwargs)
+
     @property
     def sample_channels(self) -> int:
-        """Channels of a sample: half of those that the U-Net takes."""
-        return self.unet.config.in_channels // 2
+        """Channels of a sample: those of a latent, or half of those that the U-Net takes."""
+        return self.unet.config.in_channels // 2 if self.vae is None else LatentSpace(self.vae).channels
 
     @torch.no_grad()
     def __call__(
@@ -154,7 +187,7 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
                 `time_cond_proj_dim`.
             back_projection (`bool`, defaults to `False`): Shift the blocks of pixels of the finished images so that
                 their means are the pixels of the low-resolution image, which a small or short-trained model matches
-                only roughly. For whole factors, the same along both sides.
+                only roughly. For whole factors, the same along both sides. Not for `output_type="latent"` with a `vae`.
             num_images_per_prompt (`int`, defaults to 1): Number of samples for each image, one after the other.
             num_inference_steps (`int`, defaults to 50), timestep_respacing (`str`, `int` or list of `int`, *optional*),
                 guidance_scale (`float`, defaults to 1.0), guidance_rescale (`float`, defaults to 0.0), guidance_start
@@ -183,6 +216,11 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
             ValueError: For arguments that are incompatible with each other, the model or the scheduler.
         """
         self._check_components()
+        if back_projection and output_type == "latent" and self.vae is not None:
+            raise ValueError(
+                "`back_projection` changes pixels, but `output_type` is 'latent'. Leave one of them out, or decode the "
+                "latents first."
+            )
         config = self.config
         low_resolution = LowResolutionCondition(
             self.unet.config,
@@ -190,6 +228,7 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
             low_res_size=config.low_res_size,
             max_noise_level=config.max_noise_level,
             image_format=self.image_format,
+            factor=self.vae_scale_factor,
         ).read(image, config.noise_level if noise_level is None else noise_level, back_projection)
         text = TextConditioning(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         negative_text = TextConditioning(
@@ -213,12 +252,21 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
             Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
         latents = self._denoise(sampling, sampling.call.noise * sampling.call.scheduler.init_noise_sigma)
-        if back_projection:
-            latents = match_low_res(latents.clamp(-1, 1), low_resolution.source)
-        return self._finish(self._decode(latents, output_type), return_dict)
+        if not back_projection:
+            return self._finish(self._decode(latents, output_type), return_dict)
+        pixels = latents if self.vae is None else LatentSpace(self.vae).decode(latents)
+        pixels = match_low_res(pixels.clamp(-1, 1), low_resolution.source)
+        return self._finish(self._convert(pixels, output_type), return_dict)
 
     def _check_components(self) -> None:
+        channels, in_channels = self.sample_channels, self.unet.config.in_channels
+        if self.vae is not None and in_channels != channels + self.image_channels:
+            raise ValueError(
+                f"`unet` has `in_channels={in_channels}`, but an upsampler in the latents of this `vae` takes "
+                f"{channels} channels of a latent and {self.image_channels} of the low-resolution image, which is not "
+                "encoded. Use a U-Net that was trained so, or `vae=None` for one that upsamples in pixels."
+            )
         super()._check_components()
         if self.config.low_res_size is not None:
-            check_low_res_size(self.config.low_res_size, self.unet.config.sample_size)
+            check_low_res_size(self.config.low_res_size, self.unet.config.sample_size, self.vae_scale_factor)
         check_same_noise("This upsampler", self.config.noise_schedule, self.scheduler, self.unet)

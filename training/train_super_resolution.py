@@ -8,8 +8,9 @@ pretrained one; unconditional, by class, by caption, or both.
 
 The low-resolution images are made from the training images: downsampled by averaging blocks of pixels, noised,
 upsampled, and concatenated to the noisy image (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233; the
-noise, whose level conditions the network: Ho et al. 2021, https://huggingface.co/papers/2106.15282). Every argument can
-be given in the recipe or on the command line, which wins; `--help` lists them.
+noise, whose level conditions the network: Ho et al. 2021, https://huggingface.co/papers/2106.15282). In the latents of
+an autoencoder (`--vae`), they are concatenated to those (Rombach et al. 2022, https://huggingface.co/papers/2112.10752,
+section 4.4). Every argument can be given in the recipe or on the command line, which wins; `--help` lists them.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         common_args,
         extra_channels=low_res_channels,
         upsampler_args=sr_args,
-        only_pixels="train_super_resolution.py trains in pixels",
+        needs_images="low-resolution images cannot be made from latents",
     )
     record.check_network(diffusion.unet.config, diffusion.resolution, diffusion.frozen_parts())
     train_dataset, validation_dataset = diffusion.datasets()
@@ -80,7 +81,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     sizes = {"low_res_size": as_sample_size(sr_args.size), "max_noise_level": sr_args.max_noise_level}
     low_resolution = LowResolutionCondition(
-        diffusion.unet.config, diffusion.noise_scheduler, image_format=diffusion.image_format, **sizes
+        diffusion.unet.config,
+        diffusion.noise_scheduler,
+        image_format=diffusion.image_format,
+        factor=diffusion.factor,
+        **sizes,
     )
     conditions = [low_resolution, *diffusion.conditions(run.networks)]
     build_pipeline = functools.partial(
@@ -101,18 +106,17 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Training
     for batch in run.batches():
         with run.accumulate():
-            batch["images"] = batch["images"].contiguous(memory_format=model_args.memory_format)
-            pixels = batch["images"]  # (B, C, H, W) in [-1, 1]
+            samples = diffusion.samples(batch)  # (B, C, H, W): pixels in [-1, 1], or latents
             inputs = merge(condition.for_training(batch) for condition in conditions)
-            timesteps, weights = diffusion.timestep_sampler.sample(len(pixels), device=pixels.device)
+            timesteps, weights = diffusion.timestep_sampler.sample(len(samples), device=samples.device)
             terms = training_losses(
                 run.networks["unet"],
                 diffusion.noise_scheduler,
-                pixels,
+                samples,
                 timesteps,
                 objective=diffusion_args.objective,
                 snr_gamma=diffusion_args.snr_gamma,
-                num_levels=diffusion.image_format.num_levels,
+                num_levels=diffusion.num_levels,
                 extra_channels=inputs.extra_channels,
                 model_kwargs=inputs.kwargs,
             )

@@ -180,7 +180,7 @@ class TestLayout:
     def test_of_a_stable_diffusion_folder(self, folder, pipelines, tmp_path):
         theirs, ours = pipelines
         assert ours.inpainting_layout == "stable-diffusion"
-        pipe = ADMInpaintPipeline.from_pipe(theirs, classifier=None, controlnet=None)
+        pipe = ADMInpaintPipeline.from_pipe(theirs)
         assert pipe.unet is theirs.unet
         assert pipe.inpainting_layout == "stable-diffusion"
         pipe = ADMInpaintPipeline.from_pretrained(folder, inpainting_layout="glide")  # as asked for

@@ -22,20 +22,21 @@ from scripts import load_script
 from tolerances import NETWORK, rounding_errors
 from toy_models import TOY_CONFIG, fill_randomly, random_unet
 
-from diffusers_adm import ADMInpaintPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.data import encode_latents
 from diffusers_adm.training import find_latest_checkpoint
 from diffusers_adm.training import run as training_run
 
 
 train_adm = load_script("train_adm")
+train_super_resolution = load_script("train_super_resolution")
 
 
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
-    with own_process_state("train_adm"):
+    with own_process_state("train_adm"), own_process_state("train_super_resolution"):
         yield
 
 
@@ -61,11 +62,11 @@ def vae_folder(vae, tmp_path_factory) -> str:
     return str(folder)
 
 
-def model_config(folder: Path) -> str:
-    """Without channels: they follow from autoencoder and task."""
+def model_config(folder: Path, **changes) -> str:
+    """Without channels, unless given: they follow from autoencoder and task."""
     config = {k: v for k, v in TOY_CONFIG.items() if k not in ("in_channels", "out_channels", "sample_size")}
     path = folder / "model.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps({**config, **changes}))
     return str(path)
 
 
@@ -213,6 +214,104 @@ class TestInpainting:
         message = f"`train_data_dir` '{folder}' holds latents (latents.json), but masked images cannot be made"
         with pytest.raises(ValueError, match=re.escape(message)):
             train(**short, train_data_dir=folder, model_config_name_or_path=model_config(tmp_path))
+
+
+# 2. Super-resolution
+
+
+@pytest.fixture
+def upsampler(tmp_path, short):
+    """Arguments of a run of two steps, to images of 8 x 8 pixels in latents of 4 x 4."""
+    del short["task"]
+    (tmp_path / "upsampler").mkdir()
+    config = model_config(tmp_path / "upsampler", time_cond_proj_dim=6)
+    return short | {"model_config_name_or_path": config, "low_res_size": 4, "max_noise_level": 5}
+
+
+def train_upsampler(**arguments):
+    reset_accelerate()
+    train_super_resolution.main(flags(**arguments))
+
+
+@pytest.fixture
+def upsampled(monkeypatch):
+    """`(images, samples, extra channels)` of each step."""
+    steps, batches = [], []
+    training_losses = train_super_resolution.training_losses
+    for_training = train_super_resolution.LowResolutionCondition.for_training
+
+    def record(unet, scheduler, samples, timesteps, **kwargs):
+        steps.append((batches.pop(), samples, kwargs["extra_channels"]))
+        assert kwargs["num_levels"] is None
+        return training_losses(unet, scheduler, samples, timesteps, **kwargs)
+
+    def record_batch(condition, batch):
+        batches.append(batch["images"])
+        return for_training(condition, batch)
+
+    monkeypatch.setattr(train_super_resolution, "training_losses", record)
+    monkeypatch.setattr(train_super_resolution.LowResolutionCondition, "for_training", record_batch)
+    return steps
+
+
+class TestSuperResolution:
+    @pytest.mark.parametrize("low_res_size", [4, 2])
+    def test_the_image_is_concatenated_to_latents(self, low_res_size, upsampler, upsampled):
+        train_upsampler(**upsampler | {"low_res_size": low_res_size, "max_noise_level": 0})
+        assert len(upsampled) == 2
+        for images, samples, extra in upsampled:
+            assert samples.shape == (4, 4, 4, 4)
+            # Means of blocks, rounded to 8 bits, and upsampled to the size of the latents if they are smaller.
+            small = F.avg_pool2d(((images + 1) * 127.5).round(), 8 // low_res_size).add(0.5).floor() / 127.5 - 1
+            expected = F.interpolate(small, (4, 4), mode="bilinear", align_corners=False)
+            torch.testing.assert_close(extra, expected)
+
+    def test_a_run_and_its_pipeline(self, upsampler, tmp_path):
+        upsampler |= {"label_column": "label"}
+        train_upsampler(**upsampler, checkpointing_steps=1)
+        pipe = ADMSuperResolutionPipeline.from_pretrained(upsampler["output_dir"])
+        assert (pipe.unet.config.in_channels, pipe.unet.config.out_channels) == (7, 8)
+        assert (pipe.config.low_res_size, pipe.config.max_noise_level, pipe.unet.config.sample_size) == (4, 5, 4)
+        pipe.set_progress_bar_config(disable=True)
+        (image,) = pipe(Image.new("RGB", (4, 4), "red"), class_labels=1, noise_level=3, num_inference_steps=2).images
+        assert image.size == (8, 8)
+        # Small image, sample and large image of two examples.
+        (grid,) = Path(upsampler["output_dir"]).glob("samples-*.png")
+        assert Image.open(grid).size[0] > 3 * 8
+
+        # A resumed run is the unbroken one.
+        resumed = {**upsampler, "output_dir": upsampler["output_dir"] + "-resumed"}
+        train_upsampler(**{**resumed, "max_train_steps": 1}, lr_scheduler="constant")
+        train_upsampler(**resumed, lr_scheduler="constant", resume_from_checkpoint="latest")
+        assert_same_checkpoint(*(find_latest_checkpoint(run["output_dir"]) for run in (upsampler, resumed)))
+
+        # Fine-tuned with the autoencoder and sizes of the pipeline.
+        again = {**upsampler, "output_dir": str(tmp_path / "again"), "max_train_steps": 1}
+        for name in ("vae", "model_config_name_or_path", "low_res_size", "max_noise_level"):
+            del again[name]
+        train_upsampler(**again, pretrained_model_name_or_path=upsampler["output_dir"])
+        pipe = ADMSuperResolutionPipeline.from_pretrained(again["output_dir"])
+        assert (pipe.vae is not None, pipe.config.low_res_size, pipe.config.max_noise_level) == (True, 4, 5)
+
+    def test_a_small_image_larger_than_latents(self, upsampler, tmp_path):
+        folder, kinds = tmp_path / "deep", ("DownEncoderBlock2D",) * 3
+        config = {"down_block_types": kinds, "up_block_types": ("UpDecoderBlock2D",) * 3, "norm_num_groups": 2}
+        AutoencoderKL(**config, block_out_channels=(4, 4, 4), latent_channels=4).save_pretrained(folder)
+        message = "`low_res_size` is 8 x 8, but the latents that it is concatenated to are only 4 x 4"
+        with pytest.raises(ValueError, match=message):
+            train_upsampler(**upsampler | {"low_res_size": 8, "resolution": 16, "vae": str(folder)})
+
+    def test_other_channels(self, upsampler, tmp_path):
+        """Those of an upsampler in pixels."""
+        config = model_config(tmp_path / "upsampler", in_channels=6, out_channels=6)
+        with pytest.raises(ValueError, match="for samples of 3 channels, but the latents of the autoencoder have 4"):
+            train_upsampler(**upsampler | {"model_config_name_or_path": config, "max_noise_level": 0})
+
+    def test_stored_latents(self, upsampler, tmp_path):
+        folder = store_latents(tmp_path, upsampler["vae"])
+        del upsampler["data_files"]
+        with pytest.raises(ValueError, match="holds latents .*, but low-resolution images cannot be made from latents"):
+            train_upsampler(**upsampler, train_data_dir=folder)
 
 
 def store_latents(folder: Path, vae: str) -> str:

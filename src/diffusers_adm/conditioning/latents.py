@@ -19,6 +19,10 @@ from .image_format import Size, as_size, describe_size
 
 Autoencoder = AutoencoderKL | VQModel | AutoencoderTiny
 
+# Pipelines of diffusers whose latents are not scaled, whatever the config of their autoencoder says (by default,
+# VQModel's has the scale of Stable Diffusion).
+UNSCALED_PIPELINES = ("LDMSuperResolutionPipeline",)
+
 # Held while the weights of an autoencoder that overflows in float16 are float32, since other threads use them, too: one
 # would find them in float32 and then lose them to float16 in the middle of its own pass. One lock for all autoencoders,
 # because passes of several in float16 at the same time are rare.

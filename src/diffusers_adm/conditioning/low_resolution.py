@@ -5,7 +5,8 @@ sampling.
 Noise on the low-resolution image, whose level conditions the network, makes an upsampler robust to artifacts of the
 base model ("Gaussian conditioning augmentation", Ho et al. 2021, https://huggingface.co/papers/2106.15282, section 4).
 Upsampling is that of guided-diffusion (https://huggingface.co/papers/2105.05233) and GLIDE
-(https://huggingface.co/papers/2112.10741).
+(https://huggingface.co/papers/2112.10741). In latents, the image itself is concatenated to them (Rombach et al. 2022,
+https://huggingface.co/papers/2112.10752, section 4.4).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from ..deprecations import renamed
 from .condition import PreparedCondition, SamplingCall, UNetInputs
-from .image_format import ImageFormat, Size, as_size, describe_resolution
+from .image_format import ImageFormat, Size, as_size, describe_resolution, describe_size
 from .image_inputs import ImageInput
 from .source_image import ConcatenatedImageCondition
 
@@ -70,20 +71,36 @@ def noise_level_embedding(noise_levels: torch.Tensor, dim: int) -> torch.Tensor:
     return get_timestep_embedding(noise_levels, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
-def check_low_res_size(low_res_size: Size, sample_size: Size | None) -> None:
+def check_low_res_size(low_res_size: Size, sample_size: Size | None, factor: int = 1) -> None:
     """
     Raises a `ValueError` unless images of the size `low_res_size`, upsampled by one factor along both sides, have the
-    size `sample_size`, if that is known.
+    size of the images of `sample_size`, if that is known, and are no larger than the samples. `factor`: number of image
+    pixels per latent.
     """
-    (h, w), large = as_size(low_res_size), as_size(sample_size)
-    if large is None:
+    (h, w), samples = as_size(low_res_size), as_size(sample_size)
+    if samples is None:
         return
-    height, width = large
+    height, width = samples[0] * factor, samples[1] * factor
     if h * width != w * height or h > height:
+        size = f"and the `sample_size` of the U-Net is {height} x {width}"
+        if factor > 1:
+            size = f"and the images are {height} x {width} (`sample_size` of the U-Net, times {factor} of `vae`)"
         raise ValueError(
-            f"`low_res_size` is {h} x {w} (height x width) and the `sample_size` of the U-Net is {height} x {width}; "
+            f"`low_res_size` is {h} x {w} (height x width) {size}; "
             "the factor must be the same along both sides, and at least 1. Pass both sides, such as "
             f"`low_res_size=[{max(1, height // 4)}, {max(1, width // 4)}]` for a factor of 4."
+        )
+    check_fits_latents((h, w), samples, "`low_res_size` is")
+
+
+def check_fits_latents(low_res_size: Size, latent_size: Size, subject: str) -> None:
+    """Raises a `ValueError` for low-resolution images that are larger than the samples to concatenate them to."""
+    (h, w), (height, width) = as_size(low_res_size), as_size(latent_size)
+    if h > height or w > width:
+        raise ValueError(
+            f"{subject} {describe_size((h, w))}, but the latents that it is concatenated to are only "
+            f"{describe_size((height, width))}, which would lose its details. Use smaller images, larger results, or "
+            "an autoencoder with a smaller factor."
         )
 
 
@@ -118,9 +135,10 @@ class LowResolutionCondition(ConcatenatedImageCondition):
         max_noise_level (`int`, *optional*): Highest level of training; `None`: not known.
         image_format (`ImageFormat`, *optional*): Format of the images. Training rounds the low-resolution ones to its
             levels. `None`: 8-bit RGB.
+        factor (`int`, defaults to 1): Number of image pixels per sample pixel, along each side, with an autoencoder.
 
     Raises:
-        ValueError: For a `low_res_size` that is not the U-Net's `sample_size` divided by one factor.
+        ValueError: For a `low_res_size` that is not the size of the large images divided by one factor.
     """
 
     def __init__(
@@ -131,12 +149,14 @@ class LowResolutionCondition(ConcatenatedImageCondition):
         low_res_size: Size | None = None,
         max_noise_level: int | None = None,
         image_format: ImageFormat | None = None,
+        factor: int = 1,
     ):
         super().__init__()
         if low_res_size is not None:
-            check_low_res_size(low_res_size, unet_config.get("sample_size"))
-        self.image_format = image_format or ImageFormat()
-        self.sample_size = as_size(unet_config.get("sample_size"))
+            check_low_res_size(low_res_size, unet_config.get("sample_size"), factor)
+        self.image_format, self.factor = image_format or ImageFormat(), factor
+        samples = as_size(unet_config.get("sample_size"))
+        self.large_size = None if samples is None else (samples[0] * factor, samples[1] * factor)
         self.embedding_dim = unet_config.get("time_cond_proj_dim")
         self.alphas_cumprod = scheduler.alphas_cumprod
         self.low_res_size, self.max_noise_level = as_size(low_res_size), max_noise_level
@@ -144,7 +164,7 @@ class LowResolutionCondition(ConcatenatedImageCondition):
     def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
         """
         Downsamples `images` `(batch_size, channels, height, width)` in [-1, 1] to `low_res_size`; with a level
-        embedding, noises them to random levels up to `max_noise_level`.
+        embedding, noises them to random levels up to `max_noise_level`. The channels have the size of the samples.
         """
         images = batch["images"]
         factor = images.shape[-1] // self.low_res_size[1]
@@ -155,7 +175,8 @@ class LowResolutionCondition(ConcatenatedImageCondition):
             levels = torch.randint(self.max_noise_level + 1, (len(images),), device=images.device)
             low_res = add_noise_to_low_res(low_res, torch.randn_like(low_res), levels, self.alphas_cumprod)
             kwargs["timestep_cond"] = noise_level_embedding(levels, self.embedding_dim)
-        return UNetInputs(kwargs, upsample(low_res, *images.shape[2:]))
+        size = images.shape[2] // self.factor, images.shape[3] // self.factor
+        return UNetInputs(kwargs, upsample(low_res, *size))
 
     def read(self, image: ImageInput, noise_level: int | None, back_projection: bool) -> LowResolutionCondition:
         """
@@ -196,7 +217,8 @@ class LowResolutionCondition(ConcatenatedImageCondition):
             raise ValueError(
                 f"{given}, but `back_projection` needs a whole factor, the same along both sides. Leave it off."
             )
-        small, large = self.low_res_size, self.sample_size
+        check_fits_latents((h, w), sample_size, "`image` is")
+        small, large = self.low_res_size, self.large_size
         if small is None or large is None:
             return
         if (h * large[0], w * large[0]) != (height * small[0], width * small[0]):

@@ -13,6 +13,7 @@ from ..commands.arguments import HUB_TOKEN, arg, check_at_least
 from ..commands.processes import MixedPrecision
 from ..conditioning.image_format import ImageFormat, ImageMode, Size, as_size, describe_size, parse_size
 from ..conditioning.inpainting import InpaintingLayout
+from ..conditioning.low_resolution import check_fits_latents
 from ..conditioning.previews import check_preview_numbers
 from ..data.formats import FormatRequest, parse_value_range
 from ..schedulers.noise_schedules import BetaScheduleName
@@ -547,8 +548,17 @@ class SuperResolutionArguments:
         if self.low_res_size is None:
             raise ValueError("`low_res_size` is missing: the size of the low-resolution images in pixels, e.g. 32.")
 
-    def check(self, resolution: Size, scheduler: LearnedVarianceDDPMScheduler, time_cond_proj_dim: int | None) -> None:
-        """Raises a `ValueError` if size or noise level do not match resolution, noise schedule or network."""
+    def check(
+        self,
+        resolution: Size,
+        scheduler: LearnedVarianceDDPMScheduler,
+        time_cond_proj_dim: int | None,
+        latent_factor: int = 1,
+    ) -> None:
+        """
+        Raises a `ValueError` if size or noise level do not match resolution, noise schedule or network. `latent_factor`
+        is the number of image pixels per sample pixel.
+        """
         (height, width), (low_height, low_width) = as_size(resolution), as_size(self.size)
         factor = height // low_height
         if factor < 2 or (height, width) != (factor * low_height, factor * low_width):
@@ -557,6 +567,8 @@ class SuperResolutionArguments:
                 "must be a multiple of the former, by the same factor along both sides and at least 2 times as large."
                 + (" Pass both as HEIGHTxWIDTH, e.g. `--low_res_size 16x64`." if height != width else "")
             )
+        latent_size = height // latent_factor, width // latent_factor
+        check_fits_latents((low_height, low_width), latent_size, "`low_res_size` is")
         num_steps = scheduler.config.num_train_timesteps
         if self.max_noise_level > num_steps:
             raise ValueError(

@@ -479,6 +479,9 @@ def load_diffusion(
     latents = load_latent_space(model_args, data_args, keeps, only_pixels)
     latent_space = None if latents is None else latents.space
     stored = find_latents(data_args, latents, condition, conditioning_image_column, needs_images)
+    if upsampler_args is not None and latent_space is not None:
+        # The low-resolution image is not encoded.
+        extra_channels = functools.partial(constant_channels, latent_space.image_channels[0])
     spare, guides_image = None, False
     if translation is not None:
         spare = spare_channels(model_args, data_args, noise_scheduler)
@@ -568,7 +571,7 @@ def load_diffusion(
             check_stored_resolution(stored, resolution, data_args.train_data_dir)
         min_image_size: Size | None = data_args.min_image_size
         if upsampler_args is not None:
-            upsampler_args.check(resolution, noise_scheduler, unet_config.get("time_cond_proj_dim"))
+            upsampler_args.check(resolution, noise_scheduler, unet_config.get("time_cond_proj_dim"), factor)
             min_image_size = resolution if min_image_size is None else min_image_size
         unet.register_to_config(sample_size=as_sample_size([side // factor for side in as_size(resolution)]))
         allow_unlabelled = num_classes is None or unet.config.null_class_id is not None

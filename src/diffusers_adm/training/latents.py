@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from accelerate.logging import get_logger
 
 from ..conditioning.image_format import ImageFormat, Size, as_sample_size, describe_resolution
-from ..conditioning.latents import LatentSpace
+from ..conditioning.latents import UNSCALED_PIPELINES, LatentSpace
 from ..data.folders import LATENTS_NAME
 from ..data.latents import (
     AUTOENCODER_FOLDERS,
@@ -64,6 +64,8 @@ def load_latent_space(
             variant=model_args.variant,
             cache_dir=data_args.cache_dir,
         )
+        if index.get("_class_name") in UNSCALED_PIPELINES:
+            own.vae.register_to_config(scaling_factor=1.0)
     if model_args.vae is not None:
         given = load_autoencoder("vae", model_args.vae, cache_dir=data_args.cache_dir)
     if own is None and given is None:
