@@ -51,7 +51,7 @@ JITTER        ?= 0
 NUMBERS       := $(addprefix tests/,ops models schedulers conditioning conversion pipelines evaluation \
   $(addprefix data/test_,captions_lists.py control_data.py latents.py masks.py) \
   $(addprefix training/test_,autoencoder_losses.py ema.py image_measures.py images.py losses.py metrics.py power_ema.py \
-  steps.py timestep_samplers.py train_latents.py))
+  steps.py timestep_samplers.py train_latents.py train_latents_tasks.py))
 
 test-portable: $(VENV)/.installed-test
 	$(OTHER_KERNELS) $(PY) -m pytest -n 2 -q -m 'not slow' --jitter $(JITTER) $(NUMBERS) $(TEST_ARGS)
