@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LDMSuperResolutionPipeline, VQModel
-from tolerances import NETWORK, SAMPLING, rounding_errors
+from tolerances import NETWORK, ONE_LAYER, SAMPLING, rounding_errors
 from toy_models import fill_randomly, random_diffusers_unet, random_unet
 
 from diffusers_adm import ADMImageToImagePipeline, ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
@@ -124,7 +124,7 @@ class TestLatents:
         expected = F.interpolate(2 * image - 1, (8, 8), mode="bilinear", align_corners=False)
         assert rounding_errors(seen[0], expected) <= NETWORK
         if size == 8:
-            assert torch.equal(seen[0], 2 * image - 1)
+            assert rounding_errors(seen[0], 2 * image - 1) <= ONE_LAYER
 
     @torch.no_grad()
     def test_training_and_sampling_agree(self):
