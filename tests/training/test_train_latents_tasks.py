@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler, LDMSuperResolutionPipeline, VQModel
 from PIL import Image
 from runs import (
     EMOJI,
@@ -20,12 +20,14 @@ from runs import (
 )
 from scripts import load_script
 from tolerances import NETWORK, rounding_errors
-from toy_models import TOY_CONFIG, fill_randomly, random_unet
+from toy_models import TOY_CONFIG, fill_randomly, random_diffusers_unet, random_unet
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline, ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.data import encode_latents
 from diffusers_adm.training import find_latest_checkpoint
 from diffusers_adm.training import run as training_run
+from diffusers_adm.training.arguments import DataArguments, UNetArguments
+from diffusers_adm.training.latents import load_latent_space
 
 
 train_adm = load_script("train_adm")
@@ -300,6 +302,16 @@ class TestSuperResolution:
         message = "`low_res_size` is 8 x 8, but the latents that it is concatenated to are only 4 x 4"
         with pytest.raises(ValueError, match=message):
             train_upsampler(**upsampler | {"low_res_size": 8, "resolution": 16, "vae": str(folder)})
+
+    def test_latents_of_diffusers_upsampler_are_not_scaled(self, tmp_path):
+        """Whatever the config of its autoencoder says; see the comparison of pipelines."""
+        config = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 3, "num_vq_embeddings": 16}
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        LDMSuperResolutionPipeline(
+            VQModel(**config, **blocks), random_diffusers_unet(), DDIMScheduler()
+        ).save_pretrained(tmp_path)
+        latents = load_latent_space(UNetArguments(pretrained_model_name_or_path=str(tmp_path)), DataArguments())
+        assert (latents.space.scale, latents.space.channels) == (1.0, 3)
 
     def test_other_channels(self, upsampler, tmp_path):
         """Those of an upsampler in pixels."""
