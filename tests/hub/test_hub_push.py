@@ -137,6 +137,11 @@ class TestCard:
         assert "from diffusers import AutoencoderKL" in card.text
         assert "training/train_autoencoder.py" in card.text
         assert "It does not generate images" in card.text
+        autoencoder = AutoencoderKL.from_pretrained(folder)
+        autoencoder.register_to_config(latents_mean=[0.5, 0.0], latents_std=[2.0, 1.0], shift_factor=None)
+        card = ModelCard.load(write_model_card(autoencoder, folder, "alice/vae"))
+        assert "`(latents - latents_mean) / latents_std * scaling_factor` by channel" in card.text
+        assert "`(latents - 0" not in card.text
 
     @pytest.mark.parametrize("held_out", [True, False])
     def test_of_an_image_to_image_model(self, held_out, tmp_path):

@@ -17,6 +17,7 @@ from toy_models import (
 
 from diffusers_adm import ADMInpaintPipeline, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.inpainting import InpaintingCondition, downsample_keep_mask, inpainting_channels
+from diffusers_adm.conditioning.latents import LatentSpace
 
 
 def random_vae(**config) -> AutoencoderKL:
@@ -168,7 +169,9 @@ class TestStableDiffusion:
     def test_channels(self, pipelines):
         """What the network sees: the mask of one pixel for each latent, then the latents of the masked image."""
         _, ours = pipelines
-        channels = inpainting_channels(2 * random_images() - 1, 1 - odd_mask(), ours.vae, "stable-diffusion")
+        channels = inpainting_channels(
+            2 * random_images() - 1, 1 - odd_mask(), LatentSpace(ours.vae), "stable-diffusion"
+        )
         assert channels.shape == (1, 5, 8, 8)
         assert torch.equal(channels[:, :1], F.interpolate(odd_mask(), (8, 8)))  # as diffusers does
         assert rounding_errors(channels[:, 1:], encode(ours.vae, random_images(), 1 - odd_mask())) <= NETWORK
@@ -274,7 +277,7 @@ class TestGlide:
 
     def test_a_latent_is_kept_if_all_of_its_pixels_are(self):
         keep = 1 - odd_mask()
-        latents = inpainting_channels(2 * random_images() - 1, keep, random_vae(), "glide")
+        latents = inpainting_channels(2 * random_images() - 1, keep, LatentSpace(random_vae()), "glide")
         by_hand = torch.tensor(
             [[float(keep[0, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].min()) for j in range(8)] for i in range(8)]
         )
@@ -287,7 +290,10 @@ class TestGlide:
     def test_masked_pixels_do_not_leak(self, layout):
         first, second = random_images(), random_images()
         second[odd_mask().bool().expand_as(second)] = 0.5
-        seen = [inpainting_channels(2 * images - 1, 1 - odd_mask(), random_vae(), layout) for images in (first, second)]
+        seen = [
+            inpainting_channels(2 * images - 1, 1 - odd_mask(), LatentSpace(random_vae()), layout)
+            for images in (first, second)
+        ]
         assert rounding_errors(*seen) <= NETWORK
 
     def test_kept_latents_and_pixels(self):

@@ -17,6 +17,7 @@ from diffusers_adm.training import (
     hinge_loss,
     kl_per_value,
 )
+from diffusers_adm.training.autoencoders import AutoencoderArguments
 from diffusers_adm.training.perceptual import ClassifierDistance
 
 
@@ -145,22 +146,8 @@ def test_means_over_batches():
     assert metrics.compute(Alone()) == {}
 
 
-def test_a_scaled_loss_with_two_optimizers():
-    """The order of calls that Accelerate makes in fp16: both optimizers are unscaled before either step."""
-    generator, discriminator = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
-    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (generator, discriminator)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for is_adversarial in (False, True, True):
-        samples = generator(torch.ones(3, 2))
-        losses = [samples.square().mean() + (generator_loss(discriminator, samples) if is_adversarial else 0)]
-        losses += [discriminator(samples.detach()).mean()] if is_adversarial else []
-        for network, optimizer, loss in zip((generator, discriminator), optimizers, losses, strict=False):
-            before = network.weight.detach().clone()
-            (expected,) = torch.autograd.grad(loss, network.weight, retain_graph=True)
-            scaler.scale(loss).backward()
-            for each in optimizers:
-                scaler.unscale_(each)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            torch.testing.assert_close(network.weight, before - 0.1 * expected)
+def test_float16_is_refused_with_a_discriminator():
+    AutoencoderArguments(discriminator_start=0).check_precision("bf16")
+    AutoencoderArguments().check_precision("fp16")
+    with pytest.raises(ValueError, match="`mixed_precision` is fp16, in which .*Pass bf16 or no, or leave `discr"):
+        AutoencoderArguments(discriminator_start=0).check_precision("fp16")

@@ -70,7 +70,7 @@ def downsample_keep_mask(keep_mask: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def inpainting_channels(
-    images: torch.Tensor, keep_mask: torch.Tensor, vae: ModelMixin | None, layout: InpaintingLayout
+    images: torch.Tensor, keep_mask: torch.Tensor, latent_space: LatentSpace | None, layout: InpaintingLayout
 ) -> torch.Tensor:
     r"""
     The channels that a network trained to inpaint takes behind x_t, in training and sampling; see `InpaintingLayout`.
@@ -78,14 +78,13 @@ def inpainting_channels(
     Args:
         images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): In [-1, 1].
         keep_mask (`torch.Tensor` of shape `(batch_size, 1, height, width)`): 1 or `True` where the image is kept.
-        vae (`ModelMixin`, *optional*): Encodes the masked image; its latents are the mode of their posterior.
+        latent_space (`LatentSpace`, *optional*): Encodes the masked image, to the mode of its posterior.
         layout (`str`): One of `InpaintingLayout`.
     """
     # The masked pixels must not leak into the input of the network, so they are masked before they are encoded.
     visible, factor = images * keep_mask.to(images.dtype), 1
-    if vae is not None:
-        space = LatentSpace(vae)
-        visible, factor = space.encode(visible).to(images.dtype), space.factor
+    if latent_space is not None:
+        visible, factor = latent_space.encode(visible).to(images.dtype), latent_space.factor
     if layout == "glide":
         # With an autoencoder, latents that also encode masked pixels are 0.
         return masked_image_channels(visible, downsample_keep_mask(keep_mask, factor))
@@ -229,7 +228,7 @@ class InpaintingCondition(Condition):
 
     Args:
         unet_config (mapping, *optional*): The config of the U-Net. Not needed for training.
-        vae (`AutoencoderKL`, *optional*): Encodes the images.
+        vae (`ModelMixin`, *optional*): Encodes the images.
         image_format (`ImageFormat`, *optional*): Format of the images. `None`: that of a model whose config has none.
         layout (`str`, *optional*): See `check_layout`; of a network that takes masks.
 
@@ -254,19 +253,21 @@ class InpaintingCondition(Condition):
         layout: InpaintingLayout | None = "glide",
     ):
         super().__init__()
-        self.vae, self.layout = vae, layout
+        self.latent_space, self.layout = None if vae is None else LatentSpace(vae), layout
         if unet_config is not None:
             self.channels = sample_channels_of(unet_config)
             self.is_trained = unet_config["in_channels"] > self.channels
             self.takes_low_res = unet_config["in_channels"] == 3 * self.channels + 1
-            channels = self.channels if vae is None else vae.config.in_channels
+            channels = self.channels if self.latent_space is None else self.latent_space.image_channels[0]
             self.image_format = ImageFormat.of_channels(channels) if image_format is None else image_format
         self.low_res: torch.Tensor | None = None
 
     def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
         """Reads `images` `(batch_size, channels, height, width)` in [-1, 1] and `keep_mask` with one channel."""
         with torch.no_grad():  # of the autoencoder
-            channels = inpainting_channels(batch["images"], batch["keep_mask"], self.vae, self.layout or "glide")
+            channels = inpainting_channels(
+                batch["images"], batch["keep_mask"], self.latent_space, self.layout or "glide"
+            )
         return UNetInputs(extra_channels=channels)
 
     def read(
@@ -346,19 +347,18 @@ class InpaintingCondition(Condition):
         dtype, device = call.noise.dtype, call.noise.device
         self.images, self.keep_pixels = call.rows(self.images.to(dtype)), call.rows(self.keep_pixels)
         pixels = 2 * as_fractions(self.images, self.image_format) - 1
-        if self.vae is None:
+        if self.latent_space is None:
             self.original, self.keep_mask = pixels, self.keep_pixels
         else:
-            latents = LatentSpace(self.vae)
-            self.original = latents.encode(pixels).to(dtype)
-            self.keep_mask = downsample_keep_mask(self.keep_pixels, latents.factor)
+            self.original = self.latent_space.encode(pixels).to(dtype)
+            self.keep_mask = downsample_keep_mask(self.keep_pixels, self.latent_space.factor)
         self.scheduler = call.scheduler
         self.alphas_cumprod = precise_alphas_cumprod(call.scheduler, device)
         # Solvers extrapolate from one step to the next: their kept part must move on a smooth path.
         self.noise = None if keeps_no_state(call.scheduler) else call.noise
         if not self.is_trained:
             return PreparedCondition.same_in_both(UNetInputs())
-        channels = inpainting_channels(pixels, self.keep_pixels, self.vae, self.layout or "glide")
+        channels = inpainting_channels(pixels, self.keep_pixels, self.latent_space, self.layout or "glide")
         if self.low_res is not None:
             channels = torch.cat([channels, upsample(call.rows(self.low_res.to(dtype)), *call.size)], dim=1)
         return PreparedCondition.same_in_both(UNetInputs(extra_channels=channels))

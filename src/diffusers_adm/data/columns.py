@@ -77,17 +77,15 @@ def load_image_dataset(
         `tuple` of the dataset and `id2label`. The dataset has the columns `image` (not decoded: a dict of `bytes` and
         `path`; arrays are the bytes of a `.npy` file, which keeps their type), `row` (the index in the source) and,
         with `label_column`, `label`: an int64 in `[0, len(id2label))`, or -1 for an example without a label (None, NaN,
-        -1 or empty text); with `caption_column`, `caption`: text, "" for a missing one, or a list
-        of texts, empty for missing ones; with
-        `conditioning_image_column`, `conditioning_image`, not decoded; and those of `tensor_columns`. `id2label`
-        (`dict[int, str]`) is None without `label_column`. Class names keep their ids; integers and text get ids in
-        sorted order.
+        -1 or empty text); with `caption_column`, `caption`: text, "" for a missing one, or a list of texts, empty for
+        missing ones; with `conditioning_image_column`, `conditioning_image`, not decoded; and those of
+        `tensor_columns`. `id2label` (`dict[int, str]`) is None without `label_column`. Class names keep their ids;
+        integers and text get ids in sorted order.
 
     Raises:
         ValueError: If not exactly one source is given, it does not exist or is empty, the split or a column is missing,
             or a column has the wrong type.
     """
-
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"`max_train_samples` is {max_train_samples}. Pass at least 1, or None for all examples.")
     dataset, source = load_source(
@@ -119,7 +117,6 @@ def load_image_dataset(
         images, id2label = add_labels(images, dataset, label_column)
     if caption_column is not None:
         images = add_captions(images, dataset, source, caption_column)
-
     return choose_samples(images, max_train_samples, seed), id2label
 
 

@@ -32,7 +32,7 @@ from ..conditioning.latents import LatentSpace, Posterior
 from .checks import check_images
 from .columns import load_image_dataset
 from .decoding import decode_image, decoded_size, is_eight_bit
-from .formats import FormatRequest, find_image_format, parse_value_range
+from .formats import FormatRequest, find_image_format, parse_value_range, range_word
 from .images import ImageDataset, example_name
 from .labels import list_names
 from .latents import (
@@ -60,13 +60,6 @@ PARTIAL_SUFFIX = ".incomplete"
 MAX_ROUNDING = 0.01
 # Outside of this range, the standard deviation of the samples does not suit noise schedules.
 USUAL_STD = (0.5, 2.0)
-
-
-def _range_word(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 @dataclass
@@ -97,12 +90,12 @@ class EncodingArguments:
         None,
         "Values of the data for -1 and 1, LOW HIGH, or auto; none: the autoencoder's, or the whole range of the "
         "integer type.",
-        parse=_range_word,
+        parse=range_word,
     )
     condition_value_range: list[float | str] | None = arg(
         None,
         "Values of the conditioning images for 0 and 1, LOW HIGH, or auto; none: the whole range of the integer type.",
-        parse=_range_word,
+        parse=range_word,
     )
     random_flip: bool = arg(False, "Store the latents of mirrored images, too, so that training can flip at random.")
     dtype: LatentsDtype = arg("float16", "Type of the stored numbers.")

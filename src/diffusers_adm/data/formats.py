@@ -36,6 +36,14 @@ MAX_INTEGER = 2**24
 SURVEY_VERSION = 2
 
 
+def range_word(text: str) -> float | str:
+    """A word of an argument like `value_range`; `parse_value_range` refuses what is neither a number nor auto."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def parse_value_range(name: str, words: Sequence[float | str] | Literal["auto"] | None) -> ValueRange | None:
     """
     Reads the words of an argument like `--value_range`: two numbers in order, or auto; `None` stays. Raises a

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, VQModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from ..conditioning.image_format import ImageFormat, Size
 from ..conditioning.latents import LatentSpace
+from .autoencoder_record import load_recorded_format
 from .columns import add_captions, add_labels, cast_to_images, check_column, choose_samples
 from .decoding import decode_condition
 from .fingerprints import hash_config, hash_plain, hash_tensors
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Written by train_autoencoder.py beside the config of the autoencoder.
-AUTOENCODER_NAME = "autoencoder.json"
 AUTOENCODER_CLASSES = {known.__name__: known for known in (AutoencoderKL, VQModel, AutoencoderTiny)}
 # Folders of an autoencoder in a pipeline: that of most pipelines, and that of unconditional latent diffusion.
 AUTOENCODER_FOLDERS = ("vae", "vqvae")
@@ -60,7 +57,7 @@ LATENT_COLUMNS = (*PLAIN, *FLIPPED, NAME_COLUMN)
 # 1. Autoencoders
 
 
-class Autoencoder(NamedTuple):
+class LoadedAutoencoder(NamedTuple):
     """An autoencoder, and the format of the images that it was trained on; `None`: not recorded."""
 
     vae: ModelMixin
@@ -75,7 +72,7 @@ def load_autoencoder(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
-) -> Autoencoder:
+) -> LoadedAutoencoder:
     """
     Loads an autoencoder in float32, frozen.
 
@@ -99,12 +96,12 @@ def load_autoencoder(
             )
         load = AUTOENCODER_CLASSES[class_name].from_pretrained
         vae = load(place, subfolder=folder, variant=variant, torch_dtype=torch.float32, **hub)
-        image_format = _read_image_format(place, folder, vae, hub)
+        channels = LatentSpace(vae).image_channels[0]  # which checks the scale
+        image_format = load_recorded_format(place, channels, [folder or ""], **hub)
     if "scaling_factor" not in config:
         factor = vae.config.get("scaling_factor")
         logger.warning(f"The config of `{argument}` {name!r} has no `scaling_factor`; diffusers takes {factor}.")
-    LatentSpace(vae)  # checks the scale
-    return Autoencoder(vae.requires_grad_(False).eval(), image_format)
+    return LoadedAutoencoder(vae.requires_grad_(False).eval(), image_format)
 
 
 def _find_config(name: str, folders: Sequence[str], hub: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
@@ -123,19 +120,9 @@ def _find_config(name: str, folders: Sequence[str], hub: Mapping[str, Any]) -> t
     raise errors[-1 if os.path.isdir(name) else 0]
 
 
-def _read_image_format(place: str, folder: str | None, vae: ModelMixin, hub: Mapping[str, Any]) -> ImageFormat | None:
-    if os.path.isdir(place):
-        path = Path(place, AUTOENCODER_NAME)
-    else:
-        try:
-            path = Path(hf_hub_download(place, AUTOENCODER_NAME, subfolder=folder, **hub))
-        except EntryNotFoundError:
-            return None
-    if not path.is_file():
-        return None
-    recorded = json.loads(path.read_text(encoding="utf-8")).get("image_format")
-    channels = LatentSpace(vae).image_channels[0]
-    return None if recorded is None else ImageFormat.from_config(recorded, channels)
+def autoencoder_folders(index: Mapping[str, Any]) -> list[str]:
+    """The folders of the autoencoders of a saved pipeline, by its `model_index.json`."""
+    return [name for name in AUTOENCODER_FOLDERS if (index.get(name) or [None])[0] is not None]
 
 
 def hash_autoencoder(vae: ModelMixin) -> str:

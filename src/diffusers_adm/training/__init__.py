@@ -47,15 +47,7 @@ from .autoencoder_losses import (
     hinge_loss,
     kl_per_value,
 )
-from .autoencoders import (
-    AUTOENCODER_ARGUMENTS,
-    CHECKPOINT_IMAGES,
-    LatentMoments,
-    latent_moments,
-    load_autoencoding,
-    measure_latents,
-    validate_reconstructions,
-)
+from .autoencoders import AUTOENCODER_ARGUMENTS, load_autoencoding, validate_reconstructions
 from .checkpoints import (
     TrainingProgress,
     delete_checkpoints,
@@ -82,6 +74,7 @@ from .image_to_image import (
     translate_examples,
 )
 from .images import cell_scale, labelled_grid, labelled_strips
+from .latent_statistics import CHECKPOINT_IMAGES, LatentMoments, latent_moments, measure_latents
 from .loading import (
     check_config_keys,
     choose_resolution,

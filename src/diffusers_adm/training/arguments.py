@@ -15,7 +15,7 @@ from ..conditioning.image_format import ImageFormat, ImageMode, Size, as_size, d
 from ..conditioning.inpainting import InpaintingLayout
 from ..conditioning.low_resolution import check_fits_latents
 from ..conditioning.previews import check_preview_numbers
-from ..data.formats import FormatRequest, parse_value_range
+from ..data.formats import FormatRequest, parse_value_range, range_word
 from ..schedulers.noise_schedules import BetaScheduleName
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
 from .losses import Objective
@@ -92,14 +92,6 @@ def size_word(text: str) -> SizeArgument:
     """A size on the command line; `parse_size` refuses what is none."""
     try:
         return size_argument(parse_size("", text))
-    except ValueError:
-        return text
-
-
-def range_word(text: str) -> float | str:
-    """A word of an argument like `value_range`; `parse_value_range` refuses what is neither a number nor auto."""
-    try:
-        return float(text)
     except ValueError:
         return text
 

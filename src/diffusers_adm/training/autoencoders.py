@@ -1,4 +1,4 @@
-"""An autoencoder of a training run, and its data: arguments, loading, statistics of the latents, and validation."""
+"""An autoencoder of a training run, and its data: arguments, loading, and validation."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from ..commands.arguments import arg, check_at_least
 from ..conditioning.image_format import ImageFormat, as_sample_size, as_size, describe_size
 from ..conditioning.latents import LatentSpace
 from ..conditioning.previews import check_preview_channels, check_preview_numbers, describe_preview, preview
-from ..data.autoencoder_record import load_autoencoder_record, save_autoencoder_record
+from ..data.autoencoder_record import load_recorded_format, save_autoencoder_record
 from ..data.checks import check_batch_fits, check_images
 from ..data.columns import load_image_dataset
 from ..data.images import ImageDataset
@@ -58,11 +56,8 @@ from .resume import RunRecord
 if TYPE_CHECKING:
     from .run import TrainingRun
 
-logger = get_logger(__name__)
 
 MEASURES_NAME = "reconstruction.json"
-# Images for the scale of the latents in a checkpoint; the result is measured on all.
-CHECKPOINT_IMAGES = 1024
 
 
 # 1. Arguments
@@ -137,6 +132,17 @@ class AutoencoderArguments:
                 f"`discriminator_start` is {self.discriminator_start}, but the run ends after {max_train_steps} "
                 "optimizer steps (`max_train_steps`, or `num_train_epochs`), so the discriminator would never start. "
                 "Start it earlier, train longer, or leave it out."
+            )
+
+    def check_precision(self, mixed_precision: str) -> None:
+        """Raises a `ValueError` for a discriminator in float16."""
+        # The gradients of which the adaptive weight is made are not scaled: those of a mean over an image's values are
+        # about 1e-6, where float16 has two digits or less. And Accelerate unscales the gradients of both optimizers
+        # before each of their steps, those that are still being accumulated twice.
+        if self.discriminator_start is not None and mixed_precision == "fp16":
+            raise ValueError(
+                "`mixed_precision` is fp16, in which the loss against a discriminator cannot be weighted: its "
+                "gradients are below the precision of float16. Pass bf16 or no, or leave `discriminator_start` out."
             )
 
 
@@ -280,6 +286,11 @@ class Autoencoding:
             + f"{len(self.held_out) if self.held_out else 0} held-out images"
         )
 
+    def centred_images(self) -> ImageDataset:
+        """The training images as they are measured: cropped at the centre, without flips."""
+        data = self.train_dataset
+        return ImageDataset(data.dataset, data.resolution, center_crop=True, image_format=self.image_format)
+
     @property
     def last_layer(self) -> torch.Tensor:
         """The weights at which the gradients of reconstruction and discriminator are compared."""
@@ -311,13 +322,12 @@ def load_autoencoding(accelerator: Accelerator, record: RunRecord, args: Sequenc
     """
     model_args, data_args, loss_args, training_args = args
     pretrained, seed = model_args.pretrained_model_name_or_path is not None, training_args.seed
+    loss_args.check_precision(accelerator.mixed_precision)
     config = load_autoencoder_config(model_args, data_args)
     channels, known = autoencoder_channels(config, pretrained), None
     if pretrained:
         hub = {"revision": model_args.revision, "cache_dir": data_args.cache_dir}
-        recorded = load_autoencoder_record(model_args.pretrained_model_name_or_path, **hub) or {}
-        if recorded.get("image_format") is not None:
-            known = ImageFormat.from_config(recorded["image_format"], channels)
+        known = load_recorded_format(model_args.pretrained_model_name_or_path, channels, **hub)
     held_out, validation_source = None, data_args.validation_source()
     with accelerator.main_process_first():
         images, _ = load_image_dataset(**data_args.source(), seed=seed)
@@ -386,114 +396,7 @@ def build_discriminator(args: AutoencoderArguments, channels: int, size: tuple[i
     return discriminator
 
 
-# 3. Statistics of the latents
-
-
-@dataclass
-class LatentMoments:
-    """Mean and standard deviation of latents by channel, before scale and shift."""
-
-    mean: list[float]
-    std: list[float]
-    num_images: int
-
-    @property
-    def shift(self) -> float:
-        """The mean of all latents."""
-        return sum(self.mean) / len(self.mean)
-
-    @property
-    def scale(self) -> float:
-        """1 / (the standard deviation of all latents about `shift`): channels have equally many."""
-        second = [std**2 + (mean - self.shift) ** 2 for mean, std in zip(self.mean, self.std, strict=True)]
-        return 1 / math.sqrt(sum(second) / len(second))
-
-    def is_usable(self, by_channel: bool) -> bool:
-        """Whether latents with these moments can be made standard: they are finite, and not all the same."""
-        varies = all(std > 0 for std in self.std) if by_channel else any(std > 0 for std in self.std)
-        return varies and all(map(math.isfinite, (*self.mean, *self.std)))
-
-    def to_config(self, by_channel: bool) -> dict[str, Any]:
-        """Entries of an autoencoder's config that make samples standard, as a whole or by channel (`LatentSpace`)."""
-        if by_channel:
-            values: dict[str, Any] = {"latents_mean": self.mean, "latents_std": self.std, "scaling_factor": 1.0}
-            return {**values, "shift_factor": None}
-        return {
-            "latents_mean": None,
-            "latents_std": None,
-            "scaling_factor": self.scale,
-            "shift_factor": self.shift,
-        }
-
-
-@torch.no_grad()
-def latent_moments(
-    autoencoder: AutoencoderKL,
-    dataset: ImageDataset,
-    accelerator: Accelerator,
-    batch_size: int,
-    num_workers: int = 0,
-    max_images: int | None = None,
-) -> LatentMoments:
-    """
-    Measures the latents of images, evenly spaced over the dataset, as they are sampled: the variance is that of the
-    posteriors' means plus the mean of their variances, so no noise is drawn. Collective: each process encodes a share.
-
-    Args:
-        max_images (`int`, *optional*): Number of images; `None`: all.
-    """
-    number = min(len(dataset), max_images or len(dataset))
-    chosen = [len(dataset) * place // number for place in range(number)]
-    own, space = chosen[accelerator.process_index :: accelerator.num_processes], LatentSpace(autoencoder)
-    sums = torch.zeros(2, space.channels, dtype=torch.float64)
-    count = 0
-    for batch in DataLoader(Subset(dataset, own), batch_size, num_workers=num_workers):
-        posterior = space.posterior(batch["images"].to(accelerator.device))
-        mean, variance = posterior.mean.cpu().double(), posterior.std.cpu().double().square()
-        sums += torch.stack([mean.sum(dim=(0, 2, 3)), (mean.square() + variance).sum(dim=(0, 2, 3))])
-        count += mean[:, 0].numel()
-    # Objects, since not every device has float64.
-    shares = gather_object([(sums.tolist(), count)])
-    total = sum(share[1] for share in shares)
-    first, second = torch.tensor([share[0] for share in shares], dtype=torch.float64).sum(dim=0) / total
-    std = (second - first.square()).clamp(min=0).sqrt()
-    return LatentMoments(first.tolist(), std.tolist(), number)
-
-
-def measure_latents(autoencoding: Autoencoding, run: TrainingRun, num_workers: int, max_images: int | None) -> None:
-    """
-    Measures the latents of the training images, cropped at the centre, with the averaged weights; stores scale and
-    shift in the config of the autoencoder (not with `decoder_only`), so that samples are standard; and writes a row of
-    the log. Collective.
-    """
-    data, autoencoder = autoencoding.train_dataset, autoencoding.autoencoder
-    dataset = ImageDataset(data.dataset, data.resolution, center_crop=True, image_format=autoencoding.image_format)
-    batch_size = run.training_args.train_batch_size
-    with run.evaluation_weights():
-        moments = latent_moments(autoencoder, dataset, run.accelerator, batch_size, num_workers, max_images)
-    autoencoding.latents = {
-        "latent_mean": moments.mean,
-        "latent_std": moments.std,
-        "num_images": moments.num_images,
-    }
-    values = {f"latent_mean_{i}": mean for i, mean in enumerate(moments.mean)}
-    values |= {f"latent_std_{i}": std for i, std in enumerate(moments.std)}
-    if not autoencoding.keeps_scale:
-        if not moments.is_usable(autoencoding.standardizes_channels):
-            run.logger.warning("The latents are not finite, or all the same: their scale cannot be measured.")
-            return
-        autoencoder.register_to_config(**moments.to_config(autoencoding.standardizes_channels))
-    config = autoencoder.config
-    values |= {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor or 0.0}
-    run.log.write_validation(run.progress.global_step, values)
-    described = ", ".join(f"{mean:.3f} ± {std:.3f}" for mean, std in zip(moments.mean, moments.std, strict=True))
-    run.logger.info(
-        f"Latents of {moments.num_images} images, by channel: {described}; scaling_factor "
-        f"{values['scaling_factor']:.4f}, shift_factor {values['shift_factor']:.4f}"
-    )
-
-
-# 4. Validation
+# 3. Validation
 
 
 @torch.no_grad()
@@ -508,8 +411,7 @@ def validate_reconstructions(autoencoding: Autoencoding, run: TrainingRun) -> Im
     number: int = training_args.num_validation_images  # type: ignore[attr-defined]
     dataset: Any = autoencoding.held_out
     if dataset is None:
-        data = autoencoding.train_dataset
-        dataset = ImageDataset(data.dataset, data.resolution, center_crop=True, image_format=image_format)
+        dataset = autoencoding.centred_images()
         dataset = Subset(dataset, range(min(number, len(dataset))))
     number = min(number, len(dataset))
     shown = {len(dataset) * place // number for place in range(number)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..commands.arguments import arg
 from ..conditioning.control_images import ControlImageKind
 from ..conditioning.image_format import ImageFormat
-from ..data.formats import FormatRequest, parse_value_range
+from ..data.formats import FormatRequest, parse_value_range, range_word
 from ..data.repositories import from_subfolder_or_root, reading
 from ..models.controlnet_adagn import AdaGNControlNetModel
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
@@ -25,7 +25,6 @@ from .arguments import (
     UNetArguments,
     check_needs,
     check_share,
-    range_word,
 )
 from .loading import pretrained_pipeline_config, record_noise_schedule
 

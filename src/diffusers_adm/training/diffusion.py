@@ -542,17 +542,12 @@ def load_diffusion(
             )
             record.check_format(condition_format, "source_format")
             extra_channels = functools.partial(constant_channels, condition_format.channels)
-        elif stored is not None and conditioning_image_column is not None:
-            condition_format = stored_condition_format(stored, condition_request or FormatRequest())
-            record.check_format(condition_format, "condition_format")
         elif condition is not None or conditioning_image_column is not None:
-            condition_format = find_condition_format(
-                images,
-                image_format,
-                condition,
-                condition_request or FormatRequest(),
-                data_args.image_check_num_proc,
-            )
+            request, num_proc = condition_request or FormatRequest(), data_args.image_check_num_proc
+            if stored is not None:
+                condition_format = stored_condition_format(stored, request)
+            else:
+                condition_format = find_condition_format(images, image_format, condition, request, num_proc)
             record.check_format(condition_format, "condition_format")
         sample_channels = image_format.channels if latent_space is None else latent_space.channels
         unet_config = set_channels(unet_config, sample_channels, noise_scheduler, extra_channels)

@@ -20,7 +20,7 @@ from ..conditioning.made_sources import SourceKind, source_format_of
 from ..conditioning.previews import describe_preview, preview
 from ..data.checks import check_images
 from ..data.columns import load_image_dataset
-from ..data.formats import FormatRequest, find_image_format, parse_value_range
+from ..data.formats import FormatRequest, find_image_format, parse_value_range, range_word
 from ..data.images import ImageDataset
 from ..data.labels import match_classes, renumber_labels
 from ..data.pairs import MadeSourceDataset, pair_images
@@ -32,7 +32,6 @@ from .arguments import (
     DiffusionTrainingArguments,
     check_needs,
     check_share,
-    range_word,
 )
 from .image_measures import measure
 from .validation import Example, generate_samples, strips_of_two_formats, to_pipeline

@@ -10,8 +10,8 @@ from ..conditioning.image_format import ImageFormat, Size, as_sample_size, descr
 from ..conditioning.latents import UNSCALED_PIPELINES, LatentSpace
 from ..data.folders import LATENTS_NAME
 from ..data.latents import (
-    AUTOENCODER_FOLDERS,
     StoredLatents,
+    autoencoder_folders,
     find_stored_latents,
     hash_autoencoder,
     load_autoencoder,
@@ -48,7 +48,7 @@ def load_latent_space(
     """
     pretrained = model_args.pretrained_model_name_or_path
     index = pretrained_pipeline_config(model_args, data_args)
-    own_folders = [name for name in AUTOENCODER_FOLDERS if (index.get(name) or [None])[0] is not None]
+    own_folders = autoencoder_folders(index)
     if only_pixels is not None and (model_args.vae is not None or own_folders):
         source = (
             f"`vae` is {model_args.vae!r}" if model_args.vae is not None else f"{pretrained} has a `{own_folders[0]}`"

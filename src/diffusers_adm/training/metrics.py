@@ -108,8 +108,10 @@ class MeanMetrics:
     def update(self, values: Mapping[str, torch.Tensor]) -> None:
         """Adds the scalars of one batch; every process passes the same names."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value.float()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            if name not in self.sums:
+                self.sums[name], self.counts[name] = torch.zeros((), device=self.device), 0
+            self.sums[name] += value.float()
+            self.counts[name] += 1
 
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """

@@ -30,7 +30,14 @@ from ..data.repositories import check_can_be_written, reading
 from .checkpoints import CHECKPOINT_NAME, find_latest_checkpoint
 from .lora import PREFIX as LORA_PREFIX
 from .lora import WEIGHTS_NAME as LORA_NAME
-from .power_ema import MAX_PROFILE_ERROR, SNAPSHOT_FOLDER, Reconstruction, combine, find_snapshots, plan_reconstruction
+from .power_ema import (
+    MAX_PROFILE_ERROR,
+    SNAPSHOT_FOLDER,
+    ReconstructionPlan,
+    combine,
+    find_snapshots,
+    plan_reconstruction,
+)
 
 
 RECORD_NAME = "post_hoc_ema.json"
@@ -61,7 +68,7 @@ class Arguments:
             raise ValueError(f"`max_error` is {self.max_error}; it must be positive.")
 
 
-def write_average(run_dir: str, std: float, output_dir: str, step: int | None, max_error: float) -> Reconstruction:
+def write_average(run_dir: str, std: float, output_dir: str, step: int | None, max_error: float) -> ReconstructionPlan:
     """
     Writes the result of a run with a reconstructed average into `output_dir`, completely or not at all. Raises a
     `ValueError` for a run without a result or without suitable snapshots, and for a folder that is not empty.

@@ -281,11 +281,11 @@ def _finish(writing: Path, path: Path) -> None:
     flush_directory(path.parent)
 
 
-# 4. Reconstruction
+# 4. ReconstructionPlan
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class ReconstructionPlan:
     """An average as a combination of snapshots."""
 
     std: float
@@ -297,7 +297,7 @@ class Reconstruction:
 
 def plan_reconstruction(
     snapshots: Sequence[Snapshot], std: float, step: int | None = None, max_error: float = MAX_PROFILE_ERROR
-) -> Reconstruction:
+) -> ReconstructionPlan:
     """
     Chooses the combination of `snapshots` that reconstructs the average of `std` after `step`; see `reconstruct`.
     Reads no file.
@@ -332,10 +332,10 @@ def plan_reconstruction(
             f"combination misses its profile by {error:.0%}, and `max_error` is {max_error:.0%}. Choose a value closer "
             "to those, or a later step, or train with smaller `--power_ema_snapshot_steps`."
         )
-    return Reconstruction(std, step, used, coefficients.tolist(), error)
+    return ReconstructionPlan(std, step, used, coefficients.tolist(), error)
 
 
-def combine(plan: Reconstruction) -> dict[str, torch.Tensor]:
+def combine(plan: ReconstructionPlan) -> dict[str, torch.Tensor]:
     """
     Reads the snapshots of a plan, one after the other, and returns the combination in float32. Raises a `ValueError`
     for files that cannot be read, or that are not of the same networks.

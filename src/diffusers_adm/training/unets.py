@@ -11,7 +11,7 @@ import torch
 from ..conditioning.inpainting import InpaintingLayout, check_layout, layout_of_pipeline, sample_channels_of
 from ..conditioning.text import cross_attention_width
 from ..data.labels import renumber_labels
-from ..data.latents import AUTOENCODER_FOLDERS
+from ..data.latents import autoencoder_folders
 from ..deprecations import renamed
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
@@ -80,8 +80,8 @@ def choose_inpainting_layout(
             f"`inpainting_layout` is {asked!r}, but {model_args.pretrained_model_name_or_path} takes masks in the "
             f"layout {recorded!r}. Leave it out."
         )
-    has_own = any((pipeline.get(name) or [None])[0] is not None for name in AUTOENCODER_FOLDERS)
-    return check_layout(recorded or asked, channels, model_args.vae is not None or has_own) or "glide"
+    in_latents = model_args.vae is not None or bool(autoencoder_folders(pipeline))
+    return check_layout(recorded or asked, channels, in_latents) or "glide"
 
 
 def low_res_channels(channels: int) -> int:
