@@ -25,7 +25,7 @@ from runs import (
     save_base,
 )
 from safetensors.torch import load_file
-from scripts import load_script
+from scripts import REPOSITORY, load_script
 from tolerances import NETWORK, SAMPLING, rounding_errors
 from toy_models import TEXT_CONFIGS, TEXT_WIDTH, TOY_CONFIG, random_text_encoder, random_text_unet, toy_tokenizer
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
@@ -667,3 +667,12 @@ class TestBadInput:
             ValueError, match="`pretrained_model_name_or_path` is .* holds a tokenizer that can be read"
         ):
             train(**short, pretrained_model_name_or_path=str(tmp_path / "base"))
+
+
+def test_a_text_encoder_in_float16_only():
+    """The demonstration models hold such weights; `from_pretrained` alone would need `variant="fp16"`."""
+    folder = REPOSITORY / "spaces/model/base"
+    text_encoder = load_text_encoder("text_encoder_name_or_path", str(folder), trained=True)
+    expected = GLIDETextModel.from_pretrained(folder, subfolder="text_encoder", variant="fp16")
+    assert text_encoder.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(text_encoder.parameters(), expected.parameters(), strict=True))

@@ -32,7 +32,7 @@ from .fingerprints import hash_config, hash_plain, hash_tensors
 from .folders import LATENTS_NAME
 from .images import ImageDataset
 from .labels import UNLABELLED, list_names
-from .repositories import reading
+from .repositories import only_variant, reading
 from .resizing import draw_window
 from .sources import load_source
 
@@ -95,6 +95,7 @@ def load_autoencoder(
                 f"autoencoder. Name a folder or repository of one of {', '.join(AUTOENCODER_CLASSES)}."
             )
         load = AUTOENCODER_CLASSES[class_name].from_pretrained
+        variant = variant or only_variant(place, folder or "")
         vae = load(place, subfolder=folder, variant=variant, torch_dtype=torch.float32, **hub)
         channels = LatentSpace(vae).image_channels[0]  # which checks the scale
         image_format = load_recorded_format(place, channels, [folder or ""], **hub)

@@ -49,3 +49,12 @@ def check_can_be_written(argument: str, value: str | os.PathLike) -> None:
         raise ValueError(f"`{argument}` is {str(value)!r}, but {existing} is not a directory. Name another folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"`{argument}` is {str(value)!r}, but {existing} cannot be written to. Name another folder.")
+
+
+def only_variant(source: str, subfolder: str) -> str | None:
+    """ "fp16" for a folder that holds, in `subfolder` or its root, such weights only; `None` otherwise."""
+    for place in (Path(source, subfolder), Path(source)):
+        names = [path.name for path in place.glob("*.safetensors")]
+        if names:
+            return "fp16" if all(name.endswith(".fp16.safetensors") for name in names) else None
+    return None

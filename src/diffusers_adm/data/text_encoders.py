@@ -16,7 +16,7 @@ from ..commands.errors import did_you_mean
 from ..conditioning.text import NO_MAX_LENGTH, encode_captions, text_model_kwargs
 from ..models.text_encoder_glide import GLIDETextModel
 from .fingerprints import SAVED_KEYS
-from .repositories import reading
+from .repositories import only_variant, reading
 from .seeding import derive_seed
 
 
@@ -62,12 +62,14 @@ def load_text_encoder(
         argument (`str`): The argument that holds `name_or_path`, for errors.
         name_or_path (`str`): A folder, or a repository on the Hub.
         trained (`bool`): Load float32 weights; otherwise the dtype that was saved (GLIDE's are always float32).
-        revision, variant, cache_dir (`str`, *optional*): Arguments of `from_pretrained`.
+        revision, variant, cache_dir (`str`, *optional*): Arguments of `from_pretrained`. A folder with weights in
+            float16 only is read without `variant="fp16"`, too.
 
     Raises:
         ValueError: If there is none.
     """
     hub_kwargs = {"revision": revision or "main", "cache_dir": cache_dir}
+    variant = variant or only_variant(name_or_path, "text_encoder")
     with reading(argument, name_or_path):
         settings, subfolder = _find_config(name_or_path, **hub_kwargs)
         hub_kwargs |= {"subfolder": subfolder}

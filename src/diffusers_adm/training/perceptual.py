@@ -5,20 +5,18 @@ or the same distance, without learned weights, in the activations of a classifie
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..conditioning.image_format import ImageFormat, as_size
-from ..data.repositories import from_subfolder_or_root, reading
+from ..data.repositories import from_subfolder_or_root, only_variant, reading
 from ..models.classifier_adagn import AdaGNClassifierModel
 from ..ops.adagn import ADAGN_ACTIVATIONS
 
 
 LPIPS = "lpips"
-WEIGHTS, HALF_WEIGHTS = "diffusion_pytorch_model.safetensors", "*.fp16.safetensors"
 NORM_EPSILON = 1e-10  # of the norms of LPIPS
 
 
@@ -29,14 +27,9 @@ def load_feature_classifier(
     Loads a classifier (root or subfolder `classifier`) whose features describe images of this format, frozen. Raises a
     `ValueError` that names the `argument` if it cannot be read, or was trained on images of another format.
     """
-    # Some folders hold the weights in float16 only.
-    places = [Path(source), Path(source, "classifier")]
-    is_half = any(list(place.glob(HALF_WEIGHTS)) and not (place / WEIGHTS).is_file() for place in places)
     with reading(argument, source):
-        load = AdaGNClassifierModel.from_pretrained
-        classifier = from_subfolder_or_root(
-            load, source, "classifier", cache_dir=cache_dir, variant="fp16" if is_half else None
-        )
+        load, variant = AdaGNClassifierModel.from_pretrained, only_variant(source, "classifier")
+        classifier = from_subfolder_or_root(load, source, "classifier", cache_dir=cache_dir, variant=variant)
     config = classifier.config
     trained_on = ImageFormat.from_config(config.get("image_format"), config.in_channels)
     if trained_on != image_format:
