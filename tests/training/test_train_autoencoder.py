@@ -32,9 +32,7 @@ from diffusers_adm.conditioning.latents import LatentSpace
 from diffusers_adm.data.columns import load_image_dataset
 from diffusers_adm.data.images import ImageDataset
 from diffusers_adm.ops.frechet import frechet_distance
-from diffusers_adm.training import (
-    parse_args,
-)
+from diffusers_adm.training import parse_args
 from diffusers_adm.training import run as training_run
 from diffusers_adm.training.image_measures import psnr
 from diffusers_adm.training.perceptual import features_of
