@@ -329,7 +329,7 @@ class TestKernelDistance:
     @pytest.mark.parametrize(
         ("real", "fake", "message"),
         [
-            (torch.ones(2, 3), torch.ones(4, 3), "`real` has 2 points"),
+            (torch.ones(2, 3), torch.ones(4, 3), "`real` holds 2 images; .* needs 3 or more"),
             (torch.ones(4, 3), torch.ones(4, 2), "`real` has 3 features and `fake` 2"),
         ],
     )
@@ -440,6 +440,11 @@ class TestComparison:
         wrong, _ = self.images(40, label=lambda means: 3)
         with pytest.raises(ValueError, match="range from 3 to 3, but the network has 3 classes"):
             compare_image_sets(self.ChannelMeans(), wrong, self.images(40)[0], progress_bar=False)
+
+    def test_sets_too_small_are_refused_before_the_network_sees_them(self):
+        two, (many, _) = self.images(2)[0], self.images(40)
+        with pytest.raises(ValueError, match="`samples` holds 2 images; the error of the kernel distance needs 3"):
+            compare_image_sets(None, two, many, k=1, progress_bar=False)
 
     def test_splits_do_not_follow_the_order_of_the_samples(self):
         """Sorted by class, neighbours alone would be of one class: a score of 1."""

@@ -102,6 +102,7 @@ def _matrix_root(name: str, covariance: torch.Tensor) -> torch.Tensor:
 
 
 def as_matrix(name: str, values: ArrayLike) -> torch.Tensor:
+    """`values`, called `name` in errors, in float64; a `ValueError` unless they are a matrix of finite numbers."""
     values = torch.as_tensor(values)
     if values.ndim != 2:
         raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be a matrix with one row per image.")
@@ -109,6 +110,7 @@ def as_matrix(name: str, values: ArrayLike) -> torch.Tensor:
 
 
 def as_float64(name: str, values: ArrayLike, shape: Sequence[int]) -> torch.Tensor:
+    """`values`, called `name` in errors, in float64; a `ValueError` unless they are finite and of this shape."""
     values = torch.as_tensor(values).detach().to(torch.float64)
     if values.shape != shape:
         raise ValueError(f"`{name}` has shape {tuple(values.shape)}; it must be {shape}, given `mean1`.")

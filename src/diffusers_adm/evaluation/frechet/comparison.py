@@ -19,6 +19,7 @@ from ...ops.frechet import GaussianStatistics, frechet_distance
 from ..common import make_bar
 from .features import FeatureNetwork
 from .measures import (
+    check_jackknife,
     check_neighbours,
     inception_score,
     kernel_distance,
@@ -125,7 +126,9 @@ def compare_image_sets(
     """
     # 1. features of both sets
     _check_formats(network, samples, reference)
-    check_neighbours(k, samples=len(samples), reference=len(reference))  # type: ignore[arg-type]
+    numbers = {"samples": len(samples), "reference": len(reference)}  # type: ignore[arg-type]
+    check_neighbours(k, **numbers)
+    check_jackknife(**numbers)
     fake, logits, labels = _extract(network, samples, "samples", batch_size, progress_bar, splits)
     real, _, _ = _extract(network, reference, "reference", batch_size, progress_bar)
 

@@ -73,9 +73,7 @@ def kernel_distance(real: ArrayLike, fake: ArrayLike) -> tuple[float, float]:
     """
     sets = {"real": as_matrix("real", real), "fake": as_matrix("fake", fake)}
     x, y = sets.values()
-    for name, features in sets.items():
-        if len(features) < 3:
-            raise ValueError(f"`{name}` has {len(features)} points; the jackknife needs 3 or more.")
+    check_jackknife(real=len(x), fake=len(y))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"`real` has {x.shape[1]} features and `fake` {y.shape[1]}; use the same network for both.")
     m, n = len(x), len(y)
@@ -132,6 +130,13 @@ def check_neighbours(k: int, **numbers: int) -> None:
     for name, number in numbers.items():
         if not 1 <= k < number:
             raise ValueError(f"`k` is {k} and `{name}` holds {number} images; `k` must be at least 1 and below that.")
+
+
+def check_jackknife(**numbers: int) -> None:
+    """Checks that a distance remains of sets of these numbers of images without one of them."""
+    for name, number in numbers.items():
+        if number < 3:
+            raise ValueError(f"`{name}` holds {number} images; the error of the kernel distance needs 3 or more.")
 
 
 def _neighbour_radii(points: torch.Tensor, k: int) -> torch.Tensor:
