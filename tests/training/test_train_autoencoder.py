@@ -253,6 +253,16 @@ class TestFineTuning:
         assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("conv_in.weight"))
         assert AutoencoderKL.from_pretrained(pretrained["output_dir"]).config.scaling_factor != 0.5
 
+    def test_a_missing_scale_is_measured(self, pretrained, tmp_path):
+        del pretrained["max_train_samples"]
+        path = tmp_path / "base" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": None}))
+        train(**pretrained)
+        mean, variance = latents_of(pretrained["output_dir"], emoji())
+        total = (mean**2 + variance).mean() - mean.mean() ** 2
+        config = AutoencoderKL.from_pretrained(pretrained["output_dir"]).config
+        assert config.scaling_factor == pytest.approx(1 / np.sqrt(total), rel=1e-5)
+
     def test_the_decoder_only(self, pretrained, tmp_path):
         """From a pipeline's subfolder; the encoder, scale and shift stay as they are, bit by bit."""
         shutil.move(tmp_path / "base", tmp_path / "vae")

@@ -236,9 +236,12 @@ def build_autoencoder(
         config = {"in_channels": channels, "out_channels": channels} | config
         if data_args.size is not None:
             config["sample_size"] = as_sample_size(data_args.size)
-        return AutoencoderKL.from_config(config)
-    load = AutoencoderKL.from_pretrained
-    autoencoder = load_pretrained(load, "vae", model_args, data_args, variant=model_args.variant)
+        autoencoder = AutoencoderKL.from_config(config)
+    else:
+        load = AutoencoderKL.from_pretrained
+        autoencoder = load_pretrained(load, "vae", model_args, data_args, variant=model_args.variant)
+    if autoencoder.config.scaling_factor is None and not decoder_only:
+        autoencoder.register_to_config(scaling_factor=1.0)  # until it is measured
     if decoder_only:
         LatentSpace(autoencoder)  # it keeps scale and shift, so it must have them
         for part in encoder_parts(autoencoder).values():
