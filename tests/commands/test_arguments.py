@@ -1,11 +1,13 @@
 """Arguments: recipes and command lines as people write them."""
 
+import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 
-from diffusers_adm.commands.arguments import arg, given_arguments, parse_args
+from diffusers_adm.commands.arguments import arg, check_at_least, given_arguments, parse_args
 
 
 @dataclass
@@ -207,3 +209,9 @@ def test_what_was_given(tmp_path):
         "data_files": None,
     }
     assert given_arguments([TrainingArguments], []) == {}
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_bounds_do_not_let_nan_and_infinity_pass(value):
+    with pytest.raises(ValueError, match=f"`weight` is {value}; it must be .*at least 0"):
+        check_at_least(SimpleNamespace(weight=value), 0, "weight")

@@ -1,5 +1,6 @@
 """Latents as data: what `encode_latents` stores, reading it back, its damage, and the examples of `LatentDataset`."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -207,7 +208,7 @@ class TestStoring:
 class TestRefusals:
     def test_nan_is_named_by_image(self, made, tmp_path):
         vae = random_vae()
-        vae.quant_conv.bias.data[0] = float("nan")
+        vae.encoder.conv_in.weight.data.fill_(3e38)  # finite, and overflows
         save_vae(tmp_path / "vae", vae)
         with pytest.raises(ValueError, match="encodes row 0, row 1 to NaN or infinite values"):
             encode(made, tmp_path / "out", vae=tmp_path / "vae")
@@ -258,6 +259,24 @@ class TestRefusals:
         assert load_autoencoder("vae", str(tmp_path / "missing")).vae.config.scaling_factor == 0.18215
         assert "has no `scaling_factor`; diffusers takes 0.18215" in caplog.text
 
+    @pytest.mark.parametrize("scale", ["big", [1.0], 0, float("nan")])
+    def test_a_scale_that_is_no_positive_number(self, scale):
+        vae = random_vae()
+        vae.register_to_config(scaling_factor=scale)
+        with pytest.raises(ValueError, match="must be a positive number"):
+            LatentSpace(vae)
+        vae.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=["0"] * 4, latents_std=0.5)
+        with pytest.raises(ValueError, match="Set both lists, with 4 finite numbers"):
+            LatentSpace(vae)
+
+    def test_a_file_and_weights_that_are_not_finite(self, made, tmp_path):
+        with pytest.raises(ValueError, match="config.json', which is a file. Name the folder"):
+            load_autoencoder("vae", str(made / "vae" / "config.json"))
+        vae = random_vae()
+        vae.decoder.conv_in.bias.data[0] = torch.inf
+        with pytest.raises(ValueError, match="Weights of `vae` are not finite.*decoder.conv_in.bias"):
+            load_autoencoder("vae", save_vae(tmp_path, vae))
+
     def test_damaged_folders(self, made, tmp_path):
         def copy(name):
             return shutil.copytree(made / "stored", tmp_path / name)
@@ -265,6 +284,10 @@ class TestRefusals:
         folder = copy("lost")
         (folder / "latents-00001-of-00003.parquet").unlink()
         with pytest.raises(ValueError, match=f"holds 4 rows, but {COUNT} were written"):
+            read(folder)
+        folder = copy("truncated")
+        (folder / "latents-00001-of-00003.parquet").write_bytes(b"PAR1")
+        with pytest.raises(ValueError, match="The latents in .*truncated cannot be read.*Encode the images again"):
             read(folder)
         folder = copy("other type")
         record = json.loads((folder / "latents.json").read_text())
@@ -390,6 +413,24 @@ def test_the_hash_depends_on_weights_and_scale_only(made, tmp_path):
     assert hash_autoencoder(random_vae(scaling_factor=0.5)) != hash_autoencoder(vae)
 
 
+def test_latents_of_an_autoencoder_with_another_decoder(made):
+    """As `train_autoencoder.py --decoder_only` leaves it: the latents are the same."""
+    stored = StoredLatents.read(made / "stored")
+
+    def check(part, stored=stored):
+        vae = load_autoencoder("vae", str(made / "vae")).vae
+        next(getattr(vae, part).parameters()).data.add_(0.5)
+        stored.check(LatentSpace(vae), hash_autoencoder(vae), "folder")
+
+    check("decoder")
+    check("post_quant_conv")
+    for part in ("encoder", "quant_conv"):
+        with pytest.raises(ValueError, match="are those of another autoencoder"):
+            check(part)
+    with pytest.raises(ValueError, match="are those of another autoencoder"):  # of an earlier version
+        check("decoder", dataclasses.replace(stored, encoder=None))
+
+
 def test_an_autoencoder_of_a_pipeline(made, tmp_path):
     shutil.copytree(made / "vae", tmp_path / "vae")
     (tmp_path / "model_index.json").write_text("{}")
@@ -398,4 +439,10 @@ def test_an_autoencoder_of_a_pipeline(made, tmp_path):
     assert image_format == ImageFormat()
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     assert not vae.training
-    assert Path(tmp_path, "vae", "autoencoder.json").is_file()
+    # Pipelines keep the format in their own config; saving one leaves the autoencoder's record out.
+    Path(tmp_path, "vae", "autoencoder.json").unlink()
+    assert load_autoencoder("vae", str(tmp_path)).image_format is None
+    recorded = ImageFormat(value_range=(0, 4095), num_levels=4096)
+    (tmp_path / "model_index.json").write_text(json.dumps({"image_format": recorded.to_config()}))
+    assert load_autoencoder("vae", str(tmp_path)).image_format == recorded
+    assert load_autoencoder("vae", str(tmp_path / "vae")).image_format is None

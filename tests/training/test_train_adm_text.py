@@ -247,6 +247,12 @@ class TestTextEncoders:
         for folder, expected in classes.items():
             assert type(load_text_encoder("x", str(tmp_path / folder), trained=False)) is expected
 
+    @pytest.mark.parametrize(("kind", "subfolder"), [("glide", "text_encoder"), ("bert", "")])
+    def test_weights_in_half_precision_only(self, tmp_path, kind, subfolder):
+        """Folders such as spaces/model/base, which a recipe names: `--variant` belongs to a pretrained pipeline."""
+        random_text_encoder(kind).half().save_pretrained(tmp_path / subfolder, variant="fp16")
+        assert load_text_encoder("x", str(tmp_path), trained=True).dtype == torch.float32
+
     def test_unused_weights_are_frozen(self):
         encoder = random_text_encoder("bert")
         tokens = CaptionTokens(["a cat"], toy_tokenizer("bert"), encoder, pad_to_max=False)

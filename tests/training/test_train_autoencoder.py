@@ -294,6 +294,8 @@ class TestFineTuning:
         train(**again)
         record = json.loads((tmp_path / "again" / "autoencoder.json").read_text())
         assert record["image_format"]["value_range"] == [100, 4000]
+        with pytest.raises(ValueError, match="the encoder was trained on grey images from 100 to 4000.*`decoder_only`"):
+            train(**again | {"output_dir": str(tmp_path / "other")}, value_range=[0, 5000], decoder_only=True)
 
 
 def test_perceptual_loss_of_a_classifier(short, tmp_path):
@@ -420,6 +422,13 @@ class TestBadInput:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": None}))
         with pytest.raises(ValueError, match="`scaling_factor` None"):
             train(**pretrained, decoder_only=True)
+
+    def test_weights_that_are_not_finite(self, pretrained, tmp_path):
+        autoencoder = AutoencoderKL.from_pretrained(tmp_path / "base")
+        autoencoder.encoder.conv_in.bias.data[0] = torch.nan
+        autoencoder.save_pretrained(tmp_path / "base")
+        with pytest.raises(ValueError, match="`pretrained_model_name_or_path` are not finite.*encoder.conv_in.bias"):
+            train(**pretrained)
 
 
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("autoencoder_*.yaml")), ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +34,11 @@ def arg(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def check_at_least(arguments: object, minimum: int, *names: str) -> None:
-    """Checks that the named attributes are None or at least `minimum`; raises a `ValueError` otherwise."""
+    """Checks that the named attributes are None, or finite and at least `minimum`; raises a `ValueError` otherwise."""
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"`{name}` is {value}; it must be at least {minimum}.")
+        if value is not None and not minimum <= value < math.inf:  # NaN compares as False
+            raise ValueError(f"`{name}` is {value}; it must be {'finite and ' * math.isinf(value)}at least {minimum}.")
 
 
 def parse_args(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,10 +67,10 @@ class LatentSpace:
     def __init__(self, vae: ModelMixin):
         config = vae.config
         scale, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
-        if scale is None or not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
+        if not (_are_finite([scale, shift]) and scale > 0):
             raise ValueError(
-                f"The config of `vae` has `scaling_factor` {scale} and `shift_factor` {shift}; the former must be a "
-                "positive number and the latter finite. `train_autoencoder.py` measures and stores them; or set them "
+                f"The config of `vae` has `scaling_factor` {scale!r} and `shift_factor` {shift!r}; the former must be "
+                "a positive number and the latter finite. `train_autoencoder.py` measures and stores them; or set them "
                 "with `vae.register_to_config(scaling_factor=...)`: 1 / (standard deviation of the latents)."
             )
         self.vae, self.scale, self.shift = vae, float(scale), float(shift)
@@ -84,8 +84,8 @@ class LatentSpace:
             self._check_channels()
 
     def _check_channels(self) -> None:
-        mean, std = list(self.mean or ()), list(self.std or ())
-        is_usable = all(map(math.isfinite, (*mean, *std))) and all(value > 0 for value in std)
+        mean, std = (list(values) if isinstance(values, Sequence) else [] for values in (self.mean, self.std))
+        is_usable = _are_finite([*mean, *std]) and all(value > 0 for value in std)
         if len(mean) != self.channels or len(std) != self.channels or not is_usable or self.shift:
             raise ValueError(
                 f"The config of `vae` has `latents_mean` {self.mean} and `latents_std` {self.std}, and `shift_factor` "
@@ -178,6 +178,10 @@ def _computing(vae: ModelMixin) -> Iterator[torch.dtype]:
                 torch.nn.Module.to(vae, torch.float16)  # exactly the weights from before
             return
     yield vae.dtype  # never changes here, so that several threads may compute at the same time
+
+
+def _are_finite(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _precise(x: torch.Tensor) -> torch.Tensor:

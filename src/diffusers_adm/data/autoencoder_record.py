@@ -5,12 +5,14 @@ images that it was trained on, and mean and standard deviation of their latents 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -61,8 +63,12 @@ def load_recorded_format(
     repository: str | os.PathLike, channels: int, subfolders: Sequence[str] = ("vae", ""), **kwargs: Any
 ) -> ImageFormat | None:
     """
-    The format of the images that an autoencoder was trained on, from its record; `None` if there is none. `channels`
-    are those of its images; for the other arguments see `load_autoencoder_record`.
+    The format of the images that an autoencoder was trained on, from its record or that of the pipeline that it is a
+    part of; `None` if there is none. `channels` are those of its images; for the other arguments see
+    `load_autoencoder_record`.
     """
     recorded = (load_autoencoder_record(repository, subfolders, **kwargs) or {}).get("image_format")
+    if recorded is None and any(subfolders):
+        with contextlib.suppress(OSError):  # no pipeline
+            recorded = DiffusionPipeline.load_config(repository, **kwargs).get("image_format")
     return None if recorded is None else ImageFormat.from_config(recorded, channels)

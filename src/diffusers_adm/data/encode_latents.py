@@ -43,6 +43,7 @@ from .latents import (
     LatentsDtype,
     StoredLatents,
     hash_autoencoder,
+    hash_encoder,
     load_autoencoder,
 )
 from .repositories import check_can_be_written
@@ -394,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         label_column=args.label_column,
         caption_column=args.caption_column,
         conditioning_image_column=args.conditioning_image_column,
+        encoder=hash_encoder(vae),
     )
     stored.write(partial)
     os.replace(partial, args.output_dir)  # at once: a folder of this name is complete

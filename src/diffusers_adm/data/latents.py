@@ -25,6 +25,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, VQModel
 
 from ..conditioning.image_format import ImageFormat, Size
 from ..conditioning.latents import LatentSpace
+from ..ops.finiteness import explain_weights
 from .autoencoder_record import load_recorded_format
 from .columns import add_captions, add_labels, cast_to_images, check_column, choose_samples
 from .decoding import decode_condition
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 AUTOENCODER_CLASSES = {known.__name__: known for known in (AutoencoderKL, VQModel, AutoencoderTiny)}
 # Folders of an autoencoder in a pipeline: that of most pipelines, and that of unconditional latent diffusion.
 AUTOENCODER_FOLDERS = ("vae", "vqvae")
+ENCODER_PREFIXES = ("encoder.", "quant_conv.")  # of the parameters that latents depend on
 LATENTS_VERSION = 1
 LatentsDtype = Literal["float16", "float32"]
 NAME_COLUMN = "image_name"
@@ -86,8 +88,10 @@ def load_autoencoder(
         ValueError: If there is none, or it is of another class; also those of [`LatentSpace`].
     """
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    if os.path.isfile(name):
+        raise ValueError(f"`{argument}` is {name!r}, which is a file. Name the folder of the autoencoder.")
     with reading(argument, name):
-        place, folder, config = _find_config(name, folders, hub)
+        folder, config = _find_config(name, folders, hub)
         class_name = config.get("_class_name")
         if class_name not in AUTOENCODER_CLASSES:
             raise ValueError(
@@ -95,27 +99,35 @@ def load_autoencoder(
                 f"autoencoder. Name a folder or repository of one of {', '.join(AUTOENCODER_CLASSES)}."
             )
         load = AUTOENCODER_CLASSES[class_name].from_pretrained
-        variant = variant or only_variant(place, folder or "")
-        vae = load(place, subfolder=folder, variant=variant, torch_dtype=torch.float32, **hub)
+        place, subfolder = _place(name, folder)
+        variant = variant or only_variant(place, subfolder or "")
+        vae = load(place, subfolder=subfolder, variant=variant, torch_dtype=torch.float32, **hub)
         channels = LatentSpace(vae).image_channels[0]  # which checks the scale
-        image_format = load_recorded_format(place, channels, [folder or ""], **hub)
+        image_format = load_recorded_format(name, channels, [folder], **hub)
     if "scaling_factor" not in config:
         factor = vae.config.get("scaling_factor")
-        logger.warning(f"The config of `{argument}` {name!r} has no `scaling_factor`; diffusers takes {factor}.")
+        logger.warning(
+            f"The config of `{argument}` {name!r} has no `scaling_factor`; diffusers takes {factor}. Unless this is 1 "
+            "/ (standard deviation of the latents), set it there; `diffusers_adm.data.encode_latents` measures it."
+        )
+    wrong = explain_weights(argument, vae)
+    if wrong is not None:
+        raise ValueError(wrong)
     return LoadedAutoencoder(vae.requires_grad_(False).eval(), image_format)
 
 
-def _find_config(name: str, folders: Sequence[str], hub: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
-    """The folder, or repository and subfolder, of the first of the folders that has a config, and this config."""
-    if os.path.isdir(name):
-        # diffusers prefers files in a folder itself to those in its subfolders.
-        places: list[tuple[str, str | None]] = [(os.path.join(name, folder), None) for folder in folders]
-    else:
-        places = [(name, folder or None) for folder in folders]
+def _place(name: str, folder: str) -> tuple[str, str | None]:
+    """Path or repository, and subfolder: diffusers prefers files in a folder itself to those in its subfolders."""
+    return (os.path.join(name, folder), None) if os.path.isdir(name) else (name, folder or None)
+
+
+def _find_config(name: str, folders: Sequence[str], hub: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The first of the folders in a folder or repository that has a config, and this config."""
     errors = []
-    for place, folder in places:
+    for folder in folders:
+        place, subfolder = _place(name, folder)
         try:
-            return place, folder, AutoencoderKL.load_config(place, subfolder=folder, **hub)
+            return folder, AutoencoderKL.load_config(place, subfolder=subfolder, **hub)
         except OSError as error:
             errors.append(error)
     raise errors[-1 if os.path.isdir(name) else 0]
@@ -129,6 +141,12 @@ def autoencoder_folders(index: Mapping[str, Any]) -> list[str]:
 def hash_autoencoder(vae: ModelMixin) -> str:
     """Hashes the config of an autoencoder, scale and shift included, and its weights in their dtype."""
     return hash_plain([hash_config(vae), hash_tensors(vae.state_dict())])
+
+
+def hash_encoder(vae: ModelMixin) -> str:
+    """Hashes what the latents of images depend on: the config, scale and shift included, and the encoder's weights."""
+    weights = {name: tensor for name, tensor in vae.state_dict().items() if name.startswith(ENCODER_PREFIXES)}
+    return hash_plain([hash_config(vae), hash_tensors(weights)])
 
 
 # 2. Stored latents
@@ -154,6 +172,7 @@ class StoredLatents:
         num_images (`int`): Number of rows.
         label_column, caption_column, conditioning_image_column (`str`, *optional*): Columns of the source that are
             kept.
+        encoder (`str`, *optional*): From `hash_encoder`; `None` in folders of earlier versions.
     """
 
     autoencoder: str
@@ -172,6 +191,7 @@ class StoredLatents:
     label_column: str | None
     caption_column: str | None
     conditioning_image_column: str | None
+    encoder: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -208,8 +228,8 @@ class StoredLatents:
         raise ValueError(f"{path} is of version {version}, and this is {LATENTS_VERSION}. Encode the images again.")
 
     def check(self, latent_space: LatentSpace, autoencoder_hash: str, folder: str) -> None:
-        """Raises a `ValueError` for latents of another autoencoder."""
-        if self.autoencoder == autoencoder_hash:
+        """Raises a `ValueError` for latents of another autoencoder, unless only its decoder differs."""
+        if self.autoencoder == autoencoder_hash or self.encoder == hash_encoder(latent_space.vae):
             return
         now = {"channels": latent_space.channels, "scaling_factor": latent_space.scale}
         now["shift_factor"] = latent_space.shift
@@ -250,7 +270,10 @@ def load_latents(
     files = sorted(map(str, Path(folder).glob("*.parquet")))
     if not files:
         raise ValueError(f"{folder} holds {LATENTS_NAME} and no parquet file. Encode the images again.")
-    dataset, _ = load_source(data_files=files, cache_dir=cache_dir)
+    try:
+        dataset, _ = load_source(data_files=files, cache_dir=cache_dir)
+    except ValueError as error:
+        raise ValueError(f"The latents in {folder} cannot be read: {error} Encode the images again.") from error
     if len(dataset) != stored.num_images:
         raise ValueError(
             f"{folder} holds {len(dataset)} rows, but {stored.num_images} were written ({LATENTS_NAME}). A file is "

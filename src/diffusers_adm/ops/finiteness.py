@@ -10,6 +10,18 @@ def not_finite(values: torch.Tensor) -> list[int]:
     return torch.nonzero(~values.flatten(1).isfinite().all(dim=1))[:, 0].tolist()
 
 
+def explain_weights(name: str, network: torch.nn.Module) -> str | None:
+    """What is wrong with the weights of a network that the user knows by this name; `None` if all are finite."""
+    network = getattr(network, "_orig_mod", network)  # below the wrapper of `torch.compile`
+    for parameter, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            return (
+                f"Weights of `{name}` are not finite themselves, such as `{parameter}`: its training diverged, or its "
+                "file is damaged. Use an earlier checkpoint, or download it again."
+            )
+    return None
+
+
 def explain_not_finite(networks: Mapping[str, torch.nn.Module]) -> str:
     """
     Likely reason why networks returned values that are not finite, and what to do, as sentences for a message.
@@ -18,13 +30,9 @@ def explain_not_finite(networks: Mapping[str, torch.nn.Module]) -> str:
         networks (mapping of `torch.nn.Module`): The networks, by the names that the user knows.
     """
     for name, network in networks.items():
-        network = getattr(network, "_orig_mod", network)  # below the wrapper of `torch.compile`
-        for parameter, weight in network.named_parameters():
-            if not weight.isfinite().all():
-                return (
-                    f"Weights of `{name}` are not finite themselves, such as `{parameter}`: its training diverged, or "
-                    "its file is damaged. Use an earlier checkpoint, or download it again."
-                )
+        wrong = explain_weights(name, network)
+        if wrong is not None:
+            return wrong
     dtypes = {name: _dtype_in_use(network) for name, network in networks.items()}
     overflowing = [f"`{name}`" for name, dtype in dtypes.items() if dtype == torch.float16]
     if overflowing:

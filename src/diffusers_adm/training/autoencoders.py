@@ -26,6 +26,7 @@ from ..data.columns import load_image_dataset
 from ..data.images import ImageDataset
 from ..models.classifier_adagn import AdaGNClassifierModel
 from ..models.patch_discriminator import PatchDiscriminator
+from ..ops.finiteness import explain_weights
 from ..ops.frechet import GaussianStatistics, frechet_distance
 from .arguments import (
     FREE,
@@ -240,6 +241,9 @@ def build_autoencoder(
     else:
         load = AutoencoderKL.from_pretrained
         autoencoder = load_pretrained(load, "vae", model_args, data_args, variant=model_args.variant)
+        wrong = explain_weights("pretrained_model_name_or_path", autoencoder)
+        if wrong is not None:
+            raise ValueError(wrong)
     if autoencoder.config.scaling_factor is None and not decoder_only:
         autoencoder.register_to_config(scaling_factor=1.0)  # until it is measured
     if decoder_only:
@@ -335,6 +339,11 @@ def load_autoencoding(accelerator: Accelerator, record: RunRecord, args: Sequenc
     with accelerator.main_process_first():
         images, _ = load_image_dataset(**data_args.source(), seed=seed)
         image_format = training_image_format(images, channels, known, data_args)
+        if loss_args.decoder_only and known not in (None, image_format):
+            raise ValueError(
+                f"The training data are {image_format}, but the encoder was trained on {known}, and `decoder_only` "
+                "keeps it. Leave `image_mode` and `value_range` out, or train the whole autoencoder."
+            )
         record.check_format(image_format)
         check_preview_channels(training_args.preview_channels, image_format)
         # The same random numbers on every process, and in every run with this seed.

@@ -86,8 +86,6 @@ def load_latent_space(
         )
     if image_format is None and given is not None:
         image_format = given.image_format
-    if image_format is None and own is not None and index.get("image_format") is not None:
-        image_format = ImageFormat.from_config(index["image_format"], encoded)
     return TrainedLatents(space, hash_autoencoder(vae), image_format)
 
 
