@@ -291,6 +291,13 @@ class TestCard:
         assert "output_type" not in card.text
         assert ("The samples are shown as" in card.text) == (image_format is not None)
 
+    def test_the_size_in_latents_is_that_of_the_images(self, run, tmp_path):
+        vae = fill_randomly(AutoencoderKL(**TOY_AUTOENCODER_CONFIG))
+        unet = random_unet(in_channels=vae.config.latent_channels, out_channels=2 * vae.config.latent_channels)
+        ADMPipeline(unet, LearnedVarianceDDPMScheduler(), **NONE | {"vae": vae}).save_pretrained(run)
+        card = ModelCard.load(write_model_card(ADMPipeline.from_pretrained(run), tmp_path, "alice/latent"))
+        assert "\n16x16 pixels, decoded from latents.\n" in card.text
+
     @pytest.mark.parametrize("kind", ["translation", "scan", "inpainting", "super-resolution", "controlnets"])
     def test_the_call_runs(self, kind, run, tmp_path, monkeypatch):
         """Of pipelines that take images, on files of such images."""
