@@ -266,6 +266,17 @@ class TestPretrained:
         assert facts["resolution"] == SIZE
         assert {"U-Net", "autoencoder"} <= set(facts["frozen"])
 
+    def test_another_decoder_of_the_same_latents(self, made, tmp_path, base, caplog):
+        """As `train_autoencoder.py --decoder_only` leaves it: the weights stay usable, and it is what decodes."""
+        vae = random_vae()
+        vae.decoder.conv_in.bias.data.add_(0.5)
+        given = self.arguments(made, tmp_path, base) | {"vae": save_vae(tmp_path / "other", vae)}
+        folder = run(given=given, max_train_steps=1)
+        saved = AutoencoderKL.from_pretrained(folder / "vae")
+        assert torch.equal(saved.decoder.conv_in.bias, vae.decoder.conv_in.bias)
+        assert "has another one" not in caplog.text
+        run(given=given, max_train_steps=1, lora_rank=2, output_dir=str(tmp_path / "adapter"))
+
     def test_another_one_needs_new_weights(self, made, tmp_path, base, caplog):
         other = save_vae(tmp_path / "other", random_vae(seed=1))
         given = self.arguments(made, tmp_path, base) | {"vae": other}

@@ -14,6 +14,7 @@ from ..data.latents import (
     autoencoder_folders,
     find_stored_latents,
     hash_autoencoder,
+    hash_encoder,
     load_autoencoder,
 )
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
@@ -70,13 +71,15 @@ def load_latent_space(
         given = load_autoencoder("vae", model_args.vae, cache_dir=data_args.cache_dir)
     if own is None and given is None:
         return None
-    if given is not None and index and (own is None or hash_autoencoder(given.vae) != hash_autoencoder(own.vae)):
+    has_same_latents = own is not None and given is not None and hash_encoder(given.vae) == hash_encoder(own.vae)
+    if given is not None and index and not has_same_latents:
         has = "has no autoencoder: its U-Net was trained in pixels" if own is None else "has another one"
         if keeps is not None:
             raise ValueError(f"`vae` is {model_args.vae!r}, but {pretrained} {has}, and {keeps}. Leave `vae` out.")
         logger.warning(f"`vae` is {model_args.vae!r}, but {pretrained} {has}: its weights are trained anew for it.")
         own = None
-    vae, image_format = own or given
+    vae = (given or own).vae  # with the same latents, the decoder may still be another one
+    image_format = next((one.image_format for one in (own, given) if one is not None and one.image_format), None)
     space = LatentSpace(vae)
     encoded, decoded = space.image_channels
     if encoded != decoded:
@@ -84,8 +87,6 @@ def load_latent_space(
             f"The autoencoder encodes images of {encoded} channels and decodes to {decoded}. Use one with the same "
             "number of both."
         )
-    if image_format is None and given is not None:
-        image_format = given.image_format
     return TrainedLatents(space, hash_autoencoder(vae), image_format)
 
 
