@@ -2,7 +2,7 @@
 Quality of a latent 64x64 model, and of a 32x32 model with an upsampler, against real images.
 
     python benchmarks/measure_latents.py --latents DIR --pixels DIR [--upsampler DIR] --judge DIR \
-        --data_files data/noto-emoji-64/train.parquet --label_column label --caption_column text --output_dir DIR
+        --data_files data/noto-emoji-64/train.parquet --output_dir DIR
 
 `--latents` and `--pixels` are pipelines conditioned on class and caption, best trained for the same time. Both generate
 an image for each of `--num_images` classes and captions of the data, from the same seeds. All samples are compared with
@@ -30,8 +30,9 @@ from measuring import (
 from PIL import Image
 
 from diffusers_adm import ADMPipeline, ADMSuperResolutionPipeline
+from diffusers_adm.conditioning.image_format import as_size
 from diffusers_adm.conditioning.latents import LatentSpace
-from diffusers_adm.evaluation import GaussianStatistics, frechet_distance, kernel_distance
+from diffusers_adm.evaluation import ClassifierFeatures, GaussianStatistics, frechet_distance, kernel_distance
 
 
 SIZE = 64
@@ -53,6 +54,12 @@ def distances(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:
     }
 
 
+def features_of(judge: ClassifierFeatures, images: list[Image.Image]) -> torch.Tensor:
+    """Features of images that are resized for the classifier, `(N, channels)`."""
+    size = as_size(judge.resolution)[::-1]
+    return features_and_classes(judge, [image.resize(size, Image.Resampling.BICUBIC) for image in images])[0]
+
+
 @torch.no_grad()
 def reconstruct(pipe: ADMPipeline, images: list[Image.Image]) -> list[Image.Image]:
     """The images encoded and decoded by the autoencoder of a pipeline."""
@@ -65,8 +72,10 @@ def reconstruct(pipe: ADMPipeline, images: list[Image.Image]) -> list[Image.Imag
 
 def main() -> None:
     settings = {"num_images": 500, "num_inference_steps": 25, "guidance_scale": 2.0, "batch_size": 50, "seed": 0}
-    files = {"data_files": ["data/noto-emoji-64/train.parquet"], "label_column": "label", "caption_column": "text"}
-    parser = make_parser(__doc__, "judge", "output_dir", **files, **settings, upsampler="spaces/model/upsampler")
+    columns_of = {"label_column": "label", "caption_column": "text"}
+    parser = make_parser(
+        __doc__, "judge", "data_files", "output_dir", **columns_of, **settings, upsampler="spaces/model/upsampler"
+    )
     parser.add_argument("--latents", required=True, help="Latent pipeline: a folder or a Hub repository.")
     parser.add_argument("--pixels", required=True, help="32x32 pipeline: a folder or a Hub repository.")
     parser.add_argument("--variant", help="Variant of the upsampler's weights, e.g. fp16.")
@@ -80,7 +89,7 @@ def main() -> None:
     data, id2label, images = load_held_out(args, SIZE)
     args.num_images, number = None, len(images)
     _, _, everything = load_held_out(args, SIZE)
-    real, _ = features_and_classes(judge, everything)
+    real = features_of(judge, everything)
 
     columns: dict[str, list[Image.Image]] = {"real": images, "reconstructed": reconstruct(latents, images)}
     seconds, start = {}, time.perf_counter()
@@ -93,8 +102,9 @@ def main() -> None:
 
     rows = {}
     for name, samples in columns.items():
-        fake, _ = features_and_classes(judge, samples)
-        rows[name] = row = distances(real, fake) | ({"seconds": seconds[name]} if name in seconds else {})
+        rows[name] = row = distances(real, features_of(judge, samples)) | (
+            {"seconds": seconds[name]} if name in seconds else {}
+        )
         print(
             f"{name:13} Frechet distance {row['frechet']:.3f}, kernel distance {row['kernel']:.4f} "
             f"({row['kernel_error']:.4f})" + (f", {row['seconds']:.0f} s" if name in seconds else ""),
