@@ -212,6 +212,7 @@ class TestRefusals:
             ({"image": images(), "strength": 0.0}, r"`strength` is 0\.0; it must lie in \(0, 1\]"),
             ({"image": images(), "strength": 1.5}, r"`strength` is 1\.5; it must lie in \(0, 1\]"),
             ({"image": images(), "strength": float("nan")}, r"`strength` is nan; it must lie in \(0, 1\]"),
+            ({"image": images(), "strength": "0.5"}, r"`strength` is '0\.5'; it must lie in \(0, 1\]"),
             (
                 {"image": images(), "strength": 0.1, "num_inference_steps": 5},
                 r"`strength` is 0\.1, which leaves none of 5 steps\. Pass more than 0\.2",

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
@@ -178,9 +178,9 @@ class Steps:
                 f"`timestep_respacing` is {self.timestep_respacing!r} and `num_inference_steps` is {number}: both "
                 "choose the steps. Leave one of them out."
             )
-        if not 0 < self.strength <= 1:
+        if not (isinstance(self.strength, Real) and 0 < self.strength <= 1):
             raise ValueError(
-                f"`strength` is {self.strength}; it must lie in (0, 1]: 1 starts from noise, less from the noised "
+                f"`strength` is {self.strength!r}; it must lie in (0, 1]: 1 starts from noise, less from the noised "
                 "image, and 0 would change nothing."
             )
         if self.strength < 1 and name in SCHEDULERS_WITHOUT_STRENGTH:
