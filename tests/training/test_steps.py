@@ -41,6 +41,7 @@ class Run(TrainingRun):
         self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / 10)
         self.ema = EMAModel([self.weight], decay=0.5)
+        self.power_ema = self.opponent = self.opponent_optimizer = None
         self.progress, self.metrics, self.log = TrainingProgress(), LossMetrics(100), Log()
         reset_accelerate()
         self.accelerator = Accelerator(cpu=True)

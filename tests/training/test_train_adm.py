@@ -39,6 +39,8 @@ from diffusers_adm.training import (
     build_text_encoder,
     build_unet,
     find_latest_checkpoint,
+    load_text_encoder,
+    load_tokenizer,
     load_unet_config,
     parse_args,
 )
@@ -50,7 +52,7 @@ from diffusers_adm.training import run as training_run
 RECIPES = sorted(
     path
     for path in CONFIGS.glob("*.yaml")
-    if not path.name.startswith(("accelerate_", "classifier_", "noto_to_"))
+    if not path.name.startswith(("accelerate_", "autoencoder_", "classifier_", "noto_to_"))
     and not path.stem.endswith(("_inpaint", "_upsampler", "_edges", "_popular", "_colorize", "small"))
 )
 
@@ -524,8 +526,12 @@ class TestRecipes:
         if (
             unet.has_cross_attention and model.pretrained_model_name_or_path is None
         ):  # else it brings its text encoder along
-            tokenizer = toy_tokenizer("clip")
-            text_encoder = build_text_encoder(text.text_encoder_config_name_or_path, tokenizer, 0)
+            tokenizer, name = toy_tokenizer("clip"), text.text_encoder_name_or_path
+            if name is not None:
+                text_encoder = load_text_encoder("text_encoder_name_or_path", name, trained=True)
+                tokenizer = load_tokenizer("text_encoder_name_or_path", name)
+            else:
+                text_encoder = build_text_encoder(text.text_encoder_config_name_or_path, tokenizer, 0)
             check_text_encoder(text_encoder, tokenizer, unet.config)
 
     def test_the_command_line_wins(self):

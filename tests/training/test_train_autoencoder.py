@@ -32,7 +32,7 @@ from diffusers_adm.conditioning.latents import LatentSpace
 from diffusers_adm.data.columns import load_image_dataset
 from diffusers_adm.data.images import ImageDataset
 from diffusers_adm.ops.frechet import frechet_distance
-from diffusers_adm.training import parse_args
+from diffusers_adm.training import AUTOENCODER_ARGUMENTS, parse_args
 from diffusers_adm.training import run as training_run
 from diffusers_adm.training.image_measures import psnr
 from diffusers_adm.training.perceptual import features_of
@@ -447,3 +447,16 @@ def test_the_log_names_the_latents(short, caplog):
         train(**short)
     assert "Latents of 16 images, by channel:" in caplog.text
     assert "scaling_factor" in caplog.text
+
+
+def test_the_recipe(monkeypatch):
+    """It parses, and its autoencoder has f = 4 and less than 3 MB in float16."""
+    monkeypatch.chdir(REPOSITORY)
+    recipe = ["--config", "training/configs/autoencoder_emoji_64.yaml"]
+    model_args, data_args, *_ = parse_args(AUTOENCODER_ARGUMENTS, recipe)
+    assert all(Path(path).is_file() for path in (*data_args.data_files, *data_args.validation_data_files))
+    config = json.loads(Path(model_args.model_config_name_or_path).read_text())
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL.from_config(config)
+    assert LatentSpace(autoencoder).factor == 4
+    assert 2 * sum(parameter.numel() for parameter in autoencoder.parameters()) < 3e6
