@@ -15,6 +15,7 @@ images by the autoencoder show what it alone contributes.
 import time
 
 import torch
+from draw_latents import reconstruct
 from measuring import (
     conditions_of,
     features_and_classes,
@@ -31,7 +32,6 @@ from PIL import Image
 
 from diffusers_adm import ADMPipeline, ADMSuperResolutionPipeline
 from diffusers_adm.conditioning.image_format import as_size
-from diffusers_adm.conditioning.latents import LatentSpace
 from diffusers_adm.evaluation import ClassifierFeatures, GaussianStatistics, frechet_distance, kernel_distance
 
 
@@ -58,16 +58,6 @@ def features_of(judge: ClassifierFeatures, images: list[Image.Image]) -> torch.T
     """Features of images that are resized for the classifier, `(N, channels)`."""
     size = as_size(judge.resolution)[::-1]
     return features_and_classes(judge, [image.resize(size, Image.Resampling.BICUBIC) for image in images])[0]
-
-
-@torch.no_grad()
-def reconstruct(pipe: ADMPipeline, images: list[Image.Image]) -> list[Image.Image]:
-    """The images encoded and decoded by the autoencoder of a pipeline."""
-    space, results = LatentSpace(pipe.vae), []
-    for start in range(0, len(images), 50):
-        pixels = pipe.image_processor.preprocess(images[start : start + 50])
-        results += pipe.image_processor.postprocess(space.decode(space.encode(pixels)), output_type="pil")
-    return results
 
 
 def main() -> None:
