@@ -8,11 +8,10 @@ Figures of the latent demonstration model: samples by prompt and class, and held
 from pathlib import Path
 
 import torch
-from measuring import load_held_out, make_parser, quiet, sample
+from measuring import load_held_out, make_parser, quiet, reconstruct, sample
 from PIL import Image
 
 from diffusers_adm import ADMPipeline
-from diffusers_adm.conditioning.latents import LatentSpace
 from diffusers_adm.training import labelled_grid
 
 
@@ -27,16 +26,6 @@ PROMPTS = {
     "red apple": "Food & Drink",
     "dog face": "Animals & Nature",
 }
-
-
-@torch.no_grad()
-def reconstruct(pipe: ADMPipeline, images: list[Image.Image]) -> list[Image.Image]:
-    """The images encoded and decoded by the autoencoder of a pipeline."""
-    space, results = LatentSpace(pipe.vae), []
-    for start in range(0, len(images), 50):
-        pixels = pipe.image_processor.preprocess(images[start : start + 50])
-        results += pipe.image_processor.postprocess(space.decode(space.encode(pixels)), output_type="pil")
-    return results
 
 
 def save(image: Image.Image, path: Path) -> None:

@@ -15,7 +15,6 @@ images by the autoencoder show what it alone contributes.
 import time
 
 import torch
-from draw_latents import reconstruct
 from measuring import (
     conditions_of,
     features_and_classes,
@@ -24,6 +23,7 @@ from measuring import (
     load_judge,
     make_parser,
     quiet,
+    reconstruct,
     sample,
     seeded,
     write_report,

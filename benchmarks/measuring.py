@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline
+from diffusers_adm.conditioning.latents import LatentSpace
 from diffusers_adm.data.columns import first_caption
 from diffusers_adm.evaluation import ClassifierFeatures
 from diffusers_adm.evaluation.data import num_real_classes
@@ -269,6 +270,16 @@ def sample(
         arguments = {name: values[batch] for name, values in inputs.items()}
         images += pipe(**arguments, generator=generators[batch], **options).images
     return images
+
+
+@torch.no_grad()
+def reconstruct(pipe: ADMPipeline, images: list[Image.Image]) -> list[Image.Image]:
+    """The images encoded and decoded by the autoencoder of a pipeline."""
+    space, results = LatentSpace(pipe.vae), []
+    for start in range(0, len(images), 50):
+        pixels = pipe.image_processor.preprocess(images[start : start + 50])
+        results += pipe.image_processor.postprocess(space.decode(space.encode(pixels)), output_type="pil")
+    return results
 
 
 def read_samples(folder: Path, number: int) -> list[Image.Image]:
