@@ -8,7 +8,8 @@ Quality of a latent 64x64 model, and of a 32x32 model with an upsampler, against
 an image for each of `--num_images` classes and captions of the data, from the same seeds. All samples are compared with
 all images of the data by Frechet distance and kernel distance, in the features of the classifier `--judge`, which has
 its own resolution: detail above it does not count. The Frechet distance of few samples is biased upwards, so the same
-number of real images is compared with all of them, too; the kernel distance is unbiased. The reconstructions of these
+number of real images is compared with all of them, too (these are among the latter, so that their distances are rather
+too small); the kernel distance is unbiased. The reconstructions of these
 images by the autoencoder show what it alone contributes.
 """
 
