@@ -729,6 +729,14 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         for condition in conditions:
             self._warn_once(condition.without_effect(len(timesteps), may_guide, uses_classifier))
         self._warn_once(guidance.without_effect(len(timesteps), may_guide))
+        if self.vae is not None and scheduler.config.get("clip_sample"):
+            self._warn_once(
+                [
+                    "The scheduler clips the predicted x_0 (`clip_sample` in its config), which is meant for pixels: "
+                    "latents exceed this range, and the images lose contrast and shape. Set `clip_sample=False`, e.g. "
+                    "`pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)`."
+                ]
+            )
         if output.output_type == "pil" and self.image_format.loses_depth_in_pil:
             self._warn_once(
                 [

@@ -208,6 +208,15 @@ class TestLatents:
             expected = vae.decode(2 * latents + (shift or 0.0)).sample
         assert rounding_errors(images, ((expected + 1) / 2).clamp(0, 1)) <= SAMPLING
 
+    def test_clipping_is_warned_of(self, caplog):
+        """`LearnedVarianceDDPMScheduler` clips by default; training in latents saves one that does not."""
+        for clips in (True, False):
+            caplog.clear()
+            pipe = make_pipeline(scheduler=LearnedVarianceDDPMScheduler(clip_sample=clips))
+            for _ in range(2):
+                pipe(num_inference_steps=1, output_type="pt")
+            assert len([text for text in caplog.messages if "clips the predicted x_0" in text]) == clips
+
     def test_mean_and_standard_deviation_by_channel(self):
         """As `StableDiffusionXLPipeline` decodes; encoding is the inverse."""
         mean, std = [0.5, -1.0, 0.0, 2.0], [1.0, 0.5, 2.0, 3.0]
