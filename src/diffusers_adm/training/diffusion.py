@@ -54,7 +54,7 @@ from .loading import (
     pretrained_pipeline_config,
     training_image_format,
 )
-from .losses import TrainingLosses
+from .losses import Objective, TrainingLosses
 from .metrics import LossMetrics, record_losses
 from .resume import RunRecord
 from .timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
@@ -430,6 +430,61 @@ def stored_condition_format(stored: StoredLatents, request: FormatRequest) -> Im
     return found
 
 
+def load_examples(
+    data_args: DataArguments,
+    stored: StoredLatents | None,
+    caption_column: str | None,
+    conditioning_image_column: str | None,
+    tensor_columns: Mapping[str, str] | None,
+    seed: int,
+) -> tuple[datasets.Dataset, dict[int, str] | None]:
+    """Loads the images of the data, or the latents that are `stored` for them, and the names of the classes."""
+    if stored is None:
+        return load_image_dataset(
+            **data_args.source(),
+            caption_column=caption_column,
+            conditioning_image_column=conditioning_image_column,
+            tensor_columns=tensor_columns,
+            seed=seed,
+        )
+    return load_latents(
+        data_args.train_data_dir,
+        stored,
+        data_args.label_column,
+        caption_column,
+        conditioning_image_column,
+        data_args.cache_dir,
+        data_args.max_train_samples,
+        seed,
+    )
+
+
+def check_examples(
+    images: datasets.Dataset,
+    data_args: DataArguments,
+    stored: StoredLatents | None,
+    resolution: Size,
+    allow_unlabelled: bool,
+    **image_options: Any,
+) -> datasets.Dataset:
+    """The usable ones of the images (see `check_images`, which takes `image_options`), or of `stored` latents."""
+    num_proc = data_args.image_check_num_proc
+    if stored is None:
+        options = {"allow_unlabelled": allow_unlabelled, "num_proc": num_proc, **image_options}
+        return check_images(images, resolution, **options)[0]
+    return check_latents(images, stored, data_args.train_data_dir, allow_unlabelled, num_proc)
+
+
+def log_continuous_bound(objective: Objective, image_format: ImageFormat, is_latent: bool) -> None:
+    """Logs what the bound in the loss is for data that are not discrete."""
+    if is_latent or image_format.num_levels is None:
+        what, scaled = ("latents", "scaled") if is_latent else ("data", "of values scaled to [-1, 1]")
+        logger.info(
+            f"The {what} are continuous, so the bound in the loss (`objective` {objective}) is that of their density, "
+            f"{scaled}; it may be negative"
+        )
+
+
 def load_diffusion(
     accelerator: Accelerator,
     record: RunRecord,
@@ -499,25 +554,8 @@ def load_diffusion(
     check_sampling_steps(training_args, noise_scheduler, data_args.label_column is not None, has_text or guides_image)
     text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, seed)
     with accelerator.main_process_first():
-        if stored is not None:
-            images, id2label = load_latents(
-                data_args.train_data_dir,
-                stored,
-                data_args.label_column,
-                text_args.caption_column,
-                conditioning_image_column,
-                data_args.cache_dir,
-                data_args.max_train_samples,
-                seed,
-            )
-        else:
-            images, id2label = load_image_dataset(
-                **data_args.source(),
-                caption_column=text_args.caption_column,
-                conditioning_image_column=conditioning_image_column,
-                tensor_columns=tensor_columns,
-                seed=seed,
-            )
+        columns = (text_args.caption_column, conditioning_image_column)
+        images, id2label = load_examples(data_args, stored, *columns, tensor_columns, seed)
         if translation is not None:
             images = translation.pair(images, data_args.source())
         record.check_classes(id2label)
@@ -527,12 +565,8 @@ def load_diffusion(
         else:
             image_format = find_training_format(images, channels, model_args, data_args, keeps, latents)
         record.check_format(image_format)
-        if diffusion_args.objective != "simple" and (latent_space is not None or image_format.num_levels is None):
-            what, scaled = ("data", "of values scaled to [-1, 1]") if latent_space is None else ("latents", "scaled")
-            logger.info(
-                f"The {what} are continuous, so the bound in the loss (`objective` {diffusion_args.objective}) is that "
-                f"of their density, {scaled}; it may be negative"
-            )
+        if diffusion_args.objective != "simple":
+            log_continuous_bound(diffusion_args.objective, image_format, is_latent=latent_space is not None)
         check_preview_channels(training_args.preview_channels, image_format)
         condition_format = None
         if translation is not None:
@@ -570,23 +604,19 @@ def load_diffusion(
             min_image_size = resolution if min_image_size is None else min_image_size
         unet.register_to_config(sample_size=as_sample_size([side // factor for side in as_size(resolution)]))
         allow_unlabelled = num_classes is None or unet.config.null_class_id is not None
-        if stored is not None:
-            images = check_latents(
-                images, stored, data_args.train_data_dir, allow_unlabelled, data_args.image_check_num_proc
-            )
-        else:
-            images, _ = check_images(
-                images,
-                resolution,
-                min_image_size=min_image_size,
-                allow_unlabelled=allow_unlabelled,
-                num_proc=data_args.image_check_num_proc,
-                output_dir=training_args.output_dir if accelerator.is_main_process else None,
-                id2label=id2label,
-                image_format=image_format,
-                condition_format=condition_format,
-                condition_range_argument="--condition_value_range" if translation is None else "--source_value_range",
-            )
+        images = check_examples(
+            images,
+            data_args,
+            stored,
+            resolution,
+            allow_unlabelled,
+            min_image_size=min_image_size,
+            output_dir=training_args.output_dir if accelerator.is_main_process else None,
+            id2label=id2label,
+            image_format=image_format,
+            condition_format=condition_format,
+            condition_range_argument="--condition_value_range" if translation is None else "--source_value_range",
+        )
         captions = None
         if has_text:
             captions = prepare_captions(
