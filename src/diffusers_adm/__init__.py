@@ -13,6 +13,7 @@ from .models import (
     AdaGNMultiControlNetModel,
     AdaGNUNet2DModel,
     GLIDETextModel,
+    UnCLIPProjectionModel,
 )
 from .pipelines import (
     ADMControlNetPipeline,
@@ -20,6 +21,7 @@ from .pipelines import (
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
+    ADMUnCLIPPipeline,
 )
 from .schedulers import LearnedVarianceDDPMScheduler
 
@@ -30,6 +32,7 @@ __all__ = [
     "ADMInpaintPipeline",
     "ADMPipeline",
     "ADMSuperResolutionPipeline",
+    "ADMUnCLIPPipeline",
     "AdaGNClassifierModel",
     "AdaGNControlNetModel",
     "AdaGNMultiControlNetModel",
@@ -38,6 +41,7 @@ __all__ = [
     "LearnedVarianceDDPMScheduler",
     "ModelMixin",
     "SchedulerMixin",
+    "UnCLIPProjectionModel",
 ]
 
 find_moved_modules()

@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 import functools
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .errors import add_debug_argument, did_you_mean, fail
+from .recipes import check_clone, find_recipe, locate
 
 
 # The words for None in a recipe. The empty one is a key with nothing after its colon.
@@ -31,6 +32,12 @@ HUB_TOKEN = re.compile(r"[\w.|-]+", re.ASCII)
 def arg(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a dataclass of arguments, with its help text and further metadata; see [`parse_args`] for `parse`."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def program_name(module: str) -> str:
+    """The command line that runs a module: `diffusers-adm ...` if it was started so, otherwise `python -m module`."""
+    started = os.path.basename(sys.argv[0])
+    return started if started.startswith("diffusers-adm") else f"python -m {module}"
 
 
 def check_at_least(arguments: object, minimum: int, *names: str) -> None:
@@ -54,7 +61,8 @@ def parse_args(
 
     A recipe is a flat mapping from field names to values, required ones included. A value in a recipe means what the
     same words mean on the command line: `1e-4` is a number and `no` a word, which plain YAML reads the other way round.
-    Paths are relative to the working directory.
+    Paths are relative to the working directory. In place of a path, `--config` takes the name of a recipe that is
+    installed with the package, such as `emoji_32`.
 
     Args:
         dataclass_types (a dataclass, or a sequence of them): Field names must be unique over all of them.
@@ -97,20 +105,24 @@ def given_arguments(
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     recipe = finder.parse_known_args(argv)[0].config
-    given = {} if recipe is None else _read_recipe(recipe, arguments)
+    from_recipe, is_installed = ({}, False) if recipe is None else _read_recipe(recipe, arguments)
+    given = dict(from_recipe)
 
     # Abbreviations would turn into other arguments, or errors, the day a similar field is added.
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for argument in arguments.values():
         argument.add_to(parser, given)
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="A YAML recipe, read before the other arguments.")
+    parser.add_argument("--config", metavar="RECIPE", help="A YAML file of arguments, or the name of an installed one.")
     add_debug_argument(parser)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = ["--" + word[2:].split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
         hints = [did_you_mean(flag, [f"--{name}" for name in (*arguments, "config", "debug")]) for flag in flags]
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{''.join(hints)} See --help for all.")
-    given |= {name: value for name, value in vars(found).items() if name in arguments}
+    passed = {name: value for name, value in vars(found).items() if name in arguments}
+    if is_installed:
+        check_clone(recipe, {name: value for name, value in from_recipe.items() if name not in passed})
+    given |= passed
     # In an optional list, `none` was converted like any other entry.
     return {name: None if value == [None] else value for name, value in given.items()}
 
@@ -193,14 +205,13 @@ class _Parser(argparse.ArgumentParser):
         fail(message if "--help" in message else f"{message} See --help for all arguments.")
 
 
-def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> dict[str, Any]:
-    """Reads the values of a recipe, by argument."""
+def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> tuple[dict[str, Any], bool]:
+    """Reads the values of a recipe, by argument; and whether it is installed with the package."""
     # PyYAML comes with the `train` extra; the losses must be importable without it.
     import yaml
 
-    if not Path(recipe).is_file():
-        raise ValueError(f"`--config` is {recipe!r}, which is not a file. Pass the path of a YAML recipe.")
-    with open(recipe, encoding="utf-8") as file:
+    path, is_installed = find_recipe(recipe)
+    with open(path, encoding="utf-8") as file:
         try:
             # The base loader keeps every scalar a string, so that the type of the field decides what it means, not
             # YAML 1.1.
@@ -208,14 +219,14 @@ def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> dict[str, A
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"`--config` {recipe!r} is not valid YAML: {error}") from error
     if node is None:
-        return {}
+        return {}, is_installed
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"`--config` {recipe!r} must hold `name: value` lines, one per argument; got a {node.id}.")
     construct = functools.partial(yaml.BaseLoader("").construct_object, deep=True)
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key, place = construct(key_node), f"`--config` {recipe!r}, line {key_node.start_mark.line + 1}"
-        if key not in arguments:
+        if not isinstance(key, str) or key not in arguments:
             raise ValueError(
                 f"{place}: unknown key {key!r}.{did_you_mean(str(key), arguments)} Keys are the names of the "
                 "command line's arguments, with underscores and without dashes in front."
@@ -226,4 +237,6 @@ def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> dict[str, A
             values[key] = arguments[key].convert_yaml(construct(value_node))
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{place}: {key!r}: {error}.") from error
-    return values
+    if is_installed:
+        values = {name: locate(value) for name, value in values.items()}
+    return values, is_installed

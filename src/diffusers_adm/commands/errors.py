@@ -19,11 +19,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from .lost_processes import explain_lost_process
+
 
 DEBUG_FLAG = "--debug"
 # The exceptions that this package raises, with a sentence, where the user can change something.
 MISTAKES = (ValueError, TypeError, OSError, ImportError)
 EXIT_CODE = 2  # as argparse's
+# EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, from which the same command goes on.
+STOPPED_EARLY_EXIT_CODE = 75
+LOST_PROCESS_EXIT_CODE = 1
 INTERRUPTED_EXIT_CODE = 130  # the convention of shells: 128 + the number of the signal
 # Seconds that all processes except the main one wait before they report an error. The main process usually has the same
 # error, or caused theirs by ending; its launcher then stops the others, so that the error is shown once.
@@ -55,7 +60,8 @@ def run_command(main: Callable[[], None]) -> None:
 
     A mistake of the user ends the process with `error: <message>` on stderr and exit code 2: a [`CommandError`], or a
     `ValueError`, `TypeError`, `OSError` or `ImportError` from a `raise` statement of this package or of the script.
-    Ctrl-C ends it with `interrupted`. Every other exception, and with `--debug` every exception, keeps its traceback.
+    Ctrl-C ends it with `interrupted`, and a lost process with a sentence and exit code 1. Every other exception, and
+    with `--debug` every exception, keeps its traceback.
     """
     try:
         main()
@@ -65,6 +71,10 @@ def run_command(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     except Exception as error:
+        # Not for an error that is explained already, such as that of a server which has closed a connection.
+        lost = None if isinstance(error, CommandError) else explain_lost_process(error)
+        if lost is not None and DEBUG_FLAG not in sys.argv[1:]:
+            fail(lost, LOST_PROCESS_EXIT_CODE)
         if DEBUG_FLAG in sys.argv[1:] or not (isinstance(error, CommandError) or is_mistake(error)):
             _wait_for_main_process()
             raise

@@ -34,3 +34,14 @@ def join_processes(mixed_precision: MixedPrecision | None, **kwargs: Any) -> Acc
         level=logging.WARNING if accelerator.is_main_process else logging.ERROR,
     )
     return accelerator
+
+
+def gather_interleaved(rows: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """
+    Gathers the rows of all processes on the CPU: row k of process p becomes row `k * num_processes + p`. A process may
+    have one row more than those after it. Collective: every process must call it; all get the same result.
+    """
+    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), rows.shape[1])])
+    gathered = accelerator.gather(padded.to(accelerator.device)).cpu()
+    return gathered.reshape(len(counts), max(counts), -1).transpose(0, 1).flatten(0, 1)[: sum(counts)]

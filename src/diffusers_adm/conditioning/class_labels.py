@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..ops.values import check_magnitude, check_plain_tensor, describe
 from .condition import Condition, PreparedCondition, SamplingCall, UNetInputs
 
 
@@ -73,6 +74,12 @@ class ClassCondition(Condition):
     def read(self, class_labels: ClassLabels) -> ClassCondition:
         """Takes the labels of a call, by number or by name; raises a `ValueError` for those that do not exist."""
         if class_labels is None:
+            if self.embed_type in ("identity", "projection") and not self.is_droppable:
+                raise ValueError(
+                    f"`class_labels` is missing: the U-Net has `class_embed_type={self.embed_type!r}` and takes a "
+                    "vector for each image. Pass them. A decoder of unCLIP, whose vectors are made from image "
+                    "embeddings, is loaded with `ADMUnCLIPPipeline`."
+                )
             return self
         if not self.has_embedding and self.num_classes is None:
             raise ValueError(
@@ -83,7 +90,7 @@ class ClassCondition(Condition):
             class_labels = self._number_of(class_labels)
         elif isinstance(class_labels, (list, tuple)):
             class_labels = [self._number_of(label) if isinstance(label, str) else label for label in class_labels]
-        labels = torch.as_tensor(class_labels)
+        labels = self._as_tensor(class_labels)
         is_embedding = self.embed_type in ("identity", "projection")
         if labels.ndim not in ((2,) if is_embedding else (0, 1)) or labels.shape[:1] == (0,):
             raise ValueError(
@@ -93,10 +100,22 @@ class ClassCondition(Condition):
         if self.embed_type is None:
             self._check_numbers(labels)
             labels = labels.long()
+        else:
+            check_magnitude("class_labels", labels)
         if labels.ndim > 0:
             self.counts = {"class_labels": len(labels)}
         self.labels, self.is_given = torch.atleast_1d(labels), True
         return self
+
+    def _as_tensor(self, class_labels: Any) -> torch.Tensor:
+        try:
+            labels = torch.as_tensor(class_labels)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch has one for each kind of value
+            raise ValueError(
+                f"`class_labels` is {describe(class_labels)}; pass the numbers or names of classes: {error}."
+            ) from error
+        check_plain_tensor("class_labels", labels)
+        return labels
 
     def _number_of(self, name: str) -> int:
         numbers = {known: label for label, known in self.id2label.items()}
@@ -129,7 +148,11 @@ class ClassCondition(Condition):
         if not self.is_droppable:
             return PreparedCondition.same_in_both(conditional)
         null_labels = torch.full_like(labels, self.null_class_id)
-        return PreparedCondition(conditional, UNetInputs({"class_labels": torch.cat([null_labels, labels])}))
+        return PreparedCondition(conditional, UNetInputs({"class_labels": null_labels}))
+
+    def for_guidance(self, call: SamplingCall) -> dict[str, Any]:
+        """`class_labels`."""
+        return {} if self.labels is None else {"class_labels": call.rows(self.labels)}
 
     def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
         """Warns of labels of an unconditional U-Net that no classifier uses."""

@@ -9,17 +9,22 @@ arguments of a pipeline's call belong to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..ops.integers import check_integer
+from ..ops.values import check_number
 from ..schedulers.diffusers_schedulers import Generators
+
+
+# What one run of the U-Net predicts; "both": the unconditional pass and, after it, the conditional one, in one batch.
+Passes = Literal["conditional", "unconditional", "both"]
 
 
 @dataclass
@@ -52,6 +57,17 @@ def merge(inputs: Iterable[UNetInputs]) -> UNetInputs:
     if channels:
         merged.extra_channels = channels[0] if len(channels) == 1 else torch.cat(channels, dim=1)
     return merged
+
+
+def concatenate(first: UNetInputs, second: UNetInputs) -> UNetInputs:
+    """The inputs of one batch with the rows of `first` and, after them, those of `second`, of the same names."""
+
+    def cat(a: Any, b: Any) -> Any:
+        if isinstance(a, dict):  # such as `added_cond_kwargs`
+            return {name: cat(value, b[name]) for name, value in a.items()}
+        return None if a is None else torch.cat([a, b])
+
+    return UNetInputs(cat(first.kwargs, second.kwargs), cat(first.extra_channels, second.extra_channels))
 
 
 def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,12 +118,13 @@ def warn_of_interval(subject: str, prefix: str, start: float, end: float, num_st
 def check_finite(name: str, scales: Sequence[float]) -> None:
     """Raises a `ValueError` for a scale that would make samples NaN, of which only "pil" and "np" outputs warn."""
     for scale in scales:
-        if not math.isfinite(scale):
-            raise ValueError(f"`{name}` is {scale}; it must be a finite number.")
+        check_number(name, scale)
 
 
 def check_interval(prefix: str, start: float, end: float) -> None:
     """Raises a `ValueError` unless 0 <= start <= end <= 1."""
+    check_number(f"{prefix}_start", start)
+    check_number(f"{prefix}_end", end)
     if not 0 <= start <= end <= 1:
         raise ValueError(
             f"`{prefix}_start` is {start} and `{prefix}_end` is {end}; they are fractions of the steps, so 0 <= "
@@ -154,26 +171,20 @@ class PreparedCondition:
     A condition of one call, with one row per image, on the device.
 
     Attributes:
-        conditional (`UNetInputs`): For only the conditional pass.
-        both (`UNetInputs`, *optional*): For both passes in one batch, the unconditional one first. `None`: the call has
-            no unconditional input for this condition, so that it cannot be guided.
+        conditional (`UNetInputs`): For the conditional pass.
+        unconditional (`UNetInputs`, *optional*): For the unconditional pass: of the same names and shapes. `None`: the
+            call has no unconditional input for this condition, so that it cannot be guided.
         can_guide (`bool`): Whether the two passes differ.
     """
 
     conditional: UNetInputs
-    both: UNetInputs | None
+    unconditional: UNetInputs | None
     can_guide: bool = True
 
     @classmethod
     def same_in_both(cls, inputs: UNetInputs) -> PreparedCondition:
         """A condition that the unconditional pass also gets."""
-
-        def twice(value: Any) -> Any:
-            if isinstance(value, dict):  # such as `added_cond_kwargs`
-                return {name: twice(entry) for name, entry in value.items()}
-            return None if value is None else torch.cat([value] * 2)
-
-        return cls(inputs, UNetInputs(twice(inputs.kwargs), twice(inputs.extra_channels)), can_guide=False)
+        return cls(inputs, inputs, can_guide=False)
 
 
 class Condition:
@@ -192,7 +203,7 @@ class Condition:
     |---|---|---|
     | `is_droppable` | networks | the U-Net has an unconditional input in the place of this condition |
     | `is_given` | `read` | the call names something to guide towards, or away from |
-    | `PreparedCondition.both` is not `None` | `prepare` | the call has an unconditional input |
+    | `PreparedCondition.unconditional` is not `None` | `prepare` | the call has an unconditional input |
     | `PreparedCondition.can_guide` | `prepare` | this input differs from the conditional one |
 
     Attributes:
@@ -232,6 +243,13 @@ class Condition:
         """The inputs of the U-Net for the call. Called after `read`."""
         raise NotImplementedError
 
+    def for_guidance(self, call: SamplingCall) -> dict[str, Any]:
+        """
+        What functions that guide the call get by name, one entry an image: see [`GuidanceFunction`]. Called after
+        `prepare`.
+        """
+        return {}
+
     def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
         """
         Warnings about arguments that change nothing in the call.
@@ -239,12 +257,12 @@ class Condition:
         Args:
             num_steps (`int`): Number of timesteps.
             may_guide (`bool`): Whether classifier-free guidance is on, or a callback may turn it on.
-            uses_classifier (`bool`): Whether classifier guidance is on.
+            uses_classifier (`bool`): Whether a classifier or another function guides.
         """
         return []
 
     def at_step(
-        self, model_input: torch.Tensor, step: Step, merged: MergedConditions, runs_both: bool
+        self, model_input: torch.Tensor, step: Step, merged: MergedConditions, passes: Passes
     ) -> dict[str, Any]:
         """
         Keyword arguments of the U-Net that depend on the step, such as the residuals of a ControlNet.
@@ -252,7 +270,7 @@ class Condition:
         Args:
             model_input (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The input of the U-Net.
             step (`Step`), merged (`MergedConditions`): The step, and all conditions of the call.
-            runs_both (`bool`): Whether the batch holds the unconditional pass and, after it, the conditional one.
+            passes (`str`): What the batch holds: `"conditional"`, `"unconditional"` or `"both"` passes.
         """
         return {}
 
@@ -266,34 +284,39 @@ class MergedConditions:
         call (`SamplingCall`): The call.
 
     Attributes:
-        conditional (`UNetInputs`), both (`UNetInputs`, *optional*): See [`PreparedCondition`]; `both` is `None`
-            unless all conditions have an unconditional input, and at least one of these differs from its conditional
-            one.
+        conditional (`UNetInputs`), unconditional (`UNetInputs`, *optional*): See [`PreparedCondition`]; the latter is
+            `None` unless all conditions have an unconditional input, and at least one of these differs from its
+            conditional one.
     """
 
     def __init__(self, conditions: Sequence[Condition], call: SamplingCall):
         self.conditions = conditions
         prepared = [condition.prepare(call) for condition in conditions]
-        can_guide = any(part.can_guide for part in prepared) and all(part.both is not None for part in prepared)
+        can_guide = any(part.can_guide for part in prepared)
+        can_guide &= all(part.unconditional is not None for part in prepared)
         self.conditional = merge(part.conditional for part in prepared)
-        self.both = merge(part.both for part in prepared) if can_guide else None
+        self.unconditional = merge(part.unconditional for part in prepared) if can_guide else None
 
-    def inputs(self, runs_both: bool) -> UNetInputs:
+    @cached_property
+    def both(self) -> UNetInputs:
+        """Of both passes in one batch, the unconditional one first."""
+        return concatenate(self.unconditional, self.conditional)
+
+    def inputs(self, passes: Passes) -> UNetInputs:
         """Inputs of the U-Net in every step."""
-        return self.both if runs_both else self.conditional
+        return getattr(self, passes)
 
-    def kwargs_at(self, model_input: torch.Tensor, step: Step, runs_both: bool) -> dict[str, Any]:
+    def kwargs_at(self, model_input: torch.Tensor, step: Step, passes: Passes) -> dict[str, Any]:
         """Keyword arguments of the U-Net in one step; for the arguments see `Condition.at_step`."""
-        kwargs = self.inputs(runs_both).kwargs
+        kwargs = self.inputs(passes).kwargs
         for condition in self.conditions:
-            kwargs = kwargs | condition.at_step(model_input, step, self, runs_both)
+            kwargs = kwargs | condition.at_step(model_input, step, self, passes)
         return kwargs
 
 
 def number_of_prompts(conditions: Sequence[Condition], batch_size: int) -> int:
     """The number of different images that a call asks for; raises a `ValueError` unless all its arguments agree."""
-    if not isinstance(batch_size, Integral) or batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size!r}; pass an integer of at least 1.")
+    check_integer("batch_size", batch_size, 1)
     counts = {name: number for condition in conditions for name, number in condition.counts.items()}
     asked = {f"`{name}` holds {number}": number for name, number in counts.items()}
     if batch_size != 1 or not asked:

@@ -9,6 +9,7 @@ authors' code and in diffusers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from ..schedulers.noise_schedules import check_same_noise
 from .condition import (
     Condition,
     MergedConditions,
+    Passes,
     PreparedCondition,
     SamplingCall,
     Step,
@@ -140,7 +142,6 @@ class ControlNetCondition(Condition):
         self.scales = self._numbers(scale, "controlnet_conditioning_scale")
         self.starts = self._numbers(start, "control_guidance_start")
         self.ends = self._numbers(end, "control_guidance_end")
-        check_finite("controlnet_conditioning_scale", self.scales)
         for first, last in zip(self.starts, self.ends, strict=True):
             check_interval("control_guidance", first, last)
         # Pooled residuals were trained to be left out of the unconditional pass, as in diffusers.
@@ -162,7 +163,9 @@ class ControlNetCondition(Condition):
 
     def _numbers(self, values: float | Sequence[float], name: str) -> list[float]:
         is_list = isinstance(values, (list, tuple))
-        return [float(value) for value in self._one_for_each(values if is_list else [values] * len(self.nets), name)]
+        numbers = self._one_for_each(values if is_list else [values] * len(self.nets), name)
+        check_finite(name, numbers)
+        return [float(value) for value in numbers]
 
     def check_size(self, size: tuple[int, int], sample_size: tuple[int, int]) -> None:
         """Raises a `ValueError` for images of another size than the ControlNets take for these results."""
@@ -183,9 +186,16 @@ class ControlNetCondition(Condition):
             raise ValueError(f"{message}. {way_out}.")
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
-        """No inputs but the residuals of each step."""
-        self.images = [call.rows(images.to(call.unet_dtype)) for images in self.images]
+        """No inputs but the residuals of each step; the images are embedded here, once for all steps."""
+        images = self.images = [call.rows(images.to(call.unet_dtype)) for images in self.images]
+        used = [each if scale != 0.0 else None for each, scale in zip(images, self.scales, strict=True)]
+        if any(self.scales):
+            self.embeds = self.controlnet.embed_condition(used if self.is_multiple else used[0])
         return PreparedCondition.same_in_both(UNetInputs())
+
+    def for_guidance(self, call: SamplingCall) -> dict[str, Any]:
+        """`control_images`, one batch for each ControlNet."""
+        return {"control_images": self.images}
 
     def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
         """Warns of ControlNets that act in no step. (A scale of 0 is taken for intended.)"""
@@ -196,34 +206,35 @@ class ControlNetCondition(Condition):
         return warnings
 
     def at_step(
-        self, model_input: torch.Tensor, step: Step, merged: MergedConditions, runs_both: bool
+        self, model_input: torch.Tensor, step: Step, merged: MergedConditions, passes: Passes
     ) -> dict[str, Any]:
         """The residuals of the ControlNets that act in a step."""
         scales = [
             scale if step.is_within(start, end) else 0.0
             for scale, start, end in zip(self.scales, self.starts, self.ends, strict=True)
         ]
-        if not any(scales):
+        if not any(scales) or (self.guess_mode and passes == "unconditional"):
             return {}
-        images, kwargs = self.images, merged.inputs(runs_both).kwargs
-        guesses = self.guess_mode and runs_both
-        if guesses:
-            model_input, kwargs = model_input.chunk(2)[1], merged.conditional.kwargs
-        elif runs_both:
-            images = [torch.cat([image] * 2) for image in images]
+        adds_zeros = self.guess_mode and passes == "both"
+        if adds_zeros:
+            model_input, passes = model_input.chunk(2)[1], "conditional"
         down, mid = self.controlnet(
             model_input,
             step.timestep,
-            controlnet_cond=images if self.is_multiple else images[0],
+            controlnet_cond_embeds=self.embeds,
             conditioning_scale=scales if self.is_multiple else scales[0],
             guess_mode=self.guess_mode,
             return_dict=False,
-            **kwargs,
+            **merged.inputs(passes).kwargs,
         )
-        if guesses:
+        if adds_zeros:
             down = [torch.cat([torch.zeros_like(residual), residual]) for residual in down]
             mid = torch.cat([torch.zeros_like(mid), mid])
         return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
+
+
+def _is_default(value: Any, default: float) -> bool:
+    return isinstance(value, Real) and value == default  # arrays would be compared entry by entry
 
 
 def optional_control(
@@ -249,7 +260,7 @@ def optional_control(
         "control_guidance_start": (start, 0.0),
         "control_guidance_end": (end, 1.0),
     }
-    given = [f"`{name}`" for name, (value, default) in values.items() if value != default]
+    given = [f"`{name}`" for name, (value, default) in values.items() if not _is_default(value, default)]
     if given:
         raise ValueError(
             f"{' and '.join(given)} would have no effect, as there is no `control_image`. Pass it, or leave them out."

@@ -1,5 +1,5 @@
 """
-Guidance of a sampler: classifier-free, and by the gradient of a classifier.
+Guidance of a sampler: classifier-free, by the gradient of a classifier, and the arguments of a call for all kinds.
 
 Classifier-free guidance: Ho & Salimans 2022 (https://huggingface.co/papers/2207.12598); its rescaling: Lin et al. 2023
 (https://huggingface.co/papers/2305.08891, section 3.4). Classifier guidance: Dhariwal & Nichol 2021
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,39 @@ from ..schedulers.noise_schedules import check_same_noise, unknown_choice
 from ..schedulers.scheduling_ddpm_learned_variance import PredictionType
 from .class_labels import ClassCondition
 from .condition import Condition, Step, check_finite, check_interval, warn_of_interval
+from .guidance_functions import GuidanceFunction, GuidanceFunctions, as_guidance_functions, name_of
 from .image_format import ImageFormat, as_size
 
 
 # Multiplies a classifier's log-probability before its gradient is taken, and divides the gradient, which is around 1e-5
 # for single pixels of 64 x 64 images, where float16 has only steps of 6e-8. A power of two changes no other dtype.
 GRADIENT_SCALE = 2.0**7
+# How the unconditional and the conditional pass of classifier-free guidance run: in one batch, or one after the other.
+GuidancePasses = Literal["auto", "joint", "separate"]
+# On the CPU one batch saves the overhead of small tensors: it takes 0.72 to 0.92 times as long as two passes for 1 or 4
+# images of 32 x 32 and 1 of 64 x 64 (docs/guidance.md). Large ones leave the cache: 0.99 to 1.04 for 4 of 64 x 64, 1.01
+# for 16 of 32 x 32, 1.09 for 16 of 64 x 64. The limit lies between, in positions of the samples of one pass.
+MOST_JOINT_POSITIONS = 2**13
+
+
+def check_guidance_passes(passes: str) -> None:
+    """Raises a `ValueError` for another word than those of `GuidancePasses`."""
+    if passes not in get_args(GuidancePasses):
+        raise unknown_choice("passes", passes, GuidancePasses)
+
+
+def joins_passes(passes: GuidancePasses, samples: torch.Tensor) -> bool:
+    r"""
+    Whether both passes of classifier-free guidance run in one batch. `"auto"`: whichever is faster, by measurements on
+    CPUs; on other devices one batch, which fills them better (not measured).
+
+    Args:
+        passes (`str`): The wish.
+        samples (`torch.Tensor` of shape `(batch_size, channels, ...)`): Those of one pass.
+    """
+    if passes != "auto":
+        return passes == "joint"
+    return samples.device.type != "cpu" or samples[:, 0].numel() <= MOST_JOINT_POSITIONS
 
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, rescale: float = 0.0) -> torch.Tensor:
@@ -178,13 +205,14 @@ def exact_prediction(
 @dataclass
 class Guidance:
     """
-    The arguments of a call for both kinds of guidance; see [`ADMPipeline`].
+    The arguments of a call for all kinds of guidance; see [`ADMPipeline`].
 
     Attributes:
         scale (`float`): Of classifier-free guidance at the start of the call; 1.0 is off.
         rescale (`float`): See `guide`.
         start, end (`float`): Fractions of the steps between which guidance acts.
         classifier_scale (`float`): Of classifier guidance; 0.0 is off.
+        guidance_fn ([`GuidanceFunction`] or list of them, *optional*): Guidance by functions; `functions` is the list.
     """
 
     scale: float
@@ -192,6 +220,15 @@ class Guidance:
     start: float
     end: float
     classifier_scale: float
+    guidance_fn: GuidanceFunctions = None
+
+    def __post_init__(self) -> None:
+        self.functions = as_guidance_functions(self.guidance_fn)
+
+    @property
+    def steers(self) -> bool:
+        """Whether a classifier or another function guides."""
+        return self.classifier_scale != 0.0 or bool(self.functions)
 
     def is_on(self, step: Step) -> bool:
         """Whether guidance acts in a step."""
@@ -259,69 +296,70 @@ class Guidance:
                 f"{given}, but `class_labels` hold {highest}, and the classifier has the classes 0 to "
                 f"{num_classes - 1}: it cannot guide towards the null class."
             )
-        is_ancestral = takes_gradient(scheduler) and eta is None
-        if scheduler.config.get("rescale_betas_zero_snr", False) and not is_ancestral:
+        _check_signal(given, scheduler, eta)
+
+    def check_functions(self, scheduler: SchedulerMixin, eta: float | None) -> None:
+        """Raises a `ValueError` if guidance by functions is on but impossible."""
+        if not self.steers:
+            return
+        if torch.is_inference_mode_enabled():
             raise ValueError(
-                f"{given}, but with `rescale_betas_zero_snr` x_T carries no signal, so a changed score gives no x_0 "
-                "there. Use ancestral steps of `LearnedVarianceDDPMScheduler` (`eta=None`)."
+                "`guidance_fn` and `classifier_guidance_scale` need gradients, which do not exist in "
+                "`torch.inference_mode()`. Leave it, or use `torch.no_grad()`, which the pipeline does by itself."
             )
+        for function in self.functions:
+            if function.kind == "score":
+                _check_signal(f"`guidance_fn` {name_of(function)} gives a score", scheduler, eta)
 
     def without_effect(self, num_steps: int, may_guide: bool) -> list[str]:
         """Warnings about arguments that change nothing in a call; for the arguments see `Condition.without_effect`."""
-        uses_classifier, warnings = self.classifier_scale != 0.0, []
+        warnings = []
         if not may_guide and self.rescale != 0.0:
             warnings.append(
                 "`guidance_rescale` has no effect: `guidance_scale` is 1.0, which is off. Pass another "
                 "`guidance_scale`, or leave it out."
             )
-        if not may_guide and not uses_classifier and (self.start, self.end) != (0.0, 1.0):
+        if not may_guide and not self.steers and (self.start, self.end) != (0.0, 1.0):
             warnings.append(
                 "`guidance_start` and `guidance_end` have no effect: `guidance_scale` is 1.0 and "
-                "`classifier_guidance_scale` is 0.0, which is off. Pass one of them, or leave the interval out."
+                "`classifier_guidance_scale` is 0.0, which is off, and there is no `guidance_fn`. Pass one of them, or "
+                "leave the interval out."
             )
-        if self.scale != 1.0 or uses_classifier:
+        if self.scale != 1.0 or self.steers:
             warnings += warn_of_interval("Guidance", "guidance", self.start, self.end, num_steps)
         return warnings
 
 
-@dataclass
-class ClassifierGuidance:
-    """
-    Classifier guidance in one call.
+def _check_signal(given: str, scheduler: SchedulerMixin, eta: float | None) -> None:
+    """Raises a `ValueError` if a score is given to steps that divide by the signal of x_T, of which there is none."""
+    is_ancestral = takes_gradient(scheduler) and eta is None
+    if scheduler.config.get("rescale_betas_zero_snr", False) and not is_ancestral:
+        raise ValueError(
+            f"{given}, but with `rescale_betas_zero_snr` x_T carries no signal, so a changed score gives no x_0 "
+            "there. Use ancestral steps of `LearnedVarianceDDPMScheduler` (`eta=None`)."
+        )
 
-    Attributes:
+
+class ClassifierGuidance(GuidanceFunction):
+    """
+    Guidance by a classifier of noisy samples: the gradient of log p(y | x_t) times a scale, a score.
+
+    Args:
         classifier (`AdaGNClassifierModel`): Its output has `.logits`.
-        class_labels (`torch.LongTensor` of shape `(num_images,)`): The classes to guide towards, on the device.
         scale (`float`): Multiplies the gradient.
-        alphas_cumprod (`torch.Tensor` of shape `(num_train_timesteps,)`, *optional*): Of the scheduler, on the device;
-            not needed for one that takes the gradient itself.
     """
 
-    classifier: ModelMixin
-    class_labels: torch.Tensor
-    scale: float
-    alphas_cumprod: torch.Tensor | None
+    kind = "score"
+    reads_prediction = False
 
-    def steer(
-        self, scheduler: SchedulerMixin, model_output: torch.Tensor, scaled_sample: torch.Tensor, timestep: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        r"""
-        The model output to step with, and further keyword arguments of `scheduler.step`.
+    def __init__(self, classifier: ModelMixin, scale: float):
+        self.classifier, self.scale, self.name = classifier, scale, type(self).__name__
 
-        Args:
-            scheduler ([`SchedulerMixin`]): After `scale_model_input`.
-            model_output (`torch.Tensor` of shape `(num_images, channels or 2 * channels, height, width)`): Mean, and
-                variance if the scheduler takes it.
-            scaled_sample (`torch.Tensor` of shape `(num_images, channels, height, width)`): The network's x_t.
-            timestep (`torch.Tensor` of shape `()`): The step.
-        """
-        score = self.scale * log_probability_gradient(self.classifier, scaled_sample, timestep, self.class_labels)
-        if takes_gradient(scheduler):
-            return model_output, {"guidance_gradient": score}
-        channels = scaled_sample.shape[1]
-        at = signal_and_std(scheduler, timestep, self.alphas_cumprod)
-        mean = shift_prediction(model_output[:, :channels], score, *at, scheduler.config.prediction_type)
-        return torch.cat([mean, model_output[:, channels:]], dim=1), {}
+    def __call__(
+        self, x_t: torch.Tensor, t: torch.Tensor, pred_original_sample: torch.Tensor | None = None, **conditions: Any
+    ) -> torch.Tensor:
+        """The gradient towards the `class_labels` of the call."""
+        return self.scale * log_probability_gradient(self.classifier, x_t, t, conditions["class_labels"])
 
 
 def check_classifier(classifier: ModelMixin, unet_config: Mapping[str, Any]) -> None:

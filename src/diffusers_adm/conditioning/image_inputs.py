@@ -4,9 +4,10 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..deprecations import renamed
+from ..ops.values import check_plain_tensor
 from .image_format import ImageFormat
 
 
@@ -28,6 +29,7 @@ MIN_SHARE_OF_RANGE = 0.05
 # At least this much means "inpaint", as in diffusers' `VaeImageProcessor(do_binarize=True)`.
 MASK_THRESHOLD = 0.5
 MASK_FORMAT = ImageFormat("L", 1)
+EXIF_ORIENTATION = 274  # tag
 # Entries of configs that hold the format of images, and what messages call these images.
 IMAGES_OF_ENTRY = {
     "image_format": "this model's images",
@@ -54,6 +56,34 @@ def read_images(
         ValueError: See `read_values`.
     """
     return as_fractions(read_values(images, name, image_format, background, entry), image_format)
+
+
+def _decoded(image: OneImage, name: str) -> OneImage:
+    """
+    A Pillow image completely decoded and upright, as viewers show it; anything else as it is.
+
+    Raises:
+        ValueError: If its file is damaged, if it has no pixels, and for PostScript, which Pillow would let another
+            program run.
+    """
+    if not isinstance(image, Image.Image):
+        return image
+    if image.format == "EPS":
+        raise ValueError(f"`{name}` is a PostScript file, which is never run. Convert it to PNG.")
+    try:
+        image.load()
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:  # decoders raise almost anything (OSError, SyntaxError, struct.error, ...)
+        raise ValueError(f"`{name}` cannot be decoded, its file is damaged. {type(error).__name__}: {error}") from error
+    if 0 in image.size:
+        raise ValueError(f"`{name}` is an image of {image.width} x {image.height} pixels; pass one with pixels.")
+    return image
+
+
+def _as_list(images: ImageInput, name: str) -> list[OneImage]:
+    items = list(images) if isinstance(images, (list, tuple)) else [images]
+    return [_decoded(item, name) for item in items]
 
 
 def as_fractions(values: torch.Tensor, image_format: ImageFormat) -> torch.Tensor:
@@ -89,7 +119,7 @@ def read_values(
         ValueError: For another type, shape or mode, transparency that the model has no channel for, values out of
             range, or images of several sizes.
     """
-    items = list(images) if isinstance(images, (list, tuple)) else [images]
+    items = _as_list(images, name)
     if not items:
         raise ValueError(f"`{name}` is empty; pass at least one image.")
     batches = [_read_one(item, name, image_format, background, entry) for item in items]
@@ -130,9 +160,11 @@ def read_control_images(conditions: ImageInput, name: str, image_format: ImageFo
     Raises:
         ValueError: As `read_images`.
     """
-    items = list(conditions) if isinstance(conditions, (list, tuple)) else [conditions]
+    items = _as_list(conditions, name)
     read = []
     for item in items:
+        if isinstance(item, torch.Tensor):
+            check_plain_tensor(name, item)
         if isinstance(item, (np.ndarray, torch.Tensor)):
             item = _from_bool(item, image_format)
             if item.ndim == 2 and image_format.channels == 3:
@@ -160,12 +192,14 @@ def read_masks(masks: ImageInput, name: str) -> torch.Tensor:
     Raises:
         ValueError: As `read_images`; for 8-bit numbers whose highest is 1.
     """
-    items = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    items = _as_list(masks, name)
     grey = []
     for item in items:
         if isinstance(item, Image.Image) and item.mode in LOSSLESS_PIL_MODES["RGB"] and not item.has_transparency_data:
             item = item.convert("L")
         elif isinstance(item, (np.ndarray, torch.Tensor)):
+            if isinstance(item, torch.Tensor):
+                check_plain_tensor(name, item)
             item = _one_channel(_from_bool(item, MASK_FORMAT), name)
         if _is_next_to_black(item):  # such a mask would select nothing
             raise ValueError(
@@ -233,6 +267,7 @@ def _read_one(image: OneImage, name: str, image_format: ImageFormat, background:
         is_other_layout = image.ndim in (3, 4) and image.shape[-3] == channels
         way_out = " These are (channels, height, width): pass `np.moveaxis(array, -3, -1)`."
     elif isinstance(image, torch.Tensor):
+        check_plain_tensor(name, image)
         tensor = image
         if channels == 1 and tensor.ndim in (2, 3) and tensor.shape[:-2] != (1,):
             tensor = tensor.unsqueeze(-3)

@@ -25,6 +25,7 @@ from .image_format import ImageFormat
 from .image_inputs import ImageInput, as_fractions, read_images, read_masks, read_values
 from .latents import LatentSpace
 from .low_resolution import upsample
+from .steering import GuidedPrediction
 
 
 # For models that were not trained to inpaint. The paper uses 10, at ten times the cost; docs/inpainting.md measures the
@@ -379,17 +380,21 @@ class InpaintingCondition(Condition):
         ratio = alpha_noisier / alpha_cleaner  # all steps of a jump at once: q(x_t | x_s) is a Gaussian, too
         return ratio.sqrt() * latents + (1 - ratio).sqrt() * noise
 
-    def correct(
-        self, model_output: torch.Tensor, steering: dict[str, torch.Tensor], latents: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Changes model output and gradients so that the predicted x_0 is the image where it is kept."""
+    def for_guidance(self, call: SamplingCall) -> dict[str, Any]:
+        """`keep_mask` (1 channel) and `known_sample`, x_0 of the images; both of the size of samples."""
+        return {"keep_mask": self.keep_mask, "known_sample": self.original}
+
+    def correct(self, prediction: GuidedPrediction, latents: torch.Tensor, t: torch.Tensor) -> GuidedPrediction:
+        """Changes model output, gradients and shift so that the predicted x_0 is the image where it is kept."""
         at = signal_and_std(self.scheduler, t, self.alphas_cumprod)
         sample = self.scheduler.scale_model_input(latents, t)
         exact = exact_prediction(sample, self.original, *at, self.scheduler.config.prediction_type)
-        mean = torch.where(self.keep_mask, exact, model_output[:, : self.channels])
+        mean, variance = prediction.model_output[:, : self.channels], prediction.model_output[:, self.channels :]
+        mean = torch.where(self.keep_mask, exact, mean)
         # The mean of kept pixels is known, so that no gradient may change it.
-        steering = {name: gradient.masked_fill(self.keep_mask, 0) for name, gradient in steering.items()}
-        return torch.cat([mean, model_output[:, self.channels :]], dim=1), steering
+        step_kwargs = {name: value.masked_fill(self.keep_mask, 0) for name, value in prediction.step_kwargs.items()}
+        shift = None if prediction.shift is None else prediction.shift.masked_fill(self.keep_mask, 0)
+        return GuidedPrediction(torch.cat([mean, variance], dim=1), step_kwargs, shift)
 
 
 __getattr__ = renamed(__name__, {"known_channels": "masked_image_channels"})

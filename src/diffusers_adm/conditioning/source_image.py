@@ -48,6 +48,10 @@ class ConcatenatedImageCondition(Condition):
         self.source = call.rows(self.source.to(call.noise.dtype))
         return self.source
 
+    def for_guidance(self, call: SamplingCall) -> dict[str, Any]:
+        """`source_image`, in [-1, 1]."""
+        return {"source_image": self.source}
+
 
 class SourceImageCondition(ConcatenatedImageCondition):
     """
@@ -106,8 +110,7 @@ class SourceImageCondition(ConcatenatedImageCondition):
         inputs = UNetInputs(extra_channels=source)
         if not self.is_droppable:
             return PreparedCondition.same_in_both(inputs)
-        dropped = torch.full_like(source, DROPPED)
-        return PreparedCondition(inputs, UNetInputs(extra_channels=torch.cat([dropped, source])))
+        return PreparedCondition(inputs, UNetInputs(extra_channels=torch.full_like(source, DROPPED)))
 
 
 def mean_channels_of(

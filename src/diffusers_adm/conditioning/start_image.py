@@ -100,19 +100,35 @@ class StartCondition(Condition):
         if self.latent_space is None:
             self.original = call.rows(images)
             return
-        mean, std = self.latent_space.posterior(images)
-        bad = not_finite(mean + std)
-        if bad:
-            raise ValueError(
-                f"`vae` encodes `image` to latents that are not finite (numbers {', '.join(map(str, bad))} of "
-                f"{len(images)}, counted from 0). {explain_not_finite({'vae': self.latent_space.vae})}"
-            )
+        mean, std = self._posterior(images)
         noise = None
         if bool(std.any()):
             number = len(call.noise) if isinstance(call.generator, list) else len(images)
             noise = call.rows(call.draw_noise((number, *mean.shape[1:])))
         posterior = Posterior(call.rows(mean), call.rows(std))
         self.original = self.latent_space.to_samples(posterior, noise).to(call.noise.dtype)
+
+    def _posterior(self, images: torch.Tensor) -> Posterior:
+        posterior = self.latent_space.posterior(images)
+        bad = not_finite(posterior.mean + posterior.std)
+        if bad:
+            raise ValueError(
+                f"`vae` encodes `image` to latents that are not finite (numbers {', '.join(map(str, bad))} of "
+                f"{len(images)}, counted from 0). {explain_not_finite({'vae': self.latent_space.vae})}"
+            )
+        return posterior
+
+    def encode(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """
+        x_0 of the given images, without any noise: with an `AutoencoderKL` the mean of its latents.
+
+        Raises:
+            ValueError: If the latents are not finite.
+        """
+        images = self.images.to(device, dtype)
+        if self.latent_space is None:
+            return images
+        return self.latent_space.to_samples(self._posterior(images)).to(dtype)
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """Nothing for the U-Net."""

@@ -144,7 +144,12 @@ def cut_off(tokenizer: Any, prompts: Sequence[str], max_length: int) -> dict[str
 
 
 def encode_tokens(
-    text_encoder: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, pad_to_max: bool
+    text_encoder: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    pad_to_max: bool,
+    masks_padding: bool = False,
 ) -> TextConditioning:
     r"""
     Runs the text encoder. Gradients flow.
@@ -154,6 +159,7 @@ def encode_tokens(
             also wrapped for distributed training.
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, length)`): From [`tokenize`].
         pad_to_max (`bool`): As given to [`tokenize`]; if set, cross-attention attends to the padding as well.
+        masks_padding (`bool`, defaults to `False`): Hides the padding from cross-attention all the same (unCLIP).
     """
     unwrapped = getattr(text_encoder, "module", text_encoder)
     if not getattr(unwrapped, "attends_to_padding", False):
@@ -168,17 +174,27 @@ def encode_tokens(
     else:
         hidden_states = output.last_hidden_state
         pooled = output.get("text_embeds", output.get("pooler_output"))
-    return TextConditioning(hidden_states, None if pad_to_max else attention_mask, pooled)
+    return TextConditioning(hidden_states, None if pad_to_max and not masks_padding else attention_mask, pooled)
 
 
 def encode_captions(
-    text_encoder: torch.nn.Module, batch: Mapping[str, torch.Tensor], *, pad_to_max: bool
+    text_encoder: torch.nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    pad_to_max: bool,
+    masks_padding: bool = False,
 ) -> TextConditioning:
     """
     Encodes the `input_ids` and `caption_mask` of a batch for training; gradients flow. The states are float32 whatever
     the dtype of the weights, as those of the U-Net are while it is trained.
     """
-    encoded = encode_tokens(text_encoder, batch["input_ids"], batch["caption_mask"], pad_to_max=pad_to_max)
+    encoded = encode_tokens(
+        text_encoder,
+        batch["input_ids"],
+        batch["caption_mask"],
+        pad_to_max=pad_to_max,
+        masks_padding=masks_padding,
+    )
     pooled = None if encoded.pooled is None else encoded.pooled.float()
     return TextConditioning(encoded.hidden_states.float(), encoded.attention_mask, pooled)
 
@@ -220,17 +236,24 @@ def text_model_kwargs(conditioning: TextConditioning, unet_config: Mapping[str, 
     if unet_config.get("addition_embed_type") == "text_embeds":
         if conditioning.pooled is None:
             raise ValueError(
-                '`unet` adds a pooled text to its time embedding (`addition_embed_type="text_embeds"`), but this text '
-                "encoder only gives states. Use an encoder with `text_embeds` or `pooler_output`, such as "
+                '`unet` adds a pooled text to its time embedding (`addition_embed_type="text_embeds"`), but only '
+                "states of the text are given. Pass `pooled_prompt_embeds` with `prompt_embeds`, as `encode_prompt` "
+                "returns them; for a prompt, use an encoder with `text_embeds` or `pooler_output`, such as "
                 "`CLIPTextModelWithProjection`."
             )
         kwargs["added_cond_kwargs"] = {"text_embeds": conditioning.pooled}
     return kwargs
 
 
-def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, unet_config: Mapping[str, Any]) -> None:
+def check_text_encoder(
+    text_encoder: torch.nn.Module,
+    tokenizer: Any | None,
+    unet_config: Mapping[str, Any],
+    is_projected: bool = False,
+) -> None:
     """
     Raises a `ValueError` if the text encoder is incompatible with the U-Net, or the tokenizer with the text encoder.
+    `is_projected`: whether states of any width are projected before they reach the U-Net.
     """
     if tokenizer is None:
         raise ValueError(
@@ -245,7 +268,7 @@ def check_text_encoder(text_encoder: torch.nn.Module, tokenizer: Any | None, une
             f"`text_encoder` is a {name}, but `unet` has no cross-attention. Pass "
             "`text_encoder=None` and `tokenizer=None`, or a U-Net with a cross-attention block type."
         )
-    if width is not None and width != wanted:
+    if width is not None and width != wanted and not is_projected:
         raise ValueError(
             f"`text_encoder` ({name}) gives states of width {width}, but `unet` takes {wanted} (`encoder_hid_dim` or "
             "`cross_attention_dim` in its config). Build the U-Net with `encoder_hid_dim="
@@ -287,20 +310,90 @@ def map_text(text: TextConditioning, function: Callable[[torch.Tensor], torch.Te
     return TextConditioning(*(None if tensor is None else function(tensor) for tensor in text))
 
 
-def join_texts(*texts: TextConditioning) -> TextConditioning:
-    """Concatenates texts to one batch, padded to the longest; a mask hides the added padding."""
+def as_prompts(prompt: Prompts, number: int) -> list[str]:
+    """The prompts of so many different images: one for all, or one for each; `None` are empty ones."""
+    return [prompt or ""] * number if prompt is None or isinstance(prompt, str) else list(prompt)
+
+
+def check_whole(text: TextConditioning, prefix: str) -> None:
+    """Raises a `ValueError` for a mask or pooled text without the states that it belongs to."""
+    if text.hidden_states is None and any(tensor is not None for tensor in text):
+        raise ValueError(
+            f"`{prefix}prompt_attention_mask` and `{prefix}pooled_prompt_embeds` belong to `{prefix}prompt_embeds`, "
+            "which is missing. Pass it, or leave them out."
+        )
+
+
+def check_shapes(text: TextConditioning, prefix: str, width: int | None) -> None:
+    """
+    Raises a `ValueError` unless states, mask and pooled text are of as many prompts, and states of the width of the
+    network, `None` if it is not known. Masks hold 0 and 1.
+    """
+    if text.hidden_states is None:
+        return
+    name, states = f"{prefix}prompt_embeds", text.hidden_states
+    is_other = states.ndim != 3 or states.shape[2] != (width or states.shape[2])
+    if is_other or not states.is_floating_point():
+        raise ValueError(
+            f"`{name}` has shape {tuple(text.hidden_states.shape)} and type {text.hidden_states.dtype}; this model "
+            f"takes floating point numbers of shape (number of prompts, length, {width or 'width'})."
+        )
+    number, length = states.shape[:2]
+    mask, pooled = text.attention_mask, text.pooled
+    if mask is not None and (mask.shape != (number, length) or not bool(((mask == 0) | (mask == 1)).all())):
+        raise ValueError(
+            f"`{prefix}prompt_attention_mask` has shape {tuple(mask.shape)} and values from {mask.min():g} to "
+            f"{mask.max():g}; it must have that of `{name}` without its width, {(number, length)}, 1 for states to "
+            "attend to, and 0 for padding."
+        )
+    if pooled is not None and (len(pooled) != number or not pooled.is_floating_point()):
+        raise ValueError(
+            f"`{prefix}pooled_prompt_embeds` has shape {tuple(pooled.shape)} and type {pooled.dtype}; pass floating "
+            f"point numbers, one row for each of the {number} prompts of `{name}`."
+        )
+
+
+def rows_of_text(text: TextConditioning, call: SamplingCall) -> TextConditioning:
+    """One row per image of a call, in the dtype of its U-Net."""
+    return map_text(text, lambda x: call.rows(x.to(call.unet_dtype) if x.is_floating_point() else x))
+
+
+def prompts_for_guidance(prompt: Prompts, given: TextConditioning | None, call: SamplingCall) -> dict[str, Any]:
+    """
+    What functions that guide get of a prompt, one entry an image: `prompt` as a list of texts, or `prompt_embeds`, the
+    encoded ones that were `given` in its place.
+    """
+    if given is not None:
+        return {"prompt_embeds": rows_of_text(given, call).hidden_states}
+    if prompt is None:
+        return {}
+    prompts = as_prompts(prompt, call.num_prompts)
+    return {"prompt": [each for each in prompts for _ in range(len(call.noise) // call.num_prompts)]}
+
+
+def pad_texts(*texts: TextConditioning) -> list[TextConditioning]:
+    """Texts padded to the longest; a mask hides the padding, and if one of them has a mask, all have."""
     length = max(text.hidden_states.shape[1] for text in texts)
-    is_masked = any(text.attention_mask is not None or text.hidden_states.shape[1] < length for text in texts)
-    states, masks, pooled = [], [], [text.pooled for text in texts if text.pooled is not None]
+    if all(text.attention_mask is None and text.hidden_states.shape[1] == length for text in texts):
+        return list(texts)
+    padded = []
     for text in texts:
         missing = length - text.hidden_states.shape[1]
         mask = text.attention_mask
         if mask is None:
             mask = torch.ones(text.hidden_states.shape[:2], dtype=torch.long, device=text.hidden_states.device)
-        states.append(F.pad(text.hidden_states, (0, 0, 0, missing)))
-        masks.append(F.pad(mask, (0, missing)))
+        states = F.pad(text.hidden_states, (0, 0, 0, missing))
+        padded.append(TextConditioning(states, F.pad(mask, (0, missing)), text.pooled))
+    return padded
+
+
+def join_texts(*texts: TextConditioning) -> TextConditioning:
+    """Concatenates texts to one batch; see `pad_texts`."""
+    states, masks, pooled = zip(*pad_texts(*texts), strict=True)
     return TextConditioning(
-        torch.cat(states), torch.cat(masks) if is_masked else None, torch.cat(pooled) if pooled else None
+        torch.cat(states),
+        None if masks[0] is None else torch.cat(masks),
+        None if any(each is None for each in pooled) else torch.cat(pooled),
     )
 
 
@@ -315,6 +408,11 @@ class TextCondition(Condition):
         tokenizer (`PreTrainedTokenizerBase`, *optional*): For prompts.
         empty_caption (mapping of `torch.Tensor`, *optional*): For training: what examples hold for the empty caption.
         dropout_prob (`float`, defaults to 0.0): Share of the captions that training replaces by the empty one.
+        masks_padding (`bool`, defaults to `False`): Hides the padding also of encoders that were trained with it; see
+            `encode_tokens`.
+        takes_pooled (`bool`, *optional*): Whether the network takes a pooled text. `None`: if the U-Net adds it to its
+            time embedding.
+        states_width (`int`, *optional*): Width of encoded prompts. `None`: the width that the U-Net attends to.
     """
 
     argument = "prompt"
@@ -327,11 +425,17 @@ class TextCondition(Condition):
         *,
         empty_caption: Mapping[str, torch.Tensor] | None = None,
         dropout_prob: float = 0.0,
+        masks_padding: bool = False,
+        takes_pooled: bool | None = None,
+        states_width: int | None = None,
     ):
         super().__init__()
         self.unet_config, self.text_encoder, self.tokenizer = unet_config, text_encoder, tokenizer
-        self.empty_caption, self.dropout_prob = empty_caption, dropout_prob
+        self.empty_caption, self.dropout_prob, self.masks_padding = empty_caption, dropout_prob, masks_padding
+        added = unet_config.get("addition_embed_type") == "text_embeds"
+        self.takes_pooled = added if takes_pooled is None else takes_pooled
         self.width = cross_attention_width(unet_config)
+        self.states_width = self.width if states_width is None else states_width
         self.is_droppable = self.width is not None
         self.prompt: Prompts = None
         self.negative_prompt: Prompts = None
@@ -345,16 +449,21 @@ class TextCondition(Condition):
 
     def for_training(self, batch: Mapping[str, torch.Tensor]) -> UNetInputs:
         """Reads `input_ids` and `caption_mask` `(batch_size, length)`, or precomputed `caption_states` and the like."""
+        return UNetInputs(text_model_kwargs(self.training_text(batch), self.unet_config))
+
+    def training_text(self, batch: Mapping[str, torch.Tensor]) -> TextConditioning:
+        """The encoded captions of a batch, some of them dropped; see `for_training`."""
         some = batch[next(iter(self.empty_caption))]
         if some.device != next(iter(self.empty_caption.values())).device:  # once, not in each step
             self.empty_caption = {name: value.to(some.device) for name, value in self.empty_caption.items()}
         dropped = torch.rand(some.shape[0], device=some.device) < self.dropout_prob
         captions = drop_captions(batch, self.empty_caption, dropped)
         if "caption_states" in captions:
-            text = stored_conditioning(captions)
-        else:  # without autocast, as for precomputed embeddings; `prepare` gave it to a trained encoder
-            text = encode_captions(self.text_encoder, captions, pad_to_max=self.pad_to_max)
-        return UNetInputs(text_model_kwargs(text, self.unet_config))
+            return stored_conditioning(captions)
+        # Without autocast, as for precomputed embeddings; `prepare` gave it to a trained encoder.
+        return encode_captions(
+            self.text_encoder, captions, pad_to_max=self.pad_to_max, masks_padding=self.masks_padding
+        )
 
     def read(
         self,
@@ -398,16 +507,13 @@ class TextCondition(Condition):
             )
         if prompt is not None and given.hidden_states is not None:
             raise ValueError(f"Both {name} and {embeds_name} were given. Pass one of them.")
-        if given.hidden_states is None and any(tensor is not None for tensor in given):
-            raise ValueError(
-                f"`{prefix}prompt_attention_mask` and `{prefix}pooled_prompt_embeds` belong to {embeds_name}, which is "
-                "missing. Pass it, or leave them out."
-            )
-        if given.pooled is not None and self.unet_config.get("addition_embed_type") != "text_embeds":
+        check_whole(given, prefix)
+        if given.pooled is not None and not self.takes_pooled:
             raise ValueError(
                 f"`{prefix}pooled_prompt_embeds` was given, but this U-Net takes none (its `addition_embed_type` "
                 "is not 'text_embeds'). Leave it out."
             )
+        check_shapes(given, prefix, self.states_width)
 
     def prepare(self, call: SamplingCall) -> PreparedCondition:
         """
@@ -416,25 +522,42 @@ class TextCondition(Condition):
         """
         if not self.is_droppable:
             return PreparedCondition.same_in_both(UNetInputs())
+        text, negative = self.texts(call)
+        if negative is None:
+            return PreparedCondition(UNetInputs(text_model_kwargs(text, self.unet_config)), None)
+        conditional, unconditional = (
+            UNetInputs(text_model_kwargs(each, self.unet_config)) for each in pad_texts(text, negative)
+        )
+        return PreparedCondition(conditional, unconditional)
+
+    def texts(self, call: SamplingCall) -> tuple[TextConditioning, TextConditioning | None]:
+        """The encoded prompts and the negative ones, one row per image; the latter may be `None`, see `prepare`."""
         text, negative = self.given, self.negative_given
         wants_negative = call.guidance_scale != 1.0 or self.negative_prompt is not None
         if text is None or (negative is None and wants_negative):
             prompt = self.prompt
-            prompts = [prompt or ""] * call.num_prompts if prompt is None or isinstance(prompt, str) else prompt
-            encoded, negative_encoded = self.encode(prompts, self.negative_prompt, call.noise.device)
+            encoded, negative_encoded = self.encode(
+                as_prompts(prompt, call.num_prompts), self.negative_prompt, call.noise.device
+            )
             text, negative = text or encoded, negative or negative_encoded
-        text = self._rows(text, call)
-        conditional = UNetInputs(text_model_kwargs(text, self.unet_config))
         if negative is None:
-            return PreparedCondition(conditional, None)
+            return rows_of_text(text, call), None
+        if len(negative.hidden_states) not in (1, call.num_prompts):
+            raise ValueError(
+                f"`negative_prompt_embeds` holds {len(negative.hidden_states)} prompts, but the call has "
+                f"{call.num_prompts}. Pass one for all, or one for each."
+            )
         lengths = [states.shape[1] for states in (text.hidden_states, negative.hidden_states)]
         if self.unet_config.get("addition_embed_type") == "text" and lengths[0] != lengths[1]:
             raise ValueError(
                 f"`prompt_embeds` and `negative_prompt_embeds` have {lengths[0]} and {lengths[1]} states. This U-Net "
                 "pools them, padding included, so they must be equally many. Encode both with `encode_prompt`."
             )
-        both = join_texts(self._rows(negative, call), text)
-        return PreparedCondition(conditional, UNetInputs(text_model_kwargs(both, self.unet_config)))
+        return rows_of_text(text, call), rows_of_text(negative, call)
+
+    def for_guidance(self, call: SamplingCall) -> dict[str, Any]:
+        """`prompt` as a list of texts, or `prompt_embeds`, the encoded ones that were given in its place."""
+        return prompts_for_guidance(self.prompt, self.given, call)
 
     def without_effect(self, num_steps: int, may_guide: bool, uses_classifier: bool) -> list[str]:
         """Warns of a negative prompt without guidance."""
@@ -444,10 +567,6 @@ class TextCondition(Condition):
             "`negative_prompt` has no effect: `guidance_scale` is 1.0, which is off. Pass another `guidance_scale`, or "
             "leave it out."
         ]
-
-    @staticmethod
-    def _rows(text: TextConditioning, call: SamplingCall) -> TextConditioning:
-        return map_text(text, lambda x: call.rows(x.to(call.unet_dtype) if x.is_floating_point() else x))
 
     def encode(
         self, prompt: str | Sequence[str], negative_prompt: Prompts, device: torch.device
@@ -472,7 +591,11 @@ class TextCondition(Condition):
         max_length = max_prompt_length(self.tokenizer, self.text_encoder)
         input_ids, attention_mask = tokenize(self.tokenizer, unique, max_length=max_length, pad_to_max=self.pad_to_max)
         encoded = encode_tokens(
-            self.text_encoder, input_ids.to(device), attention_mask.to(device), pad_to_max=self.pad_to_max
+            self.text_encoder,
+            input_ids.to(device),
+            attention_mask.to(device),
+            pad_to_max=self.pad_to_max,
+            masks_padding=self.masks_padding,
         )
         rows, negative_rows = ([unique.index(text) for text in texts] for texts in (prompts, negatives))
         return map_text(encoded, lambda x: x[rows]), map_text(encoded, lambda x: x[negative_rows])

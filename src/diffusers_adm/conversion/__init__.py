@@ -15,6 +15,7 @@ from .glide_tokenizer import load_glide_tokenizer
 from .openai_checkpoints import ConvertedCheckpoint, convert_openai
 from .openai_export import export_openai
 from .openai_flags import PRESETS
+from .single_file import load_single_file
 
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "convert_openai",
     "export_openai",
     "load_glide_tokenizer",
+    "load_single_file",
 ]

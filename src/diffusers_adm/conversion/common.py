@@ -240,7 +240,7 @@ class Conversion:
     Attributes that the results of all conversions share.
 
     Args:
-        output_dir (`Path`): The folder.
+        output_dir (`Path`): The folder; `None` for a network that is only loaded.
         kind (`str`): Kind of network: one of `GLIDEKind`, or of `Kind` for OpenAI's other code bases.
         code_base (`str`): The code base that defines the flags.
         preset (`str`, *optional*): Name of the published checkpoint.
@@ -355,6 +355,22 @@ def write_weights(file: Path, checkpoint: Path, key: str, rules: list[TensorRule
             mapped += source.nbytes
             for tensor in rule.split(source):
                 stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def load_weights(component: Component, checkpoint: Path, key: str, dtype: torch.dtype) -> None:
+    """
+    Loads the weights of a checkpoint's network `key` into a model on the meta device. A `ValueError` if the checkpoint
+    is damaged.
+    """
+    check_sums(checkpoint)
+    state_dict = load_checkpoint(checkpoint, key).state_dict
+    weights = {}
+    for rule in component.rules:
+        for name, tensor in zip(rule.targets, rule.split(state_dict.pop(rule.source)), strict=True):
+            # A copy: the tensors of the file are mapped, and may be parts of a larger one.
+            weights[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    component.model.load_state_dict(weights, assign=True)
+    component.model.eval()
 
 
 # 4. The command line

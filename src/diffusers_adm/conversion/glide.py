@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..commands.arguments import program_name
 from ..commands.errors import CommandError, run_command
 from .common import add_checkpoint_arguments, describe_conversion, format_flags, parse_arguments
 from .glide_checkpoints import PIPELINES, ConvertedGLIDECheckpoint, convert_glide
@@ -29,7 +30,7 @@ CALLS = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m diffusers_adm.conversion.glide",
+        prog=program_name("diffusers_adm.conversion.glide"),
         description="Converts a checkpoint of OpenAI's GLIDE (glide-text2im) for diffusers.",
         allow_abbrev=False,
     )

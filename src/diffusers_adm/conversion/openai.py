@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from typing import get_args
 
+from ..commands.arguments import program_name
 from ..commands.errors import CommandError, run_command
 from .common import add_checkpoint_arguments, describe_conversion, format_flags, parse_arguments
 from .openai_checkpoints import KIND_NAMES, ConvertedCheckpoint, convert_openai
@@ -22,7 +23,7 @@ from .openai_flags import PRESETS, CodeBase
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m diffusers_adm.conversion.openai",
+        prog=program_name("diffusers_adm.conversion.openai"),
         description="Converts a checkpoint of OpenAI's guided-diffusion or improved-diffusion for diffusers, or back.",
         allow_abbrev=False,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -91,6 +91,25 @@ class ConvertedCheckpoint(Conversion):
     condition_first: bool = False
 
 
+class ReadCheckpoint(NamedTuple):
+    """
+    What a checkpoint was recognised as.
+
+    Attributes:
+        result: Its description.
+        key: Where the network is in the file, as `LoadedCheckpoint.key`.
+        components: The network on the meta device, by the name of its folder.
+        scheduler: Its diffusion process.
+        pipeline: The pipeline of network and scheduler; `None` if none takes such a network.
+    """
+
+    result: ConvertedCheckpoint
+    key: str
+    components: dict[str, Component]
+    scheduler: LearnedVarianceDDPMScheduler
+    pipeline: ADMPipeline | None
+
+
 def convert_openai(
     checkpoint: str | Path,
     output_dir: str | Path,
@@ -137,6 +156,35 @@ def convert_openai(
             flags describe, its channels have two meanings, or `output_dir` is not empty. No folder is left then.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
+    read = read_openai(
+        checkpoint,
+        output_dir,
+        preset=preset,
+        model_flags=model_flags,
+        code_base=code_base,
+        image_channels=image_channels,
+        key=key,
+        condition_first=condition_first,
+    )
+    write_folder(read.result, checkpoint, read.key, read.components, read.scheduler, read.pipeline)
+    return read.result
+
+
+def read_openai(
+    checkpoint: Path,
+    output_dir: Path | None = None,
+    *,
+    preset: str | None,
+    model_flags: str | Mapping[str, Any] | None,
+    code_base: CodeBase | None,
+    image_channels: int | None,
+    key: str | None,
+    condition_first: bool,
+) -> ReadCheckpoint:
+    """
+    Recognises the network of a checkpoint, without its weights. Arguments and errors are those of [`convert_openai`];
+    without `output_dir`, nothing will be written.
+    """
     check_preset(preset, model_flags, PRESETS)
     if preset is not None:
         preset = preset.removesuffix(".pt")
@@ -147,7 +195,8 @@ def convert_openai(
                 f"`image_channels` is {image_channels}, but {preset} has images of {IMAGE_CHANNELS} channels. Omit it."
             )
     check_choice("code_base", code_base, (None, *get_args(CodeBase)))
-    check_output_dir(output_dir)
+    if output_dir is not None:
+        check_output_dir(output_dir)
 
     # 1. flags, from the preset, the caller, the file and the defaults
     layout = read_layout(checkpoint, key)
@@ -192,7 +241,7 @@ def convert_openai(
             f"of {code_base}:\n  {lines}\n{_contradictions(flags, kind, shapes, code_base)}"
         )
 
-    # 3. the folder
+    # 3. the process, and the pipeline
     scheduler = LearnedVarianceDDPMScheduler(**scheduler_config(flags))
     channels_in, channels_out = channels_of_file(shapes)
     cls = None
@@ -220,8 +269,7 @@ def convert_openai(
         pipeline=None if cls is None else cls.__name__,
         condition_first=condition_first,
     )
-    write_folder(result, checkpoint, layout.key, components, scheduler, pipeline)
-    return result
+    return ReadCheckpoint(result, layout.key, components, scheduler, pipeline)
 
 
 def check_channels_of_classifier(in_channels: int, image_channels: int | None) -> None:

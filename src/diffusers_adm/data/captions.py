@@ -7,10 +7,11 @@ several captions, of which each epoch draws one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import transformers
 from ..conditioning.text import cut_off, encode_captions, max_prompt_length, tokenize
 from .fingerprints import hash_config, hash_plain, hash_tensors
 from .seeding import derive_seed
+from .stored_rows import Rows, RowsOfVectors
 
 
 logger = logging.getLogger(__name__)
@@ -56,9 +58,17 @@ class Captions:
         that is listed twice is drawn twice as often. The draw depends only on the seed of the run, the epoch and the
         index.
         """
+        return self.distinct(self.number_at(index, seed, epoch))
+
+    def of_example(self, example: Mapping[str, Any], index: int, seed: int, epoch: int) -> dict[str, torch.Tensor]:
+        """The same for an example of the dataset, which is at this index."""
+        return self.at(index, seed, epoch)
+
+    def number_at(self, index: int, seed: int, epoch: int) -> int:
+        """The number, among the distinct captions, of the caption that `at` returns."""
         start, end = self.starts[index : index + 2].tolist()
         drawn = derive_seed(seed, "caption", epoch, index) % (end - start) if end - start > 1 else 0
-        return self.distinct(int(self.numbers[start + drawn]))
+        return int(self.numbers[start + drawn])
 
     def distinct(self, number: int) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -104,6 +114,68 @@ class CaptionTokens(Captions):
         return {"input_ids": self.input_ids[number].long(), "caption_mask": self.attention_mask[number].long()}
 
 
+class StreamedCaptions(Captions):
+    """
+    Captions of streamed examples, tokenized one by one and padded to the longest that tokenizer and text encoder can
+    take. Masks tell the padding, so the text means the same as with that of [`CaptionTokens`].
+
+    Args:
+        examples (sequence of `str` or of sequences of `str`): Captions of the first examples: those that are cut are
+            logged.
+        tokenizer, text_encoder, pad_to_max: As for [`CaptionTokens`].
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[str] | Sequence[Sequence[str]],
+        tokenizer: Any,
+        text_encoder: torch.nn.Module,
+        pad_to_max: bool,
+    ):
+        super().__init__([])
+        self.tokenizer, self.pad_to_max = tokenizer, pad_to_max
+        self.max_length = max_prompt_length(tokenizer, text_encoder)
+        texts = Captions(examples).texts
+        lost = cut_off(tokenizer, texts, self.max_length)
+        if lost:
+            text, rest = next(iter(lost.items()))
+            logger.warning(
+                f"{len(lost)} of {len(texts)} captions of the first examples have more than {self.max_length} tokens, "
+                f"and are cut, as later ones will be. The first: {text!r}, which loses {rest!r}"
+            )
+
+    def of_example(self, example: Mapping[str, Any], index: int, seed: int, epoch: int) -> dict[str, torch.Tensor]:
+        captions = example["caption"]
+        if not isinstance(captions, str):
+            drawn = derive_seed(seed, "caption", epoch, index) % len(captions) if captions else 0
+            captions = captions[drawn] if captions else ""
+        return self._tokens(captions)
+
+    def distinct(self, number: int) -> dict[str, torch.Tensor]:
+        return self._tokens(self.texts[number])
+
+    def _tokens(self, text: str) -> dict[str, torch.Tensor]:
+        ids, mask = tokenize(self.tokenizer, [text], max_length=self.max_length, pad_to_max=True, warn=False)
+        return {"input_ids": ids[0], "caption_mask": mask[0]}
+
+
+class NumberedCaptions(CaptionTokens):
+    """
+    Captions as token ids, with what tells which images of a batch a caption describes: it may be one of several images,
+    and an image may have several captions.
+
+    An example also gets `caption_number`, the number of its caption among the distinct ones, and `caption_numbers`,
+    those of all its captions, -1 in the rest of `(most captions of an example,)`; both int64.
+    """
+
+    def at(self, index: int, seed: int, epoch: int) -> dict[str, torch.Tensor]:
+        number = self.number_at(index, seed, epoch)
+        own = self.numbers[self.starts[index] : self.starts[index + 1]].unique()
+        numbers = torch.full((int(self.starts.diff().max()),), -1)
+        numbers[: len(own)] = own
+        return self.distinct(number) | {"caption_number": torch.tensor(number), "caption_numbers": numbers}
+
+
 class CaptionEmbeddings(Captions):
     """
     Encoded captions, on disk. An example gets `caption_states` of shape `(length, width)`, for pooling encoders
@@ -116,18 +188,27 @@ class CaptionEmbeddings(Captions):
         tokens (`CaptionTokens`): The captions.
         text_encoder (`torch.nn.Module`): In evaluation mode, on the device to encode on.
         cache_dir (`str`, *optional*): Defaults to the cache folder of `datasets`.
+        masks_padding (`bool`, defaults to `False`): Mask the padding also of encoders that were trained with it; see
+            `encode_tokens`.
     """
 
-    def __init__(self, tokens: CaptionTokens, text_encoder: torch.nn.Module, cache_dir: str | None = None):
+    def __init__(
+        self,
+        tokens: CaptionTokens,
+        text_encoder: torch.nn.Module,
+        cache_dir: str | None = None,
+        masks_padding: bool = False,
+    ):
         import datasets
 
         self.texts, self.numbers, self.starts = tokens.texts, tokens.numbers, tokens.starts
-        self.pad_to_max = tokens.pad_to_max
+        self.pad_to_max, self.masks_padding = tokens.pad_to_max, masks_padding
+        how = {"pad_to_max": self.pad_to_max, "masks_padding": masks_padding}
         self.length = tokens.input_ids.shape[1]
         device = next(text_encoder.parameters()).device
         with torch.no_grad():
             empty = {name: value[None].to(device) for name, value in tokens.empty.items()}
-            example = encode_captions(text_encoder, empty, pad_to_max=self.pad_to_max)
+            example = encode_captions(text_encoder, empty, **how)
         features = {"states": datasets.Array2D((None, example.hidden_states.shape[-1]), "float32")}
         if example.pooled is not None:
             features["pooled"] = datasets.List(datasets.Value("float32"), length=example.pooled.shape[-1])
@@ -135,7 +216,7 @@ class CaptionEmbeddings(Captions):
         def encode(numbers: list[int]) -> dict[str, Any]:
             batch = {name: torch.stack([tokens.distinct(i)[name] for i in numbers]).to(device) for name in empty}
             with torch.no_grad():
-                encoded = encode_captions(text_encoder, batch, pad_to_max=self.pad_to_max)
+                encoded = encode_captions(text_encoder, batch, **how)
             # Masked states are never read, so they are not stored.
             masks = [slice(None)] * len(numbers) if encoded.attention_mask is None else encoded.attention_mask.bool()
             rows = {"states": [states[m].cpu().numpy() for states, m in zip(encoded.hidden_states, masks, strict=True)]}
@@ -144,7 +225,7 @@ class CaptionEmbeddings(Captions):
         inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
         parts = (hash_config(text_encoder), hash_tensors(text_encoder.state_dict()), hash_tensors(inputs))
         versions = (EMBEDDINGS_VERSION, torch.__version__, transformers.__version__)
-        fingerprint = hash_plain([*versions, tokens.pad_to_max, *parts])
+        fingerprint = hash_plain([*versions, tokens.pad_to_max, *parts, *(["masks padding"] * masks_padding)])
         folder = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
         os.makedirs(folder, exist_ok=True)
         self.dataset = datasets.Dataset.from_dict({"number": list(range(len(self.texts)))}).map(
@@ -158,16 +239,27 @@ class CaptionEmbeddings(Captions):
             new_fingerprint=fingerprint,
             desc="Encoding captions",
         )
-        self.dataset.set_format("numpy")
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, Rows | RowsOfVectors]:
+        """The columns, read from the memory-mapped file."""
+        table = self.dataset.with_format("arrow")[:]
+        return {
+            name: RowsOfVectors(table.column(name)) if name == "states" else Rows(table.column(name))
+            for name in table.column_names
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers that do not share the memory of this process open the file themselves."""
+        return {name: value for name, value in vars(self).items() if name != "_stored"}
 
     def distinct(self, number: int) -> dict[str, torch.Tensor]:
-        row = self.dataset[number]
-        stored = torch.tensor(row["states"])
+        stored = torch.tensor(self._stored["states"][number])
         states = stored.new_zeros(self.length, stored.shape[1])
         states[: len(stored)] = stored
         result = {"caption_states": states}
-        if not self.pad_to_max:
+        if not self.pad_to_max or self.masks_padding:
             result["caption_mask"] = (torch.arange(self.length) < len(stored)).long()
-        if "pooled" in row:
-            result["caption_pooled"] = torch.tensor(row["pooled"])
+        if "pooled" in self._stored:
+            result["caption_pooled"] = torch.tensor(self._stored["pooled"][number])
         return result

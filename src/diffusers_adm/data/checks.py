@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..conditioning.image_format import ImageFormat, Size, as_size, describe_resolution
-from .decoding import Decoded, UnusableImageError, decode_condition, decode_image, decoded_size
+from ..conditioning.image_format import ImageFormat, Size, describe_resolution
+from .decoding import (
+    TOO_SMALL,
+    Decoded,
+    UnusableImageError,
+    check_size,
+    decode_condition,
+    decode_image,
+    decoded_size,
+    smallest_size,
+)
 from .formats import warn_of_share
 from .images import example_name
 from .labels import UNLABELLED, list_names
 from .pixels import reader_versions
+from .skipped import SKIP_REPORT_NAME
 
 
 if TYPE_CHECKING:
@@ -24,9 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SKIP_REPORT_NAME = "skipped_images.txt"
 # Reasons to skip an image, in addition to those of decoding.py.
-TOO_SMALL, NO_LABEL = "too small", "no label"
+NO_LABEL, UNLABELLED_REFUSED = "no label", "unlabelled examples are not allowed"
 # Bump when `_examine` changes its verdicts: cached results of older versions are then not used.
 CHECK_VERSION = 5
 NOT_MEASURED = -1  # not None, which would leave the type of the cached column open
@@ -83,10 +92,7 @@ def check_images(
     Raises:
         ValueError: If no image is left.
     """
-    if min_image_size is None:
-        smallest = tuple(max(1, side // 2) for side in as_size(resolution))
-    else:
-        smallest = as_size(min_image_size)
+    smallest = smallest_size(resolution, min_image_size)
     verdicts = dataset.map(
         _examine,
         remove_columns=dataset.column_names,
@@ -149,6 +155,19 @@ def check_images(
     return dataset, skipped
 
 
+def keep_labelled(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The examples with a label, without decoding; their number is logged if there are others."""
+    if "label" not in dataset.column_names:
+        return dataset
+    kept = [index for index, label in enumerate(dataset["label"][:]) if label != UNLABELLED]
+    if len(kept) == len(dataset):
+        return dataset
+    if not kept:
+        raise ValueError(f"None of the {len(dataset)} images has a label. Name another `label_column`.")
+    logger.warning(f"{len(dataset) - len(kept)} of {len(dataset)} images have no label and are left out.")
+    return dataset.select(kept)
+
+
 def _examine(
     example: dict[str, Any],
     smallest: tuple[int, int],
@@ -167,15 +186,12 @@ def _examine(
         if "conditioning_image" in example:
             condition = decode_condition(example["conditioning_image"], (width, height), condition_format)
             extremes["condition_low"], extremes["condition_high"] = _extremes(condition, condition_format)
+        check_size(image, smallest)
     except UnusableImageError as error:
         reason, details = error.reason, str(error)
     else:
-        if height < smallest[0] or width < smallest[1]:
-            reason = TOO_SMALL
-            shorter = "shorter side " if smallest[0] == smallest[1] else ""
-            details = f"{height} x {width} pixels (height x width), {shorter}below {describe_resolution(smallest)}"
-        elif not allow_unlabelled and example.get("label") == UNLABELLED:
-            reason, details = NO_LABEL, "unlabelled examples are not allowed"
+        if not allow_unlabelled and example.get("label") == UNLABELLED:
+            reason, details = NO_LABEL, UNLABELLED_REFUSED
     return {"reason": reason, "details": details, **extremes}
 
 

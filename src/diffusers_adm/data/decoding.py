@@ -11,7 +11,14 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from ..conditioning.image_format import GREY_WEIGHTS, ImageFormat, ImageMode
+from ..conditioning.image_format import (
+    GREY_WEIGHTS,
+    ImageFormat,
+    ImageMode,
+    Size,
+    as_size,
+    describe_resolution,
+)
 from .pixels import (
     MISSING,
     UNREADABLE,
@@ -19,6 +26,7 @@ from .pixels import (
     StoredImage,
     UnusableImageError,
     alpha_of_opaque,
+    check_no_program,
     explain,
     is_deep_grey,
     open_image,
@@ -29,6 +37,7 @@ from .pixels import (
 # Reasons to skip an image, in addition to those of pixels.py.
 NO_CONDITION, MISSHAPEN_CONDITION = "no usable condition", "condition of another aspect ratio"
 OTHER_CHANNELS, OTHER_VALUES = "other channels", "values outside the range"
+TOO_SMALL = "too small"
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 Decoded = Image.Image | np.ndarray
@@ -58,6 +67,7 @@ def decode_rgb(image: dict[str, Any] | Image.Image | None, background: tuple[int
         if isinstance(image, Image.Image):
             return _to_rgb(image, background)
         with Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as opened:
+            check_no_program(opened)
             return _to_rgb(opened, background)
     except Exception as error:
         raise explain(error) from error
@@ -158,6 +168,22 @@ def describe_channels(stored: StoredImage) -> str:
 def decoded_size(image: Decoded) -> tuple[int, int]:
     """Width and height of a decoded image."""
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def smallest_size(resolution: Size, min_image_size: Size | None) -> tuple[int, int]:
+    """The smallest height and width of images for a resolution: those given, or half of the resolution."""
+    if min_image_size is None:
+        return tuple(max(1, side // 2) for side in as_size(resolution))  # type: ignore[return-value]
+    return as_size(min_image_size)
+
+
+def check_size(image: Decoded, smallest: tuple[int, int]) -> None:
+    """Raises an `UnusableImageError` for a decoded image that is lower or narrower than (height, width)."""
+    width, height = decoded_size(image)
+    if height < smallest[0] or width < smallest[1]:
+        shorter = "shorter side " if smallest[0] == smallest[1] else ""
+        details = f"{height} x {width} pixels (height x width), {shorter}below {describe_resolution(smallest)}"
+        raise UnusableImageError(TOO_SMALL, details)
 
 
 def split_alpha(

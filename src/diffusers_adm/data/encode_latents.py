@@ -32,6 +32,7 @@ from ..conditioning.latents import LatentSpace, Posterior
 from .checks import check_images
 from .columns import load_image_dataset
 from .decoding import decode_image, decoded_size, is_eight_bit
+from .embeddings import EMBEDDING_DTYPE, check_embeddings, embedding_columns, embedding_columns_in_errors
 from .formats import FormatRequest, find_image_format, parse_value_range, range_word
 from .images import ImageDataset, example_name
 from .labels import list_names
@@ -46,8 +47,8 @@ from .latents import (
     hash_encoder,
     load_autoencoder,
 )
-from .repositories import check_can_be_written
 from .resizing import Window
+from .stored_rows import fixed_size_lists, prepare_folder
 
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("diffusers_adm.data.encode_latents")
 
-PARTIAL_SUFFIX = ".incomplete"
 # Rounding to the stored dtype may change a sample, whose standard deviation should be 1, by this much.
 MAX_ROUNDING = 0.01
 # Outside of this range, the standard deviation of the samples does not suit noise schedules.
@@ -81,6 +81,11 @@ class EncodingArguments:
     caption_column: str | None = arg(None, "Column of captions to keep.")
     conditioning_image_column: str | None = arg(
         None, "Column of conditioning images to keep, resized and cropped like the images; for ControlNets."
+    )
+    image_embeds_column: str | None = arg(
+        None,
+        "Column of image embeddings to keep, with `random_flip` also that of the mirrored images, `NAME_flipped`; for "
+        "decoders of unCLIP.",
     )
     cache_dir: str | None = arg(None, "Cache folder of datasets and pretrained models.")
     min_image_size: int | None = arg(
@@ -114,7 +119,7 @@ class EncodingArguments:
             raise ValueError("`condition_value_range` was given without `conditioning_image_column`. Pass both.")
         check_at_least(self, 1, "batch_size", "shard_size", "image_check_num_proc")
         check_at_least(self, 0, "num_workers", "min_image_size")
-        kept = [self.label_column, self.caption_column, self.conditioning_image_column]
+        kept = [self.label_column, self.caption_column, self.conditioning_image_column, self.image_embeds_column]
         for column in kept:
             if column in LATENT_COLUMNS:
                 raise ValueError(f"The column {column!r} has a name that latents need. Rename it in the data.")
@@ -123,7 +128,13 @@ class EncodingArguments:
         """The images, as training loads them."""
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "data_files", "split", "image_column")
         names += ("label_column", "caption_column", "conditioning_image_column", "cache_dir")
-        return load_image_dataset(**{name: getattr(self, name) for name in names})
+        with embedding_columns_in_errors():
+            return load_image_dataset(**{name: getattr(self, name) for name in names}, tensor_columns=self.embeddings)
+
+    @property
+    def embeddings(self) -> dict[str, str]:
+        """The columns of image embeddings, by their names in the examples."""
+        return embedding_columns(self.image_embeds_column, self.random_flip)
 
 
 def encode_batch(
@@ -256,8 +267,7 @@ def _to_arrow(values: list, type_: Any) -> Any:
     import pyarrow
 
     if pyarrow.types.is_fixed_size_list(type_):
-        flat = pyarrow.array(np.concatenate(values))
-        return pyarrow.FixedSizeListArray.from_arrays(flat, type_.list_size).cast(type_)
+        return fixed_size_lists(values, type_)
     return pyarrow.array(values, type=type_)
 
 
@@ -287,18 +297,6 @@ def _name_images(images: datasets.Dataset, folder: str | None) -> list[str]:
     return names
 
 
-def prepare_folder(output_dir: str) -> Path:
-    """
-    An empty folder next to `output_dir`, which becomes `output_dir` once it is complete. Raises a `ValueError` if that
-    exists and is not empty.
-    """
-    target = Path(output_dir)
-    check_can_be_written("output_dir", target)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"`output_dir` {output_dir!r} is not empty. Name a new folder, or delete it.")
-    return target.absolute().with_name(target.absolute().name + PARTIAL_SUFFIX)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     import datasets
 
@@ -312,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     latent_space.check_size(resolution, "`resolution`")
 
     images, id2label = args.load_images()
+    width = check_embeddings(images, args.embeddings) if args.embeddings else 0
     channels = latent_space.image_channels[0]
     request = FormatRequest(channels, args.image_mode, parse_value_range("value_range", args.value_range), known)
     image_format = find_image_format(images, request, num_proc=args.image_check_num_proc)
@@ -352,6 +351,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         if column is not None:
             columns[column], features[column] = name, images.features[name]
+    for name, column in args.embeddings.items():
+        columns[column], features[column] = name, datasets.List(datasets.Value(EMBEDDING_DTYPE), length=width)
     if args.label_column is not None:
         features[args.label_column] = datasets.ClassLabel(names=list(id2label.values()))
 
@@ -396,6 +397,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         caption_column=args.caption_column,
         conditioning_image_column=args.conditioning_image_column,
         encoder=hash_encoder(vae),
+        image_embeds_column=args.image_embeds_column,
     )
     stored.write(partial)
     os.replace(partial, args.output_dir)  # at once: a folder of this name is complete

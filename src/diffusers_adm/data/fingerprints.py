@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,14 @@ def hash_plain(value: Any) -> str:
     """Hashes a JSON value to 32 hexadecimal digits; other objects in it are hashed as `str` prints them."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_SIZE).hexdigest()
+
+
+def hash_texts(texts: Iterable[str] | Iterable[Sequence[str]]) -> str:
+    """Hashes texts, or lists of them, and their order, one after the other, to 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
+    for text in texts:
+        digest.update(json.dumps(text).encode())
+    return digest.hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

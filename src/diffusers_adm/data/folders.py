@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 CAPTION_FILES_COLUMN = "text"
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 LATENTS_NAME = "latents.json"  # in folders of latents, see latents.py
+EMBEDDINGS_NAME = "embeddings.json"  # in folders of embeddings, see embeddings.py
 SPLIT_FOLDERS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -115,6 +116,11 @@ def split_folder(folder: str, split: str) -> Path:
         raise ValueError(
             f"`train_data_dir` {folder!r} holds latents ({LATENTS_NAME}), and images are needed here. Name the folder "
             "of the images."
+        )
+    if (root / EMBEDDINGS_NAME).is_file():
+        raise ValueError(
+            f"`train_data_dir` {folder!r} holds embeddings ({EMBEDDINGS_NAME}) next to the images, in parquet files. "
+            f"Pass these instead: `--data_files {folder}/*.parquet`."
         )
     names = [path.name for path in _subfolders(root)]
     if split in names and all(name in SPLIT_FOLDERS for name in names):

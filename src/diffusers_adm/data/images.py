@@ -12,9 +12,10 @@ from PIL import Image
 from ..conditioning.control_images import ControlImageKind, condition_format_of, make_condition
 from ..conditioning.image_format import ImageFormat, Size, as_size
 from ..deprecations import renamed
-from .decoding import WHITE, UnusableImageError, decode_condition, decode_image, decoded_size
-from .resizing import draw_window
+from .decoding import WHITE, UnusableImageError, check_size, decode_condition, decode_image, decoded_size
+from .resizing import draw_flip, draw_window
 from .seeding import derive_seed
+from .skipped import SkipReport
 
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # The columns of `load_image_dataset` that are not tensors.
 PLAIN_COLUMNS = ("image", "conditioning_image", "row", "label", "caption")
+# A tensor column with this ending is that of the mirrored images.
+FLIPPED_ENDING = "_flipped"
 # A run survives files that vanish one by one; a data folder that vanished is an error, found after this many in a row.
 MAX_SUBSTITUTIONS = 100
 
@@ -61,6 +64,9 @@ class ImageDataset(torch.utils.data.Dataset):
         condition_format (`ImageFormat`, *optional*): The same for the column `conditioning_image`.
         latent_shape (`tuple[int, int, int]`, *optional*): Channels, height and width of the latents that the images are
             encoded to. Examples then have noise of this shape.
+        smallest (`tuple[int, int]`, *optional*): Smallest height and width; smaller images are left out like unreadable
+            ones. For images that `check_images` has not decoded.
+        skips (`SkipReport`, *optional*): Where images that are left out are named.
 
     Attributes:
         size (`tuple[int, int]`): Height and width.
@@ -85,6 +91,8 @@ class ImageDataset(torch.utils.data.Dataset):
         image_format: ImageFormat | None = None,
         condition_format: ImageFormat | None = None,
         latent_shape: tuple[int, int, int] | None = None,
+        smallest: tuple[int, int] | None = None,
+        skips: SkipReport | None = None,
     ):
         # None is decoded in its own way: any image becomes 8-bit RGB.
         self._decoded_as = image_format, condition_format
@@ -108,8 +116,13 @@ class ImageDataset(torch.utils.data.Dataset):
         self.captions = captions
         self.condition = condition
         self.latent_shape = latent_shape
+        self.smallest, self.skips = smallest, skips
         self.has_labels = "label" in dataset.column_names
-        self.tensor_columns = [name for name in dataset.column_names if name not in PLAIN_COLUMNS]
+        columns = [name for name in dataset.column_names if name not in PLAIN_COLUMNS]
+        flipped = {f"{name}{FLIPPED_ENDING}" for name in columns}
+        self.tensor_columns = [name for name in columns if name not in flipped]
+        # By name, the column that a mirrored example takes its tensor from.
+        self.flipped_columns = {name.removesuffix(FLIPPED_ENDING): name for name in columns if name in flipped}
         # In shared memory, since workers that live on over epochs hold a copy of this object.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._reported = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
@@ -133,11 +146,13 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `dict`: `images`, float32 of shape `(channels, height, width)` in [-1, 1], where `image_format.to_values`
-            gives back the values of the data; with conditioning images, `conditions`, `(condition channels, height,
-            width)` in [0, 1], the fractions of their value range, cropped and flipped like the image; with a
-            `latent_shape`, `latent_noise`, standard normal noise of it, new in each epoch; with labels, `class_labels`,
-            an int64 scalar, -1 for unlabelled; tensor columns under their names, in float32; the tensors of `captions`.
+            `dict`: `index`, an int64 scalar, of the example that was read; `images`, float32 of shape `(channels,
+            height, width)` in [-1, 1], where `image_format.to_values` gives back the values of the data; with
+            conditioning images, `conditions`, `(condition channels, height, width)` in [0, 1], the fractions of their
+            value range, cropped and flipped like the image; with a `latent_shape`, `latent_noise`, standard normal
+            noise of it, new in each epoch; with labels, `class_labels`, an int64 scalar, -1 for unlabelled; tensor
+            columns under their names, in float32 (of a mirrored image, those of `NAME_flipped` where there are some);
+            the tensors of `captions`.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"Index {index} is out of range for {len(self)} examples.")
@@ -145,31 +160,46 @@ class ImageDataset(torch.utils.data.Dataset):
             candidate = (index + offset) % len(self)
             example = self.dataset[candidate]
             try:
-                result = self._image_tensors(example, candidate)
+                return self.transform(example, candidate)
             except UnusableImageError as error:
                 if not self._reported[candidate]:
                     self._reported[candidate] = True
-                    name = example_name(example, candidate)
-                    logger.warning("%s became %s (%s); another image takes its place.", name, error.reason, error)
-                continue
-            if self.latent_shape is not None:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, "latent", self.epoch, candidate))
-                result["latent_noise"] = torch.randn(self.latent_shape, generator=generator)
-            if self.has_labels:
-                result["class_labels"] = torch.tensor(example["label"], dtype=torch.int64)
-            result |= {name: torch.tensor(example[name], dtype=torch.float32) for name in self.tensor_columns}
-            if self.captions is not None:
-                result |= self.captions.at(candidate, self.seed, self.epoch)
-            return result
+                    report_skipped(self.skips, example_name(example, candidate), error)
         raise RuntimeError(
             f"{offset + 1} examples in a row, from {example_name(self.dataset[index], index)} on, became unreadable. "
             "Is the storage of the dataset still there?"
         )
 
+    def name_of(self, index: int) -> str:
+        """Names an example for messages."""
+        return example_name(self.dataset[index], index)
+
+    def transform(self, example: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
+        """
+        The tensors of an example, which depend on nothing else than it, the seed, the epoch and its `index`. Raises an
+        `UnusableImageError` if its image cannot be used.
+        """
+        result = self._image_tensors(example, index)
+        result["index"] = torch.tensor(index)
+        if self.latent_shape is not None:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "latent", self.epoch, index))
+            result["latent_noise"] = torch.randn(self.latent_shape, generator=generator)
+        if self.has_labels:
+            result["class_labels"] = torch.tensor(example["label"], dtype=torch.int64)
+        is_flipped = self.random_flip and draw_flip(self.seed, self.epoch, index)
+        for name in self.tensor_columns:
+            column = self.flipped_columns.get(name, name) if is_flipped else name
+            result[name] = torch.tensor(example[column], dtype=torch.float32)
+        if self.captions is not None:
+            result |= self.captions.of_example(example, index, self.seed, self.epoch)
+        return result
+
     def _image_tensors(self, example: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
         image_format, condition_format = self._decoded_as
         image = decode_image(example["image"], image_format, self.background)
         size = decoded_size(image)
+        if self.smallest is not None:
+            check_size(image, self.smallest)
         values = self._cut(image, index, size, self.image_format)
         tensors = {"images": self.image_format.to_samples(values).float()}
         if self.condition is not None:
@@ -196,6 +226,14 @@ class ImageDataset(torch.utils.data.Dataset):
         # float32 holds all numbers of 16 bits.
         is_exact = values.dtype.itemsize <= 2 or values.dtype == np.float32
         return torch.from_numpy(values).to(torch.float32 if is_exact else torch.float64)
+
+
+def report_skipped(skips: SkipReport | None, name: str, error: UnusableImageError) -> None:
+    """Warns of an example that another one takes the place of, and adds it to the report, if there is one."""
+    verb = "became" if skips is None else "is"  # without a report, all images were checked
+    logger.warning("%s %s %s (%s); another image takes its place.", name, verb, error.reason, error)
+    if skips is not None:
+        skips.add(error.reason, name, str(error))
 
 
 def example_name(example: dict[str, Any], index: int, column: str = "image") -> str:

@@ -120,6 +120,37 @@ def list_names(names: Iterable[object], most: int = MAX_NAMES, quote: Callable[[
     return ", ".join(map(quote, names[:most])) + more
 
 
+def read_class_names(path: str | os.PathLike) -> list[str]:
+    """
+    Reads the names of classes, in the order of their numbers: a text file of one name a line, a JSON list, or the
+    `id2label.json` of a classifier. Raises a `ValueError` for other files, empty or repeated names.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        names = json.loads(text) if str(path).lower().endswith(".json") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`class_names` is {str(path)!r}, which cannot be read: {type(error).__name__}: {error}. Pass a text file "
+            "of one name a line, or a JSON list."
+        ) from error
+    if isinstance(names, dict):
+        if set(names) != {str(number) for number in range(len(names))}:
+            raise ValueError(
+                f"`class_names` is {str(path)!r}, whose keys are not the numbers 0 to {len(names) - 1}. Pass the "
+                "`id2label.json` of a classifier, a JSON list, or a text file of one name a line."
+            )
+        names = [names[str(number)] for number in range(len(names))]
+    names = names if isinstance(names, list) else [None]
+    wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
+    if wrong or not names or len(set(names)) < len(names):
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        raise ValueError(
+            f"`class_names` {str(path)!r} holds {'no names' if not names else f'{(wrong or [repeated])[0]!r}'}"
+            f"{' more than once' if names and not wrong else ''}. Pass each name once, none of them empty."
+        )
+    return names
+
+
 # 3. The same classes elsewhere
 
 

@@ -3,15 +3,14 @@ Latents of an autoencoder as data: loading the autoencoder, and reading latents 
 
 A folder of stored latents holds parquet files and `latents.json`, which says how they were made. A row has the columns
 `latent_mean` and `latent_std` (before scale and shift, flat lists of channels x height x width numbers), with flips
-also `latent_mean_flipped` and `latent_std_flipped` (of the mirrored image), `image_name`, and the label, caption and
-conditioning image columns of the source under their names.
+also `latent_mean_flipped` and `latent_std_flipped` (of the mirrored image), `image_name`, and the label, caption,
+conditioning image and image embedding columns of the source under their names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -35,12 +34,11 @@ from .images import ImageDataset
 from .labels import UNLABELLED, list_names
 from .repositories import only_variant, reading
 from .resizing import draw_window
-from .sources import load_source
+from .stored_rows import Rows, check_lists, load_stored_rows, read_record, write_record
 
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow
 
 
 logger = logging.getLogger(__name__)
@@ -173,6 +171,8 @@ class StoredLatents:
         label_column, caption_column, conditioning_image_column (`str`, *optional*): Columns of the source that are
             kept.
         encoder (`str`, *optional*): From `hash_encoder`; `None` in folders of earlier versions.
+        image_embeds_column (`str`, *optional*): Column of image embeddings that is kept, with flips also that of
+            mirrored images.
     """
 
     autoencoder: str
@@ -192,6 +192,7 @@ class StoredLatents:
     caption_column: str | None
     conditioning_image_column: str | None
     encoder: str | None = None
+    image_embeds_column: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -208,24 +209,19 @@ class StoredLatents:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("image_format", "condition_format"):
             values[name] = None if values[name] is None else values[name].to_config()
-        text = json.dumps({"version": LATENTS_VERSION, **values}, indent=2, ensure_ascii=False)
-        Path(folder, LATENTS_NAME).write_text(text + "\n", encoding="utf-8")
+        write_record(folder, LATENTS_NAME, LATENTS_VERSION, values)
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> StoredLatents:
         """Reads `latents.json`. Raises a `ValueError` for one that is damaged or of another version."""
-        path = Path(folder, LATENTS_NAME)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            version = values.pop("version")
-            if version == LATENTS_VERSION:
-                for name in ("image_format", "condition_format"):
-                    if values[name] is not None:
-                        values[name] = ImageFormat.from_config(values[name], values[name]["channels"], name)
-                return cls(**{**values, "size": tuple(values["size"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read: {error!r}. Encode the images again.") from error
-        raise ValueError(f"{path} is of version {version}, and this is {LATENTS_VERSION}. Encode the images again.")
+
+        def build(values: dict[str, Any]) -> StoredLatents:
+            for name in ("image_format", "condition_format"):
+                if values[name] is not None:
+                    values[name] = ImageFormat.from_config(values[name], values[name]["channels"], name)
+            return cls(**{**values, "size": tuple(values["size"])})
+
+        return read_record(folder, LATENTS_NAME, LATENTS_VERSION, build)
 
     def check(self, latent_space: LatentSpace, autoencoder_hash: str, folder: str) -> None:
         """Raises a `ValueError` for latents of another autoencoder, unless only its decoder differs."""
@@ -259,6 +255,7 @@ def load_latents(
     cache_dir: str | None = None,
     max_train_samples: int | None = None,
     seed: int = 0,
+    tensor_columns: Mapping[str, str] | None = None,
 ) -> tuple[datasets.Dataset, dict[int, str] | None]:
     """
     Loads stored latents like `load_image_dataset` images: with the columns of latents and `image_name` instead of
@@ -267,38 +264,22 @@ def load_latents(
     Raises:
         ValueError: If a column is missing, or rows, type or size of the latents are not those of `latents.json`.
     """
-    files = sorted(map(str, Path(folder).glob("*.parquet")))
-    if not files:
-        raise ValueError(f"{folder} holds {LATENTS_NAME} and no parquet file. Encode the images again.")
-    try:
-        dataset, _ = load_source(data_files=files, cache_dir=cache_dir)
-    except ValueError as error:
-        raise ValueError(f"The latents in {folder} cannot be read: {error} Encode the images again.") from error
-    if len(dataset) != stored.num_images:
-        raise ValueError(
-            f"{folder} holds {len(dataset)} rows, but {stored.num_images} were written ({LATENTS_NAME}). A file is "
-            "missing, or of another folder: encode the images again."
-        )
+    dataset = load_stored_rows(folder, LATENTS_NAME, stored.num_images, "latents", cache_dir)
     for column in (*stored.columns, NAME_COLUMN):
         check_column(dataset, folder, LATENTS_NAME, column)
-    expected = (stored.dtype, int(np.prod(stored.shape)))
     for column in stored.columns:
-        feature = dataset.features[column]
-        found = (getattr(getattr(feature, "feature", None), "dtype", str(feature)), getattr(feature, "length", None))
-        if found != expected:
-            raise ValueError(
-                f"The column {column!r} in {folder} holds {found[1]} numbers of type {found[0]} in a row, but "
-                f"{LATENTS_NAME} says {expected[1]} of {expected[0]}. Encode the images again."
-            )
+        check_lists(dataset, column, stored.dtype, int(np.prod(stored.shape)), folder, LATENTS_NAME)
     arguments = {"label_column": label_column, "caption_column": caption_column}
     arguments["conditioning_image_column"] = conditioning_image_column
+    arguments |= {f"tensor_columns[{name!r}]": column for name, column in (tensor_columns or {}).items()}
     for argument, column in arguments.items():
         if column is not None:
             check_column(dataset, folder, argument, column)
-    images = dataset.select_columns([*stored.columns, NAME_COLUMN])
+    names = {column: name for name, column in (tensor_columns or {}).items()}
     if conditioning_image_column is not None:
-        images = dataset.select_columns([*images.column_names, conditioning_image_column])
-        images = images.rename_column(conditioning_image_column, "conditioning_image")
+        names[conditioning_image_column] = "conditioning_image"
+    images = dataset.select_columns([*stored.columns, NAME_COLUMN, *names]).rename_columns(names)
+    if conditioning_image_column is not None:
         images = cast_to_images(images, "conditioning_image", f"`conditioning_image_column` of {folder}")
     images = images.add_column("row", np.arange(len(images)))
     id2label = None
@@ -358,19 +339,6 @@ def _examine(batch: dict[str, list]) -> dict[str, list]:
     return {"is_sound": sound.tolist()}
 
 
-class _Rows:
-    """Rows of numbers, read from the memory-mapped files: `datasets` takes a millisecond for one."""
-
-    def __init__(self, column: pyarrow.ChunkedArray):
-        chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self.chunks = [chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in chunks]
-        self.ends = np.cumsum([len(chunk) for chunk in chunks])
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        return self.chunks[number][index - self.ends[number]]  # counted from the end of the chunk
-
-
 class LatentDataset(ImageDataset):
     """
     Examples with stored latents instead of images: `latent_mean` and `latent_std` of the shape `(channels, height,
@@ -402,9 +370,9 @@ class LatentDataset(ImageDataset):
         self.latents = dataset.select_columns([*stored.columns]).flatten_indices()
 
     @functools.cached_property
-    def _rows(self) -> dict[str, _Rows]:
+    def _rows(self) -> dict[str, Rows]:
         table = self.latents.with_format("arrow")[:]
-        return {name: _Rows(table.column(name)) for name in self.latents.column_names}
+        return {name: Rows(table.column(name)) for name in self.latents.column_names}
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers that do not share the memory of this process open the files themselves."""

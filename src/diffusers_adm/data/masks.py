@@ -5,6 +5,7 @@ https://huggingface.co/papers/2112.10741, section 4). They depend only on the se
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,9 +93,9 @@ def random_keep_mask(resolution: Size, generator: random.Random, kind: str | Non
 class InpaintingDataset(ImageDataset):
     """Examples with a random `keep_mask` from `random_keep_mask`, a new one in each epoch."""
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def transform(self, example: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
         generator = random.Random(derive_seed(self.seed, "mask", self.epoch, index))
-        return {**super().__getitem__(index), "keep_mask": random_keep_mask(self.resolution, generator)}
+        return {**super().transform(example, index), "keep_mask": random_keep_mask(self.resolution, generator)}
 
 
 __getattr__ = renamed(__name__, {"random_known": "random_keep_mask"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import math
 import pickle
 import re
 import zipfile
@@ -26,6 +27,8 @@ from ..conditioning.image_format import MODE_CHANNELS, ImageMode
 MISSING, UNREADABLE, TOO_LARGE = "missing", "unreadable", "too large (decompression bomb)"
 # A reason to refuse the whole dataset: the file is intact, but is no image, or none that can be read without a loss.
 UNSUPPORTED = "unsupported"
+# Of arrays with as many pixels as Pillow's limit: 8 channels of 64 bits.
+MAX_BYTES_PER_PIXEL = 64
 ARRAY_SUFFIXES = (".npy", ".npz")
 ImageSource = dict[str, Any] | Image.Image | np.ndarray | Sequence | None
 
@@ -142,12 +145,19 @@ def _of_file(file: BinaryIO, path: str | None, channels: int | None) -> StoredIm
         if not is_tiff:
             raise
         opened = None
+    check_no_program(opened)
     if is_tiff and (opened is None or not _pillow_suits(opened)):
         file.seek(0)
         return _of_tiff(_import("tifffile", path).TiffFile(file), channels)
     if _is_reduced(opened):
         return _of_deep_colour(file, opened, path)
     return _of_pillow(opened)
+
+
+def check_no_program(image: Image.Image | None) -> None:
+    """Raises an `UnusableImageError` for PostScript, by whatever name: Pillow would let Ghostscript run it."""
+    if image is not None and image.format == "EPS":
+        raise UnusableImageError(UNSUPPORTED, "a PostScript file, which is never run. Save it as PNG")
 
 
 def reader_versions() -> tuple[str | None, ...]:
@@ -355,15 +365,21 @@ def _load_array(file: BinaryIO, magic: bytes) -> np.ndarray:
     """The array of a `.npy` or `.npz` file. Pickled objects are never read."""
     try:
         if magic == NPY_MAGIC:
+            _check_array_size(file)
             return np.load(file, allow_pickle=False)
         if magic.startswith(ZIP_MAGIC):
             with zipfile.ZipFile(file) as archive:
                 names = archive.namelist()
-            if len(names) != 1:
-                raise UnusableImageError(
-                    UNSUPPORTED,
-                    f"a .npz file with {len(names)} arrays ({', '.join(names[:3])}). Save one image per file",
-                )
+                if len(names) != 1:
+                    raise UnusableImageError(
+                        UNSUPPORTED,
+                        f"a .npz file with {len(names)} arrays ({', '.join(names[:3])}). Save one image per file",
+                    )
+                with archive.open(names[0]) as member:
+                    if member.read(len(NPY_MAGIC)) != NPY_MAGIC:
+                        raise UnusableImageError(UNREADABLE, "a zip archive without an array")
+                    member.seek(0)
+                    _check_array_size(member)
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return arrays[arrays.files[0]]
@@ -375,6 +391,17 @@ def _load_array(file: BinaryIO, magic: bytes) -> np.ndarray:
     if magic.startswith(PICKLE_MAGIC):
         raise UnusableImageError(UNSUPPORTED, "a pickle, which is never unpickled. Save it with `np.save`")
     raise UnusableImageError(UNREADABLE, "neither a .npy nor a .npz file")
+
+
+def _check_array_size(file: Any) -> None:
+    """Raises an `UnusableImageError` for a header that announces more numbers than an image has. Rewinds the file."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    file.seek(0)
+    size, limit = math.prod(shape) * max(dtype.itemsize, 1), MAX_BYTES_PER_PIXEL * (Image.MAX_IMAGE_PIXELS or 0)
+    if limit and size > limit:
+        raise UnusableImageError(TOO_LARGE, f"an array of shape {shape} and type {dtype}, {size} bytes")
 
 
 def _of_array(array: np.ndarray, channels: int | None) -> StoredImage:

@@ -74,12 +74,21 @@ def draw_window(
     seed: int, epoch: int, index: int, image_size: tuple[int, int], size: tuple[int, int], center_crop: bool, flip: bool
 ) -> Window:
     """Draws the crop and, with `flip`, the mirroring of an example. They only depend on the seed, epoch and index."""
-    # All three are drawn whatever the options, so that changing one option does not affect the others.
-    generator = random.Random(derive_seed(seed, "augmentation", epoch, index))
-    x, y, mirror = generator.random(), generator.random(), generator.random() < 0.5
+    x, y, mirror = _draw(seed, epoch, index)
     if center_crop:
         x = y = 0.5
     return Window.place(image_size, size, x, y, flip and mirror)
+
+
+def draw_flip(seed: int, epoch: int, index: int) -> bool:
+    """Whether `draw_window` mirrors an example if it may."""
+    return _draw(seed, epoch, index)[2]
+
+
+def _draw(seed: int, epoch: int, index: int) -> tuple[float, float, bool]:
+    # All three are drawn whatever the options, so that changing one option does not affect the others.
+    generator = random.Random(derive_seed(seed, "augmentation", epoch, index))
+    return generator.random(), generator.random(), generator.random() < 0.5
 
 
 def _resize(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .embeddings import EmbeddingDataset
 from .images import ImageDataset
 from .seeding import derive_seed
 
@@ -19,10 +20,10 @@ class EpochShuffleSampler(torch.utils.data.Sampler[int]):
     the dataset on purpose: if the sampler has a `set_epoch` of its own, Accelerate does not call that of the dataset.
 
     Args:
-        dataset (`ImageDataset`): Gives the seed and the epoch.
+        dataset (`ImageDataset` or `EmbeddingDataset`): Gives the seed and the epoch.
     """
 
-    def __init__(self, dataset: ImageDataset):
+    def __init__(self, dataset: ImageDataset | EmbeddingDataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -41,11 +42,11 @@ class BalancedClassSampler(torch.utils.data.Sampler[int]):
     Like `EpochShuffleSampler`, it depends only on the seed and the epoch of an `ImageDataset`.
 
     Args:
-        dataset (`ImageDataset`): Gives the seed and the epoch.
+        dataset (`ImageDataset` or `EmbeddingDataset`): Gives the seed and the epoch.
         labels (sequence of `int`): The class of each example.
     """
 
-    def __init__(self, dataset: ImageDataset, labels: Sequence[int]):
+    def __init__(self, dataset: ImageDataset | EmbeddingDataset, labels: Sequence[int]):
         if len(labels) != len(dataset):
             raise ValueError(f"Got {len(labels)} labels for {len(dataset)} examples. Pass one for each.")
         self.dataset = dataset

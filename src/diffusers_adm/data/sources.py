@@ -56,6 +56,15 @@ def _load_hub_dataset(name: str, config_name: str | None, split: str, cache_dir:
         return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"`dataset_name` is {name!r}, which cannot be found: {error}") from error
+    except ValueError as error:
+        raise _about_split(error, split) from error
+
+
+def _about_split(error: ValueError, split: str) -> ValueError:
+    """A sentence for the error of `datasets` about an unknown split; other errors as they are."""
+    if not str(error).startswith("Unknown split"):
+        return error
+    return ValueError(f"The data have no split {split!r}. {str(error).partition('. ')[2]}")
 
 
 def _load_parquet_files(files: Sequence[str], split: str, cache_dir: str | None) -> datasets.Dataset:
@@ -67,4 +76,22 @@ def _load_parquet_files(files: Sequence[str], split: str, cache_dir: str | None)
     try:
         return datasets.load_dataset("parquet", data_files={"train": patterns}, split=split, cache_dir=cache_dir)
     except (FileNotFoundError, datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"`data_files` cannot be read as parquet: {error.__cause__ or error}") from error
+        for file in filter(os.path.isfile, files):
+            if _has_no_rows(file):
+                raise ValueError(f"{file} has no rows. Name parquet files with examples.") from error
+        hint = ""
+        if any(file.lower().endswith((".tar", ".tar.gz", ".tgz")) for file in files):
+            hint = " Tars are read with `--streaming` only."
+        reason = str(error.__cause__ or error).rstrip(".")
+        raise ValueError(f"`data_files` cannot be read as parquet: {reason}.{hint}") from error
+    except ValueError as error:
+        raise _about_split(error, split) from error
+
+
+def _has_no_rows(file: str) -> bool:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows == 0
+    except pyarrow.ArrowException:
+        return False

@@ -21,17 +21,20 @@ from .seeding import derive_seed
 
 
 if TYPE_CHECKING:
-    from .captions import CaptionTokens
+    from .captions import CaptionTokens, StreamedCaptions
 
 
-def text_encoder_class(config: Any) -> type[torch.nn.Module]:
+def text_encoder_class(config: Any, with_projection: bool = False) -> type[torch.nn.Module]:
     """
     Returns the class that gives one state per token for a config of transformers: `T5EncoderModel` instead of
-    `T5Model`, `CLIPTextModel` for a whole CLIP, and `CLIPTextModelWithProjection` where the config names it.
+    `T5Model`, `CLIPTextModel` for a whole CLIP, and `CLIPTextModelWithProjection` where the config names it, or for
+    every CLIP `with_projection`.
 
     Raises:
         ValueError: If the model type has no text encoder.
     """
+    if with_projection and config.model_type in ("clip", "clip_text_model"):
+        return transformers.CLIPTextModelWithProjection
     name = (getattr(config, "architectures", None) or [""])[0]
     if name.endswith(("TextModel", "TextModelWithProjection", "EncoderModel")) and hasattr(transformers, name):
         return getattr(transformers, name)
@@ -54,6 +57,7 @@ def load_text_encoder(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
+    with_projection: bool = False,
 ) -> torch.nn.Module:
     """
     Loads a text encoder from the folder `text_encoder` of a pipeline, or from the root of a repository.
@@ -64,6 +68,7 @@ def load_text_encoder(
         trained (`bool`): Load float32 weights; otherwise the dtype that was saved (GLIDE's are always float32).
         revision, variant, cache_dir (`str`, *optional*): Arguments of `from_pretrained`. A folder with weights in
             float16 only is read without `variant="fp16"`, too.
+        with_projection (`bool`, defaults to `False`): Load a CLIP's with the projection to its text embedding.
 
     Raises:
         ValueError: If there is none.
@@ -75,8 +80,13 @@ def load_text_encoder(
         hub_kwargs |= {"subfolder": subfolder}
         if _is_glide(settings):
             return GLIDETextModel.from_pretrained(name_or_path, variant=variant, **hub_kwargs)
-        encoder_class: Any = text_encoder_class(AutoConfig.from_pretrained(name_or_path, **hub_kwargs))
+        config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
+        encoder_class: Any = text_encoder_class(config, with_projection)
         dtype = torch.float32 if trained else "auto"
+        if with_projection and config.model_type == "clip":
+            # `CLIPModel` has one for both towers, next to theirs, which it ignores.
+            config.text_config.projection_dim = config.projection_dim
+            hub_kwargs["config"] = config.text_config
         return encoder_class.from_pretrained(name_or_path, variant=variant, dtype=dtype, **hub_kwargs)
 
 
@@ -153,17 +163,22 @@ def build_text_encoder(name_or_path: str, tokenizer: Any, seed: int) -> torch.nn
 
 
 def freeze_unused_parameters(
-    text_encoder: torch.nn.Module, tokens: CaptionTokens, unet_config: Mapping[str, Any]
+    text_encoder: torch.nn.Module,
+    tokens: CaptionTokens | StreamedCaptions,
+    unet_config: Mapping[str, Any],
+    uses_pooled: bool = False,
 ) -> list[str]:
     """
-    Freezes weights that do not affect the U-Net's input, such as BERT's pooler: distributed training waits for the
-    gradient of every weight that requires one. Returns their names.
+    Freezes weights that do not affect the U-Net's input, such as BERT's pooler, unless the pooled text is used
+    elsewhere: distributed training waits for the gradient of every weight that requires one. Returns their names.
     """
     empty = {name: value[None].to(next(text_encoder.parameters()).device) for name, value in tokens.empty.items()}
     conditioning = encode_captions(text_encoder, empty, pad_to_max=tokens.pad_to_max)
     inputs = text_model_kwargs(conditioning, unet_config)
     total = inputs["encoder_hidden_states"].sum()
     total = total + sum(value.sum() for value in inputs.get("added_cond_kwargs", {}).values())
+    if uses_pooled:
+        total = total + conditioning.pooled.sum()
     parameters = [(name, p) for name, p in text_encoder.named_parameters() if p.requires_grad]
     gradients = torch.autograd.grad(total, [p for _, p in parameters], allow_unused=True)
     unused = [(name, p) for (name, p), gradient in zip(parameters, gradients, strict=True) if gradient is None]

@@ -26,10 +26,10 @@ from ..data.formats import FormatRequest, find_image_format
 from ..data.images import ImageDataset
 from ..data.labels import load_id2label
 from ..data.repositories import from_subfolder_or_root, reading
+from ..measures.common import choose
 from ..models.classifier_adagn import AdaGNClassifierModel
 from ..schedulers.noise_schedules import noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .common import choose
 from .sample.images import IMAGE_NAME, NPZ_NAME, SETTINGS_NAME
 
 
@@ -99,7 +99,8 @@ def load_classifier(
 def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads `arr_0` and, if it exists, `arr_1`; if there is no `arr_0`, everything."""
     try:
-        with zipfile.ZipFile(path), np.load(path) as arrays:  # `np.load` alone also reads pickles and single arrays
+        # `np.load` alone also reads single arrays.
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays if "arr_0" not in arrays or name in ("arr_0", "arr_1")}
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist. Check the path.") from None

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..commands.arguments import HUB_TOKEN
+from ..commands.arguments import HUB_TOKEN, program_name
 from ..commands.errors import CommandError, add_debug_argument, is_mistake, run_command
 from .push import push_folder
 from .space import push_space
@@ -20,7 +20,8 @@ from .space import push_space
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: `push FOLDER USER/NAME`, or `push-space USER/NAME`."""
-    parser = argparse.ArgumentParser(prog="python -m diffusers_adm.hub", description="Push to the Hugging Face Hub.")
+    program = program_name("diffusers_adm.hub")
+    parser = argparse.ArgumentParser(program, description="Push to the Hugging Face Hub.")
     commands = parser.add_subparsers(dest="command", required=True)
     push = commands.add_parser("push", help="Push a pipeline, a model or an adapter from the folder of a run.")
     push.set_defaults(run=push_folder)

@@ -53,6 +53,9 @@ def __dir__():
 STAND_INS = f"{__package__}.stand_ins"
 # Top-level names of a module that serve those who import it.
 FOR_IMPORTERS = {"__all__", "__dir__", "__getattr__"}
+# Files that have been joined, with the state of the sources of each. Joining takes seconds, and most repositories ship
+# several files, some of which are the same in all of them.
+_JOINED: dict[tuple, tuple[str, dict[str, tuple | None]]] = {}
 
 
 def export_model_file(cls_or_module: type | types.ModuleType, save_directory: str | Path) -> Path:
@@ -89,6 +92,27 @@ def export_class_file(cls: type, path: str | Path) -> None:
 def _write(module: str, path: Path) -> None:
     if not module.startswith(f"{PACKAGE}."):
         raise ValueError(f"`{module}` is not a module of {PACKAGE}, so it cannot be exported. Pass one of its classes.")
+    key = module, (*PIPELINES,), (*COMPONENTS,), (*PUBLIC_CLASSES,)
+    text, stamps = _JOINED.get(key, ("", {}))
+    if not stamps or any(_stamp(name) != stamp for name, stamp in stamps.items()):
+        text, names = _join(module)
+        _JOINED[key] = text, {name: _stamp(name) for name in names}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _stamp(module: str) -> tuple[str, int, int] | None:
+    """Changes when the source of a module does; `None` for a module that is gone."""
+    try:
+        origin = importlib.util.find_spec(module).origin
+        status = Path(origin).stat()
+    except (ImportError, AttributeError, TypeError, ValueError, OSError):
+        return None
+    return origin, status.st_mtime_ns, status.st_size
+
+
+def _join(module: str) -> tuple[str, list[str]]:
+    """The file of a module, and the names of all modules that were read for it."""
     pipelines = {cls.__module__: cls.__name__ for cls in PIPELINES}
     classes = [cls.__name__ for cls in PUBLIC_CLASSES if cls.__module__ == module and issubclass(cls, ConfigMixin)]
     publishing = [f"{__package__}.publishing"] if classes else []
@@ -120,8 +144,7 @@ def _write(module: str, path: Path) -> None:
             f"A string in the modules of `{module}` has a line that starts like a relative import. diffusers searches "
             "code for such lines by a regular expression and would not load the file. Reword the string."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    return text, joiner.modules
 
 
 @dataclass
@@ -215,6 +238,11 @@ class _Joiner:
         self._sources: dict[str, _Source] = {}
         self._stand_ins = stand_ins
         self._new_names = self._choose_names(self.collect(modules))
+
+    @property
+    def modules(self) -> list[str]:
+        """Those that have been read."""
+        return list(self._sources)
 
     def read(self, module: str) -> _Source:
         if module not in self._sources:

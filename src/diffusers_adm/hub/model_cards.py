@@ -2,10 +2,10 @@
 Model cards for what is pushed to the Hub, from the object itself and from the folder of the run that trained it.
 
 `model_card.md` is their template. The folder of a run holds `train_args.yaml`, `loss_curves.png`, `samples-*.png`, the
-measures of the last validation for an image to image model (`image_to_image.json`) and an autoencoder
-(`reconstruction.json`) and, once measured, `bits_per_dim.json` and `frechet.json`: the outputs of `python -m
-diffusers_adm.evaluation.bits_per_dim` and `...frechet --json`. What is unknown is left out: a card claims no licence,
-data or score that is not found there.
+measures of the last validation for a diffusion model (`held_out.json`, `image_to_image.json`), an autoencoder
+(`reconstruction.json`), a CLIP (`retrieval.json`) or a prior (`prior_similarity.json`) and, once measured,
+`bits_per_dim.json` and `frechet.json`: the outputs of `python -m diffusers_adm.evaluation.bits_per_dim` and `...frechet
+--json`. What is unknown is left out: a card claims no licence, data or score that is not found there.
 """
 
 import json
@@ -18,22 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, PriorTransformer
 from diffusers.utils import PushToHubMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers import CLIPModel
 
 from ..conditioning.controlnet import controlnet_format_of, nets_of
 from ..conditioning.image_format import ImageFormat, as_size
 from ..conditioning.latents import downsampling_factor
 from ..conditioning.previews import describe_preview
 from ..data.autoencoder_record import load_autoencoder_record
-from ..models import AdaGNClassifierModel, AdaGNControlNetModel, AdaGNMultiControlNetModel, GLIDETextModel
+from ..models import (
+    AdaGNClassifierModel,
+    AdaGNControlNetModel,
+    AdaGNMultiControlNetModel,
+    GLIDETextModel,
+    UnCLIPProjectionModel,
+)
 from ..pipelines import (
     ADMControlNetPipeline,
     ADMImageToImagePipeline,
     ADMInpaintPipeline,
     ADMSuperResolutionPipeline,
+    ADMUnCLIPPipeline,
 )
 from ..schedulers.noise_schedules import describe_noise_schedule
 from .publishing import add_publishing
@@ -68,11 +76,32 @@ SCRIPTS = {
     ADMImageToImagePipeline: "train_image_to_image.py",
     ADMSuperResolutionPipeline: "train_super_resolution.py",
     AutoencoderKL: "train_autoencoder.py",
+    PriorTransformer: "train_prior.py",
+    CLIPModel: "train_clip.py",
 }
 # Measures in image_to_image.json, with their names in a card.
 TRANSLATION_MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "dice": "Dice coefficient"}
 # Those in reconstruction.json.
 RECONSTRUCTION_MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "rfid": "Frechet distance (rFID)"}
+# Those in prior_similarity.json: cosine similarities to image embeddings.
+PRIOR_MEASURES = {
+    "similarity": "of the prediction",
+    "best_similarity": "of the best of several predictions",
+    "text_similarity": "of the text embedding",
+    "shuffled_similarity": "of the prediction for another caption",
+    "mean_similarity": "of the mean of the training data",
+}
+# Those in held_out.json, of the last validation of a diffusion model.
+HELD_OUT_MEASURES = {"loss": "Loss", "bits_per_dim": "Bits per dimension", "frechet_distance": "Frechet distance"}
+# Those in retrieval.json, which have standard errors.
+RETRIEVAL_MEASURES = {
+    "text_to_image_recall_at_1": "Text to image recall at 1",
+    "text_to_image_recall_at_5": "Text to image recall at 5",
+    "image_to_text_recall_at_1": "Image to text recall at 1",
+    "image_to_text_recall_at_5": "Image to text recall at 5",
+    "zero_shot_accuracy": "Zero-shot accuracy",
+}
+CLIP_SUMMARY = "Embeds images and texts in one space, in which an image is near to its captions."
 
 
 class LoraAdapter(PushToHubMixin):
@@ -97,24 +126,27 @@ class _Run:
     frechet: Mapping[str, Any] | None
     translation: Mapping[str, Any] | None
     reconstruction: Mapping[str, Any] | None
+    prior: Mapping[str, Any] | None
+    retrieval: Mapping[str, Any] | None
+    held_out: Mapping[str, Any] | None
 
     @classmethod
     def find(cls, pushed: Any, folder: Path) -> "_Run":
         """Read the folder of the run that trained `pushed`, if it is on this machine."""
-        origin = pushed.config.get("_name_or_path") or getattr(pushed, "_name_or_path", None)
+        origin = _config(pushed).get("_name_or_path") or getattr(pushed, "_name_or_path", None)
         places = [folder]
         if origin and os.path.isdir(origin):
             places.append(Path(origin))
             if not isinstance(pushed, DiffusionPipeline):  # a component, from the folder of its pipeline
                 places.append(Path(origin).resolve().parent)
+        names = ("bits_per_dim", "frechet", "image_to_image", "reconstruction", "prior_similarity", "retrieval")
+        names += ("held_out",)
         run = next((place for place in places if (place / "train_args.yaml").is_file()), None)
         if run is None:
-            return cls(None, {}, None, None, None, None)
+            return cls(None, {}, *[None] * len(names))
         args = yaml.safe_load((run / "train_args.yaml").read_text(encoding="utf-8"))
         args = {name: value for name, value in args.items() if value is not None and name not in NO_RECIPE}
-        paths = [
-            run / name for name in ("bits_per_dim.json", "frechet.json", "image_to_image.json", "reconstruction.json")
-        ]
+        paths = [run / f"{name}.json" for name in names]
         return cls(run, args, *(json.loads(path.read_text("utf-8")) if path.is_file() else None for path in paths))
 
     @property
@@ -140,6 +172,11 @@ class _Run:
         places = [str(place) for value in given if value for place in ([value] if isinstance(value, str) else value)]
         found = [[part for part in KNOWN_DATA if part in place] for place in places]
         return [KNOWN_DATA[part] for part in dict.fromkeys(sum(found, []))] if all(found) else []
+
+
+def _config(pushed: Any) -> Mapping[str, Any]:
+    """The config of a model of diffusers or transformers."""
+    return pushed.config if isinstance(pushed.config, Mapping) else pushed.config.to_dict()
 
 
 def _measured_images(measures: Mapping[str, Any]) -> str:
@@ -216,13 +253,21 @@ def _task(pushed: Any) -> str | None:
         return "image-to-image"
     if isinstance(pushed, AdaGNClassifierModel):
         return "image-classification"
-    if isinstance(pushed, GLIDETextModel):
+    if isinstance(pushed, (GLIDETextModel, PriorTransformer, UnCLIPProjectionModel)):
         return "feature-extraction"
     if isinstance(pushed, AutoencoderKL):
         return "image-feature-extraction"
-    if isinstance(pushed, DiffusionPipeline) and pushed.text_encoder is not None:
+    if isinstance(pushed, CLIPModel):
+        return "zero-shot-image-classification"
+    if isinstance(pushed, ADMUnCLIPPipeline) and not _takes_prompts(pushed) and pushed.image_encoder is not None:
+        return "image-to-image"
+    if isinstance(pushed, DiffusionPipeline) and _takes_prompts(pushed):
         return "text-to-image"
     return "unconditional-image-generation" if isinstance(pushed, (DiffusionPipeline, ModelMixin)) else None
+
+
+def _takes_prompts(pipe: DiffusionPipeline) -> bool:
+    return pipe.text_encoder is not None or getattr(pipe, "prior", None) is not None
 
 
 def _metadata(pushed: Any, repo_id: str, run: _Run) -> ModelCardData:
@@ -241,13 +286,23 @@ def _metadata(pushed: Any, repo_id: str, run: _Run) -> ModelCardData:
     for values, names in (
         (run.translation, TRANSLATION_MEASURES),
         (run.reconstruction, RECONSTRUCTION_MEASURES),
+        (run.retrieval, RETRIEVAL_MEASURES),
+        (run.held_out, {"loss": HELD_OUT_MEASURES["loss"]}),
     ):
         if values is not None:
-            places = run.args.get("validation_data_files") if values["held_out"] else None
+            names_of_data = ("validation_data_files", "validation_data_dir", "validation_split")
+            places = next((run.args[name] for name in names_of_data if run.args.get(name)), None)
+            places = places if values["held_out"] else None
             data = _names(places or "training images")
             for measure, name in names.items():
                 if measure in values:
                     measured.append((data, measure, f"{name} of {_measured_images(values)}", values[measure]))
+    if run.prior is not None:
+        data = _names(run.args.get("validation_data_dir", "held-out images"))
+        for measure in ("similarity", "text_similarity", "shuffled_similarity"):
+            if measure in run.prior:
+                name = f"Cosine similarity {PRIOR_MEASURES[measure]} to {run.prior['num_images']} image embeddings"
+                measured.append((data, f"cosine_{measure}", name, run.prior[measure]))
     task = _task(pushed)
     results = [
         EvalResult(
@@ -267,12 +322,15 @@ def _metadata(pushed: Any, repo_id: str, run: _Run) -> ModelCardData:
         for value in (run.args.get("dataset_name"), run.args.get("pretrained_model_name_or_path"))
     )
     # The licence of pretrained weights applies as well.
-    has_pretrained = any(run.args.get(f"{part}_name_or_path") for part in ("pretrained_model", "text_encoder"))
+    parts = ("pretrained_model", "text_encoder", "image_encoder")
+    has_pretrained = any(run.args.get(f"{part}_name_or_path") for part in parts)
     needs_base = isinstance(pushed, (AdaGNControlNetModel, LoraAdapter))
     tags = [f"diffusers:{name}"] if isinstance(pushed, DiffusionPipeline) else []
-    tags += ["diffusers-adm", "ablated-diffusion-model", name, *(["lora"] if isinstance(pushed, LoraAdapter) else [])]
+    is_clip = isinstance(pushed, CLIPModel)
+    tags += ["diffusers-adm", "clip" if is_clip else "ablated-diffusion-model", name]
+    tags += ["lora"] if isinstance(pushed, LoraAdapter) else []
     return ModelCardData(
-        library_name="diffusers",
+        library_name="transformers" if is_clip else "diffusers",
         pipeline_tag=task,
         license=known[0][1] if len(known) == 1 and not has_pretrained else None,
         datasets=[data_set] if data_set else None,
@@ -285,9 +343,13 @@ def _metadata(pushed: Any, repo_id: str, run: _Run) -> ModelCardData:
     )
 
 
+def _summary(cls: type) -> str:
+    return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
+
+
 def _template_variables(pushed: Any, folder: Path, repo_id: str, run: _Run) -> dict[str, Any]:
     kinds = {DiffusionPipeline: "pipeline", AdaGNControlNetModel: "controlnet", AdaGNClassifierModel: "classifier"}
-    kinds |= {LoraAdapter: "adapter", AutoencoderKL: "autoencoder"}
+    kinds |= {LoraAdapter: "adapter", AutoencoderKL: "autoencoder", CLIPModel: "clip", PriorTransformer: "prior"}
     noise_schedule = pushed.config.get("noise_schedule") if isinstance(pushed, ModelMixin) else None
     recipe = {name: _public(value) for name, value in run.args.items()}
     return {
@@ -295,7 +357,7 @@ def _template_variables(pushed: Any, folder: Path, repo_id: str, run: _Run) -> d
         "pushed": pushed,
         "class_name": type(pushed).__name__,
         "kind": next((kind for cls, kind in kinds.items() if isinstance(pushed, cls)), "model"),
-        "summary": " ".join((type(pushed).__doc__ or "").strip().split("\n\n")[0].split()),
+        "summary": CLIP_SUMMARY if isinstance(pushed, CLIPModel) else _summary(type(pushed)),
         "repo_id": repo_id,
         "run": run,
         "images": _copy_images(run.folder, folder),
@@ -307,6 +369,10 @@ def _template_variables(pushed: Any, folder: Path, repo_id: str, run: _Run) -> d
         "measures": MEASURES,
         "translation_measures": TRANSLATION_MEASURES,
         "reconstruction_measures": RECONSTRUCTION_MEASURES,
+        "prior_measures": PRIOR_MEASURES,
+        "clip": _public(run.args.get("clip", "its author")),
+        "retrieval_measures": RETRIEVAL_MEASURES,
+        "held_out_measures": HELD_OUT_MEASURES,
         "rfid_network": _public((run.reconstruction or {}).get("rfid_network")),
         "source_format": pushed.source_format if isinstance(pushed, ADMImageToImagePipeline) else None,
         "names": _names,
@@ -320,12 +386,15 @@ def _template_variables(pushed: Any, folder: Path, repo_id: str, run: _Run) -> d
 def _format_variables(pushed: Any, folder: Path, run: _Run) -> dict[str, Any]:
     """What the card says of size and format of the images; None where the config does not tell."""
     is_pipeline = isinstance(pushed, DiffusionPipeline)
-    recorded = pushed.config.get("image_format")
+    config = _config(pushed)
+    recorded = config.get("image_format")
     if isinstance(pushed, AutoencoderKL):  # whose config has no such entry
         recorded = (load_autoencoder_record(folder) or {}).get("image_format")
     image_format = None if recorded is None else ImageFormat.from_config(recorded, recorded["channels"])
-    conditions = pushed.config.get("condition_format")
-    size = as_size((pushed.unet if is_pipeline else pushed).config.get("sample_size"))
+    conditions = config.get("condition_format")
+    size = as_size(pushed.unet.config.get("sample_size") if is_pipeline else config.get("sample_size"))
+    if isinstance(pushed, CLIPModel):
+        size = as_size(pushed.config.vision_config.image_size)
     if size is not None and is_pipeline:  # of latents, if there is an autoencoder
         factor = downsampling_factor(getattr(pushed, "vae", None))
         size = size[0] * factor, size[1] * factor
@@ -359,7 +428,7 @@ def _call(pipe: DiffusionPipeline, shows_pil: bool) -> str:
         if isinstance(pipe, ADMInpaintPipeline):
             files["mask"] = ImageFormat("L", 1)
             arguments += ["mask_image=mask"]
-    if pipe.text_encoder is not None:
+    if _takes_prompts(pipe):
         arguments.append('prompt="..."')
     elif pipe.config.get("id2label"):
         arguments.append(f"class_labels={next(iter(pipe.config['id2label'].values()))!r}")

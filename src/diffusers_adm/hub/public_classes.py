@@ -3,6 +3,7 @@
 from ..models.classifier_adagn import AdaGNClassifierModel
 from ..models.controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from ..models.text_encoder_glide import GLIDETextModel
+from ..models.unclip_projection import UnCLIPProjectionModel
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
 from ..pipelines import (
     ADMControlNetPipeline,
@@ -10,6 +11,7 @@ from ..pipelines import (
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
+    ADMUnCLIPPipeline,
 )
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 
@@ -22,6 +24,7 @@ COMPONENTS = (
     AdaGNControlNetModel,
     AdaGNMultiControlNetModel,
     GLIDETextModel,
+    UnCLIPProjectionModel,
     LearnedVarianceDDPMScheduler,
 )
 PIPELINES = (
@@ -30,5 +33,6 @@ PIPELINES = (
     ADMSuperResolutionPipeline,
     ADMControlNetPipeline,
     ADMImageToImagePipeline,
+    ADMUnCLIPPipeline,
 )
 PUBLIC_CLASSES = (*COMPONENTS, *PIPELINES)

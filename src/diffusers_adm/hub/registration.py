@@ -7,13 +7,16 @@ the library must be a key of `LOADABLE_CLASSES`, and a pipeline or a single mode
 These are private details of diffusers; tests/hub/test_registration.py fails when a release changes them.
 """
 
+import os
 import sys
 import types
+from typing import Any
 
 import diffusers
 from diffusers import ConfigMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
+from ..pipelines import ADMPipeline
 from .export import export_class_file
 from .model_cards import write_model_card
 from .public_classes import COMPONENTS, PACKAGE, PUBLIC_CLASSES
@@ -53,6 +56,18 @@ def register_with_diffusers() -> None:
     for cls in PUBLIC_CLASSES:
         if issubclass(cls, ConfigMixin):  # `AdaGNMultiControlNetModel` is not: it saves its networks one by one
             add_publishing(cls, write_model_card, export_class_file)
+    # From outside, so that `pipelines` needs no conversion, and code in repositories does not promise it.
+    ADMPipeline.from_single_file = classmethod(_from_single_file)  # type: ignore[attr-defined]
+
+
+def _from_single_file(cls: type[ADMPipeline], checkpoint: str | os.PathLike, **kwargs: Any) -> ADMPipeline:
+    """
+    Loads a checkpoint of guided-diffusion or improved-diffusion, converted in memory: see
+    [`diffusers_adm.conversion.load_single_file`] for the arguments, such as `preset` or `model_flags`.
+    """
+    from ..conversion import load_single_file  # which most programs do not need
+
+    return load_single_file(cls, os.fspath(checkpoint), **kwargs)
 
 
 def _check_free(namespace: types.ModuleType, name: str) -> None:

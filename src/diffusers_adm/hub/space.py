@@ -22,9 +22,9 @@ from huggingface_hub import CommitInfo, HfApi
 from .public_classes import PACKAGE
 
 
-APP_FILES = ("app.py", "space_models.py", "README.md")
+APP_FILES = ("app.py", "space_models.py", "space_server.py", "README.md")
 REQUIREMENTS = "requirements.txt"
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src", "pipelines")  # of the wheel
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src", "pipelines", "training")  # of the wheel
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 # 1 January 1980 in seconds since 1970, the first date that a wheel can hold. With the current date, each build would
 # give another file.

@@ -3,6 +3,7 @@
 from .classifier_adagn import AdaGNClassifierModel
 from .controlnet_adagn import AdaGNControlNetModel, AdaGNMultiControlNetModel
 from .text_encoder_glide import GLIDETextModel
+from .unclip_projection import UnCLIPProjectionModel
 from .unet_2d_adagn import AdaGNUNet2DModel
 
 
@@ -12,4 +13,5 @@ __all__ = [
     "AdaGNMultiControlNetModel",
     "AdaGNUNet2DModel",
     "GLIDETextModel",
+    "UnCLIPProjectionModel",
 ]

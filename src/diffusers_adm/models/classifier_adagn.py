@@ -16,13 +16,13 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..ops.adagn import ADAGN_ACTIVATIONS, AdaGNActivation, AdaGroupNormAct
 from .config_checks import PoolKind, ResampleKind, TimeInjection, block_specs, check_classifier, per_level
 from .input_checks import check_sample, check_shape
+from .loading import WholeModelMixin
 from .unet_2d_adagn import (
     DownBlock,
     Layers,
@@ -93,7 +93,7 @@ class SpatialPool(nn.Sequential):
         return to_out(features), features  # (B, out_dim), (B, SPATIAL_POOL_HIDDEN_DIM)
 
 
-class AdaGNClassifierModel(ResBlockCompileMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AdaGNClassifierModel(ResBlockCompileMixin, WholeModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Classifier of noisy images: log p(y | x_t) and, by its gradient with respect to x_t, classifier guidance.
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..ops.adagn import AdaGNActivation
+from ..ops.integers import check_integer
+from ..ops.values import check_number, describe
 
 
 # What follows each residual block (None: nothing). "self": the image attends to itself. "transformer": transformer
@@ -79,6 +82,28 @@ NEUTRAL_ARGUMENTS = {
 }
 
 
+# Largest values of arguments that count something, far above those of any network: a wrong digit in a file, or a
+# malicious one, must not fill the memory or build layers for hours.
+MAX_LAYERS, MAX_WIDTH, MAX_ROWS, MAX_LEVELS = 1000, 2**14, 2**24, 64
+COUNTS = {
+    **dict.fromkeys(("layers_per_block", "num_layers", "num_hidden_layers"), MAX_LAYERS),
+    **dict.fromkeys(("transformer_layers_per_block", "reverse_transformer_layers_per_block"), MAX_LAYERS),
+    **dict.fromkeys(("in_channels", "out_channels", "block_out_channels", "base_channels"), MAX_WIDTH),
+    **dict.fromkeys(("conditioning_channels", "conditioning_embedding_out_channels"), MAX_WIDTH),
+    **dict.fromkeys(("norm_num_groups", "attn_norm_num_groups", "addition_embed_type_num_heads"), MAX_WIDTH),
+    **dict.fromkeys(("attention_head_dim", "num_attention_heads", "num_attention_heads_up"), MAX_WIDTH),
+    **dict.fromkeys(("cross_attention_dim", "encoder_hid_dim", "text_states_dim", "clip_embeddings_dim"), MAX_WIDTH),
+    **dict.fromkeys(("time_cond_proj_dim", "time_embedding_dim", "time_proj_dim", "time_embed_dim"), MAX_WIDTH),
+    **dict.fromkeys(("projection_class_embeddings_input_dim", "projection_dim", "hidden_size"), MAX_WIDTH),
+    **dict.fromkeys(("clip_extra_context_tokens", "max_position_embeddings", "sample_size"), MAX_WIDTH),
+    **dict.fromkeys(("num_class_embeds", "num_classes", "num_train_timesteps", "vocab_size"), MAX_ROWS),
+}
+# The others are at least 1; of these, what reads them says how many there must be.
+CHECKED_BY_OWNERS = ("layers_per_block", "num_layers", "num_hidden_layers", "attention_head_dim", "num_attention_heads")
+CHECKED_BY_OWNERS += ("num_attention_heads_up", "clip_extra_context_tokens")
+FACTORS = ("dropout", "norm_eps", "freq_shift", "timestep_scale", "resnet_out_scale_factor", "mid_block_scale_factor")
+
+
 def per_level(value: Any, levels: int) -> tuple:
     """One entry per level: a list as it is, any other value repeated."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
@@ -125,6 +150,37 @@ def check_neutral_arguments(cls: type, arguments: Mapping[str, Any]) -> None:
         raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}")
 
 
+def check_counts(config: Mapping[str, Any]) -> None:
+    """
+    Check arguments by their names: counts are integers, or lists of them, and none is absurd; factors are finite
+    numbers; block types are texts.
+    """
+    for name, value in config.items():
+        if name in COUNTS:
+            _check_count(name, value, value)
+        elif name in FACTORS:
+            check_number(name, value)
+        elif name in BLOCK_TYPES:
+            entries = value if isinstance(value, (list, tuple)) else [None]
+            if not all(isinstance(entry, str) for entry in entries):
+                raise ValueError(f"`{name}` is {describe(value)}; pass a list of block types.")
+
+
+def _check_count(name: str, value: Any, entry: Any, depth: int = 0) -> None:
+    if isinstance(entry, (list, tuple)) and depth < 2 and len(entry) <= MAX_LEVELS:
+        for each in entry:
+            _check_count(name, value, each, depth + 1)
+        return
+    maximum = COUNTS[name]
+    minimum = -maximum if name in CHECKED_BY_OWNERS else 1
+    is_integer = isinstance(entry, Integral) and not isinstance(entry, bool)
+    if entry is not None and not (is_integer and minimum <= entry <= maximum):
+        raise ValueError(
+            f"`{name}` is {describe(value)}; it must be at least 1 and at most {maximum}: an integer, or a list of at "
+            f"most {MAX_LEVELS} of them where there is one for each level."
+        )
+
+
 def check_choice(name: str, value: Any, choices: Iterable) -> None:
     """Check that an argument has one of the values that there are."""
     if value not in (choices := tuple(choices)):
@@ -153,6 +209,14 @@ def check_block_types(config: Any, name: str) -> None:
 
 def check_levels(config: Any) -> None:
     """Check what U-Net, ControlNet and classifier have in common: the levels of an encoder."""
+    check_counts(config)
+    channels = config.block_out_channels
+    if not isinstance(channels, (list, tuple)) or not channels:
+        raise ValueError(f"`block_out_channels` is {describe(channels)}; pass a list of one number per level.")
+    for name in ("in_channels", "out_channels", "norm_num_groups"):
+        check_integer(name, config.get(name, 1), 1)
+    for number in channels:
+        check_integer("block_out_channels", number, 1)
     check_block_types(config, "down_block_types")
     check_choice("resnet_time_scale_shift", config.resnet_time_scale_shift, get_args(TimeInjection))
     check_choice("downsample_type", config.downsample_type, get_args(ResampleKind))

@@ -23,6 +23,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.controlnets.controlnet import ControlNetModel, ControlNetOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..ops.adagn import AdaGNActivation
@@ -68,6 +69,9 @@ SHARED_CONDITIONS = (
     "projection_class_embeddings_input_dim",
     "addition_embed_type",
 )
+
+
+GIVEN_TWICE = "Both `controlnet_cond` and `controlnet_cond_embeds` were given. Pass one of them."
 
 
 def residual_channels(block_out_channels: Sequence[int], layers_per_block: int | Sequence[int]) -> list[int]:
@@ -177,6 +181,8 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    # A group of its own, as `embed_condition` runs it outside of `forward`.
+    _group_offload_block_modules = ["controlnet_cond_embedding"]
     _no_split_modules = ["ResBlock", "Attention", "AddedKVAttention", "BasicTransformerBlock", "ConditioningEmbedding"]
     _skip_layerwise_casting_patterns = ["norm"]
 
@@ -413,6 +419,46 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
                 "`from_unet`."
             )
 
+    @apply_forward_hook  # offloading brings the network to the device before its `forward`, or this
+    def embed_condition(self, controlnet_cond: torch.Tensor) -> torch.Tensor:
+        r"""
+        Embed conditioning images. The embedding does not depend on sample, timestep and other conditions, so that
+        sampling computes it once for all steps and passes it as `controlnet_cond_embeds`.
+
+        Args:
+            controlnet_cond (`torch.Tensor` of shape `(batch_size, conditioning_channels, factor * height, factor *
+                width)`): Conditioning images, in [0, 1] and in the dtype of the samples.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, block_out_channels[0], height, width)`.
+
+        Raises:
+            ValueError: For images of another shape.
+            TypeError: For images that are not floating point.
+        """
+        self._check_images(controlnet_cond, ("batch_size", "height", "width"))
+        factor, (height, width) = self.conditioning_factor, controlnet_cond.shape[2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"`controlnet_cond` is {height} x {width}; both must be divisible by {factor}, the number of its "
+                "pixels for each pixel of a sample. Resize it."
+            )
+        return self._embed_images(controlnet_cond)
+
+    def _check_images(self, controlnet_cond: torch.Tensor | None, expected: tuple[int | str, ...]) -> None:
+        batch_size, height, width = expected
+        check_shape("controlnet_cond", controlnet_cond, (batch_size, self.config.conditioning_channels, height, width))
+        if not controlnet_cond.is_floating_point():
+            raise TypeError(
+                f"`controlnet_cond` is {controlnet_cond.dtype}; it must be floating point, in [0, 1]. Convert 8-bit "
+                "images with `images.float() / 255`."
+            )
+
+    def _embed_images(self, controlnet_cond: torch.Tensor) -> torch.Tensor:
+        if self.config.controlnet_conditioning_channel_order == "bgr":
+            controlnet_cond = controlnet_cond.flip(1)
+        return self.controlnet_cond_embedding(controlnet_cond)
+
     def join(self, *others: AdaGNControlNetModel) -> AdaGNMultiControlNetModel:
         """This ControlNet and others of the same U-Net as one model, for code that does not import its class."""
         return AdaGNMultiControlNetModel([self, *others])
@@ -433,6 +479,7 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
         return_dict: bool = True,
         *,
         encoder_attention_mask: torch.Tensor | None = None,
+        controlnet_cond_embeds: torch.Tensor | None = None,
     ) -> ControlNetOutput | tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         r"""
         Compute the residuals that condition a U-Net on images.
@@ -448,6 +495,9 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
             guess_mode (`bool`, defaults to `False`): Weight the residuals by resolution, on a logarithmic scale from
                 0.1 for the first skip connection to 1 for the middle block.
             return_dict (`bool`, defaults to `True`): Return a [`~diffusers.models.controlnets.ControlNetOutput`].
+            controlnet_cond_embeds (`torch.Tensor` of shape `(rows, block_out_channels[0], height, width)`, *optional*):
+                The result of `embed_condition`, in place of `controlnet_cond`. `rows` divides `batch_size`: a batch
+                that holds the same images several times, as that of two passes of guidance, takes one copy.
 
         Returns:
             [`~diffusers.models.controlnets.ControlNetOutput`] or `tuple`: `.down_block_res_samples`, a tuple with one
@@ -455,8 +505,8 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
             are `down_block_additional_residuals` and `mid_block_additional_residual` of the U-Net.
 
         Raises:
-            ValueError: For a conditioning image that is missing or of another shape, and for inputs that the U-Net
-                would refuse.
+            ValueError: For a conditioning image that is missing, of another shape or given in both forms, and for
+                inputs that the U-Net would refuse.
             TypeError: For images that are not floating point.
         """
         # 1. time, class and text
@@ -474,19 +524,25 @@ class AdaGNControlNetModel(EncoderMixin, AttentionMixin, ConfigMixin):
 
         # 2. input and conditioning image -> (B, block_out_channels[0], H, W)
         batch_size, _, height, width = sample.shape
-        factor = self.conditioning_factor
-        expected = (batch_size, self.config.conditioning_channels, factor * height, factor * width)
-        check_shape("controlnet_cond", controlnet_cond, expected)
-        if not controlnet_cond.is_floating_point():
-            raise TypeError(
-                f"`controlnet_cond` is {controlnet_cond.dtype}; it must be floating point, in [0, 1]. Convert 8-bit "
-                "images with `images.float() / 255`."
+        if controlnet_cond_embeds is None:
+            factor = self.conditioning_factor
+            self._check_images(controlnet_cond, (batch_size, factor * height, factor * width))
+            controlnet_cond_embeds = self._embed_images(controlnet_cond.to(sample.dtype))
+        elif controlnet_cond is not None:
+            raise ValueError(GIVEN_TWICE)
+        else:
+            expected = ("rows", self.config.block_out_channels[0], height, width)
+            check_shape("controlnet_cond_embeds", controlnet_cond_embeds, expected)
+        rows = len(controlnet_cond_embeds)
+        if not rows or batch_size % rows:
+            raise ValueError(
+                f"`controlnet_cond_embeds` has {rows} rows, which do not divide the batch of {batch_size} samples. "
+                "Embed one image for each sample, or for each of several equal parts of the batch."
             )
-        if self.config.controlnet_conditioning_channel_order == "bgr":
-            controlnet_cond = controlnet_cond.flip(1)
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
-        hidden_states = self.conv_in(sample) + self.controlnet_cond_embedding(controlnet_cond.to(sample.dtype))
+        hidden_states = self.conv_in(sample).unflatten(0, (batch_size // rows, rows))
+        hidden_states = (hidden_states + controlnet_cond_embeds).flatten(0, 1)
 
         # 3. down path and middle block
         hidden_states, skips = self._encode(hidden_states, temb, context)
@@ -567,6 +623,25 @@ class AdaGNMultiControlNetModel(ModelMixin):
             except ValueError as error:
                 raise ValueError(f"ControlNet {number} of {len(self.nets)}, counted from 0: {error}") from error
 
+    @apply_forward_hook
+    def embed_condition(self, controlnet_cond: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """
+        Embed the images of each ControlNet as `AdaGNControlNetModel.embed_condition` does.
+
+        Args:
+            controlnet_cond (sequence of `torch.Tensor`): Conditioning images, one tensor per ControlNet; `None` for one
+                that does not run.
+
+        Raises:
+            ValueError: If there is not one entry per ControlNet.
+        """
+        if len(controlnet_cond) != len(self.nets):
+            raise ValueError(
+                f"There are {len(self.nets)} ControlNets and {len(controlnet_cond)} entries of `controlnet_cond`."
+            )
+        pairs = zip(self.nets, controlnet_cond, strict=True)
+        return [None if images is None else net.embed_condition(images) for net, images in pairs]
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -576,6 +651,7 @@ class AdaGNMultiControlNetModel(ModelMixin):
         conditioning_scale: Sequence[float | torch.Tensor] = (),
         *args: Any,
         return_dict: bool = True,
+        controlnet_cond_embeds: Sequence[torch.Tensor | None] | None = None,
         **kwargs: Any,
     ) -> ControlNetOutput | tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         r"""
@@ -586,22 +662,40 @@ class AdaGNMultiControlNetModel(ModelMixin):
                 for all ControlNets.
             controlnet_cond (sequence of `torch.Tensor`): Conditioning images, one tensor per ControlNet.
             conditioning_scale (sequence of `float` or `torch.Tensor`): One per ControlNet.
+            controlnet_cond_embeds (sequence of `torch.Tensor`, *optional*): The result of `embed_condition`, in place
+                of `controlnet_cond`.
 
         Raises:
             ValueError: If there is not one conditioning image and one scale per ControlNet, or if all scales are 0.
         """
-        numbers = (len(self.nets), len(controlnet_cond), len(conditioning_scale))
+        name, given = "controlnet_cond", controlnet_cond
+        if controlnet_cond_embeds is not None:
+            if len(controlnet_cond):
+                raise ValueError(GIVEN_TWICE)
+            name, given = "controlnet_cond_embeds", controlnet_cond_embeds
+        numbers = (len(self.nets), len(given), len(conditioning_scale))
         if len(set(numbers)) > 1:
             raise ValueError(
-                "There are {} ControlNets, {} entries of `controlnet_cond` and {} of `conditioning_scale`.".format(
-                    *numbers
+                "There are {} ControlNets, {} entries of `{}` and {} of `conditioning_scale`.".format(
+                    *numbers[:2], name, numbers[2]
                 )
             )
         total: list[torch.Tensor] = []
-        for net, image, scale in zip(self.nets, controlnet_cond, conditioning_scale, strict=True):
+        for net, entry, scale in zip(self.nets, given, conditioning_scale, strict=True):
             if not torch.is_tensor(scale) and scale == 0:
                 continue
-            down, mid = net(sample, timestep, encoder_hidden_states, image, scale, *args, return_dict=False, **kwargs)
+            images, embeds = (entry, None) if controlnet_cond_embeds is None else (None, entry)
+            down, mid = net(
+                sample,
+                timestep,
+                encoder_hidden_states,
+                images,
+                scale,
+                *args,
+                return_dict=False,
+                controlnet_cond_embeds=embeds,
+                **kwargs,
+            )
             residuals = [*down, mid]
             total = [a + b for a, b in zip(total, residuals, strict=True)] if total else residuals
         if not total:
@@ -612,6 +706,17 @@ class AdaGNMultiControlNetModel(ModelMixin):
         if not return_dict:
             return tuple(down), mid
         return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
+
+    def enable_group_offload(
+        self, onload_device: torch.device, *args: Any, offload_to_disk_path: str | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Offload each ControlNet as `AdaGNControlNetModel.enable_group_offload` does, by itself, so that also
+        `embed_condition` brings back what it needs; on disk, in folders as those of `save_pretrained`.
+        """
+        for index, net in enumerate(self.nets):
+            folder = None if offload_to_disk_path is None else str(self._folder(offload_to_disk_path, index))
+            net.enable_group_offload(onload_device, *args, offload_to_disk_path=folder, **kwargs)
 
     @staticmethod
     def _folder(directory: str | os.PathLike, index: int) -> Path:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .config_checks import check_counts
 from .input_checks import check_shape
+from .loading import WholeModelMixin
 
 
 KERNEL_SIZE, SLOPE = 4, 0.2  # of convolutions and leaky ReLUs, as in pix2pix
@@ -23,7 +24,7 @@ INIT_STD = 0.02
 MAX_WIDTH_FACTOR = 8  # of the widest layers
 
 
-class PatchDiscriminator(ModelMixin, ConfigMixin):
+class PatchDiscriminator(WholeModelMixin, ConfigMixin):
     r"""
     Convolutions with one output for each patch of the image: high for patches of images, low for reconstructed ones.
 
@@ -42,6 +43,7 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3, norm_num_groups: int = 32):
         super().__init__()
+        check_counts(self.config)
         for name in ("in_channels", "base_channels", "num_layers", "norm_num_groups"):
             if self.config[name] < 1:
                 raise ValueError(f"`{name}` is {self.config[name]}; it must be at least 1.")

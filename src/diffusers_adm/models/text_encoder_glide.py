@@ -12,10 +12,11 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .config_checks import check_counts
 from .input_checks import check_shape
+from .loading import WholeModelMixin
 
 
 # Those of CLIP's text transformer (https://huggingface.co/papers/2103.00020), the basis of GLIDE's; GPT-2's are alike.
@@ -90,7 +91,7 @@ class GLIDETextLayer(nn.Module):
 
 
 # `PeftAdapterMixin`: pipelines call `set_adapters`, `fuse_lora` and so on for each of their diffusers models.
-class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class GLIDETextModel(WholeModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The text transformer of GLIDE (Nichol et al. 2021, https://huggingface.co/papers/2112.10741). The defaults are those
     of the published base model.
@@ -133,6 +134,7 @@ class GLIDETextModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         use_final_layer_norm: bool = True,
     ):
         super().__init__()
+        check_counts(self.config)
         for name in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
             if self.config[name] < 1:  # torch builds a network without them
                 raise ValueError(f"`{name}` is {self.config[name]}; it must be at least 1.")

@@ -24,7 +24,6 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0
 from diffusers.models.embeddings import GaussianFourierProjection, TextTimeEmbedding, TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -53,6 +52,7 @@ from .config_checks import (
     with_defaults_of,
 )
 from .input_checks import check_class_labels, check_conditions, check_residuals, check_sample
+from .loading import WholeModelMixin
 
 
 BlockAttention: TypeAlias = Attention | Transformer2DModel | None
@@ -488,7 +488,7 @@ def expand_timesteps(timestep: torch.Tensor | float | int, sample: torch.Tensor)
     return timesteps
 
 
-class ResBlockCompileMixin(ModelMixin):
+class ResBlockCompileMixin(WholeModelMixin):
     """`compile_repeated_blocks` compiles the residual blocks, of which these networks have many kinds."""
 
     _repeated_blocks = ["ResBlock"]

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .adagn_cpu import adagn_cpu, cpu_is_usable, is_transformed
+from .adagn_triton import TRITON_ACTIVATIONS, adagn_triton, triton_is_usable
+
 
 AdaGNActivation = Literal["silu", "swish", "mish", "gelu", "relu"]
 ADAGN_ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
@@ -86,7 +89,7 @@ def _adagn_folded(
             x.view(1, batch_size * channels, height, width),
             batch_size * num_groups,
             (weight * gain).flatten(),
-            (bias * gain + shift.to(dtype)).flatten(),
+            torch.addcmul(shift.to(dtype), bias, gain).flatten(),
             eps,
         ).view(batch_size, channels, height, width)
     if activation in ("silu", "swish"):
@@ -107,17 +110,27 @@ def adagn(
     """
     `act(group_norm(x) * (1 + scale) + shift)` by the fastest way that is known to be right for this input.
 
-    Arguments and result are those of [`adagn_reference`], which is the definition. On CPU, contiguous inputs use one
-    normalisation kernel; all other inputs, and all inputs if the environment variable `DIFFUSERS_ADM_REFERENCE_ADAGN`
-    is `1`, use the reference. With 16-bit inputs the reference is computed again in the backward pass, to save memory.
+    Arguments and result are those of [`adagn_reference`], which is the definition. On CUDA, SiLU takes
+    [`adagn_triton`]. On CPU, contiguous inputs use one normalisation kernel, and channels-last inputs, outside of
+    compilers and transforms, [`adagn_cpu`]; all other inputs, and all inputs if the environment variable
+    `DIFFUSERS_ADM_REFERENCE_ADAGN` is `1`, use the reference. With 16-bit inputs the reference is computed again in the
+    backward pass, to save memory.
     """
     if (scale is None) != (shift is None):
         raise ValueError("`adagn` takes both `scale` and `shift`, or neither.")
     arguments = (x, num_groups, weight, bias, eps, scale, shift, activation)
-    # Not for channels-last: there the batch cannot move into the channels without a transposition, which costs more
-    # than it saves.
-    if x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous() and not USE_ADAGN_REFERENCE:
-        return _adagn_folded(*arguments)
+    if activation in TRITON_ACTIVATIONS and not USE_ADAGN_REFERENCE and triton_is_usable(x, weight, bias, scale, shift):
+        return adagn_triton(*arguments)
+    if x.device.type == "cpu" and x.ndim == 4 and not USE_ADAGN_REFERENCE:
+        # Not for channels-last: there the batch cannot move into the channels without a transposition, which costs
+        # more than it saves.
+        if x.is_contiguous() and len(x) > 0:
+            return _adagn_folded(*arguments)
+        if not torch.compiler.is_compiling() and is_transformed(x, weight, bias, scale, shift):
+            # There torch's group normalisation takes no channels-last tensors.
+            return adagn_reference(x.contiguous(), *arguments[1:])
+        if cpu_is_usable(x, weight, bias, scale, shift):
+            return adagn_cpu(adagn_reference, *arguments)
     if x.element_size() < 4 and x.requires_grad and not torch.compiler.is_compiling():
         # The reference would keep several float32 copies of a 16-bit `x` for the backward pass; computed again there,
         # it keeps only `x`. (A compiler fuses them by itself.)

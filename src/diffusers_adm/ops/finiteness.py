@@ -5,9 +5,24 @@ from collections.abc import Mapping
 import torch
 
 
+MAX_NUMBERS = 10  # in a message
+
+
 def not_finite(values: torch.Tensor) -> list[int]:
     """Indices of the rows of `values` with NaN or infinity. Waits for the device."""
     return torch.nonzero(~values.flatten(1).isfinite().all(dim=1))[:, 0].tolist()
+
+
+def count_not_finite(values: torch.Tensor, kind: str) -> str | None:
+    """
+    How many rows of `values` hold NaN or infinity, and which, for a message: "2 of 4 images (numbers 0, 3, counted from
+    0)"; `None` if there are none. `kind`: what a row is, in the plural. Waits for the device.
+    """
+    bad = not_finite(values)
+    if not bad:
+        return None
+    numbers = ", ".join(map(str, bad[:MAX_NUMBERS])) + ", ..." * (len(bad) > MAX_NUMBERS)
+    return f"{len(bad)} of {len(values)} {kind} (numbers {numbers}, counted from 0)"
 
 
 def explain_weights(name: str, network: torch.nn.Module) -> str | None:

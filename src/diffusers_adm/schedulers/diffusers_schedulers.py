@@ -8,12 +8,15 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, get_args
 
 import torch
 from diffusers import DDIMParallelScheduler, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 
+from ..ops.integers import check_integer
+from ..ops.values import check_number
+from .scheduling_ddim_inversion import DDIMInversionScheduler
 from .scheduling_ddpm_learned_variance import PredictionType
 
 
@@ -27,8 +30,8 @@ UNSUITABLE_SCHEDULERS = {
     "takes the predicted x_0 for a finished image, but without distillation it is the mean of many. For few steps use "
     "`DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`.",
     "RePaintScheduler": "its steps need an original image and a mask.",
-    "UnCLIPScheduler": "its steps need the previous timestep. `LearnedVarianceDDPMScheduler` makes the same steps with "
-    "`beta_schedule='squaredcos_cap_v2'` and `timestep_spacing='linspace'`.",
+    "UnCLIPScheduler": "its steps need the previous timestep. `LearnedVarianceDDPMScheduler` makes the same steps: "
+    "`LearnedVarianceDDPMScheduler.from_config(scheduler.config)`.",
     "DDIMInverseScheduler": "it goes from images to noise.",
     "DPMSolverMultistepInverseScheduler": "it goes from images to noise.",
     "CogVideoXDDIMScheduler": "it shifts the betas for CogVideoX. Use `DDIMScheduler`.",
@@ -73,15 +76,42 @@ def keeps_no_state(scheduler: SchedulerMixin) -> bool:
     return isinstance(scheduler, stateless) or hasattr(scheduler, "has_learned_variance")
 
 
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raises a `ValueError` for schedulers of diffusers that would generate no images, or wrong ones."""
+def last_step_kwargs(scheduler: SchedulerMixin, sample: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Keyword arguments of the last `step` of a loop that others follow with the same generators: our scheduler then draws
+    no noise, of which it would add none, so that these draw what follows as with diffusers' schedulers.
+    """
+    options = inspect.signature(scheduler.step).parameters
+    is_ours = "guidance_gradient" in options and "variance_noise" in options
+    return {"variance_noise": torch.zeros_like(sample)} if is_ours else {}
+
+
+def check_other_steps(scheduler: SchedulerMixin, number: int, prefix: str) -> None:
+    """
+    Raises a `ValueError` if a further scheduler of a pipeline cannot take so many steps. `prefix`: in front of
+    `scheduler` and `num_inference_steps` in messages.
+    """
+    check_integer(f"{prefix}num_inference_steps", number, 1)
+    try:
+        Steps(int(number), None, None).set_timesteps(copy_for_call(scheduler, None, 1), torch.device("cpu"))
+    except ValueError as error:
+        raise ValueError(f"`{prefix}scheduler` with `{prefix}num_inference_steps` {number}: {error}") from error
+
+
+def check_scheduler(scheduler: SchedulerMixin, argument: str = "scheduler") -> None:
+    """
+    Raises a `ValueError` for schedulers of diffusers that would generate no images, or wrong ones. `argument`: what
+    messages call it.
+    """
+    if isinstance(scheduler, DDIMInversionScheduler):
+        scheduler = scheduler.scheduler
     config, name = scheduler.config, type(scheduler).__name__
     options = inspect.signature(type(scheduler).__init__).parameters
     if name in UNSUITABLE_SCHEDULERS:
-        raise ValueError(f"`scheduler` is a {name}, which these models cannot use: {UNSUITABLE_SCHEDULERS[name]}")
+        raise ValueError(f"`{argument}` is a {name}, which these models cannot use: {UNSUITABLE_SCHEDULERS[name]}")
     if type(scheduler).__module__.startswith("diffusers.") and "beta_schedule" not in options:
         raise ValueError(
-            f"`scheduler` is a {name}, which these models cannot use: it has no `beta_schedule`, so it reverses "
+            f"`{argument}` is a {name}, which these models cannot use: it has no `beta_schedule`, so it reverses "
             "another process than the one that they are trained on (flow matching, EDM, consistency models, discrete "
             "tokens, ...). Make another one with `from_config`, such as `DDIMScheduler`, "
             "`DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`."
@@ -89,19 +119,19 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES or config.get("use_flow_sigmas", False):
         raise ValueError(
-            f"`scheduler` is a {name} with `prediction_type={prediction_type!r}` and "
+            f"`{argument}` is a {name} with `prediction_type={prediction_type!r}` and "
             f"`use_flow_sigmas={config.get('use_flow_sigmas', False)}`. Networks of this family predict one of "
             f"{list(PREDICTION_TYPES)}, without flow sigmas. Pass both to `from_config`."
         )
     if prediction_type == "sample" and name in SCHEDULERS_WITHOUT_SAMPLE_PREDICTION:
         raise ValueError(
-            f"`scheduler` is a {name}, which does not support `prediction_type='sample'`. Use another one, such as "
+            f"`{argument}` is a {name}, which does not support `prediction_type='sample'`. Use another one, such as "
             "`DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`."
         )
     # A config keeps what its class does not know, and the betas are then not those of the network.
     if config.get("rescale_betas_zero_snr", False) and "rescale_betas_zero_snr" not in options:
         raise ValueError(
-            f"`scheduler` is a {name}, which does not support `rescale_betas_zero_snr`, but its config has it set: it "
+            f"`{argument}` is a {name}, which does not support `rescale_betas_zero_snr`, but its config has it set: it "
             "would step with other betas than the network's. Use one that does, such as `DDIMScheduler`, "
             "`EulerDiscreteScheduler`, `DPMSolverMultistepScheduler` or `UniPCMultistepScheduler`."
         )
@@ -171,8 +201,7 @@ class Steps:
     def check(self, scheduler: SchedulerMixin) -> None:
         """Raises a `ValueError` for what the scheduler cannot do, before any work."""
         number, name = self.num_inference_steps, type(scheduler).__name__
-        if not isinstance(number, Integral) or number < 1:
-            raise ValueError(f"`num_inference_steps` is {number!r}; pass an integer of at least 1.")
+        check_integer("num_inference_steps", number, 1)
         if self.timestep_respacing is not None and number != DEFAULT_NUM_INFERENCE_STEPS:
             raise ValueError(
                 f"`timestep_respacing` is {self.timestep_respacing!r} and `num_inference_steps` is {number}: both "
@@ -183,11 +212,18 @@ class Steps:
                 f"`strength` is {self.strength!r}; it must lie in (0, 1]: 1 starts from noise, less from the noised "
                 "image, and 0 would change nothing."
             )
+        if self.strength < 1 and isinstance(scheduler, DDIMInversionScheduler):
+            raise ValueError(
+                f"`strength` is {self.strength}, but an inversion takes all steps, from an image to noise. Leave out "
+                "`strength`, and the image to start from."
+            )
         if self.strength < 1 and name in SCHEDULERS_WITHOUT_STRENGTH:
             raise ValueError(
                 f"`strength` is {self.strength}, but a {name} cannot start in the middle of its timesteps. Pass 1.0, "
                 "or use another scheduler, such as `DDIMScheduler` or `DPMSolverMultistepScheduler`."
             )
+        if self.eta is not None:
+            check_number("eta", self.eta)
         if self.eta is not None and not 0 <= self.eta < math.inf:
             raise ValueError(
                 f"`eta` is {self.eta}; it must be a number of at least 0 (0: deterministic, 1: as much noise as DDPM)."
@@ -205,6 +241,7 @@ class Steps:
         if self.timestep_respacing is not None:
             scheduler.set_timesteps(timestep_respacing=self.timestep_respacing, device=device)
         else:
+            self._check_number_of(scheduler)
             scheduler.set_timesteps(self.num_inference_steps, device=device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # else the first step looks for its index among the timesteps, and waits
@@ -238,6 +275,15 @@ class Steps:
         if begin and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         return scheduler.timesteps[begin:]
+
+    def _check_number_of(self, scheduler: SchedulerMixin) -> None:
+        """Raises a `ValueError` for more steps than timesteps. Some schedulers of diffusers would take them all."""
+        total = scheduler.config.get("num_train_timesteps")
+        if total is not None and self.num_inference_steps > total:
+            raise ValueError(
+                f"`num_inference_steps` is {self.num_inference_steps}; it must be an integer between 1 and the "
+                f"`num_train_timesteps` {total} of this scheduler."
+            )
 
     def step_kwargs(self, scheduler: SchedulerMixin, generator: Generators) -> dict[str, Any]:
         """Those of `generator` and `eta` that `scheduler.step` draws noise with; deterministic ones take neither."""

@@ -8,10 +8,13 @@ https://huggingface.co/papers/2010.02502). `alphas_cumprod` is the papers' bar a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+
+from ..ops.values import check_plain_tensor, describe
 
 
 # One timestep for all examples, or a tensor of integers with one for each.
@@ -53,19 +56,27 @@ class DiffusionProcess:
     is not kept gets a position past the end, where every table is NaN: it cannot be mistaken for a valid one.
 
     Args:
-        alphas_cumprod (`np.ndarray` of shape `(num_train_timesteps,)`): bar alpha at all training timesteps, float64.
+        alphas_cumprod (`np.ndarray` of shape `(num_train_timesteps,)`): bar alpha at all training timesteps, float64;
+            with float32 all tables are rounded to it.
         timesteps (list of `int`): The timesteps to keep, ascending. Their betas follow from their bar alpha.
+        betas (`np.ndarray` of shape `(num_train_timesteps,)`, *optional*): Those of timesteps that are kept together
+            with the one before, in place of such that follow from a rounded bar alpha.
     """
 
-    def __init__(self, alphas_cumprod: np.ndarray, timesteps: Sequence[int] | np.ndarray):
+    def __init__(
+        self, alphas_cumprod: np.ndarray, timesteps: Sequence[int] | np.ndarray, betas: np.ndarray | None = None
+    ):
         self.timesteps = np.asarray(timesteps, dtype=np.int64)
         # The column of each training timestep in the tables; -1 for one that is not kept.
         self.positions = np.full(len(alphas_cumprod), -1, dtype=np.int64)
         self.positions[self.timesteps] = np.arange(len(self.timesteps))
 
         self._alphas_cumprod = alphas_cumprod = alphas_cumprod[self.timesteps]
-        self._alphas_cumprod_prev = alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
-        betas = 1 - alphas_cumprod / alphas_cumprod_prev
+        self._alphas_cumprod_prev = alphas_cumprod_prev = np.append(alphas_cumprod.dtype.type(1), alphas_cumprod[:-1])
+        own_betas, betas = betas, 1 - alphas_cumprod / alphas_cumprod_prev
+        if own_betas is not None:
+            is_next = np.diff(self.timesteps, prepend=-1) == 1
+            betas = np.where(is_next, own_betas[self.timesteps], betas)
         one_minus = 1 - alphas_cumprod
         posterior_variance = betas * (1 - alphas_cumprod_prev) / one_minus
         # beta_tilde is 0 at the first timestep, but the decoder needs its logarithm: that of the second one takes its
@@ -104,7 +115,9 @@ class DiffusionProcess:
         """
         if not torch.is_tensor(timestep):
             return self._check_number(timestep)
-        if timestep.is_floating_point():
+        if timestep.device.type != "meta":
+            check_plain_tensor("timestep", timestep)
+        if timestep.is_floating_point() or timestep.dtype == torch.bool:
             raise ValueError(f"`timestep` is of type {timestep.dtype}; timesteps must be integers.")
         if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, sample.shape[0])):
             raise ValueError(
@@ -119,8 +132,8 @@ class DiffusionProcess:
         return timestep.to(device=sample.device, dtype=torch.long)
 
     def _check_number(self, timestep: Timesteps) -> int:
-        if int(timestep) != timestep:
-            raise ValueError(f"`timestep` is {timestep}; timesteps must be integers.")
+        if not isinstance(timestep, Real) or timestep % 1:
+            raise ValueError(f"`timestep` is {describe(timestep)}; timesteps must be integers.")
         timestep, last = int(timestep), len(self.positions) - 1
         if not 0 <= timestep <= last:
             raise ValueError(f"`timestep` is {timestep}; training timesteps go from 0 to {last}.")
@@ -133,7 +146,7 @@ class DiffusionProcess:
 
     def previous(self, timestep: Timesteps) -> int:
         """Returns the timestep that is kept before `timestep`, which is read on the host; -1 before the first one."""
-        position = self.positions[self._check_number(timestep)]
+        position = self.positions[self._check_number(int(timestep.item()) if torch.is_tensor(timestep) else timestep)]
         return int(self.timesteps[position - 1]) if position > 0 else -1
 
     def lookup(self, timestep: Timesteps, like: torch.Tensor) -> Coefficients:

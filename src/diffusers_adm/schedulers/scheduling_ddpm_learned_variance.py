@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,6 +27,16 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..ops.integers import check_integer
+from ..ops.values import (
+    LARGEST,
+    as_number,
+    check_flag,
+    check_generator,
+    check_number,
+    check_plain_tensor,
+    describe,
+)
 from .diffusion_process import Coefficient, Coefficients, DDIMCoefficients, DiffusionProcess, Timesteps
 from .gaussians import discretized_gaussian_log_likelihood, normal_kl
 from .noise_schedules import (
@@ -57,16 +68,67 @@ VARIANCE_TYPE_HINTS = {
 # default. For these, that would be another process: the default betas of some diffusers schedulers are Stable
 # Diffusion's.
 PROCESS_KEYS = (*NOISE_SCHEDULE_KEYS, "variance_type", "prediction_type")
+# All arguments of diffusers' `UnCLIPScheduler`. It has no `timestep_spacing`: its steps are those of "linspace".
+UNCLIP_KEYS = {
+    "num_train_timesteps",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "prediction_type",
+    "beta_schedule",
+}
+
+
+# Of diffusion models in use: a few thousand. Tables of more would only fill memory.
+MAX_TRAIN_TIMESTEPS = 1_000_000
+# bar alpha, by whose root steps divide; the quotient must not overflow float32. (That of 10000 timesteps with the betas
+# of 1000 is 1e-44.)
+LEAST_SIGNAL = 1e-60
+
+
+def as_betas(trained_betas: Any) -> np.ndarray:
+    """A list of betas as float64; raises a `ValueError` for what is none, or too long."""
+    try:
+        betas = np.asarray(trained_betas, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"`trained_betas` is {describe(trained_betas)}; pass a list of numbers: {error}.") from error
+    if betas.size > MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"`trained_betas` holds {betas.size} numbers; the limit is {MAX_TRAIN_TIMESTEPS}.")
+    return betas
 
 
 def check_floating_point(**samples: torch.Tensor | None) -> None:
-    """Raises a `TypeError` for integer images or noise, given by argument name: results would be rounded silently."""
-    for name, tensor in samples.items():
-        if tensor is not None and not tensor.is_floating_point():
+    """
+    Checks images and noise, given by argument name.
+
+    Raises:
+        TypeError: For what is no tensor, and for integers: results would be rounded silently.
+        ValueError: For sparse and complex tensors, for tensors without a dimension of channels or without values, and
+            for incompatible shapes.
+    """
+    given = {name: tensor for name, tensor in samples.items() if tensor is not None}
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"`{name}` is {describe(tensor)}; pass a `torch.Tensor`.")
+        if tensor.device.type != "meta":  # whose shapes are computed without values
+            check_plain_tensor(name, tensor)
+        if not tensor.is_floating_point():
             raise TypeError(
                 f"`{name}` is {tensor.dtype}; it must be floating point, with images scaled to [-1, 1]. Convert 8-bit "
                 "images with `images.float() / 127.5 - 1`."
             )
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    first = next(iter(shapes.values()))
+    is_one = all(len(shape) == len(first) and _can_expand(shape, first) for shape in shapes.values())
+    if not is_one or len(first) < 2 or 0 in first:
+        raise ValueError(
+            f"The shapes {shapes} are incompatible; pass tensors of one shape, (batch_size, channels, ...), none of "
+            "its sides 0."
+        )
+
+
+def _can_expand(shape: Sequence[int], other: Sequence[int]) -> bool:
+    return all(a == b or 1 in (a, b) for a, b in zip(shape, other, strict=True))
 
 
 def mean_per_example(x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +171,9 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             `"linspace"` or `"trailing"`, as in `DDPMScheduler`.
         steps_offset (`int`, defaults to 0): Added to the timesteps of `"leading"`.
         rescale_betas_zero_snr (`bool`, defaults to `False`): Rescale the betas so that x_T carries no signal.
+        float32_tables (`bool`, defaults to `False`): Compute tables in float32, as diffusers' `UnCLIPScheduler` does.
+            Their rounding reaches 1e-3 in the first and the last step, but images are those of its pipelines.
+            `from_config` sets it for the config of that scheduler.
 
     Raises:
         ValueError: For an unknown choice, betas outside (0, 1), or `rescale_betas_zero_snr` with epsilon prediction.
@@ -135,7 +200,11 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: TimestepSpacing = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        float32_tables: bool = False,
     ):
+        for name, text in (("beta_schedule", beta_schedule), ("variance_type", variance_type)):
+            if not isinstance(text, str) and text is not None:  # lists have no hash, by which aliases are found
+                raise ValueError(f"`{name}` is {describe(text)}; pass a string.")
         beta_schedule = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
         variance_type = VARIANCE_TYPE_ALIASES.get(variance_type, variance_type)
         for name, value, choices in (
@@ -152,10 +221,27 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
             # Sorted, because diffusers' order is that of a set, and equal schedulers should have equal configs.
             settled["_use_default_values"] = sorted(set(self.config["_use_default_values"]) - set(PROCESS_KEYS))
 
+        check_integer("num_train_timesteps", num_train_timesteps, 0, maximum=MAX_TRAIN_TIMESTEPS)
+        check_integer("steps_offset", steps_offset, 0, maximum=MAX_TRAIN_TIMESTEPS)
+        for name, number, low, high in (
+            ("beta_start", beta_start, 0, 1),
+            ("beta_end", beta_end, 0, 1),
+            ("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1),
+            ("clip_sample_range", clip_sample_range, 0, LARGEST),
+            ("sample_max_value", sample_max_value, 1e-6, LARGEST),
+        ):
+            check_number(name, number, low, high)
+        for name, flag in (
+            ("clip_sample", clip_sample),
+            ("thresholding", thresholding),
+            ("rescale_betas_zero_snr", rescale_betas_zero_snr),
+            ("float32_tables", float32_tables),
+        ):
+            check_flag(name, flag)
         if trained_betas is None:
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         else:
-            betas = np.asarray(trained_betas, dtype=np.float64)
+            betas = as_betas(trained_betas)
         # After a beta of 1 no signal is left and the tables are 0 / 0. (`rescale_betas_zero_snr` makes the last one 1.)
         if betas.ndim != 1 or betas.size == 0 or not ((betas > 0) & (betas < 1)).all():
             found = np.array2string(betas, threshold=6, max_line_width=1000)
@@ -172,8 +258,12 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                     "there. Use it with `prediction_type='v_prediction'` or `'sample'`."
                 )
             betas = rescale_zero_terminal_snr(betas)
+        if float32_tables:
+            betas = betas.astype(np.float32)  # all that follows from them has their precision
+        self._rounded_betas = betas if float32_tables else None
         self._alphas_cumprod = np.cumprod(1 - betas)
-        # Read by training utilities of diffusers; float64, on the CPU.
+        self._check_signal(bool(rescale_betas_zero_snr))
+        # Read by training utilities of diffusers; on the CPU.
         self.betas = torch.from_numpy(betas)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.from_numpy(self._alphas_cumprod)
@@ -181,15 +271,31 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         # All timesteps, those of `set_timesteps`, and by `timestep_respacing`.
-        self._full_process = self._process = DiffusionProcess(self._alphas_cumprod, range(len(betas)))
+        self._full_process = self._process = self._process_of(range(len(betas)))
         self._respaced_processes: dict[str, DiffusionProcess] = {}
         self.timesteps = torch.from_numpy(self._process.timesteps[::-1].copy())
 
+    def _check_signal(self, has_zero_snr: bool) -> None:
+        """Raises a `ValueError` for betas so small or so large that steps would divide by 0 or overflow float32."""
+        inner = self._alphas_cumprod[:-1] if has_zero_snr else self._alphas_cumprod
+        if self._alphas_cumprod[0] >= 1 or (len(inner) and inner[-1] < LEAST_SIGNAL):
+            raise ValueError(
+                f"The betas leave a share of {self._alphas_cumprod[0]:g} of the signal in the first of "
+                f"{len(self._alphas_cumprod)} timesteps, and of {inner[-1] if len(inner) else 0:g} in the last: steps "
+                f"would divide by 0. It must fall from below 1 to at least {LEAST_SIGNAL:g}. Check `trained_betas`, or "
+                "`num_train_timesteps`, `beta_start` and `beta_end`."
+            )
+
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Like that of diffusers, but keeps the `PROCESS_KEYS` of `config` even if they are its class's defaults."""
+        """
+        Like that of diffusers, but keeps the `PROCESS_KEYS` of `config` even if they are its class's defaults. The
+        config of an `UnCLIPScheduler` gets its timesteps and rounding, and all of its arguments are kept.
+        """
         if isinstance(config, dict):
             left_to_defaults = [k for k in config.get("_use_default_values", []) if k not in PROCESS_KEYS]
+            if {key for key in config if not key.startswith("_")} == UNCLIP_KEYS:
+                config, left_to_defaults = {**config, "timestep_spacing": "linspace", "float32_tables": True}, []
             config = {**config, "_use_default_values": left_to_defaults}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -233,13 +339,24 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         if len(names) != 1:
             raise ValueError(f"Pass exactly one of {', '.join(f'`{name}`' for name in given)}; got {names or 'none'}.")
 
+        try:
+            place = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"`device` is {describe(device)}, which torch does not know: {error}.") from error
         total = self.config.num_train_timesteps
         if timestep_respacing is not None:
             chosen = respaced_timesteps(total, timestep_respacing)
         elif timesteps is not None:
-            chosen = list(timesteps)[::-1]
+            chosen = [as_number(each) for each in timesteps][::-1]
+            if not all(isinstance(each, Real) and abs(each) <= total for each in chosen):
+                raise ValueError(
+                    f"`timesteps` is {describe(timesteps)}; they must be integers that descend, without repetition, "
+                    f"within 0 and {total - 1}."
+                )
         else:
-            if not 1 <= num_inference_steps <= total or num_inference_steps != int(num_inference_steps):
+            num_inference_steps = as_number(num_inference_steps)
+            is_number = isinstance(num_inference_steps, Real)
+            if not is_number or not 1 <= num_inference_steps <= total or num_inference_steps % 1:
                 raise ValueError(
                     f"`num_inference_steps` is {num_inference_steps}; it must be an integer between 1 and the "
                     f"`num_train_timesteps` {total} of this scheduler."
@@ -254,9 +371,9 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                 f"`{names[0]}` asks for the timesteps {wanted[::-1].tolist()}; they must be integers that descend, "
                 f"without repetition, within 0 and {total - 1}."
             )
-        self._process = DiffusionProcess(self._alphas_cumprod, ascending)
+        self._process = self._process_of(ascending)
         self.num_inference_steps = len(ascending)
-        self.timesteps = torch.from_numpy(ascending[::-1].copy()).to(device)
+        self.timesteps = torch.from_numpy(ascending[::-1].copy()).to(place)
 
     def previous_timestep(self, timestep: Timesteps) -> Timesteps:
         """
@@ -276,8 +393,11 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         key = str(timestep_respacing)
         if key not in self._respaced_processes:
             timesteps = respaced_timesteps(self.config.num_train_timesteps, timestep_respacing)
-            self._respaced_processes[key] = DiffusionProcess(self._alphas_cumprod, timesteps)
+            self._respaced_processes[key] = self._process_of(timesteps)
         return self._respaced_processes[key]
+
+    def _process_of(self, timesteps: Sequence[int] | np.ndarray) -> DiffusionProcess:
+        return DiffusionProcess(self._alphas_cumprod, timesteps, self._rounded_betas)
 
     # The forward process
 
@@ -383,6 +503,9 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
         self, model_output: torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean channels, and variance channels if `variance_type` is learned (else `None`). Checks their number."""
+        check_floating_point(sample=sample)
+        if not isinstance(model_output, torch.Tensor):
+            raise TypeError(f"`model_output` is {describe(model_output)}; pass a `torch.Tensor`.")
         channels, learned = sample.shape[1], self.has_learned_variance
         expected = 2 * channels if learned else channels
         if model_output.shape != (sample.shape[0], expected, *sample.shape[2:]):
@@ -494,6 +617,11 @@ class LearnedVarianceDDPMScheduler(SchedulerMixin, ConfigMixin):
                 result is NaN), a wrong number of channels, or a negative `eta`.
         """
         # 1. x_t and the coefficients of its timestep, in at least float32.
+        check_floating_point(sample=sample, guidance_gradient=guidance_gradient, variance_noise=variance_noise)
+        check_generator(generator)
+        check_flag("return_dict", return_dict)
+        if eta is not None:
+            check_number("eta", eta)
         timestep = self._process.check(timestep, sample)
         x_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
         at = self._process.lookup(timestep, x_t)

@@ -30,6 +30,8 @@ from .arguments import (
     DataArguments,
     DiffusionArguments,
     DiffusionTrainingArguments,
+    HeldOutDataArguments,
+    ImageEmbeddingArguments,
     ModelArguments,
     NoiseArguments,
     SuperResolutionArguments,
@@ -38,6 +40,7 @@ from .arguments import (
     TrainingArguments,
     UNetArguments,
 )
+from .augmentation import random_colors, random_motion
 from .autoencoder_losses import (
     AutoencoderLosses,
     Reconstruction,
@@ -48,8 +51,10 @@ from .autoencoder_losses import (
     kl_per_value,
 )
 from .autoencoders import AUTOENCODER_ARGUMENTS, load_autoencoding, validate_reconstructions
+from .building import build_dataloader, build_ema, build_lr_scheduler, build_optimizer
 from .checkpoints import (
     TrainingProgress,
+    checkpoint_weights_apart,
     delete_checkpoints,
     find_checkpoint,
     find_latest_checkpoint,
@@ -60,18 +65,32 @@ from .checkpoints import (
 )
 from .classes import ClassPlan, plan_classes
 from .classifiers import CLASSIFIER_ARGUMENTS, evaluate, load_classification, match_classifier_classes
+from .clip import CLIP_ARGUMENTS, CLIP_PANELS, describe_measures, load_clip_training, validate_clip, write_measures
+from .compiled import compile_network
+from .contrastive import (
+    ContrastiveLoss,
+    clamp_logit_scale,
+    contrastive_loss,
+    gather_with_gradient,
+    recall_at,
+    retrieval_measures,
+    zero_shot_measures,
+)
 from .controlnets import ControlArguments, build_controlnet, check_base_stays, check_text_stays, condition_request
 from .diffusion import Diffusion, caption_model_kwargs, load_diffusion, load_text, prepare_captions
 from .effects import check_effects
 from .ema import ema_weights, evaluation_weights, result_weights
 from .frozen import FrozenNetworks
+from .held_out import HeldOutMeasures, held_out_measures, load_held_out
+from .image_embeddings import BatchEncoder, ImageEmbeddings, load_image_embeddings, num_shown, variation_grid
 from .image_measures import dice, measure, psnr, ssim
 from .image_to_image import (
     ImageToImageArguments,
-    load_held_out,
     record_measures,
+    source_arguments,
     source_column_in_errors,
     translate_examples,
+    translation_measures,
 )
 from .images import cell_scale, labelled_grid, labelled_strips
 from .latent_statistics import CHECKPOINT_IMAGES, LatentMoments, latent_moments, measure_latents
@@ -89,9 +108,23 @@ from .log import TrainingLog
 from .lora import LoraArguments, add_lora, checkpoint_adapter_only, save_lora, train_lora
 from .losses import TrainingLosses, check_objective, min_snr_weights, training_losses
 from .metrics import ClassificationMetrics, LossMetrics, MeanMetrics, MetricsHistory, record_losses, timestep_bin_edges
-from .plots import AUTOENCODER_PANELS, plot_accuracy_by_timestep, plot_classifier_curves, plot_loss_curves
+from .plots import (
+    AUTOENCODER_PANELS,
+    PRIOR_PANELS,
+    plot_accuracy_by_timestep,
+    plot_classifier_curves,
+    plot_loss_curves,
+)
+from .priors import (
+    PRIOR_ARGUMENTS,
+    load_prior_training,
+    measure_embeddings,
+    prior_inputs,
+    similarity_measures,
+    validate_prior,
+)
 from .resume import RunRecord, parse_run
-from .run import TrainingRun, build_dataloader, build_ema, build_lr_scheduler, build_optimizer
+from .run import TrainingRun
 from .setup import prepare_output_dir, run_settings, start_accelerator, start_run
 from .timestep_samplers import (
     TIMESTEP_SAMPLERS,
@@ -116,9 +149,12 @@ from .unets import (
 from .validation import (
     check_last_validation,
     choose_examples,
+    control_arguments,
     control_grid,
     generate,
+    inpainting_arguments,
     inpainting_grid,
+    low_resolution_arguments,
     sample_grid,
     save_samples,
     super_resolution_grid,

@@ -16,11 +16,14 @@ from ..conditioning.inpainting import InpaintingLayout
 from ..conditioning.low_resolution import check_fits_latents
 from ..conditioning.previews import check_preview_numbers
 from ..data.formats import FormatRequest, parse_value_range, range_word
+from ..models.unclip_projection import TextConditioningType
 from ..schedulers.noise_schedules import BetaScheduleName
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, PredictionType, VarianceType
+from .interruption import parse_max_time
 from .losses import Objective
 from .power_ema import check_std
 from .timestep_samplers import TimestepSamplerName
+from .trackers import TrackerName
 
 
 class Verdict(enum.Enum):
@@ -97,8 +100,8 @@ def size_word(text: str) -> SizeArgument:
 
 
 @dataclass
-class ModelArguments:
-    """Where the weights come from, and how the network runs."""
+class NetworkArguments:
+    """Where the weights come from."""
 
     pretrained_model_name_or_path: str | None = arg(
         None, "Pretrained model to fine-tune, on the Hub or in a folder.", resume=SOURCE
@@ -110,14 +113,6 @@ class ModelArguments:
         "Config of a network to train from scratch: a JSON file, or a folder or Hub repository that holds one.",
         resume=SOURCE,
     )
-    replace_classes: bool = arg(
-        False,
-        "Fine-tune: keep only the classes of the data instead of adding new ones to those of the pretrained model. "
-        "Classes of the same name keep their weights either way.",
-        resume=NEVER,
-    )
-    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass to save memory.", resume=FREE)
-    channels_last: bool = arg(False, "Keep weights and images in channels-last memory format.", resume=FREE)
 
     def check_source(self) -> None:
         """Raises a `ValueError` unless exactly one source of the network is given."""
@@ -126,12 +121,41 @@ class ModelArguments:
                 "Pass either `--model_config_name_or_path` (from scratch) or `--pretrained_model_name_or_path` "
                 "(fine-tune)."
             )
+
+
+@dataclass
+class ModelArguments(NetworkArguments):
+    """Where the weights come from, and how the network runs."""
+
+    replace_classes: bool = arg(
+        False,
+        "Fine-tune: keep only the classes of the data instead of adding new ones to those of the pretrained model. "
+        "Classes of the same name keep their weights either way.",
+        resume=NEVER,
+    )
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass to save memory.", resume=FREE)
+    channels_last: bool = arg(False, "Keep weights and images in channels-last memory format.", resume=FREE)
+    compile: bool = arg(
+        False,
+        "Compile the network of the training step with `torch.compile`; the first step takes longer. Not for "
+        "autoencoders and CLIPs.",
+        resume=FREE,
+    )
+
+    def check_source(self) -> None:
+        """Raises a `ValueError` unless exactly one source of the network is given, and for arguments of another one."""
+        super().check_source()
         check_needs(self, "pretrained_model_name_or_path", "replace_classes")
 
     @property
     def memory_format(self) -> torch.memory_format:
         """Memory format of weights and images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def refuse_compile(self, why: str) -> None:
+        """Raises a `ValueError` if the network is to be compiled, which this script cannot, and `why`."""
+        if self.compile:
+            raise ValueError(f"`compile` was given, but {why}. Leave it out.")
 
     def apply_to(self, network: Any) -> None:
         """Sets gradient checkpointing and memory format of a network."""
@@ -150,7 +174,27 @@ class DataArguments:
     train_data_dir: str | None = arg(
         None, "Folder of images; the names of its subfolders are the labels.", resume=PROCESS
     )
-    data_files: list[str] | None = arg(None, "Parquet files.", resume=PROCESS)
+    data_files: list[str] | None = arg(
+        None, "Parquet files; with `streaming`, parquet files or WebDataset tars.", resume=PROCESS
+    )
+    streaming: bool = arg(
+        False,
+        "Read the images from shards while training, for data larger than the disk: parquet files or WebDataset tars, "
+        "of a dataset on the Hub or `data_files`.",
+        resume=PROCESS,
+    )
+    shuffle_buffer_size: int | None = arg(
+        None,
+        "Size of each worker's shuffle buffer for a stream, in examples; none: 1000. The order of the shards is "
+        "shuffled as well.",
+        resume=PROCESS,
+    )
+    class_names: str | None = arg(
+        None,
+        "File with the class names of a stream whose labels are numbers without names: one name per line, in the order "
+        "of the numbers, or a JSON list, or the `id2label.json` of a classifier.",
+        resume=SOURCE,
+    )
     split: str = arg("train", "Split to train on.", resume=PROCESS)
     image_column: str = arg("image", "Column of the images.", resume=PROCESS)
     label_column: str | None = arg(None, "Column of the labels; none: train without classes.", resume=PROCESS)
@@ -194,14 +238,47 @@ class DataArguments:
     image_check_num_proc: int | None = arg(
         None, "Number of processes that check the images before training.", resume=FREE
     )
+    no_check_images: bool = arg(
+        False,
+        "Start training without decoding all images first; unusable ones are skipped as they are met. A stream is "
+        "never checked first.",
+        resume=PROCESS,
+    )
 
     def __post_init__(self):
         if self.resolution is not None:
             self.resolution = size_argument(parse_size("resolution", self.resolution))
         parse_value_range("value_range", self.value_range)
-        check_at_least(self, 1, "image_check_num_proc")
+        check_at_least(self, 1, "image_check_num_proc", "shuffle_buffer_size")
         check_at_least(self, 0, "min_image_size", "dataloader_num_workers")
-        check_needs(self, "label_column", "class_balanced")
+        check_needs(self, "label_column", "class_balanced", "class_names")
+        check_needs(self, "streaming", "shuffle_buffer_size", "class_names")
+        self._check_unchecked()
+
+    def _check_unchecked(self) -> None:
+        """Raises a `ValueError` for what needs all images before the first step, if they are not read before."""
+        needs = {"value_range": "its `auto` measures all images"} if self.value_range == ["auto"] else {}
+        if self.streaming:
+            needs |= {
+                "train_data_dir": "images in a folder are not in shards; write parquet files or tars",
+                "max_train_samples": "a random subset needs a list of all images; name fewer shards",
+                "class_balanced": "equal shares of the classes need a list of all labels",
+            }
+        unchecked = "streaming" if self.streaming else "no_check_images" if self.no_check_images else None
+        for name, why in needs.items():
+            if unchecked is not None and getattr(self, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, and `{unchecked}` does not read the data before the first "
+                    f"step: {why}. Drop one of them."
+                )
+
+    def refuse_streaming(self, what: str) -> None:
+        """Raises a `ValueError` if the images are to be streamed, which `what` cannot."""
+        if self.streaming:
+            raise ValueError(
+                f"`streaming` was given, but {what}. Leave it out. train_adm.py, train_controlnet.py and "
+                "train_super_resolution.py can stream."
+            )
 
     @property
     def size(self) -> Size | None:
@@ -219,10 +296,58 @@ class DataArguments:
         return FormatRequest(channels, self.image_mode, parse_value_range("value_range", self.value_range), known)
 
     def source(self) -> dict[str, Any]:
-        """Keyword arguments of `load_image_dataset`, without the seed."""
+        """
+        Keyword arguments of `load_image_dataset`, without the seed. Raises a `ValueError` for `streaming`, which is
+        read by `open_stream`.
+        """
+        self.refuse_streaming("this script reads its images at random")
+        return self._source()
+
+    def _source(self) -> dict[str, Any]:
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "data_files", "split")
         names += ("image_column", "label_column", "cache_dir", "max_train_samples")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class HeldOutDataArguments(DataArguments):
+    """Training images, and held-out ones for validation."""
+
+    validation_data_files: list[str] | None = arg(None, "Parquet files of held-out images.", resume=FREE)
+    validation_data_dir: str | None = arg(
+        None,
+        "Folder of held-out images, as `train_data_dir`; for training on stored latents, of held-out latents.",
+        resume=FREE,
+    )
+    validation_split: str | None = arg(
+        None,
+        "Split of the held-out images: of `validation_data_files` or `validation_data_dir` (default: train), or else "
+        "of the training data.",
+        resume=FREE,
+    )
+    max_validation_samples: int | None = arg(
+        None, "Size of a random subset to validate on; none: all held-out images.", resume=FREE
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, 1, "max_validation_samples")
+        if self.validation_data_files is not None and self.validation_data_dir is not None:
+            raise ValueError("Got `validation_data_files` and `validation_data_dir`. Pass one of them.")
+        if self.max_validation_samples is not None and self.validation_source() is None:
+            raise ValueError(
+                "`max_validation_samples` was given without `validation_data_files`, `validation_data_dir` or "
+                "`validation_split`. Pass one."
+            )
+
+    def validation_source(self) -> dict[str, Any] | None:
+        """As `source`, for the held-out images, which are never streamed; None if there are none."""
+        source = self._source() | {"max_train_samples": self.max_validation_samples}
+        if self.validation_data_files is not None or self.validation_data_dir is not None:
+            elsewhere = {"dataset_name": None, "dataset_config_name": None, "split": self.validation_split or "train"}
+            files, folder = self.validation_data_files, self.validation_data_dir
+            return source | elsewhere | {"data_files": files, "train_data_dir": folder}
+        return source | {"split": self.validation_split} if self.validation_split is not None else None
 
 
 @dataclass
@@ -307,6 +432,24 @@ class TrainingArguments:
     power_ema_snapshot_steps: int | None = arg(
         None, "Optimizer steps between these snapshots; none: `checkpointing_steps`.", resume=FREE
     )
+    max_skipped_steps: int | None = arg(
+        None,
+        "Number of optimizer steps in a row, skipped because loss or gradient is not finite, after which the run ends; "
+        "none: 10.",
+        resume=FREE,
+    )
+    max_time: str | None = arg(
+        None,
+        "Time limit, HH:MM:SS or a number of minutes: the run ends before it with a checkpoint and exit code 75; none: "
+        "no limit.",
+        resume=FREE,
+    )
+    dry_run: bool = arg(
+        False,
+        "Try data, network, one optimizer step, one checkpoint and one validation, report memory and time, and leave "
+        "nothing behind.",
+        resume=FREE,
+    )
     checkpointing_steps: int = arg(1000, "Optimizer steps between checkpoints.", resume=FREE)
     checkpoints_total_limit: int | None = arg(None, "Number of checkpoints to keep; none: all.", resume=FREE)
     resume_from_checkpoint: str | None = arg(
@@ -320,10 +463,22 @@ class TrainingArguments:
     )
     logging_steps: int = arg(20, "Optimizer steps between rows of the curves.", resume=FREE)
     logging_dir: str = arg("logs", "Folder for TensorBoard, below `output_dir`.", resume=FREE)
-    report_to: Literal["tensorboard", "none"] = arg(
-        "tensorboard", "Tracker of the curves, in addition to files.", resume=FREE
+    report_to: TrackerName = arg(
+        "tensorboard",
+        "Tracker of the curves, in addition to files. All but TensorBoard need a package to be installed, and an "
+        "account or a server.",
+        resume=FREE,
+    )
+    tracker_project_name: str | None = arg(
+        None, "Project of the run in its tracker; for TensorBoard, the folder of its logs; none: train.", resume=FREE
     )
     validation_steps: int | None = arg(None, "Optimizer steps between validations; none: only at the end.", resume=FREE)
+    keep_best: str | None = arg(
+        None,
+        "Measure of validation, e.g. validation_loss: the result with its best value is kept in the folder `best` of "
+        "`output_dir`; none: it is not kept.",
+        resume=FREE,
+    )
     push_to_hub: bool = arg(False, "Push the result to the Hub at the end, with a model card.", resume=FREE)
     hub_model_id: str | None = arg(
         None, "Repository on the Hub, `user/name`; none: the name of `output_dir`, in your own account.", resume=FREE
@@ -350,6 +505,10 @@ class TrainingArguments:
         check_needs(self, "resume_from_checkpoint", "force_resume")
         check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps")
         check_at_least(self, 1, "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps")
+        check_at_least(self, 1, "max_skipped_steps")
+        if self.max_time is not None:
+            parse_max_time(self.max_time)
+        check_needs(self, "validation_steps", "keep_best")  # or there is one validation only, of the last step
         check_at_least(self, 0, "lr_warmup_steps")
         check_positive(self, "learning_rate", "max_grad_norm")
         if not 0 <= self.ema_max_decay < 1:
@@ -457,15 +616,40 @@ class DiffusionTrainingArguments(TrainingArguments):
         "there are fewer.",
         resume=FREE,
     )
+    validation_bits_per_dim: int | None = arg(
+        None,
+        "Number of held-out images on which validation measures bits per dimension: one forward pass per image and "
+        "timestep; none: not measured.",
+        resume=FREE,
+    )
+    validation_frechet_network: str | None = arg(
+        None,
+        "Classifier on the Hub or in a folder, e.g. spaces/model/base: validation measures the Frechet distance "
+        "between samples and held-out images in its features; none: not measured.",
+        resume=FREE,
+    )
+    validation_frechet_samples: int | None = arg(
+        None,
+        "Number of samples for the Frechet distance; none: as many as there are held-out images.",
+        resume=FREE,
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least(self, 1, "num_validation_images", "validation_num_inference_steps")
+        check_at_least(self, 1, "num_validation_images", "validation_num_inference_steps", "validation_bits_per_dim")
+        check_at_least(self, 2, "validation_frechet_samples")
+        check_needs(self, "validation_frechet_network", "validation_frechet_samples")
         check_preview_numbers(self.preview_channels)
 
 
 # What all scripts that train a diffusion model have in common, in this order.
-DIFFUSION_ARGUMENTS = (UNetArguments, DataArguments, DiffusionArguments, DiffusionTrainingArguments, TextArguments)
+DIFFUSION_ARGUMENTS = (
+    UNetArguments,
+    HeldOutDataArguments,
+    DiffusionArguments,
+    DiffusionTrainingArguments,
+    TextArguments,
+)
 
 
 @dataclass
@@ -499,6 +683,108 @@ class TaskArguments:
             raise ValueError(
                 "`validation_prompts` needs a `caption_column`, and `task` generate: inpainting is validated on images "
                 "of the data with their own captions."
+            )
+
+
+@dataclass
+class ImageEmbeddingArguments:
+    """The CLIP image embeddings that a decoder of unCLIP is conditioned on."""
+
+    image_embeds_column: str | None = arg(
+        None,
+        "Column of CLIP image embeddings, to train a decoder of unCLIP; those of mirrored images, for `random_flip`, "
+        "are in the column of this name with `_flipped`. `diffusers_adm.data.encode_embeddings` writes both.",
+        resume=PROCESS,
+    )
+    image_encoder_name_or_path: str | None = arg(
+        None,
+        "CLIP with projections, on the Hub or in a folder, to train a decoder of unCLIP: it encodes the images of each "
+        "batch, unless `image_embeds_column` holds its embeddings, and becomes part of the result.",
+        resume=SOURCE,
+    )
+    image_embeds_dropout_prob: float | None = arg(
+        None,
+        "Share of the image embeddings replaced by a learned one, for classifier-free guidance; independent of "
+        "captions. None: 0.1, as in the paper.",
+        resume=APPLIED,
+    )
+    num_image_tokens: int | None = arg(
+        None,
+        "Number of context tokens made of an image embedding, for a U-Net with cross-attention; 0: none. None: those "
+        "of the pretrained decoder, or 4.",
+        resume=NEVER,
+    )
+    image_embeds_in_time: bool | None = arg(
+        None,
+        "Add the image embedding to that of the timestep. None: as in the pretrained decoder, or true.",
+        resume=NEVER,
+    )
+    text_conditioning: TextConditioningType | None = arg(
+        None,
+        "Captions of a decoder: states (the states of the text encoder follow the tokens of the image) or clip "
+        "(projected states and text embedding of a CLIP, as in Karlo). None: that of the pretrained decoder, or "
+        "states.",
+        resume=NEVER,
+    )
+
+    def __post_init__(self) -> None:
+        if self.image_embeds_dropout_prob is not None:
+            check_share(self, "image_embeds_dropout_prob")
+        check_at_least(self, 0, "num_image_tokens")
+        if not self.are_given:
+            for name in ("num_image_tokens", "image_embeds_in_time", "text_conditioning"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, but there are no image embeddings. Pass "
+                        "`image_embeds_column` or `image_encoder_name_or_path`, or leave it out."
+                    )
+        if self.num_image_tokens == 0 and self.image_embeds_in_time is False:
+            raise ValueError(
+                "`num_image_tokens` is 0 and `image_embeds_in_time` is False: the image embedding would have no "
+                "effect. Leave one of them out."
+            )
+
+    @property
+    def dropout_prob(self) -> float:
+        """Share of the image embeddings that are replaced."""
+        return 0.1 if self.image_embeds_dropout_prob is None else self.image_embeds_dropout_prob
+
+    @property
+    def are_given(self) -> bool:
+        """Whether a decoder is trained."""
+        return self.image_embeds_column is not None or self.image_encoder_name_or_path is not None
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the images of each batch are encoded."""
+        return self.image_embeds_column is None and self.image_encoder_name_or_path is not None
+
+    def check(
+        self, data_args: DataArguments, text_args: TextArguments, task_args: TaskArguments, lora_rank: int | None
+    ) -> None:
+        """Raises a `ValueError` for arguments that are incompatible with image embeddings."""
+        if not self.are_given:
+            return
+        if task_args.task != "generate" or lora_rank is not None:
+            name = "lora_rank" if lora_rank is not None else "task"
+            raise ValueError(
+                f"`{name}` is {lora_rank if lora_rank is not None else task_args.task!r}, but a decoder of image "
+                f"embeddings is trained to generate, with all its weights. Leave `{name}` out, or the image embeddings."
+            )
+        if data_args.label_column is not None and not data_args.class_balanced:
+            raise ValueError(
+                f"`label_column` is {data_args.label_column!r}, but a decoder has no classes: the image embedding "
+                "takes their place. Leave it out, or pass `--class_balanced` to draw the classes equally often."
+            )
+        if task_args.validation_prompts:
+            raise ValueError(
+                "`validation_prompts` has no use for a decoder, which is validated on images of the data with their "
+                "own captions. Leave it out."
+            )
+        if self.text_conditioning is not None and text_args.caption_column is None:
+            raise ValueError(
+                f"`text_conditioning` is {self.text_conditioning!r}, but there is no `caption_column`. Pass both, or "
+                "neither."
             )
 
 

@@ -34,12 +34,13 @@ from .arguments import (
     PROCESS,
     SOURCE,
     DataArguments,
+    HeldOutDataArguments,
     ModelArguments,
     TrainingArguments,
     check_needs,
 )
 from .autoencoder_losses import AutoencoderLosses, Reconstruction, ReconstructionLoss
-from .classifiers import ClassifierDataArguments
+from .disk import write_whole
 from .image_measures import measure
 from .images import cell_scale, labelled_strips
 from .loading import (
@@ -48,6 +49,7 @@ from .loading import (
     load_model_config,
     load_pretrained,
     training_image_format,
+    usable_images,
 )
 from .metrics import MeanMetrics
 from .perceptual import features_of, load_feature_classifier, load_perceptual_network
@@ -173,7 +175,7 @@ class AutoencoderTrainingArguments(TrainingArguments):
         check_preview_numbers(self.preview_channels)
 
 
-AUTOENCODER_ARGUMENTS = (ModelArguments, ClassifierDataArguments, AutoencoderArguments, AutoencoderTrainingArguments)
+AUTOENCODER_ARGUMENTS = (ModelArguments, HeldOutDataArguments, AutoencoderArguments, AutoencoderTrainingArguments)
 
 
 # 2. Loading
@@ -293,6 +295,12 @@ class Autoencoding:
             + f"{len(self.held_out) if self.held_out else 0} held-out images"
         )
 
+    def validation_measures(self) -> list[str]:
+        """The names of what `validate_reconstructions` measures, as in the log, for `keep_best`."""
+        image = self.image_format.to_values(torch.zeros(1, self.image_format.channels, *self.train_dataset.size))
+        names = [name for name in measure(image, image) if name in ("psnr", "ssim")]
+        return [f"validation_{name}" for name in (*names, *(["rfid"] if self.feature_network is not None else []))]
+
     def centred_images(self) -> ImageDataset:
         """The training images as they are measured: cropped at the centre, without flips."""
         data = self.train_dataset
@@ -364,8 +372,8 @@ def load_autoencoding(accelerator: Accelerator, record: RunRecord, args: Sequenc
             feature_network.to(accelerator.device)
         usable: dict[str, Any] = {"min_image_size": data_args.min_image_size, "image_format": image_format}
         usable["num_proc"] = data_args.image_check_num_proc
-        output_dir = training_args.output_dir if accelerator.is_main_process else None
-        images, _ = check_images(images, resolution, output_dir=output_dir, **usable)
+        output_dir = training_args.output_dir
+        images, unchecked = usable_images(images, resolution, data_args, accelerator, record, output_dir, **usable)
         if validation_source is not None:
             held_out, _ = load_image_dataset(**validation_source, seed=seed)
             held_out, _ = check_images(held_out, resolution, **usable)
@@ -378,7 +386,13 @@ def load_autoencoding(accelerator: Accelerator, record: RunRecord, args: Sequenc
     autoencoder.register_to_config(sample_size=as_sample_size(resolution))
     autoencoder.forward = MethodType(reconstruct, autoencoder)
     train_dataset = ImageDataset(
-        images, resolution, data_args.center_crop, data_args.random_flip, seed=seed, image_format=image_format
+        images,
+        resolution,
+        data_args.center_crop,
+        data_args.random_flip,
+        seed=seed,
+        image_format=image_format,
+        **unchecked,
     )
     metrics = MeanMetrics(accelerator.device)
     return Autoencoding(
@@ -465,7 +479,7 @@ def _record(autoencoding: Autoencoding, run: TrainingRun, measures: dict[str, fl
     values = {**measures, "num_images": num_images, "held_out": held_out, "step": step}
     values["rfid_network"] = run.training_args.rfid_network  # type: ignore[attr-defined]
     path = Path(run.training_args.output_dir, MEASURES_NAME)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(values, indent=2) + "\n")
     described = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
     images = f"{num_images} {'held-out' if held_out else 'training'} images"
     run.logger.info(f"Validation at step {step} on {images}: {described}")

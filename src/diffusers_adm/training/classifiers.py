@@ -28,12 +28,14 @@ from .arguments import (
     NEVER,
     PROCESS,
     DataArguments,
+    HeldOutDataArguments,
     ModelArguments,
     NoiseArguments,
     TrainingArguments,
     size_argument,
 )
 from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
+from .interruption import keep_to_parent
 from .loading import (
     check_config_keys,
     choose_resolution,
@@ -43,6 +45,7 @@ from .loading import (
     pretrained_class_names,
     record_noise_schedule,
     training_image_format,
+    usable_images,
 )
 from .metrics import ClassificationMetrics, timestep_bin_edges
 from .resume import RunRecord
@@ -56,38 +59,6 @@ logger = get_logger(__name__)
 
 
 # 1. Arguments
-
-
-@dataclass
-class ClassifierDataArguments(DataArguments):
-    """Training images, and held-out ones for validation."""
-
-    validation_data_files: list[str] | None = arg(None, "Parquet files of held-out images.", resume=FREE)
-    validation_split: str | None = arg(
-        None,
-        "Split of the held-out images: of `validation_data_files` (default: train), or else of the training data.",
-        resume=FREE,
-    )
-    max_validation_samples: int | None = arg(
-        None, "Size of a random subset to validate on; none: all held-out images.", resume=FREE
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_at_least(self, 1, "max_validation_samples")
-        if self.max_validation_samples is not None and self.validation_source() is None:
-            raise ValueError(
-                "`max_validation_samples` was given without `validation_data_files` or `validation_split`. Pass one."
-            )
-
-    def validation_source(self) -> dict[str, Any] | None:
-        """As `source`, for the held-out images; None if there are none."""
-        source = self.source() | {"max_train_samples": self.max_validation_samples}
-        if self.validation_data_files is not None:
-            elsewhere = {"dataset_name": None, "dataset_config_name": None, "train_data_dir": None}
-            split = self.validation_split or "train"
-            return source | elsewhere | {"data_files": self.validation_data_files, "split": split}
-        return source | {"split": self.validation_split} if self.validation_split is not None else None
 
 
 @dataclass
@@ -108,7 +79,7 @@ class ClassifierTrainingArguments(TrainingArguments):
         check_at_least(self, 1, "num_timestep_bins")
 
 
-CLASSIFIER_ARGUMENTS = (ModelArguments, ClassifierDataArguments, NoiseArguments, ClassifierTrainingArguments)
+CLASSIFIER_ARGUMENTS = (ModelArguments, HeldOutDataArguments, NoiseArguments, ClassifierTrainingArguments)
 
 
 # 2. Loading
@@ -247,8 +218,10 @@ def load_classification(accelerator: Accelerator, record: RunRecord, args: Seque
         record_noise_schedule(classifier, "classifier", noise_scheduler)
         usable: dict[str, Any] = {"min_image_size": data_args.min_image_size, "allow_unlabelled": False}
         usable |= {"num_proc": data_args.image_check_num_proc, "image_format": image_format}
-        output_dir = training_args.output_dir if accelerator.is_main_process else None
-        images, _ = check_images(images, resolution, output_dir=output_dir, id2label=id2label, **usable)
+        output_dir = training_args.output_dir
+        images, unchecked = usable_images(
+            images, resolution, data_args, accelerator, record, output_dir, id2label=id2label, **usable
+        )
         if validation_source is not None:
             held_out, names = load_image_dataset(**validation_source, seed=seed)
             held_out = renumber_labels(held_out, match_classes(names, id2label))
@@ -264,7 +237,13 @@ def load_classification(accelerator: Accelerator, record: RunRecord, args: Seque
     record.check_data(len(images))
     record.check_network(classifier.config, resolution)
     train_dataset = ImageDataset(
-        images, resolution, data_args.center_crop, data_args.random_flip, seed=seed, image_format=image_format
+        images,
+        resolution,
+        data_args.center_crop,
+        data_args.random_flip,
+        seed=seed,
+        image_format=image_format,
+        **unchecked,
     )
     return Classification(classifier, noise_scheduler, edges, id2label, train_dataset, held_out, image_format)
 
@@ -290,7 +269,8 @@ def evaluate(
     images, edges, scheduler = classification.held_out, classification.edges, classification.noise_scheduler
     metrics.reset()
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for number, batch in enumerate(DataLoader(Subset(images, own), batch_size, num_workers=num_workers)):
+    loader = DataLoader(Subset(images, own), batch_size, num_workers=num_workers, worker_init_fn=keep_to_parent)
+    for number, batch in enumerate(loader):
         labels = batch["class_labels"].to(accelerator.device)
         for index in range(len(edges) - 1):
             pixels = batch["images"]

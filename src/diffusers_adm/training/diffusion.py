@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -16,17 +16,25 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..conditioning.class_labels import ClassCondition
 from ..conditioning.condition import Condition
 from ..conditioning.control_images import ControlImageKind, condition_format_of
+from ..conditioning.image_embedding import ImageEmbeddingCondition
 from ..conditioning.image_format import ImageFormat, Size, as_sample_size, as_size, describe_size
 from ..conditioning.latents import LatentSpace, Posterior
 from ..conditioning.previews import check_preview_channels
 from ..conditioning.text import TextCondition, check_text_encoder, cross_attention_width, pads_to_max
-from ..data.captions import CaptionEmbeddings, CaptionTokens
-from ..data.checks import check_batch_fits, check_images
+from ..data.captions import CaptionEmbeddings, CaptionTokens, StreamedCaptions
+from ..data.checks import check_batch_fits, check_images, keep_labelled
+from ..data.clip_models import hash_clip_vision
 from ..data.columns import load_image_dataset
+from ..data.decoding import smallest_size
+from ..data.embeddings import embedding_columns_in_errors
 from ..data.formats import FormatRequest, find_image_format
 from ..data.images import ImageDataset
+from ..data.labels import match_names, read_class_names
 from ..data.latents import LatentDataset, StoredLatents, check_latents, load_latents
 from ..data.masks import InpaintingDataset
+from ..data.skipped import SkipReport
+from ..data.stream_order import StreamOrder
+from ..data.streaming import DEFAULT_BUFFER_SIZE, StreamDataset, StreamSource, open_stream
 from ..data.text_encoders import build_text_encoder, freeze_unused_parameters, load_text_encoder, load_tokenizer
 from ..deprecations import REMOVED_IN
 from ..models.unet_2d_adagn import AdaGNUNet2DModel
@@ -36,10 +44,13 @@ from .arguments import (
     DataArguments,
     DiffusionArguments,
     DiffusionTrainingArguments,
+    HeldOutDataArguments,
+    ImageEmbeddingArguments,
     ModelArguments,
     TextArguments,
     UNetArguments,
 )
+from .image_embeddings import PROJECTION_NAME, ImageEmbeddings, load_image_embeddings
 from .latents import (
     TrainedLatents,
     check_latent_channels,
@@ -49,6 +60,7 @@ from .latents import (
     load_latent_space,
 )
 from .loading import (
+    begin_skip_report,
     choose_resolution,
     pretrained_image_format,
     pretrained_pipeline_config,
@@ -87,7 +99,7 @@ class CommonArguments(NamedTuple):
     """The arguments of all scripts for diffusion models, as in `DIFFUSION_ARGUMENTS`."""
 
     model: UNetArguments
-    data: DataArguments
+    data: HeldOutDataArguments
     diffusion: DiffusionArguments
     training: DiffusionTrainingArguments
     text: TextArguments
@@ -104,8 +116,8 @@ class Diffusion:
     noise_scheduler: LearnedVarianceDDPMScheduler
     timestep_sampler: TimestepSampler
     metrics: LossMetrics
-    images: datasets.Dataset  # the usable ones, labelled with the rows of the class embedding
-    captions: CaptionTokens | CaptionEmbeddings | None
+    images: datasets.Dataset  # the usable ones, labelled with the rows of the class embedding; the first of a stream
+    captions: CaptionTokens | CaptionEmbeddings | StreamedCaptions | None
     id2label: dict[int, str] | None  # names of the rows of the class embedding
     num_classes: int | None  # of the data; None: trained without classes
     resolution: Size  # in pixels
@@ -115,6 +127,15 @@ class Diffusion:
     latent_space: LatentSpace | None = None  # of the samples; None: they are pixels
     autoencoder_hash: str | None = None
     stored_latents: StoredLatents | None = None  # read instead of images
+    image_embeddings: ImageEmbeddings | None = None  # of a decoder of unCLIP
+    columns: dict[str, Any] = field(default_factory=dict)  # further ones of the data, as for `load_image_dataset`
+    min_image_size: Size | None = None  # smaller images are left out
+    device: torch.device | str = "cpu"  # of the run
+    stream: StreamSource | None = None  # of which `images` are the first
+    stream_order: StreamOrder | None = None
+    process_index: int = 0
+    smallest: tuple[int, int] | None = None  # of images that were not checked before
+    skips: SkipReport | None = None  # of such images
 
     @property
     def null_class_id(self) -> int | None:
@@ -170,6 +191,8 @@ class Diffusion:
                 with torch.no_grad():
                     samples = self.latent_space.to_samples(Posterior(mean, torch.zeros_like(mean)))
                     tensors["images"] = self.latent_space.decode(samples)[0].float().clamp(-1, 1).cpu()
+        if self.image_embeddings is not None:
+            self.image_embeddings.complete(examples)
         return examples
 
     def frozen_parts(self, trains_unet: bool = True) -> dict[str, Any]:
@@ -178,62 +201,108 @@ class Diffusion:
         not.
         """
         is_trained = self.args.text.train_text_encoder
+        vision = None if self.image_embeddings is None else self.image_embeddings.vision
         return {
             "U-Net": None if trains_unet else self.unet,
             "text encoder": None if is_trained else self.text_encoder,
             "tokenizer": self.tokenizer,
             "autoencoder": self.autoencoder_hash,
+            "image encoder": None if vision is None else hash_clip_vision(vision),
         }
 
     def trained_networks(self) -> dict[str, torch.nn.Module]:
-        """U-Net and, if it is trained, text encoder, by the subfolders of a pipeline."""
+        """
+        U-Net and, if there are such, the text encoder that is trained and the projection of image embeddings, by the
+        subfolders of a pipeline.
+        """
         text_encoder = {"text_encoder": self.text_encoder} if self.args.text.train_text_encoder else {}
-        return {"unet": self.unet} | text_encoder
+        embeddings = self.image_embeddings
+        projection = {} if embeddings is None else {PROJECTION_NAME: embeddings.projection}
+        return {"unet": self.unet} | projection | text_encoder
 
-    def datasets(
-        self, masks: bool = False, dataset_class: Callable[..., ImageDataset] = ImageDataset
-    ) -> tuple[ImageDataset, ImageDataset]:
+    def build_dataset(
+        self,
+        images: datasets.Dataset,
+        masks: bool = False,
+        dataset_class: Callable[..., ImageDataset] = ImageDataset,
+        stored: StoredLatents | None = None,
+        **options: Any,
+    ) -> ImageDataset:
         """
-        The training data, and the same images for validation: cropped at the centre and without captions. With random
-        masks for inpainting, or of another class.
+        A dataset of usable images, or of `stored` latents (`None`: those that are trained on). `masks` and
+        `dataset_class` are as for `datasets`, the `options` those of [`ImageDataset`].
         """
-        data_args, seed = self.args.data, self.args.training.seed
         latents: dict[str, Any] = {}
         if self.latent_space is not None:
             latents["latent_shape"] = (self.latent_space.channels, *self.latent_space.latent_size(self.resolution))
         if self.stored_latents is not None:
-            dataset_class, latents = LatentDataset, {"stored": self.stored_latents}
-        build = functools.partial(
-            InpaintingDataset if masks else dataset_class,
-            self.images,
+            dataset_class, latents = LatentDataset, {"stored": stored or self.stored_latents}
+        return (InpaintingDataset if masks else dataset_class)(
+            images,
             self.resolution,
-            seed=seed,
+            seed=self.args.training.seed,
             condition=self.condition,
             image_format=self.image_format,
             condition_format=self.condition_format,
+            smallest=self.smallest,
+            **options,
             **latents,
         )
+
+    def datasets(
+        self, masks: bool = False, dataset_class: Callable[..., ImageDataset] = ImageDataset
+    ) -> tuple[ImageDataset | StreamDataset, ImageDataset]:
+        """
+        The training data, and the same images for validation, of a stream the first ones: cropped at the centre and
+        without captions. With random masks for inpainting, or of another class.
+        """
+        data_args = self.args.data
+        build = functools.partial(self.build_dataset, self.images, masks=masks, dataset_class=dataset_class)
+        training = build(
+            center_crop=data_args.center_crop,
+            random_flip=data_args.random_flip,
+            captions=self.captions,
+            skips=self.skips,
+        )
         return (
-            build(center_crop=data_args.center_crop, random_flip=data_args.random_flip, captions=self.captions),
+            training
+            if self.stream is None
+            else StreamDataset(self.stream, self.stream_order, training, self.process_index),
             # Nothing advances its epoch, so that crops and masks are the same in all validations.
             build(center_crop=True),
         )
 
-    def conditions(self, prepared: Mapping[str, torch.nn.Module]) -> list[Condition]:
+    def conditions(
+        self, prepared: Mapping[str, torch.nn.Module], held_out: ImageDataset | None = None
+    ) -> list[Condition]:
         """
-        The conditions of class and text, as far as the data has them. `prepared` holds the networks that are trained,
-        as prepared by Accelerate.
+        The conditions of class, text and image embedding, as far as the data has them. `prepared` holds the networks
+        that are trained, as prepared by Accelerate. Those of `held_out` images are never dropped.
         """
+        captions = self.captions if held_out is None else held_out.captions
+        # 1: dropped as in training.
+        drops = 1.0 if held_out is None else 0.0
         conditions: list[Condition] = []
+        embeddings, text = self.image_embeddings, None
         if self.num_classes is not None:
-            conditions.append(ClassCondition(self.unet.config, dropout_prob=self.args.model.class_dropout_prob))
-        if self.captions is not None:
+            conditions.append(ClassCondition(self.unet.config, dropout_prob=drops * self.args.model.class_dropout_prob))
+        if captions is not None:
             text = TextCondition(
                 self.unet.config,
                 prepared.get("text_encoder", self.text_encoder),
-                empty_caption=self.captions.empty,
-                dropout_prob=self.args.text.caption_dropout_prob,
+                empty_caption=captions.empty,
+                dropout_prob=drops * self.args.text.caption_dropout_prob,
+                masks_padding=embeddings is not None and embeddings.has_clip_text,
             )
+        if embeddings is not None:
+            image = ImageEmbeddingCondition(
+                prepared[PROJECTION_NAME],
+                text,
+                dropout_prob=drops * embeddings.args.dropout_prob,
+                image_encoder=embeddings.encoder,
+            )
+            conditions.append(image)
+        elif text is not None:
             conditions.append(text)
         return conditions
 
@@ -247,24 +316,34 @@ class Diffusion:
 
     def build_pipeline(self, pipeline_class: type[Pipeline], **components: Any) -> Pipeline:
         """A pipeline of the model, with further `components`."""
+        embeddings = self.image_embeddings
+        own = {
+            **dict.fromkeys(pipeline_class._optional_components),
+            "unet": self.unet,
+            "scheduler": self.noise_scheduler,
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            **({} if embeddings is None else embeddings.components()),
+        }
         return pipeline_class(
-            unet=self.unet,
-            scheduler=self.noise_scheduler,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            classifier=None,
-            id2label=self.id2label,
-            image_format=self.image_format.to_config(),
-            **components,
+            **{**own, **components}, id2label=self.id2label, image_format=self.image_format.to_config()
         )
 
     def describe(self, further: str = "") -> str:
         """The data in words, `further` added before the resolution."""
+        if self.stream is None:
+            what = f"{len(self.images)} images"
+            captions = f" with {len(self.captions.texts) - 1} captions" if self.captions is not None else ""
+        else:
+            num_shards = len(self.stream.sizes)
+            what = f"{sum(self.stream.sizes)} images in {num_shards} shard{'s' * (num_shards != 1)}"
+            captions = " with captions" if self.captions is not None else ""
         return (
-            f"{len(self.images)} images"
+            what
             + (f" in {self.num_classes} classes" if self.num_classes else "")
-            + (f" with {len(self.captions.texts) - 1} captions" if self.captions is not None else "")
+            + captions
+            + ("" if self.image_embeddings is None else self.image_embeddings.describe())
             + f"{further} at {describe_size(self.resolution)}"
             + ("" if self.image_format == ImageFormat() else f", {self.image_format}")
             + ("" if self.latent_space is None else f", in latents {self._describe_latents()}")
@@ -282,13 +361,17 @@ def load_text(
     text_args: TextArguments,
     unet_config: Mapping[str, Any],
     seed: int,
+    image_embeddings: ImageEmbeddings | None = None,
 ) -> tuple[torch.nn.Module | None, Any | None]:
     """
     Loads text encoder and tokenizer; two `None` without captions. Raises a `ValueError` if one of them cannot be read,
-    or is incompatible with the other or the U-Net.
+    or is incompatible with the other or the U-Net, which may attend to tokens of `image_embeddings` instead.
     """
     width, column = cross_attention_width(unet_config), text_args.caption_column
-    if (column is None) != (width is None):
+    if image_embeddings is not None:
+        image_embeddings.check_text(column is not None, unet_config)
+    needs_captions = width is not None and image_embeddings is None
+    if (width is None and column is not None) or (needs_captions and column is None):
         raise ValueError(
             f"`caption_column` is {column!r}, but the U-Net has {'no ' if width is None else ''}cross-attention. "
             "Change the block types (`CrossAttnDownBlock2D` and such have it), or the argument."
@@ -315,8 +398,10 @@ def load_text(
     else:
         if argument == "pretrained_model_name_or_path":
             hub["variant"] = model_args.variant
-        text_encoder = load_text_encoder(argument, source, trained=text_args.train_text_encoder, **hub)
-    check_text_encoder(text_encoder, tokenizer, unet_config)
+        has_clip_text = image_embeddings is not None and image_embeddings.has_clip_text
+        trained = text_args.train_text_encoder
+        text_encoder = load_text_encoder(argument, source, trained=trained, with_projection=has_clip_text, **hub)
+    check_text_encoder(text_encoder, tokenizer, unet_config, is_projected=image_embeddings is not None)
     return text_encoder, tokenizer
 
 
@@ -328,21 +413,25 @@ def prepare_captions(
     unet_config: Mapping[str, Any],
     device: torch.device | str,
     cache_dir: str | None = None,
-) -> CaptionTokens | CaptionEmbeddings:
+    has_clip_text: bool = False,
+    is_streamed: bool = False,
+) -> CaptionTokens | CaptionEmbeddings | StreamedCaptions:
     """
     Tokenizes the captions of the data, and encodes them if `precompute_text_embeddings` is set (`cache_dir` is for the
     embeddings); moves the text encoder to `device` (to the CPU if it is no longer needed there) and freezes it unless
-    it is trained.
+    it is trained. `has_clip_text`: whether the text embedding is used, and the padding masked, as in Karlo.
+    `is_streamed`: whether the images are only the first ones.
     """
-    tokens = CaptionTokens(images["caption"][:], tokenizer, text_encoder, pads_to_max(text_encoder, unet_config))
+    captions_class = StreamedCaptions if is_streamed else CaptionTokens
+    tokens = captions_class(images["caption"][:], tokenizer, text_encoder, pads_to_max(text_encoder, unet_config))
     text_encoder.to(device)
     if text_args.train_text_encoder:
-        freeze_unused_parameters(text_encoder, tokens, unet_config)
+        freeze_unused_parameters(text_encoder, tokens, unet_config, uses_pooled=has_clip_text)
     else:
         text_encoder.requires_grad_(False).eval()
-    if not text_args.precompute_text_embeddings:
+    if not text_args.precompute_text_embeddings or isinstance(tokens, StreamedCaptions):
         return tokens
-    embeddings = CaptionEmbeddings(tokens, text_encoder, cache_dir)
+    embeddings = CaptionEmbeddings(tokens, text_encoder, cache_dir, masks_padding=has_clip_text)
     text_encoder.to("cpu")  # from here on only validation images need it
     return embeddings
 
@@ -373,6 +462,7 @@ def find_training_format(
     data_args: DataArguments,
     keeps: str | None = None,
     latents: TrainedLatents | None = None,
+    stored: StoredLatents | None = None,
 ) -> ImageFormat:
     """
     The format of the training images, logged; see `loading.training_image_format`. Raises a `ValueError` also for
@@ -382,7 +472,10 @@ def find_training_format(
         channels (`int`, *optional*): Of the network's images; `None`: those of the data.
         keeps (`str`, *optional*): Why the pretrained weights stay as they are.
         latents (`TrainedLatents`, *optional*): The autoencoder that encodes the images.
+        stored (`StoredLatents`, *optional*): It encoded them before; their format is recorded, and was checked.
     """
+    if stored is not None:
+        return stored.image_format
     if latents is not None:
         known, channels = latents.image_format, latents.space.image_channels[0]
         keeps = "the autoencoder stays as it is"
@@ -403,12 +496,16 @@ def find_condition_format(
     condition: ControlImageKind | None,
     request: FormatRequest,
     num_proc: int | None = None,
+    stored: StoredLatents | None = None,
 ) -> ImageFormat:
     """
     The format of conditioning images: of those that are made from the images, `condition`, see `condition_format_of`.
-    Those of a column are as the `request` says; of a request of no channels, grey ones of 8 bits become RGB. Raises a
-    `ValueError` for images that none can be made from, and for conditioning images that do not suit the request.
+    Those of a column are as the `request` says; of a request of no channels, grey ones of 8 bits become RGB. Those next
+    to `stored` latents are as they were encoded. Raises a `ValueError` for images that none can be made from, and for
+    conditioning images that do not suit the request.
     """
+    if stored is not None:
+        return stored_condition_format(stored, request)
     if condition is not None:
         return condition_format_of(condition, image_format)
     try:
@@ -439,24 +536,55 @@ def load_examples(
     seed: int,
 ) -> tuple[datasets.Dataset, dict[int, str] | None]:
     """Loads the images of the data, or the latents that are `stored` for them, and the names of the classes."""
-    if stored is None:
-        return load_image_dataset(
-            **data_args.source(),
-            caption_column=caption_column,
+    columns: dict[str, Any] = {"caption_column": caption_column, "conditioning_image_column": conditioning_image_column}
+    with embedding_columns_in_errors():
+        if stored is None:
+            return load_image_dataset(**data_args.source(), **columns, tensor_columns=tensor_columns, seed=seed)
+        return load_latents(
+            data_args.train_data_dir,
+            stored,
+            data_args.label_column,
+            **columns,
+            cache_dir=data_args.cache_dir,
+            max_train_samples=data_args.max_train_samples,
+            seed=seed,
+            tensor_columns=tensor_columns,
+        )
+
+
+def open_training_stream(
+    data_args: DataArguments,
+    text_args: TextArguments,
+    conditioning_image_column: str | None,
+    tensor_columns: Mapping[str, str] | None,
+) -> StreamSource:
+    """The shards of a stream. Raises a `ValueError` for arguments that need all examples before the first step."""
+    if text_args.precompute_text_embeddings:
+        raise ValueError(
+            "`precompute_text_embeddings` encodes all captions before the first step, and `streaming` does not read "
+            "the data before. Drop one of them."
+        )
+    names = ("dataset_name", "dataset_config_name", "data_files", "split", "image_column", "label_column", "cache_dir")
+    with embedding_columns_in_errors():
+        return open_stream(
+            **{name: getattr(data_args, name) for name in names},
+            caption_column=text_args.caption_column,
             conditioning_image_column=conditioning_image_column,
             tensor_columns=tensor_columns,
-            seed=seed,
+            class_names=None if data_args.class_names is None else read_class_names(data_args.class_names),
         )
-    return load_latents(
-        data_args.train_data_dir,
-        stored,
-        data_args.label_column,
-        caption_column,
-        conditioning_image_column,
-        data_args.cache_dir,
-        data_args.max_train_samples,
-        seed,
-    )
+
+
+def fit_resolution(unet: AdaGNUNet2DModel, data_args: DataArguments, factor: int, stored: StoredLatents | None) -> Size:
+    """
+    The resolution of the images in pixels, `factor` times that of the samples, which the config of the U-Net gets.
+    Raises a `ValueError` for one that the U-Net cannot take, or of other images than those of `stored` latents.
+    """
+    resolution = choose_resolution(data_args.size, unet.config, "U-Net", factor)
+    if stored is not None:
+        check_stored_resolution(stored, resolution, data_args.train_data_dir)
+    unet.register_to_config(sample_size=as_sample_size([side // factor for side in as_size(resolution)]))
+    return resolution
 
 
 def check_examples(
@@ -469,6 +597,8 @@ def check_examples(
 ) -> datasets.Dataset:
     """The usable ones of the images (see `check_images`, which takes `image_options`), or of `stored` latents."""
     num_proc = data_args.image_check_num_proc
+    if stored is None and data_args.no_check_images:
+        return keep_labelled(images) if not allow_unlabelled else images
     if stored is None:
         options = {"allow_unlabelled": allow_unlabelled, "num_proc": num_proc, **image_options}
         return check_images(images, resolution, **options)[0]
@@ -477,7 +607,7 @@ def check_examples(
 
 def log_continuous_bound(objective: Objective, image_format: ImageFormat, is_latent: bool) -> None:
     """Logs what the bound in the loss is for data that are not discrete."""
-    if is_latent or image_format.num_levels is None:
+    if objective != "simple" and (is_latent or image_format.num_levels is None):
         what, scaled = ("latents", "scaled") if is_latent else ("data", "of values scaled to [-1, 1]")
         logger.info(
             f"The {what} are continuous, so the bound in the loss (`objective` {objective}) is that of their density, "
@@ -501,6 +631,7 @@ def load_diffusion(
     translation: Any = None,
     only_pixels: str | None = None,
     needs_images: str | None = None,
+    embedding_args: ImageEmbeddingArguments | None = None,
 ) -> Diffusion:
     """
     Loads noise schedule, networks and data of a run, checks that they are compatible with each other and with the
@@ -524,16 +655,20 @@ def load_diffusion(
             format of the source images and the channels that are concatenated.
         only_pixels (`str`, *optional*): Why autoencoders are refused, for errors.
         needs_images (`str`, *optional*): Why stored latents are refused, for errors.
+        embedding_args (`ImageEmbeddingArguments`, *optional*): Of a decoder of unCLIP, if image embeddings are given.
     """
     model_args, data_args, diffusion_args, training_args, text_args = args
     seed, has_text = training_args.seed, text_args.caption_column is not None
+    if translation is not None:
+        data_args.refuse_streaming("sources and targets are paired in all data before the first step")
     if isinstance(extra_channels, int):
         extra_channels = functools.partial(constant_channels, extra_channels)
     noise_scheduler = build_scheduler(model_args, data_args, diffusion_args)
     record.check_noise(noise_scheduler)
     latents = load_latent_space(model_args, data_args, keeps, only_pixels)
     latent_space = None if latents is None else latents.space
-    stored = find_latents(data_args, latents, condition, conditioning_image_column, needs_images)
+    image_embeddings = None if embedding_args is None else load_image_embeddings(embedding_args, model_args, data_args)
+    stored = find_latents(data_args, latents, condition, conditioning_image_column, needs_images, embedding_args)
     if upsampler_args is not None and latent_space is not None:
         # The low-resolution image is not encoded.
         extra_channels = functools.partial(constant_channels, latent_space.image_channels[0])
@@ -551,22 +686,32 @@ def load_diffusion(
     if latent_space is not None:
         leave_unclipped(noise_scheduler)
         check_latent_channels(latent_space, channels)
+    is_pretrained = model_args.pretrained_model_name_or_path is not None
+    if image_embeddings is not None:
+        unet_config = image_embeddings.prepare_config(unet_config, is_pretrained)
+        guides_image = image_embeddings.can_drop
+        tensor_columns = {**(tensor_columns or {}), **image_embeddings.columns}
     check_sampling_steps(training_args, noise_scheduler, data_args.label_column is not None, has_text or guides_image)
-    text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, seed)
+    text_encoder, tokenizer = load_text(model_args, data_args, text_args, unet_config, seed, image_embeddings)
+    stream = stream_order = None
     with accelerator.main_process_first():
-        columns = (text_args.caption_column, conditioning_image_column)
-        images, id2label = load_examples(data_args, stored, *columns, tensor_columns, seed)
+        if data_args.streaming:
+            stream = open_training_stream(data_args, text_args, conditioning_image_column, tensor_columns)
+            images, id2label = stream.sample(), stream.id2label
+        else:
+            columns = (text_args.caption_column, conditioning_image_column)
+            images, id2label = load_examples(data_args, stored, *columns, tensor_columns, seed)
+        unchecked = stored is None and (data_args.streaming or data_args.no_check_images)
+        embeds_width = None if image_embeddings is None else image_embeddings.read_width(images)
         if translation is not None:
             images = translation.pair(images, data_args.source())
         record.check_classes(id2label)
+        if image_embeddings is not None:
+            id2label = None  # labels are only for balancing: the embedding takes the place of a class
         num_classes = len(id2label) if id2label is not None else None
-        if stored is not None:
-            image_format = stored.image_format
-        else:
-            image_format = find_training_format(images, channels, model_args, data_args, keeps, latents)
+        image_format = find_training_format(images, channels, model_args, data_args, keeps, latents, stored)
         record.check_format(image_format)
-        if diffusion_args.objective != "simple":
-            log_continuous_bound(diffusion_args.objective, image_format, is_latent=latent_space is not None)
+        log_continuous_bound(diffusion_args.objective, image_format, is_latent=latent_space is not None)
         check_preview_channels(training_args.preview_channels, image_format)
         condition_format = None
         if translation is not None:
@@ -578,31 +723,32 @@ def load_diffusion(
             extra_channels = functools.partial(constant_channels, condition_format.channels)
         elif condition is not None or conditioning_image_column is not None:
             request, num_proc = condition_request or FormatRequest(), data_args.image_check_num_proc
-            if stored is not None:
-                condition_format = stored_condition_format(stored, request)
-            else:
-                condition_format = find_condition_format(images, image_format, condition, request, num_proc)
+            condition_format = find_condition_format(images, image_format, condition, request, num_proc, stored)
             record.check_format(condition_format, "condition_format")
         sample_channels = image_format.channels if latent_space is None else latent_space.channels
         unet_config = set_channels(unet_config, sample_channels, noise_scheduler, extra_channels)
         # The same random numbers on every process, and in every run with this seed.
         torch.manual_seed(seed)
-        unet = build_unet(model_args, data_args, unet_config, num_classes)
+        has_image_embeds = image_embeddings is not None and image_embeddings.is_in_time
+        unet = build_unet(model_args, data_args, unet_config, num_classes, has_image_embeds)
+        if image_embeddings is not None:
+            image_embeddings.build_projection(unet, embeds_width, text_encoder, is_pretrained, seed)
+            image_embeddings.build_encoder(image_format, accelerator.device)
+        names = id2label
         images, id2label = match_unet_classes(unet, images, id2label, model_args, data_args, keeps)
+        if stream is not None and names is not None and id2label is not None:
+            stream.rows_of_classes = match_names(names, id2label)
         record.check_rows(id2label)
         in_channels = sample_channels + extra_channels(sample_channels)
         if unet.config.in_channels < in_channels:
             widen_input(unet, in_channels)
         check_guidance(training_args, unet.config, num_classes, has_text or guides_image)
         factor = 1 if latent_space is None else latent_space.factor
-        resolution = choose_resolution(data_args.size, unet.config, "U-Net", factor)
-        if stored is not None:
-            check_stored_resolution(stored, resolution, data_args.train_data_dir)
+        resolution = fit_resolution(unet, data_args, factor, stored)
         min_image_size: Size | None = data_args.min_image_size
         if upsampler_args is not None:
             upsampler_args.check(resolution, noise_scheduler, unet_config.get("time_cond_proj_dim"), factor)
             min_image_size = resolution if min_image_size is None else min_image_size
-        unet.register_to_config(sample_size=as_sample_size([side // factor for side in as_size(resolution)]))
         allow_unlabelled = num_classes is None or unet.config.null_class_id is not None
         images = check_examples(
             images,
@@ -611,21 +757,46 @@ def load_diffusion(
             resolution,
             allow_unlabelled,
             min_image_size=min_image_size,
-            output_dir=training_args.output_dir if accelerator.is_main_process else None,
+            output_dir=training_args.output_dir if accelerator.is_main_process and stream is None else None,
             id2label=id2label,
             image_format=image_format,
             condition_format=condition_format,
             condition_range_argument="--condition_value_range" if translation is None else "--source_value_range",
         )
+        smallest, skips = None, None
+        if unchecked:
+            smallest = smallest_size(resolution, min_image_size)
+            skips = begin_skip_report(accelerator, record, training_args.output_dir)
         captions = None
         if has_text:
             captions = prepare_captions(
-                images, tokenizer, text_encoder, text_args, unet.config, accelerator.device, data_args.cache_dir
+                images,
+                tokenizer,
+                text_encoder,
+                text_args,
+                unet.config,
+                accelerator.device,
+                data_args.cache_dir,
+                has_clip_text=image_embeddings is not None and image_embeddings.has_clip_text,
+                is_streamed=stream is not None,
             )
     if latent_space is not None:
         latent_space.vae.to(accelerator.device)
-    check_batch_fits(len(images), training_args.train_batch_size, accelerator.num_processes)
-    record.check_data(len(images))
+    num_images = len(images) if stream is None else sum(stream.sizes)
+    check_batch_fits(num_images, training_args.train_batch_size, accelerator.num_processes)
+    if stream is None:
+        record.check_data(num_images, images["caption"][:] if has_text else None, stored)
+    else:
+        stream.allow_unlabelled = allow_unlabelled
+        num_workers = data_args.dataloader_num_workers
+        stream_order = StreamOrder(
+            stream.sizes,
+            seed,
+            training_args.train_batch_size,
+            accelerator.num_processes,
+            record.check_stream(stream.facts(), accelerator.num_processes, num_workers),
+            data_args.shuffle_buffer_size or DEFAULT_BUFFER_SIZE,
+        )
     num_timesteps = noise_scheduler.config.num_train_timesteps
     return Diffusion(
         args=CommonArguments(*args),
@@ -646,4 +817,13 @@ def load_diffusion(
         latent_space=latent_space,
         autoencoder_hash=None if latents is None else latents.autoencoder_hash,
         stored_latents=stored,
+        image_embeddings=image_embeddings,
+        columns={"conditioning_image_column": conditioning_image_column, "tensor_columns": tensor_columns},
+        min_image_size=min_image_size,
+        device=accelerator.device,
+        stream=stream,
+        stream_order=stream_order,
+        process_index=accelerator.process_index,
+        smallest=smallest,
+        skips=skips,
     )

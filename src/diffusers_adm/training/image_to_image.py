@@ -18,21 +18,19 @@ from ..commands.arguments import arg
 from ..conditioning.image_format import ImageFormat, ImageMode
 from ..conditioning.made_sources import SourceKind, source_format_of
 from ..conditioning.previews import describe_preview, preview
-from ..data.checks import check_images
-from ..data.columns import load_image_dataset
 from ..data.formats import FormatRequest, find_image_format, parse_value_range, range_word
 from ..data.images import ImageDataset
-from ..data.labels import match_classes, renumber_labels
 from ..data.pairs import MadeSourceDataset, pair_images
 from .arguments import (
     APPLIED,
     FREE,
     PROCESS,
-    DataArguments,
     DiffusionTrainingArguments,
+    HeldOutDataArguments,
     check_needs,
     check_share,
 )
+from .disk import write_whole
 from .image_measures import measure
 from .validation import Example, generate_samples, strips_of_two_formats, to_pipeline
 
@@ -40,7 +38,6 @@ from .validation import Example, generate_samples, strips_of_two_formats, to_pip
 if TYPE_CHECKING:
     import datasets  # of the `train` extra
 
-    from .diffusion import Diffusion
     from .run import TrainingRun
 
 MEASURES_NAME = "image_to_image.json"
@@ -84,11 +81,10 @@ class ImageToImageArguments:
     source_dropout_prob: float = arg(
         0.1, "Share of the source images replaced by mid-grey ones, for classifier-free guidance.", resume=APPLIED
     )
-    validation_data_files: list[str] | None = arg(
-        None, "Parquet files of held-out target images; none: validate on training images.", resume=FREE
-    )
     validation_source_data_files: list[str] | None = arg(
-        None, "Parquet files of the source images for them, with `source_data_files`.", resume=FREE
+        None,
+        "Parquet files of the source images of `validation_data_files`, with `source_data_files`.",
+        resume=FREE,
     )
 
     def __post_init__(self) -> None:
@@ -105,11 +101,6 @@ class ImageToImageArguments:
         if self.pair_column and not any(elsewhere.values()):
             raise ValueError("`pair_column` needs `source_data_files` or `source_data_dir`. Pass both, or neither.")
         check_needs(self, "source_data_files", "validation_source_data_files")
-        check_needs(self, "validation_data_files", "validation_source_data_files")
-        if self.source_data_dir and self.validation_data_files:
-            raise ValueError("`validation_data_files` does not go with `source_data_dir`. Use parquet files for both.")
-        if self.source_data_files and self.validation_data_files and not self.validation_source_data_files:
-            raise ValueError("`validation_data_files` needs `validation_source_data_files`. Pass both, or neither.")
         check_share(self, "source_dropout_prob")
         parse_value_range("source_value_range", self.source_value_range)
         if self.source is not None and (self.source_mode or self.source_value_range):
@@ -117,6 +108,22 @@ class ImageToImageArguments:
                 f"`source_mode` and `source_value_range` are for pairs of images, but `source` is {self.source}. Leave "
                 "them out."
             )
+
+    def check(self, data_args: HeldOutDataArguments) -> None:
+        """Raises a `ValueError` for held-out images without source images, or the other way round."""
+        is_held_out = data_args.validation_source() is not None
+        if self.validation_source_data_files and not data_args.validation_data_files:
+            raise ValueError(
+                "`validation_source_data_files` was given without `validation_data_files`. Pass both, or neither."
+            )
+        if self.source_data_dir and is_held_out:
+            raise ValueError("`validation_data_files` does not go with `source_data_dir`. Use parquet files for both.")
+        if (
+            self.source_data_files
+            and data_args.validation_source() is not None
+            and not self.validation_source_data_files
+        ):
+            raise ValueError("`validation_data_files` needs `validation_source_data_files`. Pass both, or neither.")
 
     @property
     def column(self) -> str | None:
@@ -201,30 +208,10 @@ def source_column_in_errors() -> Iterator[None]:
 # 2. Validation
 
 
-def load_held_out(
-    args: ImageToImageArguments, data_args: DataArguments, caption_column: str | None, diffusion: Diffusion
-) -> ImageDataset | None:
-    """The held-out pairs of images, cropped at the centre; `None` without `validation_data_files`."""
-    if args.validation_data_files is None:
-        return None
-    source = {**data_args.source(), "dataset_name": None, "dataset_config_name": None, "train_data_dir": None}
-    source |= {"data_files": args.validation_data_files, "split": "train", "max_train_samples": None}
-    images, id2label = load_image_dataset(
-        **source, caption_column=caption_column, conditioning_image_column=args.column
-    )
-    if id2label is not None:
-        images = renumber_labels(images, match_classes(id2label, diffusion.id2label))
-    images = args.pair(images, source, args.validation_source_data_files)
-    formats: dict[str, Any] = {"image_format": diffusion.image_format, "condition_format": diffusion.condition_format}
-    images, _ = check_images(
-        images,
-        diffusion.resolution,
-        num_proc=data_args.image_check_num_proc,
-        condition_range_argument="--source_value_range",
-        **formats,
-    )
-    seed = diffusion.args.training.seed
-    return args.dataset_class()(images, diffusion.resolution, center_crop=True, seed=seed, **formats)
+def source_arguments(example: Example, source_format: ImageFormat) -> dict[str, Any]:
+    """The arguments of a pipeline for an example: its source image, and what it is told."""
+    tensors, given = example
+    return {"image": to_pipeline(2 * tensors["conditions"] - 1, source_format), **given}
 
 
 def translate_examples(
@@ -234,10 +221,7 @@ def translate_examples(
     image_format, source_format = pipeline.image_format, pipeline.source_format
     targets, sources = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
     sources = 2 * sources - 1
-    wanted = [
-        {"image": to_pipeline(source, source_format), **given}
-        for source, (_, given) in zip(sources, examples, strict=True)
-    ]
+    wanted = [source_arguments(example, source_format) for example in examples]
     samples = generate_samples(pipeline, wanted, training_args)
     low, high = image_format.value_range
     measures = measure(image_format.to_values(samples), image_format.to_values(targets), high - low)
@@ -249,6 +233,13 @@ def translate_examples(
     }
     notes = {"input": describe_preview(source_format), "images": describe_preview(image_format, channels)}
     return strips_of_two_formats(columns, notes), measures
+
+
+def translation_measures(examples: Sequence[Example], image_format: ImageFormat) -> list[str]:
+    """The names of what `translate_examples` measures, as in the log, for `keep_best`."""
+    targets = image_format.to_values(torch.stack([tensors["images"] for tensors, _ in examples]))
+    low, high = image_format.value_range
+    return [f"validation_{name}" for name in measure(targets, targets, high - low)]
 
 
 def record_measures(
@@ -267,7 +258,7 @@ def record_measures(
     values = {**measures, "num_images": num_images, "held_out": held_out, "step": step}
     values["num_inference_steps"] = training_args.validation_num_inference_steps
     path = Path(training_args.output_dir, MEASURES_NAME)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(values, indent=2) + "\n")
     described = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
     images = f"{num_images} {'held-out' if held_out else 'training'} images"
     run.logger.info(f"Validation at step {step} on {images}: {described}")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..conditioning.latents import LatentSpace
 from ..data.images import ImageDataset
+from .interruption import keep_to_parent
 
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def latent_moments(
     own, space = chosen[accelerator.process_index :: accelerator.num_processes], LatentSpace(autoencoder)
     sums = torch.zeros(2, space.channels, dtype=torch.float64)
     count = 0
-    for batch in DataLoader(Subset(dataset, own), batch_size, num_workers=num_workers):
+    loader = DataLoader(Subset(dataset, own), batch_size, num_workers=num_workers, worker_init_fn=keep_to_parent)
+    for batch in loader:
         posterior = space.posterior(batch["images"].to(accelerator.device))
         mean, variance = posterior.mean.cpu().double(), posterior.std.cpu().double().square()
         sums += torch.stack([mean.sum(dim=(0, 2, 3)), (mean.square() + variance).sum(dim=(0, 2, 3))])

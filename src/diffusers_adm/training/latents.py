@@ -18,7 +18,7 @@ from ..data.latents import (
     load_autoencoder,
 )
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
-from .arguments import DataArguments, UNetArguments, size_argument
+from .arguments import DataArguments, ImageEmbeddingArguments, UNetArguments, size_argument
 from .loading import pretrained_pipeline_config
 
 
@@ -114,16 +114,22 @@ def find_latents(
     condition: str | None = None,
     conditioning_image_column: str | None = None,
     needs_images: str | None = None,
+    embedding_args: ImageEmbeddingArguments | None = None,
 ) -> StoredLatents | None:
     """
     How the stored latents in `train_data_dir` were made; `None` if it holds images. Raises a `ValueError` for those of
-    another autoencoder, for arguments that they contradict or that would have no effect on them, and with
-    `needs_images`, which says why images are needed.
+    another autoencoder, for arguments that they contradict or that would have no effect on them, and if images are
+    needed: `needs_images` says why, and a CLIP that encodes them is another reason.
     """
     folder = data_args.train_data_dir
     stored = find_stored_latents(folder)
     if stored is None:
         return None
+    if embedding_args is not None and embedding_args.encodes:
+        needs_images = (
+            "a CLIP encodes images; store its embeddings next to the latents (`--image_embeds_column` of "
+            "`diffusers_adm.data.encode_latents`)"
+        )
     if needs_images is not None:
         raise ValueError(
             f"`train_data_dir` {folder!r} holds latents ({LATENTS_NAME}), but {needs_images}. Train on the images "
@@ -150,9 +156,11 @@ def find_latents(
             f"`condition` {condition!r} is made from the pixels of an image, but {folder} holds latents. Train on the "
             "images themselves, or encode them with a `--conditioning_image_column`."
         )
+    embeds_column = None if embedding_args is None else embedding_args.image_embeds_column
     for argument, given, kept in (
         ("label_column", data_args.label_column, stored.label_column),
         ("conditioning_image_column", conditioning_image_column, stored.conditioning_image_column),
+        ("image_embeds_column", embeds_column, stored.image_embeds_column),
     ):
         if given not in (None, kept):
             raise ValueError(

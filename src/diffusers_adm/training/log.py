@@ -14,11 +14,15 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from .disk import explained_disk_errors
+from .flops import FlopMeter
 from .metrics import MetricsHistory
+from .trackers import start_tracker
 
 
 logger = get_logger(__name__)
 
+DEFAULT_PROJECT = "train"  # in trackers
 # The advice in errors and warnings of a diverged run.
 ADVICE = (
     "Resume an earlier checkpoint with a lower `--learning_rate`, or with `--mixed_precision bf16` or `no` instead of "
@@ -65,7 +69,7 @@ class TrainingLog:
     and makes every call.
 
     Args:
-        settings (mapping): The arguments of the run, for the trackers.
+        settings (mapping): The arguments of the run, for the trackers; also which tracker, and where.
         global_step (`int`): Optimizer steps taken before; rows of later steps are dropped and will be written again.
         max_train_steps (`int`): Optimizer steps of the whole run.
         total_batch_size (`int`): Images per optimizer step, over all processes.
@@ -82,17 +86,29 @@ class TrainingLog:
     ):
         self.accelerator = accelerator
         self.total_batch_size = total_batch_size
+        self.flop_meter = FlopMeter(accelerator)
         self.history = MetricsHistory(os.path.join(output_dir, "metrics.jsonl"))
         self.watch, self.divergence = DivergenceWatch(), None
+        # The last validation: its step, and its values by their names in the file.
+        self.validation: tuple[int, dict[str, float]] | None = None
         if accelerator.is_main_process:
-            self.history.rewind(global_step)
+            with explained_disk_errors(output_dir, f"{self.history.path} could not be rewritten", "It is unchanged."):
+                self.history.rewind(global_step)
             for row in self.history.rows():
                 if "loss" in row:
                     self.watch.update(row)
-        accelerator.init_trackers(
-            "train",
-            config={name: str(value) for name, value in settings.items()},
-            init_kwargs={"tensorboard": {"purge_step": global_step + 1}},
+                if row["step"] == global_step:
+                    self._remember(global_step, {n: v for n, v in row.items() if n.startswith("validation_")})
+        # Of a resumed run: what it measured before, and will not write again.
+        self._written = (global_step, set(self.validation[1] if self.validation else ()))
+        start_tracker(
+            accelerator,
+            settings.get("report_to") or "none",
+            settings.get("tracker_project_name") or DEFAULT_PROJECT,
+            output_dir,
+            accelerator.logging_dir or output_dir,
+            {name: str(value) for name, value in settings.items()},
+            global_step,
         )
         self.progress_bar = tqdm(
             total=max_train_steps,
@@ -121,17 +137,28 @@ class TrainingLog:
         before, self.divergence = self.divergence, self.watch.update(values)
         if self.divergence is not None and before is None:
             logger.warning(f"The run seems to have diverged at step {step}: {self.divergence}. {ADVICE}")
-        images = (step - self._clock_step) * self.total_batch_size
-        images_per_second = images / (time.perf_counter() - self._clock_start)
+        steps, seconds = step - self._clock_step, time.perf_counter() - self._clock_start
+        images_per_second = steps * self.total_batch_size / seconds
+        batches = steps * self.accelerator.gradient_accumulation_steps
+        rates = self.flop_meter.rates(batches, seconds, self.accelerator.num_processes)
         self.start_clock(step)
-        row = {**values, "lr": learning_rate, "images_per_second": images_per_second}
+        row = {**values, "lr": learning_rate, "images_per_second": images_per_second, **rates}
         self._write(step, row, "train/", "")
         shown = {"loss": f"{values['loss']:.4f}", "images_per_s": f"{images_per_second:.1f}"}
         self.progress_bar.set_postfix(shown, refresh=False)
 
     def write_validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes a row whose names begin with `validation_` (in trackers: `validation/`)."""
+        """Writes a row whose names begin with `validation_` (in trackers: `validation/`), and remembers it."""
+        self._remember(step, {f"validation_{name}": value for name, value in values.items()})
+        if self._written[0] == step and self._written[1] >= {f"validation_{name}" for name in values}:
+            return  # a run that was resumed only to save its result
         self._write(step, values, "validation/", "validation_")
+
+    def _remember(self, step: int, values: Mapping[str, float]) -> None:
+        # A validation may write several rows.
+        before = self.validation[1] if self.validation is not None and self.validation[0] == step else {}
+        if values:
+            self.validation = step, {**before, **values}
 
     def lacks_validation(self, step: int) -> bool:
         """Whether the log has rows of `step`, but none of the validation after it. Collective."""
@@ -142,9 +169,12 @@ class TrainingLog:
         return lacks
 
     def _write(self, step: int, values: Mapping[str, float], tracker_prefix: str, file_prefix: str) -> None:
-        self.accelerator.log({f"{tracker_prefix}{name}": value for name, value in values.items()}, step=step)
-        if self.accelerator.is_main_process:
-            self.history.append(step, {f"{file_prefix}{name}": value for name, value in values.items()})
+        folder, kept = self.history.path.parent, "The checkpoints are unaffected."
+        with explained_disk_errors(folder, f"The row of step {step} could not be written to {self.history.path}", kept):
+            if self.accelerator.is_main_process:
+                self.history.append(step, {f"{file_prefix}{name}": value for name, value in values.items()})
+        with explained_disk_errors(folder, f"The metrics of step {step} could not be written to a tracker", kept):
+            self.accelerator.log({f"{tracker_prefix}{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         """Closes the progress bar, and warns once more if the run has diverged."""

@@ -1,5 +1,6 @@
 """Metrics of training: means that are summed on the device, and a history file that survives a resume."""
 
+import copy
 import json
 import logging
 import math
@@ -21,7 +22,21 @@ NUM_QUARTERS = 4
 METRIC_NAMES = ("loss", "mse", "vb", *(f"loss_q{quarter}" for quarter in range(NUM_QUARTERS)))
 
 
-class LossMetrics:
+class Metrics:
+    """Base class of sums that can be set back, for an optimizer step that is not taken or is tried again."""
+
+    summed: tuple[str, ...]  # the attributes
+
+    def mark(self) -> None:
+        """Remembers the sums."""
+        self._marked = copy.deepcopy({name: getattr(self, name) for name in self.summed})
+
+    def revert(self) -> None:
+        """Sets the sums back to those of the last `mark`."""
+        vars(self).update(copy.deepcopy(self._marked))
+
+
+class LossMetrics(Metrics):
     r"""
     Means of the loss, of its terms, and of the loss by quarter of the timestep range (`loss_q0` holds the least noise),
     as improved-diffusion logs them. Nichol & Dhariwal 2021 (https://huggingface.co/papers/2102.09672).
@@ -32,6 +47,8 @@ class LossMetrics:
         num_train_timesteps (`int`): T; timesteps lie in `[0, T)`.
         device (`torch.device` or `str`): Device of the losses.
     """
+
+    summed = ("sums", "weights")
 
     def __init__(self, num_train_timesteps: int, device: torch.device | str = "cpu"):
         self.num_train_timesteps = num_train_timesteps
@@ -85,7 +102,7 @@ class LossMetrics:
         return {name: s / w for name, s, w in zip(METRIC_NAMES, sums, weights, strict=True) if w > 0}
 
 
-class MeanMetrics:
+class MeanMetrics(Metrics):
     """
     Means of named scalars over batches of one size.
 
@@ -94,6 +111,8 @@ class MeanMetrics:
     Args:
         device (`torch.device` or `str`): Device of the values.
     """
+
+    summed = ("sums", "counts")
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = device
@@ -155,7 +174,7 @@ def timestep_bin_edges(num_train_timesteps: int, num_bins: int) -> list[int]:
     return [math.ceil(num_train_timesteps * index / num_bins) for index in range(num_bins + 1)]
 
 
-class ClassificationMetrics:
+class ClassificationMetrics(Metrics):
     """
     Mean loss, accuracy and balanced accuracy (the mean accuracy over the classes), over all timesteps and by bin of
     them; bin 0 holds the least noise.
@@ -168,6 +187,8 @@ class ClassificationMetrics:
         num_bins (`int`): See `timestep_bin_edges`; with 1 there are no metrics by bin.
         device (`torch.device` or `str`): Device of the logits.
     """
+
+    summed = ("sums",)
 
     def __init__(self, num_train_timesteps: int, num_classes: int, num_bins: int, device: torch.device | str = "cpu"):
         edges = timestep_bin_edges(num_train_timesteps, num_bins)

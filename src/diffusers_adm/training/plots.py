@@ -32,6 +32,22 @@ AUTOENCODER_PANELS = {
     },
 }
 
+PRIOR_PANELS = {
+    "Squared error by quarter of the timesteps": {
+        "loss": "all timesteps",
+        "loss_q0": "1st quarter (least noise)",
+        "loss_q1": "2nd quarter",
+        "loss_q2": "3rd quarter",
+        "loss_q3": "4th quarter (most noise)",
+    },
+    "Cosine similarity to held-out image embeddings": {
+        "validation_similarity": "prior",
+        "validation_text_similarity": "text embedding",
+        "validation_shuffled_similarity": "prior, another caption",
+        "validation_mean_similarity": "mean of the training data",
+    },
+}
+
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
     """

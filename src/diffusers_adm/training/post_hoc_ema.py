@@ -4,8 +4,9 @@ power-function averages in its folder (`--power_ema_stds` in training).
 
     python -m diffusers_adm.training.post_hoc_ema --run_dir runs/mine --std 0.08 --output_dir runs/mine-0.08
 
-`output_dir` gets the layout of the run's result: a pipeline, a ControlNet, a classifier, an autoencoder or an adapter.
-The run may still be going on; its newest checkpoint then provides everything except the averaged weights.
+`output_dir` gets the layout of the run's result: a pipeline, a ControlNet, a classifier, an autoencoder, a CLIP, a
+prior or an adapter. The run may still be going on; its newest checkpoint then provides everything except the averaged
+weights.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..commands.arguments import arg, parse_args
 from ..commands.errors import run_command
+from ..data.clip_models import CLIP_FILES
 from ..data.repositories import check_can_be_written, reading
 from .checkpoints import CHECKPOINT_NAME, find_latest_checkpoint
 from .lora import PREFIX as LORA_PREFIX
@@ -42,7 +45,7 @@ from .power_ema import (
 
 RECORD_NAME = "post_hoc_ema.json"
 # Of the root of a result. Curves, samples, measurements and the model card are those of other weights.
-ROOT_FILES = ("model_index.json", "config.json", "id2label.json", "autoencoder.json", "train_args.yaml")
+ROOT_FILES = ("model_index.json", "config.json", "id2label.json", "autoencoder.json", "train_args.yaml", *CLIP_FILES)
 WEIGHTS_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 
@@ -149,11 +152,18 @@ def _write_network(source: Path, target: Path, network: str, averages: Mapping[s
 
 
 def _load_network(source: Path, network: str) -> Any:
-    """A network of a result in float32: a component of a pipeline, or a model of this package or of diffusers."""
+    """
+    A network of a result in float32: a component of a pipeline, or a model of this package, of diffusers or of
+    transformers.
+    """
     with reading("run_dir", str(source)):
         if (source / "model_index.json").is_file():
             return getattr(DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32), network)
-        name = json.loads((source / network / "config.json").read_text(encoding="utf-8")).get("_class_name", "")
+        config = json.loads((source / network / "config.json").read_text(encoding="utf-8"))
+        if "model_type" in config:
+            model_class = getattr(transformers, config["architectures"][0])
+            return model_class.from_pretrained(source / network, dtype=torch.float32)
+        name = config.get("_class_name", "")
         model_class = getattr(diffusers, name, None)  # where the models of this package are registered
         if model_class is None:
             raise ValueError(f"{source / network / 'config.json'} is of {name!r}, which is no model of diffusers.")

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checkpoints import WRITING_PREFIX, flush_directory
+from .sharding import copy_whole, local_tensors, whole_tensor
 
 
 logger = logging.getLogger(__name__)
@@ -139,17 +140,22 @@ class PowerEMA:
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter], step: int) -> None:
         """Adds the weights after `step` (the first is 1). Nothing waits for the device."""
-        weights = [parameter.float() for parameter in parameters]
+        weights = [parameter.float() for parameter in local_tensors(parameters)]
         for gamma, averages in zip(self.gammas, self.averages, strict=True):
-            torch._foreach_lerp_(averages, weights, decay_complement(gamma, step))
+            torch._foreach_lerp_(local_tensors(averages), weights, decay_complement(gamma, step))
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes the averages into a checkpoint, in float32."""
+    def save(self, folder: str | os.PathLike, writes: bool = True) -> None:
+        """
+        Writes the averages into a checkpoint, in float32. Collective if the weights are split over processes, of which
+        one `writes`.
+        """
         tensors = {
             f"{std!r}/{name}": average.contiguous()
             for std, averages in zip(self.stds, self.averages, strict=True)
-            for name, average in zip(self.names, averages, strict=True)
+            for name, average in zip(self.names, self._whole(averages, writes), strict=True)
         }
+        if not writes:
+            return
         save_file(tensors, Path(folder, STATE_NAME), {"stds": json.dumps(self.stds)})
 
     def load(self, folder: str | os.PathLike) -> None:
@@ -172,14 +178,25 @@ class PowerEMA:
                 )
             for std, averages in zip(stds, self.averages, strict=True):
                 for name, average in zip(self.names, averages, strict=True):
-                    average.copy_(file.get_tensor(f"{std!r}/{name}"))
+                    copy_whole(average, file.get_tensor(f"{std!r}/{name}"))
 
-    def save_snapshots(self, output_dir: str | os.PathLike, step: int) -> None:
+    @staticmethod
+    def _whole(averages: Iterable[torch.Tensor], keep: bool) -> list[torch.Tensor]:
+        """The averages, gathered if they are split over processes, of which one keeps them."""
+        wholes = []
+        for average in averages:
+            whole = whole_tensor(average)
+            wholes.append(average if whole is average else whole.cpu() if keep else whole.new_empty(0))
+        return wholes
+
+    def save_snapshots(self, output_dir: str | os.PathLike, step: int, writes: bool = True) -> None:
         """
         Writes a float16 snapshot of each average into `output_dir/power_ema`, atomically. Raises a `RuntimeError` for
-        values that float16 cannot hold.
+        values that float16 cannot hold. Collective as `save` is.
         """
-        snapshots = [[average.half() for average in averages] for averages in self.averages]
+        snapshots = [[average.half() for average in self._whole(averages, writes)] for averages in self.averages]
+        if not writes:
+            return
         finite = [torch.isfinite(tensor).all() for tensors in snapshots for tensor in tensors]
         if finite and not torch.stack(finite).all():  # waits for the device once
             raise RuntimeError(

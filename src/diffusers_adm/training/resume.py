@@ -2,7 +2,8 @@
 Resuming a run: the record in each checkpoint, and the comparison of arguments and data with it.
 
 A checkpoint records the arguments of its run (`train_args.yaml`) and what they led to (`run_record.json`: the noise
-schedule, the classes, the number of images, the config of the network). A resumed run takes the arguments that were
+schedule, the classes, the number of images and their captions, the number of processes, the config of the network). A
+resumed run takes the arguments that were
 left out from there. Those that were given are used, or refused by name, as their [`Verdict`] says.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from diffusers.training_utils import EMAModel
 
 from ..commands.arguments import build_arguments, given_arguments
 from ..conditioning.image_format import ImageFormat, Size, as_sample_size, as_size, parse_size
-from ..data.fingerprints import hash_tensors, hash_tokenizer
+from ..data.fingerprints import hash_plain, hash_tensors, hash_texts, hash_tokenizer
 from ..schedulers.noise_schedules import alphas_cumprod_of, is_same_noise, noise_schedule_of
 from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler
 from .arguments import (
@@ -36,7 +38,7 @@ from .arguments import (
     resume_verdicts,
     size_argument,
 )
-from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, find_checkpoint
+from .checkpoints import CHECKPOINT_NAME, REPLACED_PREFIX, count_writers, find_checkpoint
 from .effects import COSINE_SCHEDULES
 from .ema import load_average
 from .setup import ARGUMENTS_NAME, write_settings
@@ -52,7 +54,7 @@ RECORD_VERSION = 1
 
 
 # Arguments of one start of a run, which are not taken from an earlier one.
-OF_ONE_START = ("resume_from_checkpoint", "force_resume", "overwrite_output_dir")
+OF_ONE_START = ("resume_from_checkpoint", "force_resume", "overwrite_output_dir", "dry_run")
 # Arguments for the folder of the run, which a run that branches off to another folder does not take over.
 OF_ONE_FOLDER = ("push_to_hub", "hub_model_id", "hub_private_repo")
 # Groups of which one argument is given.
@@ -73,6 +75,8 @@ FORMAT_ARGUMENTS = {
 INHERITED = ("low_res_size", "max_noise_level")
 # Compared by their effect, once that is known: the noise schedule, the layers with an adapter.
 COMPARED_LATER = (*NOISE_ARGUMENTS, "lora_target_modules")
+# Scripts whose loss compares the examples of a batch with each other, over all processes.
+CONTRASTIVE = ("train_clip",)
 
 
 def _is_same(first: Any, second: Any) -> bool:
@@ -123,6 +127,31 @@ class Checkpoint:
     @property
     def has_record(self) -> bool:
         return bool(self.facts)
+
+
+@dataclass(frozen=True)
+class StepSplit:
+    """How a run splits the images of an optimizer step."""
+
+    num_processes: int
+    train_batch_size: int
+    gradient_accumulation_steps: int
+
+    @classmethod
+    def of(cls, num_processes: int, settings: Mapping[str, Any]) -> StepSplit:
+        """That of a number of processes with these arguments."""
+        return cls(num_processes, settings["train_batch_size"], settings["gradient_accumulation_steps"])
+
+    @property
+    def batch(self) -> int:
+        """Images of one batch of each process."""
+        return self.num_processes * self.train_batch_size
+
+    def has_same_steps(self, other: StepSplit, script: str) -> bool:
+        """Whether the steps of both have the same loss, up to the noise and the order of sums."""
+        if script in CONTRASTIVE:
+            return (self.batch, self.gradient_accumulation_steps) == (other.batch, other.gradient_accumulation_steps)
+        return self.batch * self.gradient_accumulation_steps == other.batch * other.gradient_accumulation_steps
 
 
 def read_checkpoint(path: Path, argument_types: Sequence[type], script: str) -> Checkpoint:
@@ -217,6 +246,7 @@ class RunRecord:
 
     def __init__(self, script: str, checkpoint: Checkpoint | None = None, force: bool = False):
         self.script, self.checkpoint, self.force = script, checkpoint, force
+        self.started = time.monotonic()
         self.settings: Mapping[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.left_out: dict[str, Any] = {}
@@ -244,6 +274,11 @@ class RunRecord:
                 continue
             if not _is_same(self._explicit(name, value, values), self._explicit(name, before[name], before)):
                 changed[verdicts[name]].append(name)
+        if self._has_same_steps(before, values):
+            for name in ("train_batch_size", "gradient_accumulation_steps"):
+                if name in changed[PROCESS]:
+                    changed[PROCESS].remove(name)
+                    changed[APPLIED].append(name)
         if not checkpoint.has_record:  # the content of its sources is unknown
             changed[PROCESS] += changed[SOURCE]
         old = {verdict: _flags({name: before[name] for name in names}) for verdict, names in changed.items()}
@@ -257,6 +292,20 @@ class RunRecord:
         self.forced_arguments |= set(changed[PROCESS])
         self.applied = {name: (before[name], values[name]) for name in changed[APPLIED]}
         self.left_out = {name: values[name] for name in left_out}
+
+    def _has_same_steps(self, before: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+        """
+        Whether another number of processes takes the same number of images per step. The launcher's variable tells the
+        number before the processes join; `check_processes` compares it again.
+        """
+        now = StepSplit.of(int(os.environ.get("WORLD_SIZE", 1)), values)
+        former = self._former_split(before)
+        return now.num_processes != former.num_processes and now.has_same_steps(former, self.script)
+
+    def _former_split(self, before: Mapping[str, Any]) -> StepSplit:
+        """How the checkpoint's run split its steps; for one of an earlier version, by its files and arguments."""
+        saved = self.checkpoint.facts.get("step_split")
+        return StepSplit.of(count_writers(self.checkpoint.path), before) if saved is None else StepSplit(**saved)
 
     def _explicit(self, name: str, value: Any, values: Mapping[str, Any]) -> Any:
         """The value that None stands for, if it is known here."""
@@ -424,20 +473,132 @@ class RunRecord:
             changes = _changes("class {} of the network", before or {}, now or {})
             self.refuse(changes, "Restore the names of the classes of the pretrained model")
 
-    def check_data(self, num_images: int) -> None:
-        """Compares the number of images: with another one, the position in the epoch means other images."""
+    def check_data(
+        self,
+        num_images: int,
+        captions: Iterable[str] | Iterable[Sequence[str]] | None = None,
+        stored: Any = None,
+    ) -> None:
+        """
+        Compares the data.
+
+        Args:
+            num_images (`int`): With another number, the position in the epoch would mean other images.
+            captions (iterable of `str` or of sequences of `str`, *optional*): Those of the images, in their order, of
+                which the record keeps a hash. None: the images have none.
+            stored (dataclass, *optional*): The record of stored latents or embeddings, `StoredLatents` or
+                `StoredEmbeddings`, likewise. The name of their network is ignored, since it may change.
+        """
         known, before, now = self._before("num_images", num_images)
         if known and before != now:
             self.refuse([_change("the number of usable images", now, before)], "Give the run the former images")
+        names = ("vae", "clip")
+        record = None if stored is None else {k: v for k, v in dataclasses.asdict(stored).items() if k not in names}
+        for fact, what, value in (
+            ("captions", "captions", None if captions is None else hash_texts(captions)),
+            (
+                "stored_data",
+                "stored latents or embeddings",
+                None if record is None else hash_plain(record),
+            ),
+        ):
+            known, before, now = self._before(fact, value)
+            if known and before != now:
+                self.refuse([_change(f"the hash of the {what}", now, before)], f"Give the run the former {what}")
+
+    def check_processes(self, num_processes: int, settings: Mapping[str, Any]) -> None:
+        """
+        Compares the number of processes. Another one goes on, if its steps have as many images as before (of a
+        contrastive loss: its batches, over all processes).
+
+        Args:
+            num_processes (`int`): After the processes have joined.
+            settings (mapping): The arguments of the run.
+        """
+        split = StepSplit.of(num_processes, settings)
+        self._before("step_split", dataclasses.asdict(split))
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.settings is None:
+            return
+        former = self._former_split(checkpoint.settings)
+        if former.num_processes == num_processes or split.has_same_steps(former, self.script):
+            return  # other arguments have been reported
+        change = (
+            f"the number of processes is {num_processes}, and was {former.num_processes}: a step takes "
+            f"{split.batch * split.gradient_accumulation_steps} images, and took "
+            f"{former.batch * former.gradient_accumulation_steps}"
+        )
+        batch_size, rest = divmod(former.batch, num_processes)
+        other = f" or pass `--train_batch_size {batch_size}`" if not rest else ""
+        self.refuse([change], f"Start {former.num_processes} processes{other}")
+
+    def resumed_position(self, batch_in_epoch: int) -> int:
+        """
+        The number of batches of each process that come before the resumed position in the epoch, for the number of
+        processes and the batch size of this run.
+
+        An epoch is one order of all examples, whatever the processes are: batch i of process p of N holds the examples
+        of batch `N i + p` of that order. So the next example is number `batch_in_epoch * N * train_batch_size`.
+
+        Args:
+            batch_in_epoch (`int`): The same for the run of the checkpoint.
+
+        Raises:
+            ValueError: If the next example is not the first one of a batch, and it is not forced. By force, the
+                examples of the batch that it is in are repeated.
+        """
+        if self.checkpoint is None or self.checkpoint.settings is None or "step_split" not in self.facts:
+            return batch_in_epoch
+        split, former = StepSplit(**self.facts["step_split"]), self._former_split(self.checkpoint.settings)
+        batches, rest = divmod(batch_in_epoch * former.batch, split.batch)
+        if rest:
+            change = (
+                f"{split.num_processes} processes with a `train_batch_size` of {split.train_batch_size} cannot go on "
+                f"after {batch_in_epoch * former.batch} images of the epoch, which {split.batch} does not divide,"
+            )
+            self.refuse([change], f"Choose numbers whose product divides it, such as that of before, {former.batch},")
+        return batches
+
+    def check_stream(self, source: Mapping[str, Any], num_processes: int, num_workers: int) -> int:
+        """
+        Compares the shards of streamed data, and the processes that share them. A position in the epoch means other
+        images if one of them has changed.
+
+        Args:
+            source (mapping): See `StreamSource.facts`.
+            num_processes (`int`), num_workers (`int`): Number of processes, and of workers of each.
+
+        Returns:
+            `int`: Number of lanes of each process, that of the workers when the run began. Any number of workers that
+            divides it gives the same batches; others are refused.
+        """
+        known, before, now = self._before("stream", source)
+        if known:
+            changes = _changes("`{}` of the streamed data", before or {}, now)
+            self.refuse(changes, "Give the run the former shards")
+        known, before, _ = self._before("stream_processes", num_processes)
+        if known and before != num_processes:
+            change = _change("the number of processes that share the streamed data", num_processes, before)
+            self.refuse([change], f"Start {before} processes")
+        known, lanes, _ = self._before("stream_lanes", max(1, num_workers))
+        if known and lanes % max(1, num_workers):
+            divisors = [str(number) for number in range(1, lanes + 1) if lanes % number == 0]
+            self.refuse(
+                [_change("`dataloader_num_workers`", num_workers, lanes)],
+                f"Pass 0 or one of {', '.join(divisors)}, which share the streamed data in the same way,",
+            )
+        elif known:
+            self.facts["stream_lanes"] = lanes
+        return self.facts["stream_lanes"]
 
     def check_network(
-        self, config: Mapping[str, Any], resolution: Size, frozen: Mapping[str, Any] | None = None
+        self, config: Mapping[str, Any], resolution: Size | None, frozen: Mapping[str, Any] | None = None
     ) -> None:
         """
-        Compares the config of the network, the resolution in pixels, and the frozen networks and tokenizers, or their
-        hashes, by their names in messages; None is ignored.
+        Compares the config of the network, the resolution in pixels (None: there is none), and the frozen networks and
+        tokenizers, or their hashes, by their names in messages; None is ignored.
         """
-        known, before, now = self._before("resolution", as_sample_size(resolution))
+        known, before, now = self._before("resolution", None if resolution is None else as_sample_size(resolution))
         if known and before != now:
             self.refuse([_change("`resolution`", now, before)], f"Pass `--resolution {size_argument(before)}`")
         # These are compared by facts of their own.
@@ -516,7 +677,7 @@ def apply_optimizer_arguments(training_args: TrainingArguments, optimizer: torch
     """Sets an optimizer that was loaded from a checkpoint to the values of `training_args`, apart from its schedule."""
     for group in optimizer.param_groups:
         group["betas"] = (training_args.adam_beta1, training_args.adam_beta2)
-        group["weight_decay"] = training_args.adam_weight_decay
+        group["weight_decay"] = 0.0 if group.get("undecayed") else training_args.adam_weight_decay
         group["eps"] = training_args.adam_epsilon
 
 

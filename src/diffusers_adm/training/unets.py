@@ -19,6 +19,7 @@ from .arguments import DataArguments, DiffusionArguments, DiffusionTrainingArgum
 from .classes import ClassPlan, change_config, copy_rows, log_plan, plan_classes
 from .loading import (
     check_config_keys,
+    check_num_steps,
     load_model_config,
     load_noise_scheduler,
     load_pretrained,
@@ -107,12 +108,7 @@ def check_sampling_steps(
     has_text: bool,
 ) -> None:
     """Raises a `ValueError` for validation images with too many steps, or with guidance without a condition."""
-    num_steps = scheduler.config.num_train_timesteps
-    if training_args.validation_num_inference_steps > num_steps:
-        raise ValueError(
-            f"`validation_num_inference_steps` is {training_args.validation_num_inference_steps}; the noise schedule "
-            f"(`ddpm_num_steps`) allows {num_steps} at most."
-        )
+    check_num_steps(training_args.validation_num_inference_steps, scheduler)
     if training_args.validation_guidance_scale != 1 and not has_classes and not has_text:
         raise ValueError(
             f"`validation_guidance_scale` is {training_args.validation_guidance_scale}, but without a `label_column` "
@@ -250,12 +246,17 @@ def spare_channels(
 
 
 def build_unet(
-    model_args: UNetArguments, data_args: DataArguments, config: Any, num_classes: int | None
+    model_args: UNetArguments,
+    data_args: DataArguments,
+    config: Any,
+    num_classes: int | None,
+    has_image_embeds: bool = False,
 ) -> AdaGNUNet2DModel:
     """
     Loads the pretrained U-Net (`match_unet_classes` then fits its class embedding to the data), or makes one from
     scratch from the `config` of `load_unet_config`, with a row for each class of the data (None: without classes).
-    Raises a `ValueError` if its class embedding is incompatible with the classes of the data or their dropout.
+    Raises a `ValueError` if its class embedding is incompatible with the classes of the data or their dropout, or if it
+    takes image embeddings in their place, and there are none (`has_image_embeds`).
     """
     pretrained = model_args.pretrained_model_name_or_path
     if pretrained is not None:
@@ -269,6 +270,13 @@ def build_unet(
         unet = AdaGNUNet2DModel.from_config(config)
     config = unet.config
 
+    if has_image_embeds:  # which take the place of classes
+        return unet
+    if config.class_embed_type == "identity":
+        raise ValueError(
+            "The U-Net has `class_embed_type='identity'`, as a decoder of unCLIP: it takes a vector in the place of a "
+            "class. Train it with `train_adm.py` and `--image_embeds_column` or `--image_encoder_name_or_path`."
+        )
     if num_classes is None and config.num_class_embeds is not None and config.null_class_id is None:
         raise ValueError(
             f"The U-Net is class-conditional ({config.num_class_embeds} classes, no null class). Pass `label_column`."
@@ -368,6 +376,27 @@ def fit_class_embedding(unet: AdaGNUNet2DModel, plan: ClassPlan) -> None:
         rows = copy_rows(table.weight, plan.sources, start)
     unet.class_embedding = torch.nn.Embedding.from_pretrained(rows, freeze=False)
     change_config(unet, num_class_embeds=len(plan.sources), null_class_id=plan.null_class_id)
+
+
+def replace_class_embedding(unet: AdaGNUNet2DModel) -> torch.Tensor | None:
+    """
+    Makes a U-Net add a vector to its embedding of the timestep in the place of that of a class, in place and in its
+    config.
+
+    Returns:
+        `torch.Tensor` of shape `(time_embed_dim,)` or `None`: The null class of its former table, or else the mean of
+        its rows; `None` without a table.
+    """
+    config, table, vector = unet.config, unet.class_embedding, None
+    if config.class_embed_type == "identity":
+        return None
+    if table is not None:
+        rows = table.weight.detach()
+        vector = rows.mean(dim=0) if config.null_class_id is None else rows[config.null_class_id].clone()
+        logger.info(f"The U-Net loses its {config.num_class_embeds} classes: the image embedding takes their place")
+    unet.class_embedding = torch.nn.Identity()
+    change_config(unet, class_embed_type="identity", num_class_embeds=None, null_class_id=None)
+    return vector
 
 
 def widen_input(unet: AdaGNUNet2DModel, in_channels: int) -> None:

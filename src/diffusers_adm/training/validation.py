@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..commands.errors import CommandError
-from ..conditioning.image_format import ImageFormat, as_size
+from ..conditioning.image_format import ImageFormat, Size, as_size
 from ..conditioning.low_resolution import downsample
 from ..conditioning.previews import describe_preview, preview
 from ..data.columns import first_caption
@@ -127,15 +127,17 @@ def choose_examples(dataset: ImageDataset, number: int, null_class_id: int | Non
     `null_class_id`.
     """
     number = min(number, len(dataset))
-    chosen = []
-    for index in (len(dataset) * place // number for place in range(number)):
-        row, arguments = dataset.dataset[index], {}
-        if "caption" in row:
-            arguments["prompt"] = first_caption(row["caption"])
-        if "label" in row:
-            arguments["class_labels"] = null_class_id if row["label"] < 0 else row["label"]
-        chosen.append((dataset[index], arguments))
-    return chosen
+    return [example_at(dataset, len(dataset) * place // number, null_class_id) for place in range(number)]
+
+
+def example_at(dataset: ImageDataset, index: int, null_class_id: int | None = None) -> Example:
+    """An example as `choose_examples` returns it."""
+    row, arguments = dataset.dataset[index], {}
+    if "caption" in row:
+        arguments["prompt"] = first_caption(row["caption"])
+    if "label" in row:
+        arguments["class_labels"] = null_class_id if row["label"] < 0 else row["label"]
+    return dataset[index], arguments
 
 
 def generate(
@@ -147,7 +149,10 @@ def generate(
 
 
 def generate_samples(
-    pipeline: DiffusionPipeline, wanted: Sequence[dict[str, Any]], training_args: DiffusionTrainingArguments
+    pipeline: DiffusionPipeline,
+    wanted: Sequence[dict[str, Any]],
+    training_args: DiffusionTrainingArguments,
+    numbers: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """
     Generates one sample for each entry of `wanted`, in [-1, 1] on the CPU, from fixed noise, `train_batch_size` at a
@@ -156,8 +161,11 @@ def generate_samples(
 
     Args:
         wanted (sequence of `dict`): Arguments of the pipeline for one image each, with the same keys for all. Guidance
-            is used if `prompt` or `class_labels` is among them, or source images were dropped in training.
+            is used if `prompt`, `class_labels` or `image_embeds` is among them, or source images were dropped in
+            training.
+        numbers (sequence of `int`, *optional*): Of each, which its noise depends on; `None`: its place in `wanted`.
     """
+    numbers = range(len(wanted)) if numbers is None else numbers
     pipeline.set_progress_bar_config(disable=True)
     text_encoder, samples = getattr(pipeline, "text_encoder", None), []
     home = text_encoder.device if text_encoder is not None else None
@@ -167,15 +175,20 @@ def generate_samples(
         for start in range(0, len(wanted), training_args.train_batch_size):
             batch = wanted[start : start + training_args.train_batch_size]
             arguments = {name: [each[name] for each in batch] for name in batch[0]}
+            if "image_embeds" in arguments:
+                arguments["image_embeds"] = torch.stack(arguments["image_embeds"])
             size = {} if arguments else {"batch_size": len(batch)}
-            is_conditional = "prompt" in arguments or "class_labels" in arguments
+            is_conditional = any(name in arguments for name in ("prompt", "class_labels", "image_embeds"))
             is_conditional = is_conditional or bool(pipeline.config.get("source_dropout_prob"))
             values = pipeline(
                 **arguments,
                 **size,
                 num_inference_steps=training_args.validation_num_inference_steps,
                 guidance_scale=training_args.validation_guidance_scale if is_conditional else 1.0,
-                generator=[torch.Generator().manual_seed(training_args.seed + start + i) for i in range(len(batch))],
+                generator=[
+                    torch.Generator().manual_seed(training_args.seed + number)
+                    for number in numbers[start : start + len(batch)]
+                ],
                 output_type="np",  # unlike tensors, arrays are checked for NaN
             ).images
             samples.append(from_pipeline(torch.from_numpy(values).movedim(-1, 1), pipeline.image_format))
@@ -214,6 +227,13 @@ def sample_grid(
     return labelled_grid(images, num_rows, cols, row_labels=labels, scale=cell_scale(images), caption=caption)
 
 
+def inpainting_arguments(example: Example, image_format: ImageFormat) -> dict[str, Any]:
+    """The arguments of a pipeline for an example: the image, the mask of the part to inpaint, and what it is told."""
+    tensors, given = example
+    image = to_pipeline(tensors["images"], image_format)
+    return {"image": image, "mask_image": 1 - tensors["keep_mask"], **given}
+
+
 def inpainting_grid(
     pipeline: DiffusionPipeline,
     dataset: ImageDataset,
@@ -226,14 +246,27 @@ def inpainting_grid(
     rows, cols = len(examples), math.ceil(total / len(examples))
     masked, wanted = [], []
     for tensors, arguments in examples:
-        image, keep_mask = tensors["images"], tensors["keep_mask"]
-        masked.append(torch.where(keep_mask == 1, image, MASKED_GREY))
-        wanted += [{"image": to_pipeline(image, image_format), "mask_image": 1 - keep_mask, **arguments}] * cols
+        masked.append(torch.where(tensors["keep_mask"] == 1, tensors["images"], MASKED_GREY))
+        wanted += [inpainting_arguments((tensors, arguments), image_format)] * cols
     inpainted = generate(pipeline, wanted, training_args)
     kept = preview(torch.stack(masked), image_format, training_args.preview_channels)
     cells = [cell for row in range(rows) for cell in (kept[row], *inpainted[row * cols : (row + 1) * cols])]
     caption = describe_preview(image_format, training_args.preview_channels)
     return labelled_grid(cells, rows, cols + 1, scale=cell_scale(cells), caption=caption)
+
+
+def low_resolution_arguments(example: Example, image_format: ImageFormat, low_res_size: Size) -> dict[str, Any]:
+    """The arguments of a pipeline for an example: its image at the low resolution, and what it is told."""
+    tensors, given = example
+    small = downsample(
+        tensors["images"][None], low_resolution_factor(tensors["images"], low_res_size), image_format.num_levels
+    )[0]
+    return {"image": to_pipeline(small, image_format), **given}
+
+
+def low_resolution_factor(images: torch.Tensor, low_res_size: Size) -> int:
+    """The size of images relative to that of the low-resolution ones."""
+    return images.shape[-2] // as_size(low_res_size)[0]
 
 
 def super_resolution_grid(
@@ -242,12 +275,9 @@ def super_resolution_grid(
     """Small image | sample | large image of each example."""
     image_format, channels = pipeline.image_format, training_args.preview_channels
     large = torch.stack([tensors["images"] for tensors, _ in examples])
-    factor = large.shape[-2] // as_size(pipeline.config.low_res_size)[0]
+    factor = low_resolution_factor(large, pipeline.config.low_res_size)
     small = downsample(large, factor, image_format.num_levels)
-    wanted = [
-        {"image": to_pipeline(image, image_format), **arguments}
-        for image, (_, arguments) in zip(small, examples, strict=True)
-    ]
+    wanted = [low_resolution_arguments(example, image_format, pipeline.config.low_res_size) for example in examples]
     samples = generate(pipeline, wanted, training_args)
     resized = F.interpolate(small, scale_factor=factor, mode="nearest")
     columns = {
@@ -256,6 +286,12 @@ def super_resolution_grid(
         "large": preview(large, image_format, channels),
     }
     return labelled_strips(columns, caption=describe_preview(image_format, channels))
+
+
+def control_arguments(example: Example, condition_format: ImageFormat | None = None) -> dict[str, Any]:
+    """The arguments of a pipeline for an example: its conditioning image, and what it is told."""
+    tensors, given = example
+    return {"image": to_pipeline(2 * tensors["conditions"] - 1, condition_format or ImageFormat()), **given}
 
 
 def control_grid(
@@ -268,8 +304,7 @@ def control_grid(
     image_format, channels = pipeline.image_format, training_args.preview_channels
     condition_format = condition_format or ImageFormat()
     targets, conditions = (torch.stack([tensors[name] for tensors, _ in examples]) for name in ("images", "conditions"))
-    given = to_pipeline(2 * conditions - 1, condition_format)
-    wanted = [{"image": image, **arguments} for image, (_, arguments) in zip(given, examples, strict=True)]
+    wanted = [control_arguments(example, condition_format) for example in examples]
     samples = generate(pipeline, wanted, training_args)
     columns = {
         "condition": preview(conditions * 2 - 1, condition_format),
@@ -303,11 +338,16 @@ def same_size(columns: dict[str, list[Image.Image]]) -> dict[str, list[Image.Ima
 
 
 def save_samples(accelerator: Accelerator, images: Image.Image, output_dir: str, global_step: int) -> None:
-    """Writes validation images to the folder of the run and to TensorBoard. Call it on the main process only."""
+    """
+    Writes validation images to the folder of the run and to TensorBoard or Weights & Biases. Call it on the main
+    process only.
+    """
     images.save(os.path.join(output_dir, f"samples-{global_step:07d}.png"))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("samples", np.asarray(images), global_step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"samples": [images]}, step=global_step)
 
 
 __getattr__ = renamed(__name__, {"draw": "generate"})

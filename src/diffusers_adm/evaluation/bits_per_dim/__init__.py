@@ -5,7 +5,7 @@ A package, because function and command have the same name: `diffusers_adm.evalu
 `python -m diffusers_adm.evaluation.bits_per_dim` runs `__main__.py`, which nothing imports.
 """
 
-from .bound import BitsPerDim, bits_per_dim
+from ...measures.bound import BitsPerDim, bits_per_dim
 
 
 __all__ = ["BitsPerDim", "bits_per_dim"]

@@ -30,12 +30,12 @@ from ...data.formats import FormatRequest, find_image_format, parse_value_range
 from ...data.images import ImageDataset
 from ...data.labels import match_classes, renumber_labels
 from ...data.repositories import check_can_be_written, from_subfolder_or_root, reading
+from ...measures.bound import bits_per_dim, learned_variance_scheduler
 from ...models.unet_2d_adagn import AdaGNUNet2DModel
 from ...schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMScheduler, VarianceType
 from ...schedulers.timestep_spacing import respaced_timesteps
 from ..common import REVISION_RULE, require, versions
 from ..data import find_dataset, num_real_classes
-from .bound import bits_per_dim, learned_variance_scheduler
 
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,8 @@ Compares samples with images: Frechet distance, inception score, precision, reca
       --features classifier:runs/classifier
 
 Samples are a folder of `python -m diffusers_adm.evaluation.sample`, or any other images.
+`accelerate launch -m diffusers_adm.evaluation.frechet ...` shares the images between processes; the results are the
+same.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ import torch
 
 from ...commands.arguments import arg, check_at_least, parse_args
 from ...commands.errors import run_command
+from ...commands.processes import join_processes
 from ...conditioning.image_format import ImageFormat, ImageMode, Size, parse_size
 from ...data.formats import FormatRequest, parse_value_range
 from ...data.labels import match_classes
@@ -129,11 +131,11 @@ def request_format(args: Arguments, network: FeatureNetwork) -> FormatRequest:
 def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_args(Arguments, argv, description=__doc__)
     require("datasets")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    accelerator = join_processes("no")
 
     # 1. network
-    network, id2label = load_features(args.features, args.cache_dir, device)
+    with accelerator.main_process_first():  # the others find downloads in the cache
+        network, id2label = load_features(args.features, args.cache_dir, accelerator.device)
     resolution = args.resolution or network.resolution
 
     # 2. images
@@ -156,13 +158,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 3. measures
     result = compare_image_sets(
-        network, samples, reference, k=args.k, splits=args.splits, batch_size=args.batch_size, seed=args.seed
+        network,
+        samples,
+        reference,
+        k=args.k,
+        splits=args.splits,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        accelerator=accelerator,
     )
-    if not args.json:
+    if accelerator.is_main_process and args.json:
+        settings = vars(args) | {"resolution": samples.resolution, "image_format": samples.image_format.to_config()}
+        print(json.dumps({**result.to_dict(), "settings": settings, "versions": versions()}, indent=1, allow_nan=False))
+    elif accelerator.is_main_process:
         print(result)
-        return
-    settings = vars(args) | {"resolution": samples.resolution, "image_format": samples.image_format.to_config()}
-    print(json.dumps({**result.to_dict(), "settings": settings, "versions": versions()}, indent=1, allow_nan=False))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

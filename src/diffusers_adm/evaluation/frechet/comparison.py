@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
+from ...commands.processes import gather_interleaved
 from ...conditioning.image_format import ImageFormat
 from ...data.labels import UNLABELLED
 from ...data.seeding import derive_seed
+from ...measures.common import make_bar
 from ...ops.finiteness import explain_not_finite, not_finite
 from ...ops.frechet import GaussianStatistics, frechet_distance
-from ..common import make_bar
 from .features import FeatureNetwork
 from .measures import (
     check_jackknife,
@@ -102,6 +105,7 @@ def compare_image_sets(
     splits: int = 10,
     batch_size: int = 64,
     seed: int = 0,
+    accelerator: Accelerator | None = None,
     progress_bar: bool = True,
 ) -> ImageSetComparison:
     r"""
@@ -118,7 +122,9 @@ def compare_image_sets(
         splits (`int`, defaults to 10): Splits of [`inception_score`], which takes the samples in random order.
         batch_size (`int`, defaults to 64): Images per forward pass.
         seed (`int`, defaults to 0): Random seed of that order.
-        progress_bar (`bool`, defaults to `True`): Show a progress bar.
+        accelerator (`accelerate.Accelerator`, *optional*): Shares the images between its processes. Every process must
+            call this function, with its own network; each gets the result, which the first one computes.
+        progress_bar (`bool`, defaults to `True`): Show a progress bar in the main process, for its share of the images.
 
     Raises:
         ValueError: For sets too small for `k` or `splits`, features that are not finite, labels that the network does
@@ -129,10 +135,34 @@ def compare_image_sets(
     numbers = {"samples": len(samples), "reference": len(reference)}  # type: ignore[arg-type]
     check_neighbours(k, **numbers)
     check_jackknife(**numbers)
-    fake, logits, labels = _extract(network, samples, "samples", batch_size, progress_bar, splits)
-    real, _, _ = _extract(network, reference, "reference", batch_size, progress_bar)
+    fake, logits, labels = _extract(network, samples, "samples", batch_size, progress_bar, splits, accelerator)
+    real, _, _ = _extract(network, reference, "reference", batch_size, progress_bar, accelerator=accelerator)
 
-    # 2. measures; a further one has a field in the result and a line in `__str__`
+    # 2. measures, by one process
+    found: list[Any] = [None, None]  # the result, or an error
+    if accelerator is None or accelerator.is_main_process:
+        try:
+            found[0] = _measure(fake, real, logits, labels, k, splits, batch_size, seed)
+        except Exception as error:
+            found[1] = error  # raised in all processes: the others wait for the result
+    if accelerator is not None and accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def _measure(
+    fake: torch.Tensor,
+    real: torch.Tensor,
+    logits: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    k: int,
+    splits: int,
+    batch_size: int,
+    seed: int,
+) -> ImageSetComparison:
+    """All measures of the features; a further one has a field in the result and a line in its `__str__`."""
     precision, recall = precision_recall(real, fake, k)
     diversity, diversity_standard_error = mean_pairwise_distance(fake)
     kernel, kernel_standard_error = kernel_distance(real, fake)
@@ -159,7 +189,6 @@ def compare_image_sets(
             result.accuracy = accuracy
             result.accuracy_standard_error = math.sqrt(accuracy * (1 - accuracy) / int(labelled.sum()))  # binomial
 
-    # 3. warnings
     for name, features in (("samples", fake), ("reference", real)):
         if len(features) <= features.shape[1]:
             logger.warning(
@@ -225,19 +254,29 @@ def _extract(
     batch_size: int,
     progress_bar: bool,
     splits: int | None = None,
+    accelerator: Accelerator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Features, logits and labels, on the CPU; with `splits`, errors of splits and labels end it in their batch."""
+    """
+    Features, logits and labels, on the CPU and of all processes, each of which computes every n-th image. With
+    `splits`, errors of splits and labels end it in their batch.
+    """
     all_features, all_logits, all_labels = [], [], []
     number = len(images)  # type: ignore[arg-type]
-    with make_bar(number, f"Features of the {name}", "image", show=progress_bar) as bar:
-        for batch in torch.utils.data.DataLoader(images, batch_size=batch_size):
+    rank, num_processes = 0, 1
+    if accelerator is not None and accelerator.num_processes <= number:  # else each computes the few images
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+    own = range(rank, number, num_processes)
+    show = progress_bar and rank == 0
+    with make_bar(len(own), f"Features of the {name}", "image", show=show) as bar:
+        for batch in torch.utils.data.DataLoader(images, batch_size=batch_size, sampler=own):
             pixels = _values_for(network, batch["images"], getattr(images, "image_format", None))
             outputs = [output.float().cpu() for output in network(pixels) if output is not None]
             bad = not_finite(torch.cat(outputs, dim=1))
             if bad:
                 networks = {name: part for name, part in vars(network).items() if isinstance(part, torch.nn.Module)}
+                number_of_image = own[batch_size * len(all_features) + bad[0]]
                 raise ValueError(
-                    f"Features or logits of image {batch_size * len(all_features) + bad[0]} of the `{name}` are not "
+                    f"Features or logits of image {number_of_image} of the `{name}` are not "
                     f"finite. {explain_not_finite(networks)}"
                 )
             all_features.append(outputs[0])
@@ -247,8 +286,13 @@ def _extract(
             if splits is not None and all_logits:
                 _check_samples(batch.get("class_labels"), all_logits[-1].shape[1], number, splits)
             bar.update(len(pixels))
+    features = torch.cat(all_features)
     logits, labels = (torch.cat(parts) if parts else None for parts in (all_logits, all_labels))
-    return torch.cat(all_features), logits, labels
+    if accelerator is not None and num_processes > 1:
+        features = gather_interleaved(features, accelerator)
+        logits = None if logits is None else gather_interleaved(logits, accelerator)
+        labels = None if labels is None else gather_interleaved(labels[:, None], accelerator)[:, 0]
+    return features, logits, labels
 
 
 def _check_samples(labels: torch.Tensor | None, num_classes: int, number: int, splits: int) -> None:

@@ -28,10 +28,11 @@ from ...conditioning.image_format import ImageFormat, ImageMode
 from ...data.fingerprints import hash_config, hash_plain, hash_tensors, hash_tokenizer
 from ...data.pixels import alpha_of_opaque
 from ...data.seeding import derive_seed
+from ...measures.common import make_bar
 from ...models.config_checks import check_choice
 from ...ops.finiteness import explain_not_finite, not_finite
 from ...pipelines.pipeline_adm import PIL_OUTPUT_MODES
-from ..common import make_bar, require, versions
+from ..common import require, versions
 
 
 OutputFormat = Literal["png", "tiff", "npz"]
@@ -409,7 +410,7 @@ def _read_image(folder: Path, index: int) -> np.ndarray:
     """An image before it is packed: `(height, width, channels)`"""
     path = folder / _image_name(index)
     if not path.exists():
-        return np.load(path.with_suffix(".npy"))
+        return np.load(path.with_suffix(".npy"), allow_pickle=False)
     with Image.open(path) as image:
         pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
