@@ -5,6 +5,7 @@ from diffusers_adm.pipelines.pipeline_adm_controlnet import ADMControlNetPipelin
 from diffusers_adm.pipelines.pipeline_adm_image_to_image import ADMImageToImagePipeline
 from diffusers_adm.pipelines.pipeline_adm_inpaint import ADMInpaintPipeline
 from diffusers_adm.pipelines.pipeline_adm_super_resolution import ADMSuperResolutionPipeline
+from diffusers_adm.pipelines.pipeline_adm_unclip import ADMUnCLIPPipeline
 
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "ADMInpaintPipeline",
     "ADMPipeline",
     "ADMSuperResolutionPipeline",
+    "ADMUnCLIPPipeline",
 ]

@@ -10,14 +10,15 @@ autoencoder (Rombach et al. 2022, https://huggingface.co/papers/2112.10752).
 """
 
 import contextlib
+import copy
+import inspect
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -27,10 +28,14 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
+from diffusers_adm.compilation import fast_network
+from diffusers_adm.compilation.suitability import FastDtype
+from diffusers_adm.conditioning.call_arguments import checks_arguments
 from diffusers_adm.conditioning.class_labels import ClassCondition, ClassLabels
 from diffusers_adm.conditioning.condition import (
     Condition,
     MergedConditions,
+    Passes,
     SamplingCall,
     Step,
     number_of_prompts,
@@ -38,23 +43,32 @@ from diffusers_adm.conditioning.condition import (
 from diffusers_adm.conditioning.guidance import (
     ClassifierGuidance,
     Guidance,
+    GuidancePasses,
     check_classifier,
     check_format_of_classifier,
+    check_guidance_passes,
     check_noise_of_classifier,
     guide,
+    joins_passes,
 )
+from diffusers_adm.conditioning.guidance_functions import GuidanceFunctions
 from diffusers_adm.conditioning.image_format import MODE_CHANNELS, ImageFormat, as_size
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.image_outputs import as_outputs, to_numpy, to_pil
 from diffusers_adm.conditioning.inpainting import sample_channels_of
 from diffusers_adm.conditioning.latents import Autoencoder, LatentSpace, downsampling_factor
 from diffusers_adm.conditioning.start_image import StartCondition
+from diffusers_adm.conditioning.steering import GuidedPrediction, Steering
 from diffusers_adm.conditioning.text import TextCondition, TextConditioning, check_text_encoder, cross_attention_width
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
+from diffusers_adm.models.loading import explained
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
-from diffusers_adm.ops.finiteness import explain_not_finite, not_finite
-from diffusers_adm.pipelines.ldm_layout import LDM_NAMES, has_ldm_layout, load_ldm_layout
+from diffusers_adm.ops.finiteness import count_not_finite, explain_not_finite, not_finite
+from diffusers_adm.ops.integers import check_integer
+from diffusers_adm.ops.values import check_elements, check_generator, describe
+from diffusers_adm.pipelines.inversion import check_arguments_of_inversion, without_exact_inverse
+from diffusers_adm.pipelines.layouts import LDM_LAYOUT, has_layout, load_layout
 from diffusers_adm.schedulers.diffusers_schedulers import (
     DEFAULT_NUM_INFERENCE_STEPS,
     Generators,
@@ -62,10 +76,10 @@ from diffusers_adm.schedulers.diffusers_schedulers import (
     check_scheduler,
     check_variance,
     copy_for_call,
-    takes_gradient,
     takes_variance,
 )
 from diffusers_adm.schedulers.noise_schedules import LORA_NOISE_SCHEDULE_KEY, check_same_noise
+from diffusers_adm.schedulers.scheduling_ddim_inversion import DDIMInversionScheduler
 
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -117,6 +131,8 @@ class Samples:
                 "`width`."
             )
         factor = vae_factor * unet_factor
+        for name, side in (("height", height), ("width", width)):
+            check_integer(name, side, 0)
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(
                 f"`height` and `width` are {height} and {width}; both must be positive and divisible by {factor}, the "
@@ -126,12 +142,12 @@ class Samples:
                 + " That is the size of the given image: resize or crop it." * is_of_image
             )
 
-    def check_numbers(self, shape: tuple[int, ...]) -> None:
-        """Raises a `ValueError` unless generators and latents match samples of this shape."""
-        if not isinstance(self.num_images_per_prompt, Integral) or self.num_images_per_prompt < 1:
-            raise ValueError(
-                f"`num_images_per_prompt` is {self.num_images_per_prompt!r}; pass an integer of at least 1."
-            )
+    def check_numbers(self, shape: tuple[int, ...], is_inversion: bool = False) -> None:
+        """
+        Raises a `ValueError` unless generators and latents match samples of this shape. `is_inversion`: whether the
+        latents are an image to invert.
+        """
+        check_generator(self.generator)
         if isinstance(self.generator, list) and len(self.generator) != shape[0]:
             raise ValueError(
                 f"`generator` is a list of {len(self.generator)} for {shape[0]} images. Pass one generator for each "
@@ -140,16 +156,20 @@ class Samples:
         latents = self.latents
         if latents is None:
             return
+        if is_inversion and tuple(latents.shape) != shape:
+            raise ValueError(
+                f"The image to invert gives samples of shape {tuple(latents.shape)}, but the other arguments ask for "
+                f"{shape}. Pass one image for each prompt, class or other condition, of the size of the results."
+            )
         if tuple(latents.shape) != shape or not latents.is_floating_point():
             raise ValueError(
                 f"`latents` has shape {tuple(latents.shape)} and type {latents.dtype}, but the number of images, "
                 f"`height` and `width` ask for floating point numbers of shape {shape}."
             )
-        bad = not_finite(latents)
-        if bad:
+        bad = count_not_finite(latents, "images")
+        if bad is not None:
             raise ValueError(
-                f"`latents` holds NaN or infinity for {len(bad)} of {len(latents)} images (numbers "
-                f"{', '.join(map(str, bad))}, counted from 0). Pass standard normal noise, as by `torch.randn{shape}`."
+                f"`latents` holds NaN or infinity for {bad}. Pass standard normal noise, as by `torch.randn{shape}`."
             )
 
 
@@ -211,7 +231,8 @@ class Sampling:
         call (`SamplingCall`): Number and size of the samples, their noise, and a copy of the pipeline's scheduler.
         timesteps (`torch.Tensor`), step_kwargs (`dict`): The steps, and keyword arguments of `scheduler.step`.
         conditions (`MergedConditions`): Inputs of the U-Net.
-        guidance (`Guidance`), classifier_guidance (`ClassifierGuidance`, *optional*), output (`Output`): As asked for.
+        guidance (`Guidance`), output (`Output`): As asked for.
+        steering (`Steering`, *optional*): The classifier and other functions that guide; `None`: there are none.
     """
 
     state: CallState
@@ -220,12 +241,28 @@ class Sampling:
     step_kwargs: dict[str, Any]
     conditions: MergedConditions
     guidance: Guidance
-    classifier_guidance: ClassifierGuidance | None
     output: Output
+    steering: Steering | None
 
     def step(self, index: int) -> Step:
-        """One of the steps."""
-        return Step(index, len(self.timesteps), self.timesteps[index])
+        """One of the steps. Those of an inversion have the numbers of the steps of sampling that they invert."""
+        number, timestep = len(self.timesteps), self.timesteps[index]
+        if isinstance(self.call.scheduler, DDIMInversionScheduler):
+            evaluations = self.call.scheduler.order
+            return Step((number - 1 - index) // evaluations, number // evaluations, timestep)
+        return Step(index, number, timestep)
+
+    def take(self, prediction: GuidedPrediction, latents: torch.Tensor, step: Step) -> torch.Tensor:
+        """Steps the scheduler: x_t to x_{t-1}, both as it scales them."""
+        latents = self.call.scheduler.step(
+            prediction.model_output, step.timestep, latents, **self.step_kwargs, **prediction.step_kwargs
+        ).prev_sample
+        return latents if prediction.shift is None else self.steering.shift(latents, prediction.shift, step)
+
+    def finish(self) -> None:
+        """Checks what the loop left unread, so as not to wait for the device in each step."""
+        if self.steering is not None:
+            self.steering.check()
 
 
 class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -275,6 +312,9 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer", "classifier"]
     _callback_tensor_inputs = ["latents"]
+    _guidance_passes: GuidancePasses = "auto"
+    # Of the pipelines of diffusers that `from_pretrained` and `from_pipe` also take.
+    _layout = LDM_LAYOUT
 
     # None of these has a default: with one, `DiffusionPipeline.from_pretrained(..., classifier=None)` would load the
     # repository's classifier all the same.
@@ -317,23 +357,39 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         (such as `CompVis/ldm-celebahq-256`), whose `vqvae` and `bert` become `vae` and `text_encoder`.
         """
         path = pretrained_model_name_or_path
-        if kwargs.get("custom_pipeline") is None and has_ldm_layout(cls, path, kwargs):
-            return load_ldm_layout(cls, path, kwargs)
-        return super().from_pretrained(path, **kwargs)
+        with explained(path, cls):
+            if kwargs.get("custom_pipeline") is None and has_layout(cls._layout, cls, path, kwargs):
+                return load_layout(cls._layout, cls, path, kwargs)
+            pipe = super().from_pretrained(path, **kwargs)
+        # A class of diffusers that the index names by mistake ignores the weights of another, with a mere warning.
+        unet = getattr(pipe, "unet", None)
+        if isinstance(unet, ModelMixin) and "timestep" not in inspect.signature(unet.forward).parameters:
+            raise ValueError(
+                f"The index of {path} names {type(unet).__name__} as `unet`, which takes no timestep. Correct "
+                "`unet` in model_index.json, or pass the U-Net to `from_pretrained`."
+            )
+        return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """
         Makes a pipeline of the components of another one as diffusers does, also of an `LDMPipeline` or
-        `LDMTextToImagePipeline`. Optional components that it does not have are `None`.
+        `LDMTextToImagePipeline`. Optional components that it does not have are `None`; `guidance_passes` is that of
+        the other one.
         """
         components = pipeline.components
-        for name, its_name in LDM_NAMES.items():
+        for name, its_name in cls._layout.names.items():
             if its_name in components:
-                kwargs.setdefault(name, components[its_name])
+                kwargs.setdefault(name, cls._layout.convert(components[its_name]))
+        for name, component in components.items():
+            own = cls._layout.convert(component)
+            if own is not component and name in cls._get_signature_keys(cls)[0]:
+                kwargs.setdefault(name, own)
         for name in set(cls._optional_components) - set(components):
             kwargs.setdefault(name, None)
-        return super().from_pipe(pipeline, **kwargs)
+        pipe = super().from_pipe(pipeline, **kwargs)
+        pipe._guidance_passes = getattr(pipeline, "_guidance_passes", "auto")
+        return pipe
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -375,6 +431,28 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             stacklevel=2,
         )
         return self.has_cross_attention
+
+    @property
+    def guidance_passes(self) -> GuidancePasses:
+        """How both passes of classifier-free guidance run; see `set_guidance_passes`."""
+        return self._guidance_passes
+
+    def set_guidance_passes(self, passes: GuidancePasses) -> None:
+        r"""
+        Sets how the unconditional and the conditional pass of classifier-free guidance run. The results differ by
+        rounding only.
+
+        Args:
+            passes (`str`): `"joint"`: in one batch of twice the size. `"separate"`: one after the other, so that the
+                networks always see the batch size of the call, also in steps without guidance, and need less memory.
+                `"auto"`, which new pipelines have: whichever is faster: on the CPU joint for small batches of small
+                samples, else separate; on other devices joint.
+
+        Raises:
+            ValueError: For another word.
+        """
+        check_guidance_passes(passes)
+        self._guidance_passes = passes
 
     # State per call: inside a callback that of its own call; elsewhere that of the most recently started call.
     # (diffusers' pipelines keep these as attributes of the pipeline.)
@@ -495,6 +573,43 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if any(key.startswith(f"{prefix}.") for key in state_dict):
             super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix=prefix, **kwargs)
 
+    def enable_fast(
+        self,
+        dtype: FastDtype = "auto",
+        *,
+        cache_dir: str | os.PathLike | None = None,
+        background: bool = False,
+    ) -> None:
+        r"""
+        Compiles the U-Net and ControlNets for sampling; see docs/fast_sampling.md for the time of the first call, which
+        is minutes, and the speed-up.
+
+        The first call with inputs of each shape compiles. On CPUs the weights are part of the code, which is kept in
+        `cache_dir` for later processes; changed weights are compiled again. The networks stay the same objects, and
+        their weights stay as they are: only what runs when they are called changes, also in other pipelines that share
+        them. Calls that need gradients run the network itself.
+
+        Args:
+            dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`): In which the code computes. `"auto"`:
+                bfloat16 where the device has instructions for it (CPUs with AVX512-BF16 or AMX, GPUs from compute
+                capability 8.0 on), otherwise the dtype of the network. `None`: the dtype of the network.
+            cache_dir (`str` or `os.PathLike`, *optional*): Folder for compiled code of CPUs, to which only you may
+                have write access. `None`: `diffusers_adm/compiled` in the cache of Hugging Face (`HF_HOME`).
+            background (`bool`, defaults to `False`): Compile in the background; the networks run as before until their
+                code is ready. Only on CPUs.
+
+        Raises:
+            ValueError: For networks with hooks (offloading, device maps, caches), sharded or quantised weights, or LoRA
+                adapters that are not fused (call `fuse_lora` first); also by calls of the pipeline, if that is done
+                later. For a `cache_dir` that cannot be used.
+            RuntimeError: If code must be compiled and there is no C++ compiler.
+        """
+        fast_network.enable(self.components, dtype, cache_dir, background)
+
+    def disable_fast(self) -> None:
+        """Undoes `enable_fast`: the networks run as they are. Compiled code stays in the cache."""
+        fast_network.disable(self.components)
+
     def encode_prompt(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -515,14 +630,14 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         Raises:
             ValueError: Without a text encoder, or for another number of negative prompts than of prompts.
         """
-        text = TextCondition(self.unet.config, self.text_encoder, self.tokenizer)
+        text = self._text_condition()
         encoded, negative = text.encode(prompt, negative_prompt, self._execution_device)
-        takes_pooled = self.unet.config.get("addition_embed_type") == "text_embeds"
-        pooled, negative_pooled = (encoded.pooled, negative.pooled) if takes_pooled else (None, None)
+        pooled, negative_pooled = (encoded.pooled, negative.pooled) if text.takes_pooled else (None, None)
         masks = encoded.attention_mask, negative.attention_mask
         return encoded.hidden_states, negative.hidden_states, pooled, negative_pooled, *masks
 
     @torch.no_grad()
+    @checks_arguments
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -554,6 +669,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: ImageInput | None = None,
         strength: float | None = None,
+        guidance_fn: GuidanceFunctions = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates a batch of images, from noise or from a noised `image`.
@@ -574,12 +690,12 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 `LearnedVarianceDDPMScheduler`.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: `uncond + guidance_scale * (cond -
                 uncond)` replaces the predicted mean; 1.0 is off. `uncond` is the prediction for the null class, if the
-                model has one, and the negative prompt, if it is conditioned on text; both are predicted in one batch.
-                The variance is that of the conditional prediction.
+                model has one, and the negative prompt, if it is conditioned on text; both are predicted in one batch or
+                one after the other (`set_guidance_passes`). The variance is that of the conditional prediction.
             guidance_rescale (`float`, defaults to 0.0): In [0, 1], for guided steps; pulls the standard deviation of
                 the guided prediction towards that of the conditional one.
             guidance_start (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0): Fractions of the steps
-                between which both kinds of guidance act. Step `i` of `n` is guided if `guidance_start <= i / n` and `(i
+                between which all kinds of guidance act. Step `i` of `n` is guided if `guidance_start <= i / n` and `(i
                 + 1) / n <= guidance_end`. With schedulers of second order these are evaluations of the network, two for
                 most steps.
             classifier_guidance_scale (`float`, defaults to 0.0): Classifier guidance: s times the gradient g of the
@@ -624,6 +740,9 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 `int(strength * steps)` steps, which are taken: the less, the more of it remains. 1.0 takes all steps
                 and leaves next to nothing of it. `guidance_start` and `guidance_end` are fractions of the steps that
                 are taken.
+            guidance_fn ([`GuidanceFunction`] or list of them, *optional*): Functions `(x_t, t, pred_original_sample,
+                **conditions)` whose gradient each step follows; several add up. See
+                `diffusers_adm.conditioning.guidance_functions` and docs/guidance.md.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
@@ -645,7 +764,9 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             classes,
             [prompts, start],
             Steps(num_inference_steps, timestep_respacing, eta, start.strength),
-            Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
+            Guidance(
+                guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale, guidance_fn
+            ),
             Samples(batch_size, num_images_per_prompt, *start.size(height, width), generator, latents),
             Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
@@ -656,6 +777,79 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         # 4. decode
         return self._finish(self._decode(latents, output_type), return_dict)
 
+    @torch.no_grad()
+    @checks_arguments
+    def invert(
+        self,
+        image: ImageInput,
+        /,
+        num_inference_steps: int = DEFAULT_NUM_INFERENCE_STEPS,
+        num_fixed_point_iterations: int = 2,
+        **call_arguments: Any,
+    ) -> torch.Tensor:
+        r"""
+        Inverts the sampling of images: returns latents from which the same call generates them (DDIM inversion, Song et
+        al. 2020, https://huggingface.co/papers/2010.02502; see docs/inversion.md).
+
+            latents = pipe.invert(image, prompt="a cat")
+            image = pipe(prompt="a cat", latents=latents, eta=0.0).images[0]
+
+        Sampling must be deterministic: `eta=0.0` with `LearnedVarianceDDPMScheduler`, or `DDIMScheduler`. Other
+        deterministic schedulers, such as `DPMSolverMultistepScheduler` and `EulerDiscreteScheduler`, solve the same
+        equation with other errors, and come close to the image with many steps. The latents are of the scale of
+        standard normal noise for all of them, as the `latents` of a call. The scheduler must not clip the predicted
+        x_0 (`clip_sample=False`).
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): The images, one for each
+                result, in the forms of `image` of [`ADMPipeline`], and in the format of the results. By position only:
+                `image=` is that of the call, such as the low-resolution image of [`ADMSuperResolutionPipeline`]. With a
+                `vae` the mean of their latents is inverted.
+            num_inference_steps (`int`, defaults to 50): As in the call that generates the images again.
+            num_fixed_point_iterations (`int`, defaults to 2): Evaluations of the network per step. 1: plain DDIM
+                inversion. More of them approach the exact inverse (Pan et al. 2023,
+                https://huggingface.co/papers/2309.04907).
+            call_arguments: Other arguments of the call (prompt, classes, guidance, conditioning images, ...), all as in
+                the call that generates the images again. Guidance of all kinds, and fractions of the steps such as
+                `guidance_start`, act in the steps in which they act there.
+
+        Returns:
+            `torch.Tensor` of shape `(number of images, channels, height, width)`: Latents, at least float32.
+
+        Raises:
+            ValueError: For images of another format or size, values that are not finite, and arguments of the call that
+                have no meaning here or that the call refuses.
+        """
+        check_arguments_of_inversion(call_arguments)
+        if image is None:
+            raise ValueError("The image to invert is None; pass one, or a list of them, as the first argument.")
+        self._check_components()
+        self._warn_once(without_exact_inverse(self.scheduler))
+        start = StartCondition(self.vae, self.image_format).read(image, None)
+        unet_factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        size = dict(zip(("height", "width"), start.image_size, strict=True))
+        Samples(1, 1, None, None, None, None).check_size(
+            **size, vae_factor=self.vae_scale_factor, unet_factor=unet_factor, is_of_image=True
+        )
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        latents = start.encode(self._execution_device, dtype)
+
+        # A copy of this call's own: other calls of the pipeline may run at the same time.
+        pipe = copy.copy(self)
+        scheduler = copy_for_call(self.scheduler, None, len(latents))
+        pipe.scheduler = DDIMInversionScheduler(scheduler, num_fixed_point_iterations)
+        taken = inspect.signature(type(self).__call__).parameters
+        follows = {name: value for name, value in {**size, "batch_size": len(latents)}.items() if name in taken}
+        arguments = {"num_inference_steps": num_inference_steps, **follows, **call_arguments}
+        arguments.pop("eta", None)  # 0, which inversion always is
+        (result,) = pipe(**arguments, latents=latents, output_type="latent", return_dict=False)
+        return result
+
+    @property
+    def _inverts(self) -> bool:
+        """Whether this is a copy that `invert` calls: from images to noise."""
+        return isinstance(self.scheduler, DDIMInversionScheduler)
+
     def _class_and_text(
         self,
         class_labels: ClassLabels,
@@ -665,10 +859,16 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         negative_text: TextConditioning,
     ) -> tuple[ClassCondition, TextCondition]:
         """Reads the conditions of all pipelines."""
+        prompts = self._text_condition()
+        classes = self._class_condition(self.unet.config).read(class_labels)
+        return classes, prompts.read(prompt, text, negative_prompt, negative_text)
+
+    def _class_condition(self, unet_config: Mapping[str, Any]) -> ClassCondition:
         num_classes = None if self.classifier is None else self.classifier.config.num_classes
-        classes = ClassCondition(self.unet.config, id2label=self.id2label, num_classifier_classes=num_classes)
-        prompts = TextCondition(self.unet.config, self.text_encoder, self.tokenizer)
-        return classes.read(class_labels), prompts.read(prompt, text, negative_prompt, negative_text)
+        return ClassCondition(unet_config, id2label=self.id2label, num_classifier_classes=num_classes)
+
+    def _text_condition(self) -> TextCondition:
+        return TextCondition(self.unet.config, self.text_encoder, self.tokenizer)
 
     def _start(
         self,
@@ -684,22 +884,27 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         `others` are its conditions, of which only `classes` is also used by classifier guidance.
         """
         # 1. check
+        for runner in fast_network.runners(self.components):
+            runner.refresh()
         conditions = [classes, *others]
         unet, device, pixels = self.unet.config, self._execution_device, self.vae_scale_factor
         steps.check(self.scheduler)
         guidance.check(conditions)
         output.check(self.image_format, self.config.image_format is not None, self._callback_tensor_inputs)
         num_prompts = number_of_prompts(conditions, samples.batch_size)
+        check_integer("num_images_per_prompt", samples.num_images_per_prompt, 1)
         num_images = num_prompts * samples.num_images_per_prompt
         height, width = self._size(samples, conditions)
         is_of_image = any(condition.image_size == (height, width) for condition in conditions)
         samples.check_size(height, width, pixels, 2 ** (len(unet.block_out_channels) - 1), is_of_image)
         size = (height // pixels, width // pixels)
         shape = (num_images, self.sample_channels, *size)
-        samples.check_numbers(shape)
+        samples.check_numbers(shape, self._inverts)
+        check_elements(f"{num_images} images of {height} x {width} pixels", math.prod(shape) * pixels**2)
         for condition in conditions:
             condition.check_size((height, width), size)
         guidance.check_classifier(self.classifier, classes, self.scheduler, steps.eta, size)
+        guidance.check_functions(self.scheduler, steps.eta)
 
         # 2. timesteps, noise, conditions
         state = self._latest_call = CallState(guidance.scale)
@@ -717,17 +922,18 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             condition.before_noise(call)
         call.noise = call.draw_noise(shape) if samples.latents is None else samples.latents.to(noise)
         merged = MergedConditions(conditions, call)
-        classifier_guidance = None
-        if guidance.classifier_scale != 0.0:
-            table = None if takes_gradient(scheduler) else scheduler.alphas_cumprod.to(device)
-            labels = call.rows(classes.labels)
-            classifier_guidance = ClassifierGuidance(self.classifier, labels, guidance.classifier_scale, table)
+        steering = None
+        if guidance.steers:
+            functions = list(guidance.functions)
+            if guidance.classifier_scale != 0.0:
+                functions.insert(0, ClassifierGuidance(self.classifier, guidance.classifier_scale))
+            given = [condition.for_guidance(call) for condition in conditions]
+            steering = Steering(functions, call, {name: entry for part in given for name, entry in part.items()})
 
         # 3. warn, once each, of arguments without effect although one may have been intended
         may_guide = guidance.scale != 1.0 or output.callback is not None
-        uses_classifier = classifier_guidance is not None
         for condition in conditions:
-            self._warn_once(condition.without_effect(len(timesteps), may_guide, uses_classifier))
+            self._warn_once(condition.without_effect(len(timesteps), may_guide, guidance.steers))
         self._warn_once(guidance.without_effect(len(timesteps), may_guide))
         if self.vae is not None and scheduler.config.get("clip_sample"):
             self._warn_once(
@@ -745,7 +951,7 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 ]
             )
         step_kwargs = steps.step_kwargs(scheduler, samples.generator)
-        return Sampling(state, call, timesteps, step_kwargs, merged, guidance, classifier_guidance, output)
+        return Sampling(state, call, timesteps, step_kwargs, merged, guidance, output, steering)
 
     def _size(self, samples: Samples, conditions: list[Condition]) -> tuple[int | None, int | None]:
         """Height and width of the images in pixels: as asked for, or the U-Net's, or that of given images."""
@@ -774,69 +980,84 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 if sampling.state.interrupt:
                     continue
                 step = sampling.step(index)
-                model_output, steering = self._predict(sampling, latents, step)
-                latents = sampling.call.scheduler.step(
-                    model_output, step.timestep, latents, **sampling.step_kwargs, **steering
-                ).prev_sample
+                latents = sampling.take(self._predict(sampling, latents, step), latents, step)
                 latents = self._call_back(sampling.output, index, step.timestep, latents)
                 progress_bar.update()
+        sampling.finish()
         return latents
 
-    def _predict(
-        self, sampling: Sampling, latents: torch.Tensor, step: Step
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _predict(self, sampling: Sampling, latents: torch.Tensor, step: Step) -> GuidedPrediction:
         r"""
-        The guided output of the network for one step, and further keyword arguments of `scheduler.step`.
+        The guided prediction for one step.
 
         Args:
             sampling (`Sampling`), step (`Step`): The call and its step.
             latents (`torch.Tensor` of shape `(num_images, sample_channels, height, width)`): x_t as the scheduler
                 scales it.
         """
-        scheduler, channels = sampling.call.scheduler, self.sample_channels
-        guidance, conditions = sampling.guidance, sampling.conditions
-        is_guided = guidance.is_on(step)
+        scaled_latents = sampling.call.scheduler.scale_model_input(latents, step.timestep)
+        if sampling.steering is None or not sampling.guidance.is_on(step):
+            return GuidedPrediction(self._run_unet(sampling, scaled_latents, step))
+        return sampling.steering.steer(lambda x_t: self._run_unet(sampling, x_t, step), scaled_latents, step)
+
+    def _run_unet(self, sampling: Sampling, scaled_latents: torch.Tensor, step: Step) -> torch.Tensor:
+        """The output of the network with classifier-free guidance, as the scheduler takes it; see `_predict`."""
+        guidance, channels = sampling.guidance, self.sample_channels
         # A callback may have changed it, also from or to "off".
         guidance_scale = sampling.state.guidance_scale
-        runs_both = is_guided and guidance_scale != 1.0 and conditions.both is not None
+        if not guidance.is_on(step) or guidance_scale == 1.0 or sampling.conditions.unconditional is None:
+            model_output = self._run_passes(sampling, scaled_latents, step, "conditional")
+        else:
+            passes = self._guidance_passes
+            # Compiled code is for one batch size, also of steps without guidance.
+            if passes == "auto" and fast_network.runners({"unet": self.unet}):
+                passes = "separate"
+            if joins_passes(passes, scaled_latents):
+                uncond, cond = self._run_passes(sampling, scaled_latents, step, "both").chunk(2)
+            else:
+                uncond = self._run_passes(sampling, scaled_latents, step, "unconditional")
+                cond = self._run_passes(sampling, scaled_latents, step, "conditional")
+            mean = guide(cond[:, :channels], uncond[:, :channels], guidance_scale, guidance.rescale)
+            model_output = torch.cat([mean, cond[:, channels:]], dim=1)
+        return model_output if takes_variance(sampling.call.scheduler) else model_output[:, :channels]
 
-        scaled_latents = scheduler.scale_model_input(latents, step.timestep)
-        model_input = torch.cat([scaled_latents] * 2) if runs_both else scaled_latents
-        extra_channels = conditions.inputs(runs_both).extra_channels
+    def _run_passes(self, sampling: Sampling, scaled_latents: torch.Tensor, step: Step, passes: Passes) -> torch.Tensor:
+        """One run of the network; see `_predict`. Its output has twice the rows for `"both"` passes."""
+        model_input = torch.cat([scaled_latents] * 2) if passes == "both" else scaled_latents
+        extra_channels = sampling.conditions.inputs(passes).extra_channels
         if extra_channels is not None:
             model_input = torch.cat([model_input, extra_channels], dim=1)
         model_input = model_input.to(self.unet.dtype)
-        kwargs = conditions.kwargs_at(model_input, step, runs_both)
-        model_output = self.unet(model_input, step.timestep, **kwargs).sample.to(sampling.call.noise.dtype)
-        if runs_both:
-            uncond, cond = model_output.chunk(2)
-            mean = guide(cond[:, :channels], uncond[:, :channels], guidance_scale, guidance.rescale)
-            model_output = torch.cat([mean, cond[:, channels:]], dim=1)
-        if not takes_variance(scheduler):
-            model_output = model_output[:, :channels]
-        if sampling.classifier_guidance is None or not is_guided:
-            return model_output, {}
-        return sampling.classifier_guidance.steer(scheduler, model_output, scaled_latents, step.timestep)
+        kwargs = sampling.conditions.kwargs_at(model_input, step, passes)
+        return self.unet(model_input, step.timestep, **kwargs).sample.to(sampling.call.noise.dtype)
 
     def _call_back(self, output: Output, index: int, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Calls the user's callback; returns the sample, which it may have replaced."""
         if output.callback is None:
             return latents
         tensors = {"latents": latents} if "latents" in output.callback_inputs else {}
-        return output.callback(self, index, t, tensors).pop("latents", latents)
+        returned = output.callback(self, index, t, tensors)
+        if not isinstance(returned, dict):
+            raise TypeError(
+                f"`callback_on_step_end` returned {describe(returned)}; it must return its `callback_kwargs`, a "
+                "dictionary, with other `latents` or as they are."
+            )
+        return returned.pop("latents", latents)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Samples as images of `output_type`."""
-        if self.vae is not None and output_type != "latent":
-            latents = LatentSpace(self.vae).decode(latents)
-        return self._convert(latents, output_type)
+        return self._convert(latents if output_type == "latent" else self._to_pixels(latents), output_type)
+
+    def _to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Samples as images, about [-1, 1]."""
+        return latents if self.vae is None else LatentSpace(self.vae).decode(latents)
 
     def _convert(self, pixels: torch.Tensor, output_type: str) -> Any:
         """Images in [-1, 1], or samples, as `output_type`."""
         if output_type == "latent":
             return pixels
         if output_type in ("pil", "np"):  # tensors may stay on the device, which nothing has to wait for
-            self._warn_of_not_finite(pixels)
+            self._check_finite(pixels, output_type)
         if output_type == "pil":
             # 8-bit numbers have no NaN, and NumPy's conversion of it depends on the processor. Infinity is clamped.
             pixels = pixels.nan_to_num(nan=-1.0, posinf=math.inf, neginf=-math.inf)
@@ -846,11 +1067,16 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         images = as_outputs(fractions, self.image_format)
         return to_numpy(images) if output_type == "np" else images
 
-    def _warn_of_not_finite(self, images: torch.Tensor) -> None:
-        """Warns of images with values that are not finite, at every call: Pillow's show no other sign of it."""
+    def _check_finite(self, images: torch.Tensor, output_type: str) -> None:
+        """
+        Warns of images with values that are not finite, at every call. Raises a `ValueError` if nothing is left for
+        Pillow to show but black. Waits for the device once.
+        """
         numbers = not_finite(images)
         if numbers:
             networks = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+            if output_type == "pil" and not images.isfinite().any():
+                raise ValueError(f"No value of the images is finite. {explain_not_finite(networks)}")
             logging.getLogger(__name__).warning(
                 f"{len(numbers)} of {len(images)} images hold values that are not finite (numbers "
                 f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}). With `output_type='pil'` "
@@ -890,8 +1116,11 @@ class ADMPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             )
         image_format = self.image_format  # checks the entry of the config
         if self.text_encoder is not None:
-            check_text_encoder(self.text_encoder, self.tokenizer, unet)
+            self._check_text_encoder()
         if self.classifier is not None:
             check_classifier(self.classifier, unet)
             if self.config.image_format is not None:
                 check_format_of_classifier(self.classifier, image_format)
+
+    def _check_text_encoder(self) -> None:
+        check_text_encoder(self.text_encoder, self.tokenizer, self.unet.config)

@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from diffusers_adm.conditioning.call_arguments import checks_arguments
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
     ControlNetCondition,
@@ -19,6 +20,7 @@ from diffusers_adm.conditioning.controlnet import (
     check_controlnet,
 )
 from diffusers_adm.conditioning.guidance import Guidance
+from diffusers_adm.conditioning.guidance_functions import GuidanceFunctions
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.latents import Autoencoder
@@ -72,6 +74,7 @@ class ADMControlNetPipeline(ADMPipeline):
         super().__init__(unet, scheduler, vae, text_encoder, tokenizer, classifier, id2label, image_format)
 
     @torch.no_grad()
+    @checks_arguments
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -106,6 +109,7 @@ class ADMControlNetPipeline(ADMPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_fn: GuidanceFunctions = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates a batch of images that follow others.
@@ -146,6 +150,8 @@ class ADMControlNetPipeline(ADMPipeline):
                 width)`, *optional*), output_type (`str`, defaults to `"pil"`), return_dict (`bool`, defaults to
                 `True`), callback_on_step_end (`Callable`, *optional*), callback_on_step_end_tensor_inputs (sequence of
                 `str`, defaults to `("latents",)`): See [`ADMPipeline`].
+            guidance_fn ([`GuidanceFunction`] or list of them, *optional*): Guidance by functions, as in
+                [`ADMPipeline`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
@@ -166,7 +172,9 @@ class ADMControlNetPipeline(ADMPipeline):
             classes,
             [prompts, control],
             Steps(num_inference_steps, timestep_respacing, eta),
-            Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
+            Guidance(
+                guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale, guidance_fn
+            ),
             Samples(batch_size, num_images_per_prompt, height, width, generator, latents),
             Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )

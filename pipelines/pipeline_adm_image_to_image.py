@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from diffusers_adm.conditioning.call_arguments import checks_arguments
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
     ControlNets,
@@ -22,6 +23,7 @@ from diffusers_adm.conditioning.controlnet import (
     optional_control,
 )
 from diffusers_adm.conditioning.guidance import Guidance
+from diffusers_adm.conditioning.guidance_functions import GuidanceFunctions
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.source_image import SourceImageCondition, mean_channels_of
@@ -100,6 +102,7 @@ class ADMImageToImagePipeline(ConcatenatedImagePipeline):
         return ImageFormat.from_config(self.config.source_format, channels, "source_format")
 
     @torch.no_grad()
+    @checks_arguments
     def __call__(
         self,
         image: ImageInput,
@@ -132,6 +135,7 @@ class ADMImageToImagePipeline(ConcatenatedImagePipeline):
         guess_mode: bool = False,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
+        guidance_fn: GuidanceFunctions = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Translates a batch of images.
@@ -165,6 +169,8 @@ class ADMImageToImagePipeline(ConcatenatedImagePipeline):
             controlnet_conditioning_scale (`float` or list of `float`, defaults to 1.0), guess_mode (`bool`, defaults to
                 `False`), control_guidance_start (`float` or list of `float`, defaults to 0.0), control_guidance_end
                 (`float` or list of `float`, defaults to 1.0): See [`ADMControlNetPipeline`].
+            guidance_fn ([`GuidanceFunction`] or list of them, *optional*): Guidance by functions, as in
+                [`ADMPipeline`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
@@ -196,7 +202,9 @@ class ADMImageToImagePipeline(ConcatenatedImagePipeline):
             classes,
             [prompts, source, *control],
             Steps(num_inference_steps, timestep_respacing, eta),
-            Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
+            Guidance(
+                guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale, guidance_fn
+            ),
             Samples(1, num_images_per_prompt, *source.source.shape[2:], generator, latents),
             Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )

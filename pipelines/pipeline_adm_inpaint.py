@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
+from diffusers_adm.conditioning.call_arguments import checks_arguments
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
     ControlNets,
@@ -24,9 +25,10 @@ from diffusers_adm.conditioning.controlnet import (
     optional_control,
 )
 from diffusers_adm.conditioning.guidance import Guidance
+from diffusers_adm.conditioning.guidance_functions import GuidanceFunctions
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.conditioning.image_inputs import ImageInput
-from diffusers_adm.conditioning.image_outputs import to_numpy, to_pil
+from diffusers_adm.conditioning.image_outputs import as_outputs, to_numpy, to_pil
 from diffusers_adm.conditioning.inpainting import (
     LAYOUT_OF_PIPELINE,
     InpaintingCondition,
@@ -41,7 +43,7 @@ from diffusers_adm.conditioning.text import TextConditioning
 from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
-from diffusers_adm.pipelines.ldm_layout import HUB_ARGUMENTS
+from diffusers_adm.pipelines.layouts import HUB_ARGUMENTS
 from diffusers_adm.pipelines.pipeline_adm import ADMPipeline, Output, OutputType, Samples, Sampling
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps, keeps_no_state
 
@@ -144,6 +146,7 @@ class ADMInpaintPipeline(ADMPipeline):
         return check_layout(self.config.inpainting_layout, self.unet.config, self.vae is not None)
 
     @torch.no_grad()
+    @checks_arguments
     def __call__(
         self,
         image: ImageInput,
@@ -185,6 +188,7 @@ class ADMInpaintPipeline(ADMPipeline):
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
         correct_kept: bool | None = None,
+        guidance_fn: GuidanceFunctions = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Inpaints images.
@@ -249,6 +253,8 @@ class ADMInpaintPipeline(ADMPipeline):
             correct_kept (`bool`, *optional*): Whether the predicted x_0 is the image where it is kept, in each step.
                 `None`: as the model's authors sample, `True` for the layout `"glide"` and `False` for
                 `"stable-diffusion"`. For a U-Net that takes no mask, the kept part is always replaced.
+            guidance_fn ([`GuidanceFunction`] or list of them, *optional*): Guidance by functions, as in
+                [`ADMPipeline`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
@@ -278,7 +284,9 @@ class ADMInpaintPipeline(ADMPipeline):
             classes,
             [prompts, inpainting, *control],
             Steps(num_inference_steps, timestep_respacing, eta, strength),
-            Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
+            Guidance(
+                guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale, guidance_fn
+            ),
             Samples(batch_size, num_images_per_prompt, height, width, generator, latents),
             Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
@@ -292,6 +300,11 @@ class ADMInpaintPipeline(ADMPipeline):
         """From noise, or the noised image, to samples."""
         call, timesteps, shape = sampling.call, sampling.timesteps, sampling.call.noise.shape
         replaces = inpainting.keeps_anything and not inpainting.is_trained
+        if replaces and self._inverts:
+            raise ValueError(
+                "`unet` was not trained to inpaint, so each step of sampling replaces the kept part with the noised "
+                "image, which cannot be inverted. Invert the image with `ADMPipeline` instead."
+            )
         jumps_by_default = not inpainting.is_trained and keeps_no_state(call.scheduler)
         walk = resampling.walk(len(timesteps), jumps_by_default, inpainting.keeps_anything)
         sampling.state.num_timesteps = len(walk)
@@ -314,24 +327,29 @@ class ADMInpaintPipeline(ADMPipeline):
                 if replaces:
                     noise = call.draw_noise(shape) if inpainting.noise is None else inpainting.noise
                     latents = inpainting.replace(latents, noise, t)
-                model_output, steering = self._predict(sampling, latents, step)
+                prediction = self._predict(sampling, latents, step)
                 if inpainting.corrects:
-                    model_output, steering = inpainting.correct(model_output, steering, latents, t)
-                latents = call.scheduler.step(model_output, t, latents, **sampling.step_kwargs, **steering).prev_sample
+                    prediction = inpainting.correct(prediction, latents, t)
+                latents = sampling.take(prediction, latents, step)
                 position = index + 1
                 latents = self._call_back(sampling.output, evaluation, t, latents)
                 progress_bar.update()
+        sampling.finish()
         return latents
 
     def _paste(self, latents: torch.Tensor, inpainting: InpaintingCondition, output_type: str) -> Any:
         """Samples as images of `output_type`, with the kept pixels as they were given."""
+        if self._inverts:  # the latents are noise, in which nothing is kept
+            return latents
         if output_type == "latent":
             return torch.where(inpainting.keep_mask, inpainting.original, latents)
         # In the values of the given pixels and not in [-1, 1], where their last bit would be lost.
-        images = torch.where(inpainting.keep_pixels, inpainting.images, self._decode(latents, "pt"))
+        fractions = self.image_processor.postprocess(self._to_pixels(latents), output_type="pt")
+        painted = as_outputs(fractions, self.image_format)
+        images = torch.where(inpainting.keep_pixels, inpainting.images, painted)
         if output_type == "pt":
             return images
-        self._warn_of_not_finite(images)
+        self._check_finite(images, output_type)
         if output_type == "np":
             return to_numpy(images)
         return to_pil(images.nan_to_num(nan=0.0), self.image_format)

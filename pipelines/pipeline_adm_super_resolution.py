@@ -18,6 +18,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
+from diffusers_adm.conditioning.call_arguments import checks_arguments
 from diffusers_adm.conditioning.controlnet import (
     ControlNet,
     ControlNets,
@@ -25,6 +26,7 @@ from diffusers_adm.conditioning.controlnet import (
     optional_control,
 )
 from diffusers_adm.conditioning.guidance import Guidance
+from diffusers_adm.conditioning.guidance_functions import GuidanceFunctions
 from diffusers_adm.conditioning.image_format import ImageFormat, as_sample_size
 from diffusers_adm.conditioning.image_inputs import ImageInput
 from diffusers_adm.conditioning.latents import UNSCALED_PIPELINES, Autoencoder, LatentSpace
@@ -34,7 +36,7 @@ from diffusers_adm.models.classifier_adagn import AdaGNClassifierModel
 from diffusers_adm.models.text_encoder_glide import GLIDETextModel
 from diffusers_adm.models.unet_2d_adagn import AdaGNUNet2DModel
 from diffusers_adm.pipelines.concatenated_images import ConcatenatedImagePipeline
-from diffusers_adm.pipelines.ldm_layout import HUB_ARGUMENTS
+from diffusers_adm.pipelines.layouts import HUB_ARGUMENTS
 from diffusers_adm.pipelines.pipeline_adm import Output, OutputType, Samples
 from diffusers_adm.schedulers.diffusers_schedulers import DEFAULT_NUM_INFERENCE_STEPS, Steps
 from diffusers_adm.schedulers.noise_schedules import check_same_noise
@@ -130,6 +132,7 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
         return self.unet.config.in_channels // 2 if self.vae is None else LatentSpace(self.vae).channels
 
     @torch.no_grad()
+    @checks_arguments
     def __call__(
         self,
         image: ImageInput,
@@ -166,6 +169,7 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
         guess_mode: bool = False,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
+        guidance_fn: GuidanceFunctions = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Upsamples a batch of images.
@@ -208,6 +212,8 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
             controlnet_conditioning_scale (`float` or list of `float`, defaults to 1.0), guess_mode (`bool`, defaults to
                 `False`), control_guidance_start (`float` or list of `float`, defaults to 0.0), control_guidance_end
                 (`float` or list of `float`, defaults to 1.0): See [`ADMControlNetPipeline`].
+            guidance_fn ([`GuidanceFunction`] or list of them, *optional*): Guidance by functions, as in
+                [`ADMPipeline`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: `.images`, or a tuple with them as its only entry.
@@ -247,7 +253,9 @@ class ADMSuperResolutionPipeline(ConcatenatedImagePipeline):
             classes,
             [prompts, low_resolution, *control],
             Steps(num_inference_steps, timestep_respacing, eta),
-            Guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale),
+            Guidance(
+                guidance_scale, guidance_rescale, guidance_start, guidance_end, classifier_guidance_scale, guidance_fn
+            ),
             Samples(1, num_images_per_prompt, height, width, generator, latents),
             Output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs),
         )

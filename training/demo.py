@@ -100,6 +100,8 @@ def main() -> None:
     args, train_arguments = parser.parse_known_args()
     if args.debug:
         train_arguments.append("--debug")
+    if not (REPOSITORY / "spaces" / "model").is_dir():
+        raise CommandError("The demonstration needs a clone of the repository, with its folder spaces/model.")
     output_dir = args.output_dir.resolve()
     start = time.perf_counter()
 

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     all_args, record = parse_run(ARGUMENT_TYPES, argv, "train_autoencoder", description=__doc__)
     model_args, data_args, loss_args, training_args = all_args
     model_args.check_source()
+    model_args.refuse_compile("the weight of the adversarial loss needs two backward passes through one forward pass")
     loss_args.check_steps(training_args.max_train_steps)
     accelerator = start_run("train_autoencoder", all_args, record)
     prepare_repository(accelerator, training_args)
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         autoencoding.metrics,
         opponent=discriminator,
         description=autoencoding.describe(),
+        measures=autoencoding.validation_measures(),
     )
     loss_args.check_steps(run.max_train_steps)
     measured_at = None
@@ -81,9 +83,16 @@ def main(argv: list[str] | None = None) -> None:
         return validate_reconstructions(autoencoding, run)
 
     show = functools.partial(run.show_samples, generate, AUTOENCODER_PANELS)
-    validate = functools.partial(run.validate, show)
+
+    def validate() -> bool:
+        """On all processes. Whether all of it succeeded."""
+        validated = run.validate(show)
+        if training_args.keep_best is not None and measured_at != run.progress.global_step:
+            measure(is_last=False)  # for the result that may be kept
+        return run.keep_best(autoencoding.save) and validated
 
     # 4. Training
+    run.make_up(validate, autoencoding.save)
     for batch in run.batches():
         with run.accumulate():
             images = batch["images"].contiguous(memory_format=model_args.memory_format)  # (B, C, H, W) in [-1, 1]
@@ -99,21 +108,15 @@ def main(argv: list[str] | None = None) -> None:
                 weight = adaptive_weight(losses.fidelity, generator, autoencoding.last_layer)
                 loss = loss + loss_args.discriminator_weight * weight * generator
                 against["adaptive_weight"] = weight
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.parameters, training_args.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            run.backward(loss)
+            run.step_optimizer()
 
             if is_adversarial:
                 # One forward pass: with group norm, images do not see each other.
                 real, fake = run.opponent(torch.cat([images, output.sample.detach()])).chunk(2)
                 discriminator_loss = hinge_loss(real, fake)
-                accelerator.backward(discriminator_loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(discriminator.parameters(), training_args.max_grad_norm)
-                run.opponent_optimizer.step()
-                run.opponent_optimizer.zero_grad()
+                run.backward(discriminator_loss)
+                run.step_opponent()
                 against |= {"discriminator_loss": discriminator_loss.detach()}
                 against |= {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
             autoencoding.record_losses(losses, loss.detach(), **against)

@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         classification.train_dataset,
         metrics,
         description=classification.describe(),
+        measures=[f"validation_{name}" for name in ("loss", "accuracy", "balanced_accuracy") if held_out is not None],
+        compiles=model_args.compile,
     )
     timestep_sampler = UniformTimestepSampler(num_timesteps)
 
@@ -94,9 +96,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def validate() -> bool:
         """On all processes; log and plots on the main one. Whether it succeeded."""
-        return run.validate(measure) and run.validate(
+        validated = run.validate(measure) and run.validate(
             functools.partial(report, validation_metrics.compute(accelerator))
         )
+        return run.keep_best(classification.save) and validated
 
     def plot() -> None:
         if accelerator.is_main_process:
@@ -104,10 +107,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. Training
     # A run that ended between a checkpoint and its validation makes up for it when it is resumed.
-    resumed_at, every = run.progress.global_step, training_args.validation_steps
+    resumed_at = run.progress.global_step
     owes_validation = held_out is not None and run.log.lacks_validation(resumed_at)
-    if owes_validation and every and resumed_at % every == 0 and resumed_at < run.max_train_steps:
-        validate()
+    if held_out is not None:
+        run.make_up(validate, classification.save)
     for batch in run.batches():
         with run.accumulate():
             pixels, class_labels = batch["images"], batch["class_labels"]  # (B, C, H, W) in [-1, 1]; (B,)
@@ -120,11 +123,8 @@ def main(argv: list[str] | None = None) -> None:
             logits = run.networks["classifier"](pixels, timesteps).logits.float()  # (B, num_classes)
             loss = F.cross_entropy(logits, class_labels, reduction="none")  # (B,)
             metrics.update(timesteps, logits.detach(), class_labels, loss.detach())
-            accelerator.backward(loss.mean())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.parameters, training_args.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            run.backward(loss.mean(), timesteps)
+            run.step_optimizer()
         if accelerator.sync_gradients:
             due = run.after_step()  # learning rate, EMA, a row of the log
             if due.checkpoint:

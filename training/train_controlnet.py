@@ -29,13 +29,18 @@ from diffusers_adm.training import (
     DIFFUSION_ARGUMENTS,
     ControlArguments,
     FrozenNetworks,
+    HeldOutMeasures,
     TrainingRun,
     build_controlnet,
     check_base_stays,
     check_text_stays,
+    compile_network,
     condition_request,
+    control_arguments,
     control_grid,
+    held_out_measures,
     load_diffusion,
+    load_held_out,
     parse_run,
     start_run,
     training_losses,
@@ -106,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     others = {"tokenizer": diffusion.tokenizer, "autoencoder": diffusion.autoencoder_hash}
     record.check_network(controlnet.config, diffusion.resolution, others)
     train_dataset, validation_dataset = diffusion.datasets()
+    with accelerator.main_process_first():
+        held_out = load_held_out(diffusion)
     examples = diffusion.examples(validation_dataset, training_args.num_validation_images)
     text_encoder = {} if diffusion.text_encoder is None else {"text encoder": diffusion.text_encoder}
     autoencoder = {} if diffusion.latent_space is None else {"autoencoder": diffusion.latent_space.vae}
@@ -126,18 +133,38 @@ def main(argv: list[str] | None = None) -> None:
         diffusion.timestep_sampler,
         frozen,
         description=diffusion.describe(f" and {control_args.condition or control_args.conditioning_image_column}"),
+        measures=held_out_measures(diffusion, held_out),
+        compiles=model_args.compile,
     )
     control = ControlNetCondition(dropout_prob=control_args.condition_dropout_prob)
     conditions = [*diffusion.conditions(run.networks), control]
-    model = functools.partial(predict, unet, run.networks[""], accelerator)
+    trained_through = compile_network(unet) if model_args.compile else unet
+    model = functools.partial(predict, trained_through, run.networks[""], accelerator)
+
+    save_result = controlnet.save_pretrained
+    build_pipeline = functools.partial(diffusion.build_pipeline, ADMControlNetPipeline, controlnet=controlnet)
 
     def generate() -> Image.Image:
-        pipeline = diffusion.build_pipeline(ADMControlNetPipeline, controlnet=controlnet)
-        return control_grid(pipeline, examples, training_args, diffusion.condition_format)
+        return control_grid(build_pipeline(), examples, training_args, diffusion.condition_format)
 
-    validate = functools.partial(run.validate, functools.partial(run.show_samples, generate))
+    measures = HeldOutMeasures(
+        run,
+        diffusion,
+        held_out,
+        [*diffusion.conditions(diffusion.trained_networks(), held_out), ControlNetCondition()],
+        functools.partial(predict, unet, controlnet, accelerator),
+        build_pipeline,
+        functools.partial(control_arguments, condition_format=diffusion.condition_format),
+    )
+    show = functools.partial(run.show_samples, generate)
+
+    def validate() -> bool:
+        """On all processes. Whether all of it succeeded."""
+        return all([measures.validate(), run.validate(show), run.keep_best(save_result)])
 
     # 4. Training
+    if held_out is not None:
+        run.make_up(validate, save_result)
     for batch in run.batches():
         with run.accumulate():
             samples = diffusion.samples(batch)  # (B, C, H, W): pixels in [-1, 1], or latents
@@ -154,20 +181,17 @@ def main(argv: list[str] | None = None) -> None:
                 model_kwargs=inputs.kwargs,
             )
             diffusion.record_losses(terms, timesteps, weights)
-            accelerator.backward((terms.loss * weights).mean())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.parameters, training_args.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            run.backward((terms.loss * weights).mean(), timesteps)
+            run.step_optimizer()
         if accelerator.sync_gradients:
             due = run.after_step()  # learning rate, EMA, a row of the log
             if due.checkpoint:
-                run.save_checkpoint(controlnet.save_pretrained)
+                run.save_checkpoint(save_result)
             if due.validation:
                 validate()
 
     # 5. The ControlNet with the averaged weights; then the last validation, and the Hub
-    run.finish(controlnet.save_pretrained, validate, push_result, "ControlNet")
+    run.finish(save_result, validate, push_result, "ControlNet")
 
 
 if __name__ == "__main__":

@@ -25,17 +25,21 @@ from diffusers_adm.conditioning.source_image import SourceImageCondition
 from diffusers_adm.hub.publication import prepare_repository, push_result
 from diffusers_adm.training import (
     DIFFUSION_ARGUMENTS,
+    HeldOutMeasures,
     ImageToImageArguments,
     TrainingRun,
     choose_examples,
+    held_out_measures,
     load_diffusion,
     load_held_out,
     parse_run,
     record_measures,
+    source_arguments,
     source_column_in_errors,
     start_run,
     training_losses,
     translate_examples,
+    translation_measures,
 )
 
 
@@ -48,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     *common_args, pair_args = all_args  # the former are those of `DIFFUSION_ARGUMENTS`
     model_args, data_args, diffusion_args, training_args, text_args = common_args
     model_args.check_source()
+    pair_args.check(data_args)
     accelerator = start_run("train_image_to_image", all_args, record)
     prepare_repository(accelerator, training_args)
 
@@ -64,7 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     record.check_network(diffusion.unet.config, diffusion.resolution, diffusion.frozen_parts())
     train_dataset, validation_dataset = diffusion.datasets(dataset_class=pair_args.dataset_class())
     with accelerator.main_process_first():
-        held_out = load_held_out(pair_args, data_args, text_args.caption_column, diffusion)
+        held_out = load_held_out(
+            diffusion,
+            dataset_class=pair_args.dataset_class(),
+            pair=functools.partial(pair_args.pair, files=pair_args.validation_source_data_files),
+        )
     shown, number = held_out or validation_dataset, training_args.num_validation_images
     examples = choose_examples(shown, number, diffusion.null_class_id)
     model_args.apply_to(diffusion.unet)
@@ -80,6 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         diffusion.metrics,
         diffusion.timestep_sampler,
         description=diffusion.describe(f", from {pair_args.describe()},"),
+        measures=[
+            *held_out_measures(diffusion, held_out),
+            *translation_measures(examples, diffusion.image_format),
+        ],
+        compiles=model_args.compile,
     )
     source = SourceImageCondition(dropout_prob=pair_args.source_dropout_prob)
     conditions = [source, *diffusion.conditions(run.networks)]
@@ -98,9 +112,22 @@ def main(argv: list[str] | None = None) -> None:
         record_measures(run, training_args, measures, len(examples), held_out is not None)
         return images
 
-    validate = functools.partial(run.validate, functools.partial(run.show_samples, generate))
+    measures = HeldOutMeasures(
+        run,
+        diffusion,
+        held_out,
+        [SourceImageCondition(), *diffusion.conditions(diffusion.trained_networks(), held_out)],
+        build_pipeline=build_pipeline,
+        arguments_of=functools.partial(source_arguments, source_format=diffusion.condition_format),
+    )
+    show = functools.partial(run.show_samples, generate)
+
+    def validate() -> bool:
+        """On all processes. Whether all of it succeeded."""
+        return all([measures.validate(), run.validate(show), run.keep_best(save_result)])
 
     # 4. Training
+    run.make_up(validate, save_result)
     for batch in run.batches():
         with run.accumulate():
             batch["images"] = batch["images"].contiguous(memory_format=model_args.memory_format)
@@ -119,11 +146,8 @@ def main(argv: list[str] | None = None) -> None:
                 model_kwargs=inputs.kwargs,
             )
             diffusion.record_losses(terms, timesteps, weights)
-            accelerator.backward((terms.loss * weights).mean())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.parameters, training_args.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            run.backward((terms.loss * weights).mean(), timesteps)
+            run.step_optimizer()
         if accelerator.sync_gradients:
             due = run.after_step()  # learning rate, EMA, a row of the log
             if due.checkpoint:

@@ -27,11 +27,15 @@ from diffusers_adm.conditioning.low_resolution import LowResolutionCondition
 from diffusers_adm.hub.publication import prepare_repository, push_result
 from diffusers_adm.training import (
     DIFFUSION_ARGUMENTS,
+    HeldOutMeasures,
     SuperResolutionArguments,
     TrainingRun,
     choose_examples,
+    held_out_measures,
     load_diffusion,
+    load_held_out,
     low_res_channels,
+    low_resolution_arguments,
     parse_run,
     pretrained_pipeline_config,
     start_run,
@@ -64,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     record.check_network(diffusion.unet.config, diffusion.resolution, diffusion.frozen_parts())
     train_dataset, validation_dataset = diffusion.datasets()
+    with accelerator.main_process_first():
+        held_out = load_held_out(diffusion)
     examples = choose_examples(validation_dataset, training_args.num_validation_images, diffusion.null_class_id)
     model_args.apply_to(diffusion.unet)
 
@@ -78,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         diffusion.metrics,
         diffusion.timestep_sampler,
         description=diffusion.describe(f", from {sr_args.low_res_size} pixels,"),
+        measures=held_out_measures(diffusion, held_out),
+        compiles=model_args.compile,
     )
     sizes = {"low_res_size": as_sample_size(sr_args.size), "max_noise_level": sr_args.max_noise_level}
     low_resolution = LowResolutionCondition(
@@ -101,9 +109,25 @@ def main(argv: list[str] | None = None) -> None:
     def generate() -> Image.Image:
         return super_resolution_grid(build_pipeline(), examples, training_args)
 
-    validate = functools.partial(run.validate, functools.partial(run.show_samples, generate))
+    measures = HeldOutMeasures(
+        run,
+        diffusion,
+        held_out,
+        [low_resolution, *diffusion.conditions(diffusion.trained_networks(), held_out)],
+        build_pipeline=build_pipeline,
+        arguments_of=functools.partial(
+            low_resolution_arguments, image_format=diffusion.image_format, low_res_size=sizes["low_res_size"]
+        ),
+    )
+    show = functools.partial(run.show_samples, generate)
+
+    def validate() -> bool:
+        """On all processes. Whether all of it succeeded."""
+        return all([measures.validate(), run.validate(show), run.keep_best(save_result)])
 
     # 4. Training
+    if held_out is not None:
+        run.make_up(validate, save_result)
     for batch in run.batches():
         with run.accumulate():
             samples = diffusion.samples(batch)  # (B, C, H, W): pixels in [-1, 1], or latents
@@ -121,11 +145,8 @@ def main(argv: list[str] | None = None) -> None:
                 model_kwargs=inputs.kwargs,
             )
             diffusion.record_losses(terms, timesteps, weights)
-            accelerator.backward((terms.loss * weights).mean())
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.parameters, training_args.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            run.backward((terms.loss * weights).mean(), timesteps)
+            run.step_optimizer()
         if accelerator.sync_gradients:
             due = run.after_step()  # learning rate, EMA, a row of the log
             if due.checkpoint:
