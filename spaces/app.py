@@ -1,17 +1,21 @@
 """
-The Space of diffusers-adm: generates and inpaints images, follows sketches, and shows the steps of a sample.
+The Space of diffusers-adm: generates and inpaints images, follows sketches, makes variations of images, and shows the
+steps of a sample.
 
 `python spaces/app.py` from a clone. `--models` or ADM_SPACE_MODELS names the folder of the models (see README.md).
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import io
+import logging
 import os
 import secrets
+import shutil
+import signal
 import sys
+import tempfile
 import threading
 import uuid
 import zipfile
@@ -32,6 +36,7 @@ from space_models import (
     MAX_IMAGE_SIDE,
     MAX_PROMPT_LENGTH,
     SAMPLERS,
+    VARIATION_GUIDANCE,
     Inside,
     Models,
     OnStep,
@@ -39,14 +44,22 @@ from space_models import (
     Step,
     stream,
 )
+from space_server import (
+    CALLS_PER_MINUTE,
+    KEEP_SECONDS,
+    MAX_WAITING,
+    PROXIES,
+    Page,
+    limit_drawings,
+    readable_errors,
+    serve,
+)
 
 from diffusers_adm import __version__
 from diffusers_adm.commands.errors import add_debug_argument, run_command
 
 
 MODELS = Path(__file__).parent / "model"
-MAX_QUEUE = 20  # visitors who wait; more are asked to come back later
-CACHE_SECONDS = 3600
 STRIP_STEPS, SHEET_COLUMNS = 10, 10
 TILE_SIDE, CAPTION_HEIGHT, CAPTION_SIZE = 128, 26, 20  # pixels
 EDITOR_SIDE = 256  # pixels
@@ -67,7 +80,7 @@ CSS = """
 .strip img { min-width: 640px; }
 .curves img { max-width: min(100%, 640px); }
 /* All tabs fit on a phone. */
-@media (max-width: 480px) { .tab-container button { padding: 0 7px; font-size: 0.9em; } }
+@media (max-width: 480px) { .tab-container button { padding: 0 4px; font-size: 0.8em; } }
 footer { display: none !important; }
 """
 # The CPU cores are few, so there is one call at a time.
@@ -93,17 +106,8 @@ Image.MAX_IMAGE_PIXELS = MAX_IMAGE_SIDE**2 // 2
 INTRODUCTION = """
 # Emoji from small diffusion models
 Pixel-space models of diffusers-adm, trained on emoji for this page. They know things that have an emoji, and little
-else.
+else. Images are deleted from the server after a minute; their link makes the same ones again.
 """
-
-
-@contextlib.contextmanager
-def readable_errors() -> Iterator[None]:
-    """Shows a ValueError, a mistake of the visitor, on the page. All other exceptions are bugs and go to the log."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
 
 
 def pack(images: list[Image.Image], recipe: str) -> str:
@@ -275,6 +279,25 @@ class Space:
         for status, images, _ in self._run(work, progress):
             yield shown, images, status
 
+    def variations(self, image, guidance_scale, steps, seed, num_images, progress=TRACKER):
+        """Generates variations of an image, from its CLIP embedding."""
+        with readable_errors():
+            recipe = Recipe("", ANY_CATEGORY, guidance_scale, steps=steps, seed=seed, num_images=num_images)
+            image = self.models.read_variation(image)
+        for status, images, _ in self._run(functools.partial(self.models.variations, recipe, image), progress):
+            yield images, status
+
+    def interpolate(self, image, other, position, keeps_ends, guidance_scale, steps, seed, progress=TRACKER):
+        """Generates an image between two: position 0 is the first one, 1 the second one."""
+        with readable_errors():
+            recipe = Recipe("", ANY_CATEGORY, guidance_scale, steps=steps, seed=seed, num_images=1)
+            images = self.models.read_variation(image), self.models.read_variation(other)
+        work = functools.partial(self.models.interpolate, recipe, images, position, keeps_ends)
+        for status, result, is_done in self._run(work, progress):
+            if not is_done:  # while images are inverted, there is nothing to show
+                result = result[0] if result else gr.skip()
+            yield result, status
+
     def look_inside(self, prompt, category, guidance_scale, classifier_scale, steps, seed, progress=TRACKER):
         """Generates one image, and shows its steps, the learned variance and the bits per dimension."""
         with readable_errors():
@@ -319,12 +342,12 @@ def prompt_and_category(models: Models, prompt: str = "") -> tuple[gr.Textbox, g
     )
 
 
-def slider(name: str, value: int | None = None) -> gr.Slider:
+def slider(name: str, value: float | None = None, info: str | None = None) -> gr.Slider:
     """A slider for a number of a recipe; the default value is that of `Recipe`."""
     label, low, high, number_type = LIMITS[name]
     value = getattr(Recipe, name) if value is None else value
     step = 0.5 if number_type is float else 1
-    return gr.Slider(low, high, value, step=step, label=label, info=INFO.get(name))
+    return gr.Slider(low, high, value, step=step, label=label, info=info or INFO.get(name))
 
 
 def seed_box() -> gr.Number:
@@ -352,7 +375,7 @@ def image_box(label: str, elem_classes: Sequence[str] = ("pixels",), height: int
 
 
 def image_editor(label: str, elem_id: str, brush: gr.Brush) -> gr.ImageEditor:
-    return gr.ImageEditor(
+    editor = gr.ImageEditor(
         type="pil",
         label=label,
         show_label=False,
@@ -364,6 +387,7 @@ def image_editor(label: str, elem_id: str, brush: gr.Brush) -> gr.ImageEditor:
         format="png",
         elem_id=elem_id,
     )
+    return limit_drawings(editor)
 
 
 def status_line() -> gr.Textbox:
@@ -449,6 +473,54 @@ def sketch_tab(space: Space) -> None:
     button.click(space.sketch, inputs, outputs, api_name="sketch", show_progress_on=status, **ONE_AT_A_TIME)
 
 
+def picture_box(label: str, elem_id: str) -> gr.Image:
+    return gr.Image(
+        type="pil",
+        label=label,
+        sources=["upload", "webcam", "clipboard"],
+        format="png",
+        height=EDITOR_SIDE,
+        elem_id=elem_id,
+        elem_classes=["pixels"],
+    )
+
+
+def variations_tab(space: Space) -> None:
+    gr.Markdown(
+        "Upload a picture, or take one. Its CLIP embedding says what it shows, but not where each pixel is, so the "
+        "model generates other pictures of the same kind. With a second picture, move the slider from one to the other."
+    )
+    with gr.Row():
+        with gr.Column(**CONTROLS):
+            image = picture_box("Picture", "first-picture")
+            button = gr.Button("Generate variations", variant="primary")
+            other = picture_box("Second picture", "second-picture")
+            position = gr.Slider(0, 1, 0.5, step=0.05, label="Position between the pictures")
+            between = gr.Button("Interpolate")
+            with gr.Column(elem_classes="settings"):
+                keeps_ends = gr.Checkbox(
+                    False,
+                    label="Keep the pictures at the ends",
+                    info="From the noise that leads to each picture (DDIM inversion); slower for new pictures.",
+                )
+                info = "How closely the images follow the picture; 1 is off."
+                guidance, steps = slider("guidance_scale", VARIATION_GUIDANCE, info), slider("steps")
+                images, seed = slider("num_images"), seed_box()
+        with gr.Column(**RESULTS):
+            status, results = status_line(), gallery()
+            gr.Markdown("Between the pictures:")
+            middle = image_box("Between the pictures", height=280)
+    inputs, outputs = [image, guidance, steps, seed, images], [results, status]
+    options: dict[str, Any] = {"show_progress_on": status, **ONE_AT_A_TIME}
+    button.click(space.variations, inputs, outputs, api_name="variations", **options)
+    inputs, outputs = [image, other, position, keeps_ends, guidance, steps, seed], [middle, status]
+    between.click(space.interpolate, inputs, outputs, api_name="interpolate", **options)
+    # While the slider moves on, only its last position counts.
+    position.release(
+        space.interpolate, inputs, outputs, api_visibility="private", trigger_mode="always_last", **options
+    )
+
+
 def look_inside_tab(space: Space) -> None:
     with gr.Row():
         with gr.Column(**CONTROLS):
@@ -469,13 +541,15 @@ def look_inside_tab(space: Space) -> None:
     button.click(space.look_inside, inputs, outputs, api_name="look_inside", show_progress_on=status, **ONE_AT_A_TIME)
 
 
-def build(models: Models) -> gr.Blocks:
+def build(models: Models) -> Page:
     """Builds the page."""
     # Examples are generated at the start of the app, and cached by weights, recipes and version.
     key = hashlib.sha256(f"{models.weights} {EXAMPLES} {__version__}".encode()).hexdigest()[:12]
     os.environ["GRADIO_EXAMPLES_CACHE"] = str(Path(HF_HOME) / "diffusers-adm-space" / key)
     space = Space(models)
-    with gr.Blocks(title="diffusers-adm", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
+    # Statistics of calls, which nobody reads, would grow and cost time.
+    os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "100", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000"}
+    with Page(title="diffusers-adm") as page:
         gr.Markdown(INTRODUCTION)
         with gr.Tab("Generate"):
             controls, generated = generate_tab(space)
@@ -484,10 +558,19 @@ def build(models: Models) -> gr.Blocks:
         if models.controlnet is not None:
             with gr.Tab("Sketch"):
                 sketch_tab(space)
+        if models.has_variations:
+            with gr.Tab("Variations"):
+                variations_tab(space)
         with gr.Tab("Look inside"):
             look_inside_tab(space)
         page.load(space.fill_in, None, controls, api_visibility="private")
-    return page.queue(max_size=MAX_QUEUE)
+    return page.queue(max_size=MAX_WAITING, api_open=False)  # no calls that skip the queue
+
+
+def leave(folder: str, signal_number: int, frame: Any) -> None:
+    """Ends the process at once, without the files of visitors."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(128 + signal_number)
 
 
 def main() -> None:
@@ -495,13 +578,43 @@ def main() -> None:
     default = os.environ.get("ADM_SPACE_MODELS", MODELS)
     parser.add_argument("--models", type=Path, default=default, help="Folder of the models. Default: %(default)s.")
     parser.add_argument("--port", type=int, help="Port. Default: GRADIO_SERVER_PORT, or the first free one from 7860.")
+    parser.add_argument(
+        "--keep_seconds",
+        type=float,
+        default=KEEP_SECONDS,
+        help="Uploads and results are deleted at most this long after their request. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--calls_per_minute",
+        type=float,
+        default=CALLS_PER_MINUTE,
+        help="Calls that one client may make on average. Default: %(default)s.",
+    )
     add_debug_argument(parser)
     args = parser.parse_args()
+    for name in ("keep_seconds", "calls_per_minute"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name} is {getattr(args, name)}. It must be a number above 0.")
     # Seconds that a thread may keep the interpreter. The sampling thread requests it after every operation and must not
     # wait long for the threads that serve the page.
     sys.setswitchinterval(0.001)
-    page = build(Models(args.models))
-    page.launch(server_port=args.port, max_file_size="5mb", css=CSS, theme=gr.themes.Soft(), ssr_mode=False)
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", PROXIES)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="diffusers-adm-space-", dir=parent, ignore_cleanup_errors=True) as folder:
+        # By default, Gradio shares one folder among all apps, and leaves parts of uploads in that of the system.
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = folder
+        signal.signal(signal.SIGTERM, functools.partial(leave, folder))
+        serve(
+            build(Models(args.models)),
+            keep_seconds=args.keep_seconds,
+            calls_per_minute=args.calls_per_minute,
+            server_port=args.port,
+            css=CSS,
+            theme=gr.themes.Soft(),
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """
-The models of the Space, without Gradio: recipes, sampling with previews, sketches as conditions, and a look inside.
+The models of the Space, without Gradio: recipes, sampling with previews, sketches as conditions, variations of images,
+and a look inside.
 
 A recipe holds everything, except the weights, that an image depends on, so that a link or some JSON reproduces it. All
 input from a browser is checked here, whatever the limits of the page.
@@ -30,10 +31,12 @@ from diffusers_adm import (
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
+    ADMUnCLIPPipeline,
     LearnedVarianceDDPMScheduler,
 )
 from diffusers_adm.conditioning.control_images import make_condition
 from diffusers_adm.conditioning.guidance import signal_and_std
+from diffusers_adm.conditioning.latents import LatentSpace
 
 
 MAX_PROMPT_LENGTH = 200  # characters
@@ -58,6 +61,8 @@ LIMITS: dict[str, tuple[str, int, int, type]] = {
 UPSCALE_STEPS = 10  # with DPM-Solver++
 # Share of a pixel that a stroke must cover. Edges of the training set are one pixel wide.
 STROKE_COVERAGE = 0.25
+VARIATION_GUIDANCE = 3.0
+MAX_INVERSIONS = 16  # kept for the next position of the slider
 BOUND_BATCH = 25  # timesteps whose terms of the bound are computed at once
 SECONDS_BETWEEN_PREVIEWS = 1.0  # each preview is sent to the browser as files, which slows sampling down
 
@@ -103,8 +108,7 @@ class Recipe:
         object.__setattr__(self, "prompt", prompt.strip())
         for name, limits in LIMITS.items():
             object.__setattr__(self, name, check_number(getattr(self, name), *limits))
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"There is no sampler {short(self.sampler)}. Choose one of: {', '.join(SAMPLERS)}.")
+        check_choice(self.sampler, "sampler", list(SAMPLERS))
         if not isinstance(self.category, str):
             raise ValueError(f"The category is {short(self.category)}. Choose one by its name, or {ANY_CATEGORY!r}.")
         if not isinstance(self.upscale, bool):
@@ -197,8 +201,8 @@ class Models:
     The networks of the Space, loaded once. Each call makes its own pipeline and scheduler, which hold state.
 
     Args:
-        folder (`Path`): With the pipeline `base/` and optionally the pipeline `upsampler/` and the ControlNet
-            `controlnet/`.
+        folder (`Path`): With the pipeline `base/` and optionally the pipelines `upsampler/` and `unclip/` and the
+            ControlNet `controlnet/`.
         device (`str`, *optional*): The default is the GPU if there is one, otherwise the CPU.
 
     Raises:
@@ -225,7 +229,19 @@ class Models:
         self.base: ADMPipeline = load(ADMPipeline, "base")
         self.upsampler = load(ADMSuperResolutionPipeline, "upsampler")
         self.controlnet = load(AdaGNControlNetModel, "controlnet")
+        self.unclip: ADMUnCLIPPipeline | None = load(ADMUnCLIPPipeline, "unclip")
         self.weights = fingerprint(folder)
+        self._inversions: dict[tuple, torch.Tensor] = {}
+
+    @property
+    def has_variations(self) -> bool:
+        """Whether there is a decoder of image embeddings, and what encodes images to them."""
+        return self.unclip is not None and self.unclip.image_encoder is not None
+
+    @property
+    def variation_size(self) -> int:
+        """Height and width of variations, in pixels."""
+        return self.unclip.unet.config.sample_size * self.unclip.vae_scale_factor
 
     @property
     def size(self) -> int:
@@ -239,9 +255,7 @@ class Models:
 
     def check(self, recipe: Recipe) -> None:
         """Raises a ValueError if these models cannot follow the recipe."""
-        if recipe.category not in self.categories:
-            names = ", ".join(self.categories)
-            raise ValueError(f"There is no category {short(recipe.category)}. Choose one of: {names}.")
+        check_choice(recipe.category, "category", self.categories)
         if recipe.upscale and self.upsampler is None:
             raise ValueError("This Space has no upsampler. Switch upsampling off.")
         if recipe.classifier_scale > 0 and self.base.classifier is None:
@@ -269,6 +283,82 @@ class Models:
             raise ValueError("This Space has no ControlNet, so it cannot follow sketches.")
         pipe = self._pipeline(ADMControlNetPipeline, recipe.sampler, controlnet=self.controlnet)
         return self._sample(pipe, recipe, on_step, image=condition, controlnet_conditioning_scale=scale)
+
+    def variations(self, recipe: Recipe, image: Image.Image, on_step: OnStep) -> list[Image.Image]:
+        """Generates variations of an image, from its CLIP embedding."""
+        pipe = self._variation_pipeline(recipe.sampler)
+        return run_pipeline(
+            pipe,
+            recipe,
+            on_step,
+            "Generating",
+            image=image,
+            num_images_per_prompt=recipe.num_images,
+            num_inference_steps=recipe.steps,
+            guidance_scale=recipe.guidance_scale,
+            eta=0.0 if recipe.sampler == "DDIM" else None,
+        )
+
+    def interpolate(
+        self,
+        recipe: Recipe,
+        images: tuple[Image.Image, Image.Image],
+        weight: float,
+        keeps_ends: bool,
+        on_step: OnStep,
+    ) -> Image.Image:
+        """
+        Generates an image between two: 0 is the first one, 1 the second one. `keeps_ends`: from the noise that leads to
+        the images themselves, found by DDIM inversion, in place of noise of the seed of the recipe.
+        """
+        weight = check_number(weight, "Position between the images", 0, 1, float)
+        if not isinstance(keeps_ends, bool):
+            raise ValueError(f"`keeps_ends` is {short(keeps_ends)}. It must be true or false.")
+        pipe = self._variation_pipeline("DDIM" if keeps_ends else recipe.sampler)
+        noise: dict[str, Any] = {"generator": torch.Generator().manual_seed(recipe.seed)}
+        if keeps_ends:
+            # Clipping has no inverse.
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False)
+            inverted = [self._invert(pipe, recipe, image, on_step) for image in images]
+            noise |= {"latents": torch.cat(inverted), "eta": 0.0}
+        (image,) = pipe.interpolate(
+            *images,
+            weights=weight,
+            num_inference_steps=recipe.steps,
+            guidance_scale=recipe.guidance_scale,
+            callback_on_step_end=previews_of(pipe, on_step, "Generating"),
+            **noise,
+        ).images
+        return image
+
+    def _variation_pipeline(self, sampler: str) -> ADMUnCLIPPipeline:
+        if not self.has_variations:
+            raise ValueError("This Space has no decoder of image embeddings, so it cannot make variations.")
+        pipe = copy.copy(self.unclip)
+        pipe.scheduler = make_scheduler(pipe.scheduler, sampler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _invert(self, pipe: ADMUnCLIPPipeline, recipe: Recipe, image: Image.Image, on_step: OnStep) -> torch.Tensor:
+        """The noise that leads to an image. The latest ones are kept."""
+        key = (image.tobytes(), recipe.steps, recipe.guidance_scale)
+        if key not in self._inversions:
+
+            def report(pipe: ADMPipeline, index: int, timestep: torch.Tensor, kwargs: dict) -> dict:
+                on_step(Step(index + 1, pipe.num_timesteps, "Inverting", []))
+                return kwargs
+
+            latents = pipe.invert(
+                image,
+                num_inference_steps=recipe.steps,
+                image=image,
+                guidance_scale=recipe.guidance_scale,
+                callback_on_step_end=report,
+            )
+            while len(self._inversions) >= MAX_INVERSIONS:
+                self._inversions.pop(next(iter(self._inversions)))  # the oldest one
+            self._inversions[key] = latents
+        return self._inversions[key]
 
     @torch.no_grad()
     def look_inside(self, recipe: Recipe, on_step: OnStep) -> Inside:
@@ -304,6 +394,12 @@ class Models:
     def read_image(self, image: Image.Image | None) -> Image.Image:
         """Converts an image of any size and mode to the model's size, square on white."""
         return fit(check_image(image), self.size)
+
+    def read_variation(self, image: Image.Image | None) -> Image.Image:
+        """Converts an image of any size and mode to the size of variations, square on white."""
+        if not self.has_variations:
+            raise ValueError("This Space has no decoder of image embeddings, so it cannot make variations.")
+        return fit(check_image(image), self.variation_size)
 
     def read_mask(self, layers: list[Image.Image]) -> Image.Image:
         """The mask of the painted pixels, white where the image is inpainted."""
@@ -409,23 +505,48 @@ class Models:
 
 def run_pipeline(pipe: ADMPipeline, recipe: Recipe, on_step: OnStep, task: str, **kwargs: Any) -> list[Image.Image]:
     """Calls a pipeline with one generator per image, and reports the predicted x_0 of each step."""
+    generators = [torch.Generator().manual_seed(recipe.seed + i) for i in range(recipe.num_images)]
+    callback = previews_of(pipe, on_step, task)
+    return pipe(generator=generators, callback_on_step_end=callback, return_dict=False, **kwargs)[0]
+
+
+def previews_of(pipe: ADMPipeline, on_step: OnStep, task: str) -> Callable[..., dict]:
+    """A callback for the steps of one call of a pipeline, which reports the predicted x_0."""
     latest: list[torch.Tensor] = []
     watch(pipe.scheduler, lambda *step: latest.append(step[-1]))
 
     def report(pipe: ADMPipeline, index: int, timestep: torch.Tensor, kwargs: dict) -> dict:
+        x_0 = latest[-1] if pipe.vae is None else LatentSpace(pipe.vae).decode(latest[-1])
         # With RePaint, `num_timesteps` includes the resampling.
-        on_step(Step(index + 1, max(pipe.num_timesteps, index + 1), task, _to_images(latest[-1])))
+        on_step(Step(index + 1, max(pipe.num_timesteps, index + 1), task, _to_images(x_0)))
         latest.clear()
         return kwargs
 
-    generators = [torch.Generator().manual_seed(recipe.seed + i) for i in range(recipe.num_images)]
-    return pipe(generator=generators, callback_on_step_end=report, return_dict=False, **kwargs)[0]
+    return report
+
+
+@functools.cache
+def sampling_jobs() -> queue.SimpleQueue:
+    """
+    Jobs for the one thread that samples. A thread of its own for each call would leave memory behind: torch and the
+    allocator of the system keep some for each thread that ever computed.
+    """
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work_forever() -> None:
+        while True:
+            job = jobs.get()
+            job()
+            del job  # it holds images
+
+    threading.Thread(target=work_forever, name="sampling", daemon=True).start()
+    return jobs
 
 
 def stream(work: Callable[[OnStep], T], seconds_between: float = SECONDS_BETWEEN_PREVIEWS) -> Iterator[Step | T]:
     r"""
-    Runs `work` in a thread. Yields some of its steps and finally its result. If the iterator is closed (the visitor has
-    left), `work` ends at its next step.
+    Runs `work` in the thread of `sampling_jobs`. Yields some of its steps and finally its result. If the iterator is
+    closed (the visitor has left), `work` ends at its next step, and the next job starts then.
 
     Args:
         work (`Callable`): Takes a function that it must call after each step.
@@ -444,12 +565,12 @@ def stream(work: Callable[[OnStep], T], seconds_between: float = SECONDS_BETWEEN
 
     def run() -> None:
         try:
-            events.put(work(on_step))
+            if not is_closed.is_set():
+                events.put(work(on_step))
         except Exception as error:
             events.put(error)  # raised again below, so that the page can show it
 
-    worker = threading.Thread(target=run, daemon=True)
-    worker.start()
+    sampling_jobs().put(run)
     last = -math.inf
     try:
         while isinstance(event := events.get(), Step):
@@ -460,8 +581,7 @@ def stream(work: Callable[[OnStep], T], seconds_between: float = SECONDS_BETWEEN
             raise event
         yield event
     finally:
-        is_closed.set()
-        worker.join()
+        is_closed.set()  # Gradio closes the iterator in the thread that serves everybody, so nothing waits here
 
 
 def make_scheduler(scheduler: LearnedVarianceDDPMScheduler, sampler: str) -> SchedulerMixin:
@@ -490,7 +610,7 @@ def watch(scheduler: SchedulerMixin, report: Callable[..., None]) -> None:
 def predict_original(
     scheduler: SchedulerMixin, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The predicted x_0, clipped to [-1, 1], for any scheduler whose samples are signal * x_0 + std * noise."""
+    """The predicted x_0, not clipped, for any scheduler whose samples are signal * x_0 + std * noise."""
     mean = model_output[:, : sample.shape[1]]
     signal, std = signal_and_std(scheduler, torch.as_tensor(timestep), scheduler.alphas_cumprod)
     signal, std = signal.to(sample), std.to(sample)
@@ -499,16 +619,22 @@ def predict_original(
         "sample": mean,
         "v_prediction": signal * sample - std * mean,
     }
-    return predictions[scheduler.config.prediction_type].clamp(-1, 1)
+    return predictions[scheduler.config.prediction_type]
 
 
-def check_number(value: Any, title: str, low: int, high: int, number_type: type) -> Any:
+def check_number(value: Any, title: str, low: float, high: float, number_type: type) -> Any:
     """The value as a `number_type`. Raises a ValueError if it is not a number from `low` to `high`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or number_type(value) != value:
         kind = "an integer" if number_type is int else "a number"
         raise ValueError(f"{title} is {short(value)}. It must be {kind} from {low} to {high}.")
     return number_type(value)
+
+
+def check_choice(value: Any, title: str, choices: list[str]) -> None:
+    """Raises a ValueError if the value is none of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"There is no {title.lower()} {short(value)}. Choose one of: {', '.join(choices)}.")
 
 
 def check_image(image: Image.Image | None) -> Image.Image:
@@ -522,8 +648,9 @@ def check_image(image: Image.Image | None) -> Image.Image:
 
 
 def short(value: Any) -> str:
-    """The `repr` of a value for an error message, at most 60 characters long."""
-    text = repr(value)
+    """The `repr` of a value for an error message, at most 60 characters long and without HTML tags."""
+    # Gradio shows messages as HTML, and a link can carry any value.
+    text = repr(value if not isinstance(value, str) else value[:60]).replace("<", "\\x3c")
     return text if len(text) <= 60 else text[:57] + "..."
 
 
