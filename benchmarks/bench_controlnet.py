@@ -5,13 +5,16 @@ Time and memory of a ControlNet relative to its base U-Net, in training and in s
 
 Training: a step of the ControlNet with the base frozen against a step of fine-tuning the whole base, on the same batch:
 noise, network, loss, backward pass, clipping, AdamW. Sampling: an evaluation of the ControlNet against one of the base.
-Each row times both in turn, `--pairs` times, and gives the median of the pairwise ratios ControlNet / base with a 95%
-bootstrap interval, and the ratio of their floating-point operations as counted by torch. Peak memory is that of a
-process that does nothing else, minus its memory before there was a network (on CUDA: allocated memory).
+Pipeline: a guided call of `ADMControlNetPipeline`, which embeds the image once, against the same call with the image
+embedded in each step and for both passes, in float32. The ControlNet takes images of the size of the samples, or, in
+rows with `x8`, of eight times their height and width, as of an autoencoder's decoded latents. Each row times both in
+turn, `--pairs` times, and gives the median of the pairwise ratios ControlNet / base with a 95% bootstrap interval, and
+the ratio of their floating-point operations as counted by torch. Peak memory is that of a process that does nothing
+else, minus its memory before there was a network (on CUDA: allocated memory).
 
-A row of a ControlNet as wide as the base fails if the median is above 0.95 (training) or 0.6 (sampling), or if its
-memory is not below that of fine-tuning. Narrower ControlNets have no limit. `emoji` is the network of
-training/configs/emoji_32_glide.yaml (class and text), `64x64` the 64-channel one of `bench_unet.py`.
+A row of a ControlNet as wide as the base fails if the median is above 0.95 (training), 0.6 (sampling) or 1.02
+(pipeline), or if its memory is not below that of fine-tuning. Narrower ControlNets have no limit. `emoji` is the
+network of training/configs/emoji_32_glide.yaml (class and text), `64x64` the 64-channel one of `bench_unet.py`.
 """
 
 import argparse
@@ -21,18 +24,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import alternate, compare_peaks, describe_machine, finish, make_parser, measure_rows, peak_bytes, ratios
+from measuring import (
+    alternate,
+    compare_peaks,
+    describe_machine,
+    finish,
+    make_parser,
+    measure_rows,
+    peak_bytes,
+    quiet,
+    ratios,
+)
 from networks import NETWORKS
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_adm import AdaGNControlNetModel, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
+from diffusers_adm import (
+    AdaGNControlNetModel,
+    AdaGNUNet2DModel,
+    ADMControlNetPipeline,
+    ADMPipeline,
+    LearnedVarianceDDPMScheduler,
+)
 from diffusers_adm.training import training_losses
 
 
 EMOJI_CONFIG = Path(__file__).parent.parent / "training" / "configs" / "unet_emoji_32_glide.json"
 NUM_CLASSES, TEXT_LENGTH = 10, 24
 WIDTHS = {"full": 1.0, "half": 0.5}
-LIMITS = {"training": 0.95, "sampling": 0.6}
+LIMITS = {"training": 0.95, "sampling": 0.6, "pipeline": 1.02}
+STEPS = 4  # of a call of the pipeline
 MAX_GRAD_NORM = 1.0
 
 
@@ -102,6 +122,42 @@ def build_call(args: argparse.Namespace, mode: str, network: str, dtype: str, wi
     return step
 
 
+def build_pipeline_call(
+    args: argparse.Namespace, network: str, factor: int, width: str, embeds_once: bool
+) -> Callable[[], None]:
+    """
+    Returns a function that runs a guided call of a few steps. `embeds_once`: as the pipeline does it; else the image is
+    embedded in each step, for all rows of the batch: the same numbers from more work.
+    """
+    unet = build_unet(network, args.device).eval()
+    images, _, _, conditions = inputs_for(unet, args.batch_size)
+    net = AdaGNControlNetModel.from_unet(unet, width=WIDTHS[width], conditioning_downsampling_factor=factor).eval()
+    scheduler = LearnedVarianceDDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    pipe = ADMControlNetPipeline(unet, scheduler, **dict.fromkeys(ADMPipeline._optional_components), controlnet=net)
+    quiet(pipe)
+    if not embeds_once:
+        net.embed_condition = lambda control_images: control_images
+
+        def embed_all(_, arguments, options):
+            control_images = options.pop("controlnet_cond_embeds")
+            rows = len(arguments[0]) // len(control_images)
+            return arguments, {**options, "controlnet_cond": control_images.repeat(rows, 1, 1, 1)}
+
+        net.register_forward_pre_hook(embed_all, with_kwargs=True)
+    size = factor * unet.config.sample_size
+    given = {"class_labels": conditions["class_labels"], "latents": images}
+    given["image"] = torch.rand(args.batch_size, 3, size, size).to(args.device)
+    if "encoder_hidden_states" in conditions:
+        texts = {"prompt_embeds": conditions["encoder_hidden_states"]}
+        texts["pooled_prompt_embeds"] = conditions["added_cond_kwargs"]["text_embeds"]
+        given |= texts | {f"negative_{name}": torch.zeros_like(value) for name, value in texts.items()}
+
+    def call() -> None:
+        pipe(num_inference_steps=STEPS, guidance_scale=3.0, output_type="latent", **given)
+
+    return call
+
+
 def count_flops(function: Callable[[], None]) -> int:
     with FlopCounterMode(display=False) as counter:
         function()
@@ -115,6 +171,13 @@ def time_row(args: argparse.Namespace, mode: str, network: str, dtype: str, widt
     limit = LIMITS[mode] if width == "full" else None
     passed = None if limit is None else row["ratio"] <= limit
     return {**row, "flops": flops, "limit": limit, "passed": passed, "note": f"{flops:.3f}  "}
+
+
+def pipeline_row(args: argparse.Namespace, mode: str, network: str, images: str, width: str) -> dict:
+    factor = int(images.removeprefix("x"))
+    once, each_step = (build_pipeline_call(args, network, factor, width, which) for which in (True, False))
+    row = ratios(alternate(once, each_step, args.pairs, args.device), STEPS)
+    return {**row, "limit": LIMITS[mode], "passed": row["ratio"] <= LIMITS[mode]}
 
 
 def peak(args: argparse.Namespace, *words: str) -> int:
@@ -145,13 +208,16 @@ def main() -> int:
     print(f"{describe_machine(args.device)}; batch size {args.batch_size}\n")
     print("ControlNet / base = ratio [95% interval]; ratio of operations")
     columns, kinds = ("mode", "network", "dtype", "width"), (("emoji", "64x64"), ("float32", "bfloat16"), WIDTHS)
-    rows, memory_rows = [], []
+    rows, pipeline_rows, memory_rows = [], [], []
     if args.pairs:
-        rows = measure_rows(columns, itertools.product(LIMITS, *kinds), time_row, args)
+        rows = measure_rows(columns, itertools.product(("training", "sampling"), *kinds), time_row, args)
+        print("\nGuided step of the pipeline: image embedded once a call / in each step and pass = ratio")
+        cases = itertools.product(["pipeline"], kinds[0], ("x1", "x8"), WIDTHS)
+        pipeline_rows = measure_rows(("mode", "network", "images", "width"), cases, pipeline_row, args)
     if args.memory_runs:
         print("\nPeak memory of three training steps")
         memory_rows = measure_rows(columns, itertools.product(["training"], *kinds), memory_row, args, "mib")
-    return finish(args, time=rows, memory=memory_rows)
+    return finish(args, time=rows, pipeline=pipeline_rows, memory=memory_rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 Time of loading an image with `ImageDataset` relative to Pillow alone.
 
     python benchmarks/bench_loader.py [--pairs 15] [--only rgb-8] [--json results.json]
+    python benchmarks/bench_loader.py --only --data_files data/noto-emoji-64/train.parquet --size 64
 
 Each row decodes, resizes and crops all images of a small dataset in memory, from `--source_size` to `--size` pixels, in
 one process without workers. The baseline is the same number of 8-bit RGB images of the same size through `decode_rgb`,
@@ -9,6 +10,9 @@ Pillow's `resize` and `crop`, and the map to [-1, 1], written out here, without 
 the baseline `--pairs` times; given is the median of the pairwise ratios of times with a 95% bootstrap interval. A row
 of 8-bit RGB fails above a ratio of 1.25 (it includes random crops and flips, and the choice of the reader), 16-bit grey
 above 2. The images are waves with noise.
+
+`--data_files` adds a row for the first `--num_images` images of parquet files, read as by the training scripts: their
+images per second must be several times those of a training step, so that no step waits for them.
 """
 
 import argparse
@@ -19,12 +23,13 @@ import datasets
 import numpy as np
 import tifffile
 import torch
-from measuring import alternate, describe_machine, finish, make_parser, measure_rows, ratios
+from measuring import alternate, describe_machine, finish, make_image, make_parser, measure_rows, ratios
 from PIL import Image
 
 from diffusers_adm.data.decoding import decode_rgb
 from diffusers_adm.data.formats import FormatRequest, find_image_format
 from diffusers_adm.data.images import ImageDataset
+from diffusers_adm.training import load_image_dataset
 
 
 # Channels, type of the values, file format, and the limit of the ratio.
@@ -37,16 +42,6 @@ ROWS = {
     "5-bands-float": (5, np.float32, "npy", None),
     "5-bands-float-tiff": (5, np.float32, "tiff", None),
 }
-
-
-def make_image(seed: int, size: int, channels: int, dtype: type) -> np.ndarray:
-    """Waves with noise of 2% of the range, `(size, size, channels)`."""
-    generator = np.random.default_rng(seed)
-    x = np.linspace(0, 12, size)
-    waves = np.sin(x[:, None, None] + x[None, :, None] * generator.random(channels))
-    values = 0.5 + 0.45 * waves + 0.02 * generator.standard_normal((size, size, channels))
-    high = 1 if np.dtype(dtype).kind == "f" else np.iinfo(dtype).max
-    return (values.clip(0, 1) * high).astype(dtype)
 
 
 def encode(values: np.ndarray, file_format: str) -> dict:
@@ -69,6 +64,12 @@ def make_dataset(args: argparse.Namespace, channels: int, dtype: type, file_form
     return datasets.Dataset.from_dict({"image": [encode(image, file_format) for image in images]}, features=features)
 
 
+def synthetic(args: argparse.Namespace, name: str) -> tuple[datasets.Dataset, int, type, float | None]:
+    """Dataset, channels, type and limit of a row of `ROWS`."""
+    channels, dtype, file_format, limit = ROWS[name]
+    return make_dataset(args, channels, dtype, file_format), channels, dtype, limit
+
+
 def load_plainly(dataset: datasets.Dataset, size: int) -> None:
     """What a loader of 8-bit RGB cannot do without."""
     for index in range(len(dataset)):
@@ -80,14 +81,17 @@ def load_plainly(dataset: datasets.Dataset, size: int) -> None:
 
 
 def measure(args: argparse.Namespace, name: str) -> dict:
-    channels, dtype, file_format, limit = ROWS[name]
-    plain = make_dataset(args, 3, np.uint8, "png")
-    dataset = make_dataset(args, channels, dtype, file_format)
+    if name == "data files":
+        dataset, _ = load_image_dataset(data_files=args.data_files)
+        plain = dataset = dataset.select(range(min(args.num_images, len(dataset))))
+        channels, dtype, limit = 3, np.uint8, None
+    else:
+        plain, (dataset, channels, dtype, limit) = make_dataset(args, 3, np.uint8, "png"), synthetic(args, name)
     value_range = (0, 1) if np.dtype(dtype).kind == "f" else None
     image_format = find_image_format(dataset, FormatRequest(channels=channels, value_range=value_range))
     ours = ImageDataset(dataset, args.size, random_flip=True, image_format=image_format)
     times = alternate(lambda: list(ours), lambda: load_plainly(plain, args.size), args.pairs, "cpu")
-    row = ratios(times, args.num_images)
+    row = ratios(times, len(dataset))
     row["note"] = f"{1000 / row['ours_ms']:.0f} images a second  "
     return {**row, "limit": limit, "passed": limit is None or row["ratio"] <= limit}
 
@@ -95,13 +99,15 @@ def measure(args: argparse.Namespace, name: str) -> dict:
 def main() -> int:
     parser = make_parser(__doc__, "json", pairs=15, threads=1, num_images=100, source_size=128, size=96)
     parser.add_argument("--only", dest="rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--data_files", nargs="+", help="Parquet files to read as well.")
     args = parser.parse_args()
+    names = [*args.rows, *(["data files"] if args.data_files else [])]
 
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()
     sizes = f"{args.source_size} to {args.size} pixels"
     print(f"{describe_machine()}; {sizes}, {args.num_images} images\n\nms per image, ours / Pillow = ratio")
-    return finish(args, rows=measure_rows(["row"], [(name,) for name in args.rows], measure, args))
+    return finish(args, rows=measure_rows(["row"], [(name,) for name in names], measure, args))
 
 
 if __name__ == "__main__":

@@ -10,69 +10,30 @@ of the pipeline in a process of its own for comparison, and `from_pretrained` af
 Results in seconds, without limits; other programs disturb them.
 """
 
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import gradio_client
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from measuring import describe_machine, in_fresh_process, make_parser, quiet, seeded, write_report
+from space_process import ROOT, START_SECONDS, answers, app, wait_for
 
 from diffusers_adm import ADMPipeline
 
 
-ROOT = Path(__file__).parents[1]
-APP = ROOT / "spaces" / "app.py"
-START_SECONDS, EXAMPLES_SECONDS = 180, 600
+EXAMPLES_SECONDS = 600
 NUM_IMAGES, NUM_STEPS = 4, 25
 PROMPT, GUIDANCE_SCALE = "fire", 4.0
 REQUEST = {
     **{"prompt": PROMPT, "category": "any", "guidance_scale": GUIDANCE_SCALE, "classifier_scale": 0, "seed": 0},
     **{"steps": NUM_STEPS, "sampler": "DPM-Solver++", "num_images": NUM_IMAGES, "upscale": False},
 }
-
-
-@contextmanager
-def app(models: Path, home: Path) -> Iterator[str]:
-    """Runs the app with its own caches in `home`; yields its address, which may not answer yet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    environment |= {"GRADIO_TEMP_DIR": str(home / "files"), "GRADIO_ANALYTICS_ENABLED": "False"}
-    command = [sys.executable, str(APP), "--models", str(models), "--port", str(port)]
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def wait_for(what: str, seconds: float, is_ready: Callable[[], bool]) -> None:
-    end = time.monotonic() + seconds
-    while not is_ready():
-        if time.monotonic() > end:
-            raise TimeoutError(f"No {what} within {seconds:.0f} s.")
-        time.sleep(0.05)
-
-
-def answers(address: str) -> bool:
-    with suppress(OSError):
-        urllib.request.urlopen(address, timeout=5).close()
-        return True
-    return False
 
 
 def generate(client: gradio_client.Client) -> tuple[float, float]:
@@ -98,7 +59,7 @@ def latencies(address: str, until: threading.Event) -> list[float]:
 def measure_app(models: Path, calls: int) -> Iterator[tuple[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         home, start = Path(folder), time.monotonic()
-        with app(models, home) as address:
+        with app(models, home) as (address, _):
             wait_for("page", START_SECONDS, lambda: answers(address))
             yield "page answers", time.monotonic() - start
             client = gradio_client.Client(address, verbose=False, download_files=str(home / "downloads"))

@@ -31,7 +31,7 @@ SHOWN_REFLECTANCE = 0.45  # white in images of the bands
 def read_image(path: Path) -> np.ndarray:
     """The values of one file: `(height, width)`, or with channels last."""
     if path.suffix == ".npy":
-        return np.load(path)
+        return np.load(path, allow_pickle=False)
     if path.suffix in (".tif", ".tiff"):
         import tifffile
 
@@ -43,7 +43,7 @@ def read_image(path: Path) -> np.ndarray:
 def read_folder(folder: Path) -> np.ndarray:
     """All images of a folder, or of the `samples.npz` in it."""
     if (folder / "samples.npz").exists():
-        images = np.load(folder / "samples.npz")["arr_0"]
+        images = np.load(folder / "samples.npz", allow_pickle=False)["arr_0"]
         return images[..., 0] if images.shape[-1] == 1 else images
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".tif", ".tiff", ".npy"))
     return np.stack([read_image(path) for path in paths])

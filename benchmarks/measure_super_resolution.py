@@ -27,9 +27,11 @@ from measuring import (
     make_parser,
     mean_and_error,
     pixels_of,
+    psnr,
     quiet,
     sample,
     spread,
+    to_images,
     with_errors,
     write_report,
 )
@@ -42,26 +44,12 @@ from diffusers_adm.training import ImageDataset, labelled_strips, load_image_dat
 
 # `eta` of each sampler: None is ancestral sampling, 0 deterministic DDIM.
 SAMPLERS = {"ancestral": None, "ddim": 0.0}
-# Mean squared error of rounding to 8 bits, for images in [0, 1]: agreement above 58.9 dB is meaningless.
-SMALLEST_MSE = 1 / (12 * 255**2)
 MEASURES = ("agreement", "gradient_ratio", "psnr", "psnr_bicubic", "psnr_difference")
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
     """`(N, 3, height, width)` in [0, 1], float64."""
     return pixels_of(images).double() / 255
-
-
-def to_images(images: torch.Tensor) -> list[Image.Image]:
-    """From 8-bit values scaled to [-1, 1]."""
-    arrays = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(array) for array in arrays]
-
-
-def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """`(N,)` in dB, for values in [0, 1]."""
-    mse = ((images - others) ** 2).mean(dim=(1, 2, 3))
-    return -10 * torch.log10(mse.clamp(min=SMALLEST_MSE))
 
 
 def gradient_energy(images: torch.Tensor) -> torch.Tensor:

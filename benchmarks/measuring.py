@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -26,12 +27,17 @@ from diffusers_adm.data.columns import first_caption
 from diffusers_adm.evaluation import ClassifierFeatures
 from diffusers_adm.evaluation.data import num_real_classes
 from diffusers_adm.training import decode_rgb, labelled_grid, load_image_dataset, match_classes
+from diffusers_adm.training.reproducibility import describe_machine as describe_cpu
 
 
 if TYPE_CHECKING:
     import datasets
 
 EMOJI = "data/noto-emoji-32"
+# Mean squared error of rounding to 8 bits, for images in [0, 1]: a PSNR above 58.9 dB is meaningless.
+SMALLEST_MSE = 1 / (12 * 255**2)
+# What /proc/cpuinfo calls the instructions of 16-bit arithmetic: x86's, then ARM's.
+CPU_FEATURES = ("avx512_bf16", "amx_bf16", "avx512_fp16", "bf16", "asimdhp")
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "device": {"choices": ("cpu", "cuda")},
     "pairs": {"type": int, "help": "Timed pairs per row; 0: skip them."},
@@ -70,9 +76,22 @@ def make_parser(doc: str, *names: str, **defaults: Any) -> argparse.ArgumentPars
     return parser
 
 
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Those of `CPU_FEATURES` that the processor has, as far as the system tells: Linux only, else none."""
+    if not cpuinfo.exists():
+        return []
+    lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+    flags = {flag for key, _, value in lines if key.strip().lower() in ("flags", "features") for flag in value.split()}
+    return [feature for feature in CPU_FEATURES if feature in flags]
+
+
 def describe_machine(device: str = "cpu") -> str:
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+    """Device, instruction set of torch and of 16-bit arithmetic, threads, and versions, in one line."""
+    versions = f"diffusers {diffusers.__version__}, Python {platform.python_version()}"
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}, {versions}"
+    features = ", ".join(cpu_features()) or "none"
+    return f"{describe_cpu()}; 16-bit instructions: {features}; {versions}"
 
 
 def write_report(path: Path | None, args: argparse.Namespace, **content: Any) -> None:
@@ -124,6 +143,36 @@ def measure_rows(
     return rows
 
 
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """
+    A table for the documentation.
+
+    Args:
+        rows (sequence of `dict`): Its rows.
+        columns (`dict`): From the titles to format strings that a row fills, e.g. `"{ratio:.2f}"`. A cell for which a
+            row lacks a value is empty.
+    """
+
+    def cell(template: str, row: Mapping[str, Any]) -> str:
+        try:
+            return template.format(**row)
+        except (KeyError, TypeError):  # a missing value, or None where a number is formatted
+            return ""
+
+    cells = [list(columns), ["---"] * len(columns), *([cell(t, row) for t in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def make_image(seed: int, size: int, channels: int, dtype: type) -> np.ndarray:
+    """Waves with noise of 2% of the range, `(size, size, channels)`."""
+    generator = np.random.default_rng(seed)
+    x = np.linspace(0, 12, size)
+    waves = np.sin(x[:, None, None] + x[None, :, None] * generator.random(channels))
+    values = 0.5 + 0.45 * waves + 0.02 * generator.standard_normal((size, size, channels))
+    high = 1 if np.dtype(dtype).kind == "f" else np.iinfo(dtype).max
+    return (values.clip(0, 1) * high).astype(dtype)
+
+
 # Time
 
 
@@ -144,14 +193,21 @@ def seconds(function: Callable[[], object], device: str) -> float:
 def alternate(
     ours: Callable[[], object], theirs: Callable[[], object], pairs: int, device: str
 ) -> dict[str, list[float]]:
-    """Times of `pairs` calls of each, in turn, so that disturbances of the machine affect both."""
-    functions, times = {"ours": ours, "theirs": theirs}, {"ours": [], "theirs": []}
-    for pair in range(pairs + 1):
-        # In alternating order, so that neither always runs on the other's caches; the first pair is the warm-up.
-        for which in ("ours", "theirs") if pair % 2 else ("theirs", "ours"):
-            elapsed = seconds(functions[which], device)
-            if pair:
-                times[which].append(elapsed)
+    """Times of `pairs` calls of each, in turn, after one call of each as the warm-up."""
+    functions = {"ours": ours, "theirs": theirs}
+    round_robin(functions, 1, device)
+    return round_robin(functions, pairs, device)
+
+
+def round_robin(functions: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """
+    Times of `rounds` calls of each function, all in turn, so that disturbances of the machine affect all. Every other
+    round goes backwards, so that none always runs on the same one's caches. The caller has warmed them up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(rounds):
+        for name in list(functions)[:: 1 if i % 2 else -1]:
+            times[name].append(seconds(functions[name], device))
     return times
 
 
@@ -313,6 +369,18 @@ def with_errors(**values: tuple[float, float]) -> dict[str, float]:
 def pixels_of(images: Sequence[Image.Image]) -> torch.Tensor:
     """`(N, 3, height, width)`, uint8."""
     return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+
+
+def to_images(images: torch.Tensor) -> list[Image.Image]:
+    """From 8-bit values scaled to [-1, 1]."""
+    arrays = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """`(N,)` in dB, for values in [0, 1]."""
+    mse = ((images - others) ** 2).mean(dim=(1, 2, 3))
+    return -10 * torch.log10(mse.clamp(min=SMALLEST_MSE))
 
 
 def load_judge(folder: str, variant: str | None = None) -> ClassifierFeatures:
