@@ -5,6 +5,7 @@ The environment is set before anything else is imported: huggingface_hub, datase
 Processes that a test starts inherit it.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -13,6 +14,10 @@ from pathlib import Path
 
 
 _IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+# Imports and collection make a million objects that stay. The collector would look through them again and again.
+if _IS_XDIST_WORKER:
+    gc.disable()
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -45,6 +50,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from jitter import Jitter  # noqa: E402
+from PIL import Image  # noqa: E402
 
 
 if _IS_XDIST_WORKER:
@@ -62,6 +68,23 @@ def pytest_addoption(parser):
         metavar="SEED",
         help="perturb the last bits of matrix products, convolutions and reductions, to find tests that rest on them",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out tests with the marker `faults`, unless `-m` asks for them."""
+    if "faults" in config.getoption("-m"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("faults")]
+    if left_out:
+        items[:] = [item for item in items if not item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish():
+    """From here on, the garbage collector looks only at what the tests make."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def _processor():
@@ -107,6 +130,23 @@ def pytest_runtest_protocol(item):
 def pytest_unconfigure():
     if not _IS_XDIST_WORKER:
         shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _plots_are_not_drawn(request, monkeypatch):
+    """
+    Drawing a plot takes about a second, and nearly every run makes some. So a figure is made with all that is in it,
+    but its file shows an empty page of its size, except in tests with the marker `draws`.
+    """
+    if request.node.get_closest_marker("draws"):
+        return
+    from matplotlib.figure import Figure
+
+    def savefig(self, path, **kwargs):
+        width, height = self.get_size_inches() * self.dpi
+        Image.new("RGB", (round(width), round(height)), "white").save(path, format="png")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture(autouse=True)

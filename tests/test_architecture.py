@@ -13,15 +13,17 @@ PACKAGE = "diffusers_adm"
 # Each room and the rooms below it that it may import.
 LOWEST = {"commands", "ops"}
 PARTS = LOWEST | {"models", "schedulers", "conditioning"}
-TOOLS = PARTS | {"data", "pipelines"}
+TOOLS = PARTS | {"data", "measures", "pipelines"}
 MAY_IMPORT = {
     "commands": set(),
     "ops": set(),
     "models": LOWEST,
+    "compilation": LOWEST | {"models"},
     "schedulers": LOWEST | {"models"},
     "conditioning": LOWEST | {"models", "schedulers"},
     "data": PARTS,
-    "pipelines": PARTS,
+    "pipelines": PARTS | {"compilation"},
+    "measures": PARTS | {"data"},
     # None of these three imports another.
     "training": TOOLS,
     "evaluation": TOOLS,

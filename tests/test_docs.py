@@ -13,7 +13,7 @@ from markdown_pages import REPOSITORY, blocks
 
 PAGES = [
     *REPOSITORY.glob("*.md"),
-    *(path for folder in ("docs", "data", "spaces") for path in (REPOSITORY / folder).rglob("*.md")),
+    *(path for folder in ("docs", "data", "spaces", "benchmarks") for path in (REPOSITORY / folder).rglob("*.md")),
 ]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 

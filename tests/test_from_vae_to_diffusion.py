@@ -30,6 +30,7 @@ def run_guide() -> SimpleNamespace:
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_the_guide_is_right(tmp_path, monkeypatch):
     """One test, because its parts need the variables of all blocks, which take about a minute."""
     (tmp_path / "data").symlink_to(REPOSITORY / "data")

@@ -19,6 +19,7 @@ from runs import own_process_state, reset_accelerate
 from scripts import load_script
 
 from diffusers_adm.conditioning.image_format import ImageFormat
+from diffusers_adm_cli.main import find_command
 
 
 GUIDE = REPOSITORY / "docs" / "your_own_images.md"
@@ -73,8 +74,15 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def run_command(words: list[str]) -> None:
-    """Runs `python FILE`, `python -m MODULE` or `accelerate launch FILE` in this process."""
+    """Runs `python FILE`, `python -m MODULE`, `accelerate launch FILE` or `diffusers-adm` in this process."""
     reset_accelerate()
+    if words[0] == "diffusers-adm":
+        command, arguments = find_command(words[1:])
+        if command.start == "launched":
+            load_script(command.module.rpartition(".")[2]).main(arguments)
+        else:
+            importlib.import_module(command.module).main([*command.first_arguments, *arguments])
+        return
     words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:]
     if words[0] == "-m":
         importlib.import_module(f"{words[1]}.__main__").main(words[2:])

@@ -1,10 +1,12 @@
 """
 What gets installed, checked on real builds: the editable install, the wheel, and the wheel built from a source
-distribution. The top-level folder `pipelines/` must arrive as `diffusers_adm.pipelines` in all three.
+distribution. The top-level folders `pipelines/` and `training/` must arrive as `diffusers_adm.pipelines` and
+`diffusers_adm.scripts` in all three.
 """
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -23,7 +25,12 @@ import diffusers_adm
 
 ROOT = Path(__file__).parents[1]
 # Where a folder of the repository lands in an installation. Nothing but these may be installed.
-INSTALLED = {"src/diffusers_adm": "diffusers_adm", "pipelines": "diffusers_adm/pipelines"}
+INSTALLED = {
+    "src/diffusers_adm": "diffusers_adm",
+    "pipelines": "diffusers_adm/pipelines",
+    "training": "diffusers_adm/scripts",
+    "src/diffusers_adm_cli": "diffusers_adm_cli",
+}
 
 
 def installed_files(root: Path) -> set[str]:
@@ -95,16 +102,22 @@ class TestEditableInstall:
         pipelines = importlib.import_module("diffusers_adm.pipelines")
         assert Path(pipelines.__file__) == ROOT / "pipelines" / "__init__.py"
 
+    def test_scripts_come_from_the_top_level_folder(self):
+        spec = importlib.util.find_spec("diffusers_adm.scripts.train_adm")
+        assert Path(spec.origin) == ROOT / "training" / "train_adm.py"
+
     def test_version_is_the_installed_one(self):
         assert importlib.metadata.version("diffusers-adm") == diffusers_adm.__version__
 
 
 class TestWheel:
-    def test_holds_exactly_the_two_folders(self, tree, wheel):
+    def test_holds_exactly_these_folders(self, tree, wheel):
         names = set(zipfile.ZipFile(wheel).namelist())
         files = {name for name in names if ".dist-info/" not in name}
         assert files == installed_files(tree)
         assert {"diffusers_adm/py.typed", "diffusers_adm/pipelines/__init__.py"} <= files
+        configs = {"unet_emoji_32.json", "emoji_32.yaml", "openai/lsun_cat.yaml"}
+        assert {f"diffusers_adm/scripts/configs/{name}" for name in configs} <= files
 
     def test_every_folder_of_modules_is_a_package(self, tree):
         folders = {Path(name).parent for name in installed_files(tree) if name.endswith(".py")}
@@ -151,6 +164,26 @@ class TestWheel:
         outside = {name: file for name, file in files.items() if not Path(file).is_relative_to(site)}
         assert not outside
 
+    @pytest.mark.slow
+    def test_trains_without_the_repository(self, wheel, tree, tmp_path):
+        """The scripts and their recipes, started from another folder."""
+        site = tmp_path / "site"
+        run("-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", site, wheel, cwd=tmp_path)
+        assert (site / "bin" / "diffusers-adm").is_file()
+        data = tree / "data" / "noto-emoji-32" / "test.parquet"
+        arguments = ["--config", "emoji_32", "--data_files", data, "--no_check_images", "--output_dir", "run"]
+        arguments += ["--max_train_steps", 2, "--train_batch_size", 2, "--report_to", "none"]
+        arguments += ["--num_validation_images", 1, "--validation_num_inference_steps", 1]
+        launch = ["-m", "accelerate.commands.launch", "-m", "diffusers_adm.scripts.train_adm"]
+        environment = {"PYTHONPATH": str(site), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        run(*launch, *arguments, cwd=tmp_path, **environment)
+        rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(rows[-1])["step"] == 2
+        recorded = (tmp_path / "run" / "train_args.yaml").read_text()
+        # The path of the recipe was found in the wheel, which stands before the editable install.
+        assert str(site / "diffusers_adm" / "scripts" / "configs" / "unet_emoji_32.json") in recorded
+        assert (tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
 
 class TestSourceDistribution:
     def test_builds_the_same_wheel(self, sdist, wheel, tmp_path):
@@ -170,7 +203,8 @@ class TestSourceDistribution:
         assert files(sdist) == files(tree)
 
     def test_holds_the_files_beside_the_package(self, sdist):
-        for name in ("Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        documents = ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+        for name in ("Makefile", "constraints.txt", *documents):
             assert (sdist / name).is_file(), name
 
 

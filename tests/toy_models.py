@@ -75,7 +75,7 @@ def fill_randomly(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 1:
+        if parameter.ndim <= 1:
             parameter.data = 0.1 * noise + ("norm" in name.lower() and name.endswith("weight"))
         elif "class_embedding" in name:
             parameter.data = noise

@@ -179,7 +179,7 @@ def test_help_shows_the_recipe_the_defaults_and_the_choices(capsys):
     text = capsys.readouterr().out
     for words in (
         "Trains a thing.",
-        "--config RECIPE.yaml",
+        "--config RECIPE ",
         "(default: no)",
         "{no,fp16,bf16}",
         "--no_use_ema",

@@ -21,8 +21,10 @@ SCRIPTS = (
     "train_adm",
     "train_autoencoder",
     "train_classifier",
+    "train_clip",
     "train_controlnet",
     "train_image_to_image",
+    "train_prior",
     "train_super_resolution",
 )
 MODULES = (
@@ -31,6 +33,8 @@ MODULES = (
     "evaluation.bits_per_dim",
     "conversion.openai",
     "conversion.glide",
+    "data.encode_embeddings",
+    "data.encode_latents",
     "training.post_hoc_ema",
     "training.tokenizer",
     "hub",
@@ -134,6 +138,11 @@ def run_here(monkeypatch, name, *arguments):
             "conversion.glide",
             ["--checkpoint", "absent.pt", "--output_dir", "out"],
             "absent.pt is not a file",
+        ),
+        (
+            "data.encode_embeddings",
+            ["--clip", "{recipe}", "--data_files", "absent.parquet", "--output_dir", "{tmp}/out"],
+            "`clip` is '{recipe}', which is a file. Name the folder of the CLIP.",
         ),
         (
             "training.post_hoc_ema",

@@ -7,7 +7,14 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.class_labels import ClassCondition
-from diffusers_adm.conditioning.condition import Condition, MergedConditions, PreparedCondition, UNetInputs, merge
+from diffusers_adm.conditioning.condition import (
+    Condition,
+    MergedConditions,
+    PreparedCondition,
+    UNetInputs,
+    concatenate,
+    merge,
+)
 from diffusers_adm.conditioning.controlnet import ControlNetCondition
 from diffusers_adm.conditioning.guidance import exact_prediction, shift_prediction
 from diffusers_adm.conditioning.inpainting import InpaintingCondition
@@ -114,19 +121,36 @@ class TestMerging:
             merge([UNetInputs({"class_labels": 1}), UNetInputs({"class_labels": 2})])
 
     def test_guidance_needs_a_difference_and_an_unconditional_input_of_all(self):
-        label, both = torch.tensor([1]), torch.tensor([0, 1])
-        droppable = PreparedCondition(UNetInputs({"class_labels": label}), UNetInputs({"class_labels": both}))
+        label, null = torch.tensor([1]), torch.tensor([0])
+        droppable = PreparedCondition(UNetInputs({"class_labels": label}), UNetInputs({"class_labels": null}))
         kept = PreparedCondition.same_in_both(UNetInputs({"timestep_cond": label}, torch.zeros(1, 1, 2, 2)))
         merged = MergedConditions([Stub(droppable), Stub(kept)], None)
-        assert merged.inputs(False).kwargs == {"class_labels": label, "timestep_cond": label}
-        assert merged.inputs(True).kwargs["timestep_cond"].tolist() == [1, 1]
-        assert merged.inputs(True).extra_channels.shape == (2, 1, 2, 2)
-        assert MergedConditions([Stub(kept)], None).both is None
-        assert MergedConditions([Stub(droppable), Stub(PreparedCondition(UNetInputs(), None))], None).both is None
+        assert merged.inputs("conditional").kwargs == {"class_labels": label, "timestep_cond": label}
+        assert merged.inputs("unconditional").kwargs == {"class_labels": null, "timestep_cond": label}
+        both = merged.inputs("both")
+        assert {name: value.tolist() for name, value in both.kwargs.items()} == {
+            "class_labels": [0, 1],
+            "timestep_cond": [1, 1],
+        }
+        assert both.extra_channels.shape == (2, 1, 2, 2)
+        assert merged.inputs("both") is both  # concatenated once
+        assert MergedConditions([Stub(kept)], None).unconditional is None
+        unknown = Stub(PreparedCondition(UNetInputs(), None))
+        assert MergedConditions([Stub(droppable), unknown], None).unconditional is None
 
     def test_arguments_of_each_step_are_added(self):
         merged = MergedConditions([Stub(PreparedCondition.same_in_both(UNetInputs({"a": None})))], None)
-        assert merged.kwargs_at("x", "step", False) == {"a": None, "residual": ("x", "step", merged, False)}
+        arguments = ("x", "step", merged, "conditional")
+        assert merged.kwargs_at("x", "step", "conditional") == {"a": None, "residual": arguments}
+
+    def test_nested_and_missing_inputs_of_both_passes(self):
+        passes = [
+            UNetInputs({"mask": None, "added_cond_kwargs": {"text_embeds": torch.full((2, 1), i)}}) for i in (0, 1)
+        ]
+        both = concatenate(*passes)
+        assert both.kwargs["mask"] is None
+        assert both.extra_channels is None
+        assert both.kwargs["added_cond_kwargs"]["text_embeds"].flatten().tolist() == [0, 0, 1, 1]
 
 
 class Stub(Condition):

@@ -182,7 +182,7 @@ class TestPooled:
     def test_an_encoder_without(self):
         encoder, ids = random_text_encoder("t5"), torch.tensor([[1, 2]])
         conditioning = encode_tokens(encoder, ids, torch.ones_like(ids), pad_to_max=False)
-        with pytest.raises(ValueError, match="this text encoder only gives states"):
+        with pytest.raises(ValueError, match="only states of the text are given. Pass `pooled_prompt_embeds`"):
             text_model_kwargs(conditioning, {"addition_embed_type": "text_embeds"})
 
 

@@ -61,7 +61,7 @@ class TestAlignment:
             dataset.set_epoch(epoch)
             plain.set_epoch(epoch)
             example = dataset[0]
-            assert set(example) == {"images", "conditions"}
+            assert set(example) == {"images", "conditions", "index"}
             assert (example["conditions"].dtype, example["conditions"].shape) == (torch.float32, (3, 16, 16))
             assert torch.equal(example["images"], plain[0]["images"])
             levels = ((example["images"] + 1) * 127.5).round()
@@ -199,7 +199,7 @@ class TestLoading:
 
     def test_a_kind_or_a_column(self):
         plain, paired = from_images([noise(0)]), from_images([noise(0)], [noise(1)])
-        assert set(ImageDataset(plain, 16)[0]) == {"images"}
+        assert set(ImageDataset(plain, 16)[0]) == {"images", "index"}
         with pytest.raises(ValueError, match="`condition` is 'edges', but the dataset has a `conditioning_image`"):
             ImageDataset(paired, 16, condition="edges")
         with pytest.raises(ValueError, match="`kind` is 'depth'"):

@@ -338,7 +338,7 @@ class TestParquet:
         path = write([0, 1])
         with pytest.raises(ValueError, match="`image_column` is 'picture', but .* has the columns image, label"):
             load_image_dataset(data_files=path, image_column="picture")
-        with pytest.raises(ValueError, match="Unknown split .*holdout.*train"):
+        with pytest.raises(ValueError, match="no split 'holdout'. Should be one of .*train"):
             load_image_dataset(data_files=path, split="holdout")
         with pytest.raises(ValueError, match="cannot hold images"):
             load_image_dataset(data_files=path, image_column="label")
@@ -358,6 +358,9 @@ class TestParquet:
         (tmp_path / "broken.parquet").write_bytes(b"PAR1 nonsense")
         with pytest.raises(ValueError, match="cannot be read as parquet"):
             load_image_dataset(data_files=str(tmp_path / "broken.parquet"))
+        pyarrow.parquet.write_table(pyarrow.table({"image": ["a.png"]}).slice(0, 0), tmp_path / "empty.parquet")
+        with pytest.raises(ValueError, match="empty.parquet has no rows"):
+            load_image_dataset(data_files=str(tmp_path / "empty.parquet"))
         with pytest.raises(ValueError, match="corresponds to no data"):
             load_image_dataset(data_files=path, split="train[:0]")
 
@@ -378,7 +381,7 @@ class TestParquet:
         dataset, _ = load_image_dataset(**options, tensor_columns={"image_embeds": "clip"})
         dataset, _ = check_images(dataset, 8)
         for index, example in enumerate(ImageDataset(dataset, 16)):
-            assert set(example) == {"images", "image_embeds"}
+            assert set(example) == {"index", "images", "image_embeds"}
             assert torch.equal(example["image_embeds"], torch.tensor([index, 0.5, -1.0]))  # float32
         with pytest.raises(ValueError, match=r"`tensor_columns\['image_embeds'\]` is 'embeds', but .* has the columns"):
             load_image_dataset(**options, tensor_columns={"image_embeds": "embeds"})
@@ -496,7 +499,7 @@ class TestImageDataset:
         assert (images.min().item(), images.max().item()) == (-1.0, 1.0)
         assert np.array_equal(((images + 1) * 127.5).round().permute(1, 2, 0).byte().numpy(), np.asarray(ramp))
         assert (example["class_labels"].dtype, example["class_labels"].item()) == (torch.int64, 7)
-        assert set(ImageDataset(from_images([ramp]), 16)[0]) == {"images"}
+        assert set(ImageDataset(from_images([ramp]), 16)[0]) == {"index", "images"}
 
     def test_channels_rows_and_columns_are_not_mixed_up(self):
         image = Image.new("RGB", (8, 8))

@@ -126,7 +126,7 @@ class TestDataset:
 
     def test_masks_combine_with_conditions(self, images):
         example = InpaintingDataset(images, 16, condition="low_resolution")[0]
-        assert set(example) == {"images", "class_labels", "conditions", "keep_mask"}
+        assert set(example) == {"images", "class_labels", "conditions", "index", "keep_mask"}
 
     def test_seed_epoch_and_example_decide(self, images):
         def all_masks(seed=0, epoch=0):

@@ -30,8 +30,8 @@ from toy_models import CONDITIONAL, random_diffusers_unet, random_unet
 from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.evaluation import BitsPerDim, bits_per_dim
-from diffusers_adm.evaluation.bits_per_dim import bound
 from diffusers_adm.evaluation.bits_per_dim.__main__ import main
+from diffusers_adm.measures import bound
 from diffusers_adm.training import ImageDataset, load_image_dataset
 
 
@@ -558,6 +558,7 @@ class TestResult:
         ],
         ids=["many", "one image", "one timestep", "zeros"],
     )
+    @pytest.mark.draws
     def test_plot(self, result, tmp_path):
         import matplotlib.pyplot  # here, since the processes above import this file
 
@@ -599,6 +600,7 @@ class TestErrors:
         evaluate(random_unet(), short_scheduler(1), images * 0.9, num_levels=num_levels)
         assert f"not on the {num_levels} levels 2 * k / {num_levels - 1} - 1" in caplog.text
 
+    @pytest.mark.draws
     def test_continuous_values_have_no_levels(self, caplog, tmp_path):
         result = evaluate(random_unet(), short_scheduler(1), 0.7 * random_images(2), num_levels=None)
         assert not caplog.records
@@ -715,6 +717,7 @@ def stock(tmp_path_factory):
 
 
 class TestCommand:
+    @pytest.mark.draws
     def test_folder_of_images(self, tmp_path, capsys):
         unet = random_unet(**CONDITIONAL)
         model = save_model(tmp_path / "model", unet, id2label=NAMES)

@@ -2,6 +2,8 @@
 Measures of samples: against closed forms, brute force in float64 and cases that can be told on paper; and the command.
 """
 
+import contextlib
+import io
 import json
 import logging
 import math
@@ -12,6 +14,8 @@ import scipy.linalg
 import torch
 from docstrings import check_documented_arguments
 from PIL import Image
+from processes import run_distributed
+from runs import flags
 from scipy.spatial.distance import cdist
 from toy_models import CONDITIONAL, random_classifier, random_unet
 
@@ -662,6 +666,27 @@ def test_command_on_every_source(stock, capsys):
         assert {name: other[name] for name in results[0]} == pytest.approx(results[0], rel=1e-4)  # features in float32
     right = (classified(stock) == torch.tensor([3, 1]).repeat(9)).double().mean().item()
     assert results[0]["accuracy"] == pytest.approx(right)
+
+
+def measure_on_rank(words):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(words)
+    return printed.getvalue()
+
+
+def test_two_processes_measure_the_same(stock, capsys):
+    arguments = {"samples": stock / "npz", "reference": stock / "images", "splits": 2, "batch_size": 4}
+    arguments["features"] = f"classifier:{stock / 'classifier'}"
+    expected = measure(capsys, **arguments)
+    first, second = run_distributed(measure_on_rank, ["--json", *flags(**arguments)])
+    assert second == ""
+    found = json.loads(first)
+    # Features of batches of other images differ by rounding.
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, float):
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_classes_are_matched_by_name(stock, capsys):

@@ -28,8 +28,10 @@ from diffusers_adm import (
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
+    ADMUnCLIPPipeline,
     GLIDETextModel,
     LearnedVarianceDDPMScheduler,
+    UnCLIPProjectionModel,
 )
 from diffusers_adm.hub import export as hub
 from diffusers_adm.hub.export import export_model_file
@@ -41,6 +43,7 @@ PIPELINES = [
     ADMSuperResolutionPipeline,
     ADMControlNetPipeline,
     ADMImageToImagePipeline,
+    ADMUnCLIPPipeline,
 ]
 CLASSES = [
     AdaGNUNet2DModel,
@@ -48,6 +51,7 @@ CLASSES = [
     AdaGNMultiControlNetModel,
     AdaGNClassifierModel,
     GLIDETextModel,
+    UnCLIPProjectionModel,
     LearnedVarianceDDPMScheduler,
     *PIPELINES,
 ]
@@ -162,13 +166,15 @@ class TestFile:
         text = export_model_file(AdaGNUNet2DModel, tmp_path).read_text()
         header = [line for line in text.splitlines()[:4] if line.startswith("#")]
         assert f"diffusers-adm {diffusers_adm.__version__}" in header[0]
-        models = ("models.config_checks", "models.input_checks", "models.unet_2d_adagn")
-        modules = ("ops.adagn", "ops.conv", *models, "hub.publishing")
+        models = ("models.config_checks", "models.input_checks", "models.loading", "models.unet_2d_adagn")
+        checks = ("ops.integers", "ops.finiteness", "ops.values")
+        modules = ("ops.adagn_cpu", "ops.adagn_triton", "ops.adagn", "ops.conv", *checks, *models, "hub.publishing")
         assert header[1] == "# " + ", ".join(f"diffusers_adm.{module}" for module in modules)
         assert header[2] == "# SPDX-License-Identifier: Apache-2.0"
 
     def test_is_the_same_each_time(self, path, tmp_path):
         module = next(cls.__module__ for cls in CLASSES if cls.__module__.endswith(f".{path.stem}"))
+        hub._JOINED.clear()  # so that it is joined once more
         assert export_model_file(sys.modules[module], tmp_path).read_bytes() == path.read_bytes()
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, PriorTransformer
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
-from toy_models import CONDITIONAL, TOY_AUTOENCODER_CONFIG, fill_randomly, random_classifier, random_unet
+from toy_clips import random_clip, save_clip
+from toy_models import CONDITIONAL, TOY_AUTOENCODER_CONFIG, fill_randomly, random_classifier, random_unet, toy_tokenizer
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffusers_adm import (
     AdaGNControlNetModel,
@@ -85,9 +87,14 @@ def run(tmp_path) -> Path:
     return folder
 
 
+def make_prior() -> PriorTransformer:
+    heads = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1}
+    return PriorTransformer(**heads, embedding_dim=8, num_embeddings=12)
+
+
 @pytest.fixture
 def parts(tmp_path) -> Path:
-    """Folders of the other kinds of runs: a classifier, a branch, an adapter and an autoencoder."""
+    """Folders of the other kinds of runs: a classifier, a branch, an adapter, an autoencoder, a CLIP and a prior."""
     folder = tmp_path / "parts"
     random_classifier(num_classes=4).save_pretrained(folder / "judge" / "classifier")
     save_id2label(folder / "judge" / "classifier", {0: "cat", 1: "dog", 2: "fox", 3: "owl"})
@@ -100,7 +107,15 @@ def parts(tmp_path) -> Path:
     autoencoder = fill_randomly(AutoencoderKL(**TOY_AUTOENCODER_CONFIG, scaling_factor=0.5, shift_factor=0.25))
     autoencoder.save_pretrained(folder / "vae")
     save_autoencoder_record(folder / "vae", {"image_format": ImageFormat("L", 1).to_config()})
-    for name in ("judge", "edges", "lora", "vae"):
+    fill_randomly(make_prior()).save_pretrained(folder / "prior" / "prior")
+    scheduler = LearnedVarianceDDPMScheduler(variance_type="fixed_small", prediction_type="sample")
+    scheduler.save_pretrained(folder / "prior" / "prior_scheduler")
+    text = CLIPTextConfig(vocab_size=14, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1)
+    text.projection_dim = 8
+    CLIPTextModelWithProjection(text).save_pretrained(folder / "prior" / "prior_text_encoder")
+    toy_tokenizer().save_pretrained(folder / "prior" / "prior_tokenizer")
+    save_clip(folder / "clip", random_clip(in_towers=True))
+    for name in ("judge", "edges", "lora", "vae", "clip", "prior"):
         recipe = RECIPE | {"pretrained_model_name_or_path": "alice/pushed"}
         (folder / name / "train_args.yaml").write_text(yaml.safe_dump(recipe))
     return folder
@@ -142,6 +157,60 @@ class TestCard:
         card = ModelCard.load(write_model_card(autoencoder, folder, "alice/vae"))
         assert "`(latents - latents_mean) / latents_std * scaling_factor` by channel" in card.text
         assert "`(latents - 0" not in card.text
+
+    def test_of_a_prior(self, parts):
+        folder = parts / "prior"
+        measures = {"similarity": 0.75, "text_similarity": 0.25, "shuffled_similarity": 0.5, "best_similarity": 0.8}
+        # A single image would have no standard error.
+        errors = {f"{name}_error": 0.0125 for name in measures if name != "text_similarity"}
+        settings = {"num_images": 163, "num_inference_steps": 25, "guidance_scale": 1.0, "candidates": 2}
+        (folder / "prior_similarity.json").write_text(json.dumps(measures | errors | settings))
+        recipe = RECIPE | {"clip": "/home/somebody/runs/clip", "validation_data_dir": "/home/somebody/held/out"}
+        (folder / "train_args.yaml").write_text(yaml.safe_dump(recipe))
+        prior = PriorTransformer.from_pretrained(folder / "prior")
+        card = ModelCard.load(write_model_card(prior, folder, "alice/prior"))
+        assert card.data.pipeline_tag == "feature-extraction"
+        assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+            "cosine_similarity": 0.75,
+            "cosine_text_similarity": 0.25,
+            "cosine_shuffled_similarity": 0.5,
+        }
+        assert (
+            "`PriorTransformer` of diffusers, trained with diffusers-adm. It predicts the CLIP embedding" in card.text
+        )
+        assert "embeddings of 163 held-out images, mean and standard error (25 sampling steps, guidance" in card.text
+        assert "- of the prediction: 0.7500 ± 0.0125" in card.text
+        assert "- of the text embedding: 0.2500\n" in card.text
+        assert "- of the best of several predictions (2): 0.8000 ± 0.0125" in card.text
+        assert "mean of the training data" not in card.text
+        assert "Embeddings of width 8 of the CLIP .../runs/clip" in card.text
+        assert 'PriorTransformer.from_pretrained(repository, subfolder="prior").eval()' in card.text
+        assert "training/train_prior.py" in card.text
+        assert "somebody/" not in card.text
+
+    def test_of_a_clip(self, parts):
+        folder = parts / "clip"
+        recalls = {f"{way}_recall_at_{k}": k / 8 for way in ("text_to_image", "image_to_text") for k in (1, 5)}
+        recalls |= {"zero_shot_accuracy": 0.5, "without_variants_text_to_image_recall_at_5": 0.75}
+        measures = recalls | {f"{name}_error": 0.03125 for name in recalls}
+        measures |= {"num_images": 16, "num_images_without_variants": 8, "held_out": True, "step": 2, "loss": 1.5}
+        (folder / "retrieval.json").write_text(json.dumps(measures))
+        card = ModelCard.load(write_model_card(CLIPModel.from_pretrained(folder), folder, "alice/clip"))
+        assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "zero-shot-image-classification")
+        assert "ablated-diffusion-model" not in card.data.tags
+        found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert found["text_to_image_recall_at_5"] == 0.625
+        assert "`CLIPModel` of transformers, trained with diffusers-adm. Embeds images and texts" in card.text
+        assert "Images of 8x8 pixels and texts of up to 12 tokens become embeddings of width 16." in card.text
+        assert "On 16 held-out images, with standard errors: text to image recall at 1 12.5% ± 3.1%" in card.text
+        assert "Without variants, 8 images: text to image recall at 5 75.0% ± 3.1%." in card.text
+        assert "training/train_clip.py" in card.text
+        code = re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1].replace(
+            '"alice/clip"', repr(str(folder))
+        )
+        namespace = {}
+        exec(code, namespace)
+        assert namespace["clip"].config.projection_dim == 16
 
     @pytest.mark.parametrize("held_out", [True, False])
     def test_of_an_image_to_image_model(self, held_out, tmp_path):
@@ -388,7 +457,8 @@ class TestPush:
     CLIENT = """
 import sys
 import diffusers_adm
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, PriorTransformer
+from transformers import AutoTokenizer, CLIPTextModelWithProjection
 from diffusers_adm.data.autoencoder_record import load_autoencoder_record
 from diffusers_adm import ADMPipeline, AdaGNUNet2DModel, LearnedVarianceDDPMScheduler
 from diffusers_adm.hub.__main__ import main
@@ -396,6 +466,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from diffusers_adm import AdaGNControlNetModel, ADMControlNetPipeline
 from diffusers_adm.evaluation.data import load_classifier
+from transformers import AutoTokenizer, CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 run, copy, parts = sys.argv[1:]
 pipe = ADMPipeline.from_pretrained(run)
 mine = {"token": "token-of-alice"}
@@ -411,7 +483,7 @@ words = b"---\\nlicense: mit\\n---\\n\\n# My own words\\n"
 hub.upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id="alice/unet")
 pipe.unet.push_to_hub("alice/unet", **mine)
 main(["push", run, "alice/run", "--token", "token-of-alice", "--include_code"])
-for part in ("judge", "edges", "lora", "vae"):
+for part in ("judge", "edges", "lora", "vae", "clip", "prior"):
     main(["push", f"{parts}/{part}", f"alice/{part}", "--token", "token-of-alice"])
 classifier, names = load_classifier("classifier", "alice/judge", None)
 assert (classifier.config.num_classes, names[1]) == (4, "dog")
@@ -420,6 +492,16 @@ assert noise.config.num_train_timesteps == 500
 assert AutoencoderKL.from_pretrained("alice/vae").config.scaling_factor == 0.5
 assert load_autoencoder_record("alice/vae")["image_format"]["mode"] == "L"
 assert load_autoencoder_record("alice/edges") is None
+assert PriorTransformer.from_pretrained("alice/prior", subfolder="prior").config.embedding_dim == 8
+noise = LearnedVarianceDDPMScheduler.from_pretrained("alice/prior", subfolder="prior_scheduler")
+assert noise.config.prediction_type == "sample"
+text = CLIPTextModelWithProjection.from_pretrained("alice/prior", subfolder="prior_text_encoder")
+assert text.config.hidden_size == 8
+assert len(AutoTokenizer.from_pretrained("alice/prior", subfolder="prior_tokenizer")) == 13
+for kind in (CLIPModel, CLIPVisionModelWithProjection, CLIPTextModelWithProjection):
+    assert kind.from_pretrained("alice/clip").config.projection_dim == 16
+assert "cat" in AutoTokenizer.from_pretrained("alice/clip").get_vocab()
+assert CLIPImageProcessorPil.from_pretrained("alice/clip").image_mean[0] == 0.48145466
 branch = AdaGNControlNetModel.from_pretrained("alice/edges")
 ADMControlNetPipeline.from_pretrained("alice/pushed", controlnet=branch, **mine).load_lora_weights("alice/lora")
 for token in (None, "wrong", "token-of-bob"):
@@ -471,6 +553,9 @@ assert DiffusionPipeline.from_pretrained("alice/pushed", **mine).id2label[1] == 
             card = ModelCard(hub.files(f"alice/{repo}")["README.md"].decode())
             assert card.data.library_name == "diffusers"
             assert model_cards.MARK in card.text
+        card = ModelCard(hub.files("alice/clip")["README.md"].decode())
+        assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "zero-shot-image-classification")
+        assert "train_args.yaml" not in hub.files("alice/clip")
         run_files = hub.files("alice/run")
         assert {"pipeline.py", "images/samples.png", "images/loss_curves.png"} < set(run_files)
         assert not [name for name in run_files if "checkpoint" in name]

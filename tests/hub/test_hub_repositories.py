@@ -22,6 +22,7 @@ from toy_models import (
     random_unet,
     toy_tokenizer,
 )
+from unclip_models import EMBEDDING_WIDTH, prior_scheduler, random_clip_text, random_karlo_upsampler, random_prior
 
 from diffusers_adm import (
     AdaGNControlNetModel,
@@ -29,7 +30,9 @@ from diffusers_adm import (
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
+    ADMUnCLIPPipeline,
     LearnedVarianceDDPMScheduler,
+    UnCLIPProjectionModel,
 )
 from diffusers_adm.conditioning.image_format import ImageFormat
 
@@ -47,6 +50,14 @@ CALLS = {
     "control": CONDITIONED | {"image": IMAGE},
     "controls": CONDITIONED | {"image": [IMAGE, IMAGE]},
     "field": {"num_inference_steps": 2, "output_type": "pt"},
+    "unclip": {
+        "prompt": "a red cat",
+        "num_inference_steps": 2,
+        "prior_num_inference_steps": 2,
+        "super_res_num_inference_steps": 2,
+        "guidance_scale": 2.0,
+        "output_type": "pt",
+    },
     "latents": {"image": IMAGE, "strength": 0.5, "num_inference_steps": 4, "output_type": "pt"},
 }
 SHARED = """
@@ -64,6 +75,26 @@ def refusal(load, *args, **kwargs):
         return f"{type(error).__name__}: {error}"
     raise SystemExit("nothing was refused")
 """
+
+
+def make_unclip() -> ADMUnCLIPPipeline:
+    projection = UnCLIPProjectionModel(
+        clip_embeddings_dim=EMBEDDING_WIDTH, time_embed_dim=32, cross_attention_dim=12, text_conditioning="clip"
+    )
+    return ADMUnCLIPPipeline(
+        **dict.fromkeys(ADMUnCLIPPipeline._optional_components)
+        | {
+            "unet": random_text_unet("added_kv", cross_attention_dim=12, class_embed_type="identity"),
+            "scheduler": LearnedVarianceDDPMScheduler(),
+            "image_projection": fill_randomly(projection),
+            "text_encoder": random_clip_text(),
+            "tokenizer": toy_tokenizer(),
+            "prior": random_prior(),
+            "prior_scheduler": LearnedVarianceDDPMScheduler.from_config(prior_scheduler().config),
+            "super_res_first": random_karlo_upsampler(5),
+            "super_res_scheduler": LearnedVarianceDDPMScheduler(variance_type="fixed_small"),
+        }
+    )
 
 
 def make_pipelines() -> dict[str, ADMPipeline]:
@@ -92,6 +123,7 @@ def make_pipelines() -> dict[str, ADMPipeline]:
             **common | {"unet": random_unet(in_channels=2, out_channels=4)},
             image_format=ImageFormat("array", 2, (-300.5, 40), None),
         ),
+        "unclip": make_unclip(),
         "latents": ADMPipeline(
             **common
             | {

@@ -111,7 +111,7 @@ class TestPushed:
         hub, _ = pushed
         space = hub.repositories["spaces/alice/demo"]
         first, second = (c.files for c in space.commits.values() if c.message in ("First", "Second"))
-        app = {"app.py", "space_models.py", "README.md", "requirements.txt", WHEEL, ".gitattributes"}
+        app = {"app.py", "space_models.py", "space_server.py", "README.md", "requirements.txt", WHEEL, ".gitattributes"}
         assert {name for name in first if not name.startswith("model/")} == app
         assert "model/base/unet/diffusion_pytorch_model.safetensors" in first
         assert not [name for name in first if "checkpoint" in name or "__pycache__" in name]
@@ -124,6 +124,8 @@ class TestPushed:
         hidden = hub.files("spaces/alice/hidden", "refs/pr/1")
         with zipfile.ZipFile(io.BytesIO(hub.files("spaces/alice/demo")[WHEEL])) as wheel:
             package = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
+        # The app needs no command line.
+        package = {name: data for name, data in package.items() if not name.startswith("diffusers_adm_cli/")}
         assert {name: data for name, data in hidden.items() if name.startswith("diffusers_adm")} == package
         assert {"diffusers_adm/__init__.py", "diffusers_adm/pipelines/pipeline_adm.py"} < set(package)
 

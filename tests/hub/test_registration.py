@@ -31,8 +31,10 @@ from diffusers_adm import (
     ADMInpaintPipeline,
     ADMPipeline,
     ADMSuperResolutionPipeline,
+    ADMUnCLIPPipeline,
     GLIDETextModel,
     LearnedVarianceDDPMScheduler,
+    UnCLIPProjectionModel,
 )
 from diffusers_adm.hub import registration
 from diffusers_adm.hub.public_classes import PUBLIC_CLASSES
@@ -45,6 +47,7 @@ PIPELINES = [
     ADMSuperResolutionPipeline,
     ADMControlNetPipeline,
     ADMImageToImagePipeline,
+    ADMUnCLIPPipeline,
 ]
 CLASSES = [
     AdaGNUNet2DModel,
@@ -52,6 +55,7 @@ CLASSES = [
     AdaGNMultiControlNetModel,
     AdaGNClassifierModel,
     GLIDETextModel,
+    UnCLIPProjectionModel,
     LearnedVarianceDDPMScheduler,
     *PIPELINES,
 ]

@@ -504,7 +504,7 @@ def test_attention_processors_are_interchangeable():
         ({"pool": "max"}, r"`pool` is 'max'; it must be one of \['attention', 'adaptive', 'spatial', 'spatial_v2'\]"),
         ({"pool": None}, "`pool` is None"),
         ({"sample_size": 7}, "`sample_size` is 7; .* divisible by 2, the total downsampling"),
-        ({"sample_size": 0}, "`sample_size` is 0; .* positive"),
+        ({"sample_size": 0}, "`sample_size` is 0; it must be at least 1"),
         ({"sample_size": (8, 9)}, r"`sample_size` is \(8, 9\)"),
         ({"sample_size": (8, 8, 8)}, r"`sample_size` is \(8, 8, 8\); it must be one number or \(height, width\)"),
         ({"sample_size": None, "pool": "spatial"}, "`sample_size` is None"),

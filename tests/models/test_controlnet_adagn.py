@@ -494,6 +494,70 @@ class TestConditioningImage:
         assert channels == {1: (16, 32), 2: (16, 32), 4: (16, 32, 96), 8: (16, 32, 96, 256)}
 
 
+class TestEmbeddedImage:
+    @pytest.mark.parametrize("options", [{}, {"controlnet_conditioning_channel_order": "bgr"}], ids=str)
+    def test_in_place_of_the_image(self, options):
+        unet = random_unet()
+        net = fill_randomly(AdaGNControlNetModel.from_unet(unet, conditioning_downsampling_factor=2, **options), 1)
+        sample, images = torch.randn(4, 3, 8, 8), torch.rand(2, 3, 16, 16)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            given = sample.contiguous(memory_format=memory_format)
+            expected = net(given, 5, controlnet_cond=torch.cat([images] * 2), return_dict=False)
+            embeds = net.embed_condition(images)
+            assert embeds.shape == (2, unet.config.block_out_channels[0], 8, 8)
+            actual = net(given, 5, controlnet_cond_embeds=embeds, return_dict=False)  # one copy for both halves
+            for own, wanted in zip((*actual[0], actual[1]), (*expected[0], expected[1]), strict=True):
+                assert rounding_errors(own, wanted) <= NETWORK
+                assert own.is_contiguous(memory_format=memory_format)
+
+    def test_gradients_reach_the_image_and_the_embedding(self):
+        net = fill_randomly(AdaGNControlNetModel.from_unet(random_unet(), conditioning_downsampling_factor=1), 1)
+        images = torch.rand(1, 3, 8, 8, requires_grad=True)
+        embeds = net.embed_condition(images)
+        net(torch.randn(2, 3, 8, 8), 5, controlnet_cond_embeds=embeds, return_dict=False)[1].sum().backward()
+        assert images.grad.abs().max() > 0
+        assert net.controlnet_cond_embedding.conv_in.weight.grad.abs().max() > 0
+
+    def test_of_several(self):
+        unet = random_unet()
+        nets = [fill_randomly(AdaGNControlNetModel.from_unet(unet), seed) for seed in (1, 2)]
+        several = AdaGNMultiControlNetModel(nets)
+        sample, images, scales = torch.randn(2, 3, 8, 8), [torch.rand(2, 3, 8, 8)] * 2, [1.0, 0.5]
+        embeds = several.embed_condition(images)
+        actual = several(sample, 5, conditioning_scale=scales, controlnet_cond_embeds=embeds, return_dict=False)
+        expected = several(sample, 5, None, images, scales, return_dict=False)
+        assert rounding_errors(actual[1], expected[1]) <= NETWORK
+        embeds = several.embed_condition([images[0], None])
+        assert embeds[1] is None
+        actual = several(sample, 5, conditioning_scale=[1.0, 0.0], controlnet_cond_embeds=embeds, return_dict=False)
+        assert rounding_errors(actual[1], nets[0](sample, 5, controlnet_cond=images[0])[1]) <= NETWORK
+        with pytest.raises(ValueError, match="There are 2 ControlNets and 1 entries of `controlnet_cond`"):
+            several.embed_condition(images[:1])
+        with pytest.raises(ValueError, match="Both `controlnet_cond` and `controlnet_cond_embeds` were given"):
+            several(sample, 5, None, images, scales, controlnet_cond_embeds=embeds)
+
+    def test_refusals(self):
+        net = AdaGNControlNetModel.from_unet(random_unet(), conditioning_downsampling_factor=2)
+        sample, images = torch.randn(4, 3, 8, 8), torch.rand(4, 3, 16, 16)
+        embeds = net.embed_condition(images)
+        for error, message, call in (
+            (
+                ValueError,
+                "Both `controlnet_cond` and",
+                lambda: net(sample, 5, None, images, controlnet_cond_embeds=embeds),
+            ),
+            (ValueError, "has 3 rows, which do not divide", lambda: net(sample, 5, controlnet_cond_embeds=embeds[:3])),
+            (ValueError, "has 0 rows, which do not divide", lambda: net(sample, 5, controlnet_cond_embeds=embeds[:0])),
+            (ValueError, "`controlnet_cond_embeds` has shape", lambda: net(sample, 5, controlnet_cond_embeds=images)),
+            (ValueError, "`controlnet_cond` is missing", lambda: net(sample, 5)),
+            (ValueError, "15 x 16; both must be divisible by 2", lambda: net.embed_condition(images[:, :, 1:])),
+            (ValueError, "`controlnet_cond` has shape", lambda: net.embed_condition(images[:, :1])),
+            (TypeError, "`controlnet_cond` is torch.int64", lambda: net.embed_condition(images.long())),
+        ):
+            with pytest.raises(error, match=message):
+                call()
+
+
 class TestTraining:
     def test_the_frozen_base_gets_no_gradient_and_the_controlnet_all(self):
         unet = random_unet(**CONDITIONAL).requires_grad_(False)

@@ -82,9 +82,20 @@ def test_pipelines_tell_which_images_and_why(draw, output_type, caplog):
 
 def test_every_call_tells_and_a_sound_one_does_not(caplog):
     pipe = make(ADMPipeline, unet=of_classes())
-    for labels, times in ((NAN_CLASS, 1), (NAN_CLASS, 2), (1, 2)):
+    for labels, times in (([NAN_CLASS, 1], 1), ([1, NAN_CLASS], 2), (1, 2)):
         pipe(class_labels=labels, num_inference_steps=1)
         assert caplog.text.count("not finite (numbers") == times
+
+
+def test_no_black_images_alone(caplog):
+    """Where nothing else is left, half precision says so in place of an image. The numbers show it by themselves."""
+    unet = random_unet()
+    unet.conv_in.weight.data[:] = 6e4  # within the range of float16, beyond which the products are
+    pipe = make(ADMPipeline, unet=unet.half())
+    with pytest.raises(ValueError, match="No value of the images is finite. `unet` ran in float16.*Use bfloat16 or"):
+        pipe(batch_size=2, num_inference_steps=2)
+    assert not np.isfinite(pipe(batch_size=2, num_inference_steps=2, output_type="np").images).any()
+    assert "2 of 2 images hold values that are not finite" in caplog.text
 
 
 class TestReason:

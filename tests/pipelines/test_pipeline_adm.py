@@ -564,6 +564,8 @@ class TestBadInput:
             ({"height": 9}, "`height` and `width` are 9 and 8; both must be positive and divisible by 2"),
             ({"width": 0}, "`height` and `width` are 8 and 0"),
             ({"generator": [seeded()], "batch_size": 2}, "`generator` is a list of 1 for 2 images"),
+            ({"generator": 3}, "`generator` is or holds 3; pass a `torch.Generator`"),
+            ({"generator": [None]}, "`generator` is or holds None"),
             ({"latents": noise()}, "`latents` has shape (2, 3, 8, 8)"),
             ({"output_type": "jpeg"}, "`output_type` is 'jpeg'"),
             ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "is ['prompt_embeds']; pass a list of names"),
@@ -594,6 +596,10 @@ class TestBadInput:
     def test_missing_labels_without_a_null_class(self):
         with pytest.raises(ValueError, match="`class_labels` is missing"):  # by the network
             make_pipeline(num_class_embeds=5)()
+
+    def test_missing_vectors(self):
+        pipe = make_pipeline(class_embed_type="identity")
+        self.refused(pipe, "a vector for each image. Pass them. A decoder of unCLIP")
 
     def test_guidance_without_a_null_class(self):
         self.refused(make_pipeline(num_class_embeds=5), "has no null class", class_labels=1, guidance_scale=2.0)

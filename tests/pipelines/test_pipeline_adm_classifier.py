@@ -26,7 +26,7 @@ from tolerances import SAMPLING, rounding_errors
 from toy_models import CONDITIONAL, random_classifier, random_text_encoder, random_text_unet, random_unet, toy_tokenizer
 
 from diffusers_adm import AdaGNClassifierModel, ADMPipeline, LearnedVarianceDDPMScheduler
-from diffusers_adm.conditioning import guidance
+from diffusers_adm.conditioning import guidance, steering
 from diffusers_adm.conditioning.guidance import log_probability_gradient, shift_prediction, signal_and_std
 
 
@@ -184,7 +184,7 @@ class TestKnownDistributions:
 
     def test_the_wrong_form_would_show(self, monkeypatch):
         """The score without the factor sqrt(1 - bar alpha)."""
-        monkeypatch.setattr(guidance, "shift_prediction", lambda prediction, score, *_: prediction - score)
+        monkeypatch.setattr(steering, "shift_prediction", lambda prediction, score, *_: prediction - score)
         with pytest.raises(AssertionError, match="Tensor-likes are not close"):
             self.compare(DDIMScheduler(clip_sample=False), 0.01)
 

@@ -245,7 +245,7 @@ class TestRefusals:
 def test_documented_arguments():
     check_documented_arguments(ADMPipeline.__call__.__doc__, ADMPipeline.__call__)
     names = list(inspect.signature(ADMPipeline.__call__).parameters)
-    assert names[-2:] == ["image", "strength"]  # behind those that could be passed by position before
+    assert names[-3:] == ["image", "strength", "guidance_fn"]  # behind those that could be passed by position before
     default = inspect.signature(ADMPipeline.__call__).parameters["strength"].default
     assert default is None
     assert re.search(r"strength \(`float`.*`None`: 0\.8", ADMPipeline.__call__.__doc__)

@@ -377,7 +377,7 @@ class TestBadInput:
         [
             ({"noise_level": 21}, "`noise_level` is 21; .* from 0 .* to 20, the highest level of the training"),
             ({"noise_level": -1}, "`noise_level` is -1"),
-            ({"noise_level": 0.5}, "`noise_level` is 0.5; it must be an integer"),
+            ({"noise_level": 0.5}, "`noise_level` is 0.5; pass an integer"),
             ({"class_labels": [0, 1, 2]}, "`class_labels` holds 3, `image` holds 2"),
             ({"prompt": ["a", "b", "c"]}, "`prompt` was given, but this model is not conditioned on text"),
             ({"height": 4, "width": 4}, "4 x 4 pixels .* would become 4 x 4"),

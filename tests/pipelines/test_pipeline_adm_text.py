@@ -358,7 +358,7 @@ class TestBadInput:
                 {"prompt": "a", "negative_prompt": "a", "negative_prompt_embeds": EMBEDS},
                 "Both `negative_prompt` and `negative_prompt_embeds`",
             ),
-            ({"prompt": []}, "`prompt` holds 0"),
+            ({"prompt": []}, "`prompt` is []"),
             (
                 {"prompt": ["a", "b"], "negative_prompt": ["a"] * 3},
                 "`negative_prompt` holds 3 prompts, but there are 2 of `prompt`",

@@ -13,14 +13,36 @@ from toy_models import (
     random_unet,
     toy_tokenizer,
 )
+from unclip_models import CONTEXT_WIDTH, EMBEDDING_WIDTH, random_clip_vision, toy_image_processor
 
-from diffusers_adm import AdaGNControlNetModel, ADMPipeline, ADMSuperResolutionPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import (
+    AdaGNControlNetModel,
+    ADMPipeline,
+    ADMSuperResolutionPipeline,
+    ADMUnCLIPPipeline,
+    LearnedVarianceDDPMScheduler,
+    UnCLIPProjectionModel,
+)
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 
 
 SPACES = Path(__file__).parents[2] / "spaces"
 CATEGORIES = {0: "cats", 1: "dogs", 2: "hats", 3: "mats"}
 sys.path.insert(0, str(SPACES))
+
+
+def toy_unclip() -> ADMUnCLIPPipeline:
+    """Takes only the embedding of an image, in both places."""
+    unet = random_text_unet("added_kv", seed=3, cross_attention_dim=CONTEXT_WIDTH, class_embed_type="identity")
+    projection = UnCLIPProjectionModel(
+        clip_embeddings_dim=EMBEDDING_WIDTH,
+        time_embed_dim=4 * unet.config.block_out_channels[0],
+        cross_attention_dim=CONTEXT_WIDTH,
+        text_conditioning=None,
+    )
+    components = dict.fromkeys(ADMUnCLIPPipeline._optional_components)
+    components |= {"image_encoder": random_clip_vision(), "feature_extractor": toy_image_processor()}
+    return ADMUnCLIPPipeline(unet, LearnedVarianceDDPMScheduler(), fill_randomly(projection, seed=4), **components)
 
 
 @pytest.fixture(scope="session")
@@ -43,4 +65,5 @@ def models_folder(tmp_path_factory):
     )
     upsampler.save_pretrained(folder / "upsampler")
     fill_randomly(AdaGNControlNetModel.from_unet(unet), seed=2).save_pretrained(folder / "controlnet")
+    toy_unclip().save_pretrained(folder / "unclip")
     return folder

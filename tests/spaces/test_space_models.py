@@ -1,5 +1,6 @@
 """The models of the Space without the page: recipes, limits, sampling, sketches, and the look inside."""
 
+import copy
 import json
 import shutil
 import threading
@@ -18,6 +19,7 @@ from space_models import (
     Step,
     fit,
     fit_mask,
+    make_scheduler,
     painted,
     stream,
 )
@@ -180,6 +182,88 @@ def test_strength_of_a_sketch(models):
     assert levels_apart(without, with_it) > 1
     with pytest.raises(ValueError, match="Strength of the sketch is 3"):
         models.sketch(recipe, condition, 3, nothing)
+
+
+def picture(seed: int, size: int = 8) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_variations(models, sampler):
+    steps = []
+    recipe = Recipe(sampler=sampler, steps=3, seed=5, num_images=2, guidance_scale=2.0)
+    images = models.variations(recipe, picture(0), steps.append)
+    assert [(step.done, step.total, len(step.previews)) for step in steps] == [(i, 3, 2) for i in (1, 2, 3)]
+    assert [image.size for image in images] == [(8, 8)] * 2
+    assert levels_apart(pixels(images), pixels(models.variations(recipe, picture(0), nothing))) <= 1
+    assert levels_apart(pixels(images), pixels(models.variations(recipe, picture(1), nothing))) > 1
+    # The pipeline itself, for the same embedding and noise.
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    pipe = copy.copy(models.unclip)
+    pipe.scheduler = make_scheduler(pipe.scheduler, sampler)
+    expected = pipe(
+        image_embeds=pipe.encode_image(picture(0)),
+        num_images_per_prompt=2,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        generator=generators,
+        eta=0.0 if sampler == "DDIM" else None,
+    ).images
+    assert levels_apart(pixels(images), pixels(expected)) <= 1
+
+
+def test_interpolation_with_noise_of_the_seed(models):
+    recipe, ends = Recipe(steps=3, seed=5, num_images=1, guidance_scale=1.0), (picture(0), picture(1))
+
+    def at(position, ends=ends):
+        return np.array(models.interpolate(recipe, ends, position, False, nothing))
+
+    # The position reaches both ends, and moves between them.
+    assert levels_apart(at(0), at(0, (ends[0], ends[0]))) <= 1
+    assert levels_apart(at(1), at(0, (ends[1], ends[1]))) <= 1
+    assert levels_apart(at(0.5), at(0)) > 1
+    assert levels_apart(at(0.5), at(1)) > 1
+
+
+def test_interpolation_that_keeps_the_pictures_at_its_ends(models_folder):
+    models = Models(models_folder, device="cpu")
+    models.unclip.unet.conv_out.weight.data *= 0.02  # changes little with its input, so that inversion converges
+    recipe, ends, steps = Recipe(steps=3, num_images=1, guidance_scale=1.0), (picture(0), picture(1)), []
+    found = [np.array(models.interpolate(recipe, ends, at, True, steps.append)) for at in (0, 0.5, 1)]
+    # Two evaluations a step leave 6 levels; noise of a seed would lead to other pictures.
+    assert levels_apart(found[0], np.array(ends[0])) <= 16
+    assert levels_apart(found[2], np.array(ends[1])) <= 16
+    assert levels_apart(found[1], found[0]) > 64
+    assert levels_apart(np.array(models.interpolate(recipe, ends, 0, False, nothing)), np.array(ends[0])) > 64
+    # Both are inverted once, in two evaluations a step.
+    inverting = [(step.done, step.total, step.previews) for step in steps if step.task == "Inverting"]
+    assert inverting == [(i, 6, []) for i in range(1, 7)] * 2
+    assert len([step for step in steps if step.task == "Generating"]) == 9
+
+
+def test_bad_input_of_interpolations(models):
+    recipe, ends = Recipe(steps=2, num_images=1), (picture(0), picture(1))
+    with pytest.raises(ValueError, match="Position between the images is 1.5. It must be a number from 0 to 1"):
+        models.interpolate(recipe, ends, 1.5, False, nothing)
+    with pytest.raises(ValueError, match="`keeps_ends` is 'yes'. It must be true or false"):
+        models.interpolate(recipe, ends, 0.5, "yes", nothing)
+    with pytest.raises(ValueError, match="There is no image. Upload one first"):
+        models.read_variation(None)
+    assert models.read_variation(Image.new("L", (20, 10))).size == (8, 8)
+
+
+def test_variations_need_their_models(models, models_folder, tmp_path):
+    shutil.copytree(models_folder / "base", tmp_path / "base")
+    alone = Models(tmp_path, device="cpu")
+    assert not alone.has_variations
+    for call in (
+        lambda: alone.read_variation(picture(0)),
+        lambda: alone.variations(Recipe(), picture(0), nothing),
+        lambda: alone.interpolate(Recipe(), (picture(0),) * 2, 0.5, False, nothing),
+    ):
+        with pytest.raises(ValueError, match="This Space has no decoder of image embeddings"):
+            call()
+    assert models.has_variations
 
 
 def test_look_inside(models):

@@ -4,12 +4,8 @@ import io
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 import zipfile
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -17,16 +13,16 @@ from urllib.parse import parse_qs
 import gradio_client
 import httpx
 import pytest
-from app import EXAMPLES, Space
+from app import EXAMPLES, Space, build
 from PIL import Image, ImageDraw
 from playwright.sync_api import expect, sync_playwright
+from space_app import START_SECONDS, running_app
 from space_models import Models, Recipe
 
 
-APP = Path(__file__).parents[2] / "spaces" / "app.py"
-README = APP.with_name("README.md")
+README = Path(__file__).parents[2] / "spaces" / "README.md"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-START_SECONDS, PATIENCE_MS = 300, 60_000
+PATIENCE_MS = 60_000
 # Without a GPU, the frames of an image editor (sixty per second) take much CPU time.
 TEN_FRAMES_A_SECOND = """
     const draw = window.requestAnimationFrame.bind(window);
@@ -43,39 +39,9 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(models_folder, home):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home),
-        "GRADIO_TEMP_DIR": str(home),
-        "GRADIO_ANALYTICS_ENABLED": "False",
-    }
-    command = [sys.executable, str(APP), "--models", str(models_folder), "--port", str(port)]
-    log = home / "log"
-    with log.open("w") as file:
-        app = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(address, app, log)
+    # The tests call more often than visitors may.
+    with running_app(models_folder, home, "--calls_per_minute", "6000") as address:
         yield address
-    finally:
-        app.terminate()
-        app.wait(30)
-
-
-def _wait_for(address, app, log):
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        if app.poll() is not None:
-            pytest.fail(f"The app ended:\n{log.read_text()}")
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.3)
-    pytest.fail(f"The app does not answer:\n{log.read_text()}")
 
 
 # Over the API
@@ -105,9 +71,9 @@ def contents(images):
 
 def test_names_of_the_api(client):
     names = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
-    assert names >= {"/generate", "/reproduce", "/edit", "/sketch", "/look_inside"}
+    assert names >= {"/generate", "/reproduce", "/edit", "/sketch", "/variations", "/interpolate", "/look_inside"}
     # Gradio has one more, for a moment, while it caches examples.
-    assert not names & {"/fill_in", "/first_image", "/lambda"}
+    assert not names & {"/fill_in", "/first_image", "/lambda", "/interpolate_1"}
 
 
 def test_recipe_reproduces_the_images(client):
@@ -167,11 +133,12 @@ def test_snippet_of_the_readme(url, tmp_path, monkeypatch):
     strokes.resize((8, 8)).save("mask.png")  # as large as the image
     code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
     code, replaced = re.subn(r"steps=\d+", "steps=12", code)
-    assert replaced == 4
+    assert replaced == 6
     names = {}
     exec(code.replace("http://127.0.0.1:7860", url), names)
     assert len(contents(names["again"])) == 4
-    assert len(contents(names["images"])) == 2
+    assert len(contents(names["images"])) == len(contents(names["variations"])) == 2
+    assert Image.open(names["middle"]).size == (8, 8)
     assert names["status"] == "Done."
     assert Image.open(names["condition"]).getextrema() == ((0, 255),) * 3
     assert Image.open(names["film"]).size == (10 * 128, 2 * 128)
@@ -187,6 +154,34 @@ def test_missing_drawings(client):
         client.predict(drawing=nothing, **common, api_name="/edit")
     with pytest.raises(gradio_client.exceptions.AppError, match="Nothing is drawn"):
         client.predict(drawing=nothing, strength=1, **common, api_name="/sketch")
+
+
+def test_missing_pictures(client, tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    common = {"guidance_scale": 2, "steps": 2, "seed": 0}
+    with pytest.raises(gradio_client.exceptions.AppError, match="Upload one first"):
+        client.predict(image=None, num_images=1, **common, api_name="/variations")
+    pictures = {"image": gradio_client.handle_file(picture), "other": None}
+    with pytest.raises(gradio_client.exceptions.AppError, match="Upload one first"):
+        client.predict(**pictures, position=0.5, keeps_ends=False, **common, api_name="/interpolate")
+
+
+@pytest.mark.parametrize("absent", ["unclip", "image_encoder"])
+def test_no_tab_without_its_models(models_folder, monkeypatch, absent):
+    models = Models(models_folder, device="cpu")
+    made = []
+    monkeypatch.setattr("app.variations_tab", lambda space: made.append(space))
+    monkeypatch.setattr("app.generate_tab", lambda space: ([], None))
+    monkeypatch.setattr("app.edit_tab", lambda space, generated: None)
+    build(models)
+    assert len(made) == 1
+    if absent == "unclip":
+        models.unclip = None
+    else:
+        models.unclip.image_encoder = None
+    build(models)
+    assert len(made) == 1
 
 
 def test_uploads_are_limited(url):
@@ -337,6 +332,23 @@ def test_sketch_in_the_browser(visit):
     wait_for_images(page, 3)  # two, and the input of the ControlNet
 
 
+def test_variations_in_the_browser(visit, tmp_path):
+    page = visit(query="")
+    page.get_by_role("tab", name="Variations").click()
+    # A picture can also be taken with a camera: one button for each of both pictures.
+    expect(page.get_by_label("Capture from camera").locator("visible=true")).to_have_count(2)
+    for which, colour in (("first", "red"), ("second", "blue")):
+        path = tmp_path / f"{colour}.png"
+        Image.new("RGB", (40, 30), colour).save(path)
+        page.locator(f"#{which}-picture input[type=file]").set_input_files(path)
+    wait_for_images(page, 2)
+    button(page, "Generate variations").click()
+    wait_for_value(page, "Done.")
+    wait_for_images(page, 2 + 4)
+    button(page, "Interpolate").click()
+    wait_for_images(page, 2 + 4 + 1)
+
+
 def test_look_inside_in_the_browser(visit):
     page = visit()
     page.get_by_role("tab", name="Look inside").click()
@@ -361,7 +373,7 @@ def test_all_tabs_on_a_phone(visit, request):
     tops = [page.get_by_label(label).first.bounding_box()["y"] for label in ("Prompt", "Status", "Guidance")]
     assert tops == sorted(tops)
     leave_screenshot(page, f"{request.node.name}_generate")
-    for tab in ("Edit", "Sketch", "Look inside"):
+    for tab in ("Edit", "Sketch", "Variations", "Look inside"):
         page.get_by_role("tab", name=tab).click()
         page.get_by_label("Status").locator("visible=true").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -1,6 +1,8 @@
 """Checkpoints: complete or absent, whatever kills the run; the right ones kept; everything back on resume."""
 
 import os
+import pickle
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,12 +12,15 @@ import torch
 from accelerate import Accelerator
 from processes import run_distributed, start
 
+from diffusers_adm.training import manifest
 from diffusers_adm.training.checkpoints import (
     TrainingProgress,
+    find_checkpoint,
     find_latest_checkpoint,
     resume_checkpoint,
     save_checkpoint,
 )
+from diffusers_adm.training.manifest import write_manifest
 
 
 class Run:
@@ -63,9 +68,12 @@ def test_round_trip_of_everything(tmp_path):
     assert resumed.progress == TrainingProgress(9, 45, 2, 5)
 
 
-def test_progress_of_another_version_is_refused():
-    with pytest.raises(ValueError, match=r"holds the counters \['global_step'\], not \['batch_in_epoch', "):
-        TrainingProgress().load_state_dict({"global_step": 3})
+def test_progress_of_other_versions():
+    progress = TrainingProgress(5, 6, 7, 8)
+    progress.load_state_dict({"global_step": 3})  # of an earlier one
+    assert progress == TrainingProgress(global_step=3)
+    with pytest.raises(ValueError, match=r"holds the counters \['of_a_later_version'\], which this version"):
+        progress.load_state_dict({"global_step": 4, "of_a_later_version": 1})
 
 
 def test_latest_is_by_number_and_ignores_everything_else(tmp_path):
@@ -241,8 +249,7 @@ def test_two_processes(tmp_path, caplog):
     assert steps_in(tmp_path) == [3, 4]
     assert not list(tmp_path.glob(".*"))
     assert {path.name for path in (tmp_path / "checkpoint-4").glob("random_states_*")} == {
-        "random_states_0.pkl",
-        "random_states_1.pkl",
+        f"random_states_{rank}.{suffix}" for rank in range(2) for suffix in ("json", "safetensors")
     }
     assert all(expected == drawn for expected, drawn in results)
     assert results[0] != results[1]
@@ -250,21 +257,144 @@ def test_two_processes(tmp_path, caplog):
     assert "was written by 2 processes and is resumed by 1" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl", "record.json"]
-)
-@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
-def test_a_file_that_was_cut_short_is_named(tmp_path, name, left):
-    run = Run()
-    run.save(tmp_path, 1)
-    (tmp_path / "checkpoint-1" / "record.json").write_text('{"global_step": 1}\n')
-    whole = run.save(tmp_path, 2, save_record=lambda folder: Path(folder, "record.json").write_text('{"step": 2}'))
-    assert resume_checkpoint(run.accelerator, tmp_path, "latest") == whole
-    file = Path(whole, name)
+STATE_FILES = ("run_state.json", "run_state.safetensors", "random_states_0.json", "random_states_0.safetensors")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders with a checkpoint-1 and a checkpoint-2, each with a record: of this version, and of pickles."""
+    folder, run = tmp_path_factory.mktemp("saved"), Run()
+    for step in (1, 2):
+        run.save(folder / "new", step, save_record=lambda name: Path(name, "record.json").write_text('{"step": 1}'))
+        # As Accelerate writes it, and earlier versions did.
+        run.accelerator.save_state(str(folder / "old" / f"checkpoint-{step}"))
+    return folder
+
+
+@pytest.fixture
+def whole(saved, tmp_path):
+    """The second of two checkpoints in `tmp_path`."""
+    return shutil.copytree(saved / "new", tmp_path, dirs_exist_ok=True) / "checkpoint-2"
+
+
+def cut(file, left):
     content = file.read_bytes()
     file.write_bytes(content[: int(left * len(content))])
+
+
+def flip_a_bit(file, _):
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+def remove(file, _):
+    file.unlink()
+
+
+DAMAGES = {"empty": (cut, 0.0), "cut": (cut, 0.99), "altered": (flip_a_bit, None), "missing": (remove, None)}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "record.json", "manifest.json", *STATE_FILES])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_latest_skips_a_damaged_checkpoint_loudly(whole, tmp_path, caplog, name, damage):
+    function, argument = DAMAGES[damage]
+    function(whole / name, argument)
     resumed = Run()
-    with pytest.raises(ValueError, match=rf"{name} \([\d,]+ bytes\) is damaged.* found in .*: checkpoint-1\."):
-        resume_checkpoint(resumed.accelerator, tmp_path, "latest")
-    assert resume_checkpoint(resumed.accelerator, tmp_path, "checkpoint-1") is not None
+    if (name, damage) == ("manifest.json", "altered"):  # of one hash, or of the structure
+        (whole / name).write_text((whole / name).read_text().replace('": "', '": "0', 1))
+    assert resume_checkpoint(resumed.accelerator, tmp_path, "latest") == str(tmp_path / "checkpoint-1")
     resumed.assert_at(1)
+    (message,) = [record.getMessage() for record in caplog.records if "DAMAGED" in record.getMessage()]
+    # A damaged manifest accuses the file whose entry was changed.
+    assert name in message or name == "manifest.json"
+    assert "goes on from checkpoint-1" in message
+    with pytest.raises(ValueError, match=r"'checkpoint-2', but .*(damaged|missing).* found in .*: checkpoint-1\."):
+        resume_checkpoint(resumed.accelerator, tmp_path, "checkpoint-2")
+
+
+def test_without_a_sound_checkpoint_all_faults_are_named(whole, tmp_path):
+    (whole / "model.safetensors").unlink()
+    cut(tmp_path / "checkpoint-1" / "run_state.safetensors", 0.5)
+    with pytest.raises(
+        ValueError, match="no checkpoint in .* is sound: .*2.model.*is missing; .*1.run_state.saf.*damaged"
+    ):
+        resume_checkpoint(Run().accelerator, tmp_path, "latest")
+
+
+def test_files_are_hashed_once_for_a_resume(whole, tmp_path, monkeypatch):
+    hashed, hash_file = [], manifest._hash_file
+    monkeypatch.setattr(manifest, "_hash_file", lambda file: hashed.append(file.name) or hash_file(file))
+    assert find_checkpoint(tmp_path, "latest") == whole  # as `parse_run` does before the processes join
+    resume_checkpoint(Run().accelerator, tmp_path, "latest")
+    assert sorted(hashed) == sorted({"model.safetensors", "record.json", *STATE_FILES})
+
+
+def resume_damaged(output_dir):
+    resumed = Run()
+    return resume_checkpoint(resumed.accelerator, output_dir, "latest"), resumed.progress.global_step
+
+
+def test_two_processes_skip_the_same_checkpoint(whole, tmp_path):
+    flip_a_bit(whole / "model.safetensors", None)
+    assert run_distributed(resume_damaged, tmp_path) == [(str(tmp_path / "checkpoint-1"), 1)] * 2
+
+
+# Unpickling
+
+
+class Opener:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("writer", [torch.save, lambda obj, file: Path(file).write_bytes(pickle.dumps(obj))])
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scaler.pt", "model.bin", "pytorch_model.bin"]
+    + ["scheduler.bin", "unet/diffusion_pytorch_model.bin"],
+)
+@pytest.mark.parametrize("version", ["new", "old"])
+def test_pickles_that_run_code_are_refused(saved, tmp_path, writer, name, version):
+    whole = shutil.copytree(saved / version, tmp_path, dirs_exist_ok=True) / "checkpoint-2"
+    (whole / name).parent.mkdir(exist_ok=True)
+    writer({"state": {}, "evil": Opener(tmp_path / "executed")}, whole / name)
+    if name == "pytorch_model.bin":
+        (whole / "model.safetensors").unlink()
+        if version == "new":
+            write_manifest(whole)
+    with pytest.raises(ValueError, match=f"{name}.*(could run code|is damaged)"):
+        resume_checkpoint(Run().accelerator, tmp_path, "checkpoint-2")
+    if writer is torch.save:
+        with pytest.raises(ValueError, match=f"{name} holds more than .*could run code.* do not trust"):
+            find_checkpoint(tmp_path, "latest")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoints_of_pickles_are_still_loaded(saved, tmp_path):
+    path = shutil.copytree(saved / "old" / "checkpoint-2", tmp_path / "checkpoint-2")
+    assert {file.name for file in path.iterdir()} == {
+        "model.safetensors",
+        "optimizer.bin",
+        "custom_checkpoint_0.pkl",
+        "random_states_0.pkl",
+    }
+    resumed = Run()
+    assert resume_checkpoint(resumed.accelerator, tmp_path, "latest") == str(path)
+    resumed.assert_at(2)
+    for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"):
+        content = (path / name).read_bytes()
+        for left in (0.0, 0.5, 0.99):
+            cut(path / name, left)
+            with pytest.raises(ValueError, match=rf"{name} \([\d,]+ bytes\) is damaged"):
+                resume_checkpoint(resumed.accelerator, tmp_path, "latest")
+            (path / name).write_bytes(content)
+
+
+def test_no_checkpoint_holds_a_pickle(whole):
+    assert {file.suffix for file in whole.rglob("*") if file.is_file()} == {".json", ".safetensors"}

@@ -22,8 +22,10 @@ SCRIPTS = {
         "train_adm",
         "train_autoencoder",
         "train_classifier",
+        "train_clip",
         "train_controlnet",
         "train_image_to_image",
+        "train_prior",
         "train_super_resolution",
     )
 }
@@ -44,8 +46,19 @@ def told(script, **arguments):
             "is 0.2, which has no effect: without `label_column`",
         ),
         ("train_super_resolution", {"caption_dropout_prob": 0.2}, "without `caption_column` there are no captions"),
+        ("train_adm", {"image_embeds_dropout_prob": 0.2}, "without `image_embeds_column` and `image_encoder_name_or_p"),
+        (
+            "train_adm",
+            {"class_dropout_prob": 0.2, "image_embeds_column": "clip", "label_column": "label", "class_balanced": True},
+            "is 0.2, which has no effect: a decoder of image embeddings has no classes",
+        ),
         ("train_adm", {"num_train_epochs": 5, "max_train_steps": 7}, "`max_train_steps` 7 says when training ends."),
         ("train_adm", {"lr_scheduler": "constant", "lr_warmup_steps": 10}, "'constant_with_warmup' has one."),
+        (
+            "train_adm",
+            {"streaming": True, "no_check_images": True},
+            "with `streaming`, images are never checked before",
+        ),
         (
             "train_adm",
             {"use_ema": False, "ema_power": 0.5},
@@ -56,10 +69,17 @@ def told(script, **arguments):
         ("train_adm", {"report_to": "none", "logging_dir": "here"}, "`report_to` is 'none'"),
         ("train_classifier", {"validation_steps": 5}, "no held-out images"),
         ("train_classifier", {"noised": False, "num_timestep_bins": 3}, "`noised` is false"),
+        ("train_clip", {"validation_steps": 5}, "no held-out images"),
+        ("train_clip", {"label_column": "label"}, "a CLIP only needs labels for zero-shot accuracy"),
+        ("train_clip", {"zero_shot_template": "a {}", "validation_split": "test"}, "zero-shot accuracy needs"),
         ("train_autoencoder", {"label_column": "label"}, "an autoencoder has no classes"),
         ("train_autoencoder", {"discriminator_weight": 0.1}, "without `discriminator_start` there is no discriminator"),
         ("train_autoencoder", {"decoder_only": True, "kl_weight": 0.1}, "leaves the encoder, and so the KL divergence"),
         ("train_autoencoder", {"decoder_only": True, "standardize_channels": True}, "leaves the scale of the latents"),
+        ("train_prior", {"validation_steps": 5}, "no held-out embeddings to validate on: name `validation_data_dir`"),
+        ("train_prior", {"validation_candidates": 3}, "no held-out embeddings to validate on"),
+        ("train_adm", {"report_to": "none", "tracker_project_name": "emoji"}, "`report_to` is 'none'"),
+        ("train_adm", {"report_to": "mlflow", "logging_dir": "here"}, "`report_to` is 'mlflow'"),
     ],
 )
 def test_harmless_ones_are_told(script, arguments, sentence):
@@ -73,14 +93,18 @@ def test_harmless_ones_are_told(script, arguments, sentence):
         ("train_adm", {"class_dropout_prob": 0}),  # off, as without classes
         ("train_adm", {"class_dropout_prob": 0.1}),  # the default
         ("train_adm", {"label_column": "label", "class_dropout_prob": 0.2}),
+        ("train_adm", {"image_embeds_column": "clip", "image_embeds_dropout_prob": 0.2}),
         ("train_adm", {"num_train_epochs": 5}),
         ("train_adm", {"lr_scheduler": "constant", "lr_warmup_steps": 0}),
         ("train_adm", {"validation_steps": 5}),  # of samples
         ("train_classifier", {"validation_steps": 5, "validation_split": "test"}),
+        ("train_clip", {"label_column": "label", "class_balanced": True}),
+        ("train_clip", {"label_column": "label", "validation_split": "test", "zero_shot_template": "a {}"}),
         ("train_autoencoder", {"validation_steps": 5}),  # on training images
         ("train_autoencoder", {"label_column": "label", "class_balanced": True}),
         ("train_autoencoder", {"discriminator_weight": 0.1, "discriminator_start": 1}),
         ("train_adm", {"beta_start": 0.01, "ddpm_beta_schedule": "linear"}),
+        ("train_prior", {"validation_steps": 5, "validation_data_dir": "runs/embeddings-test"}),
     ],
 )
 def test_nothing_is_said_of_what_acts(script, arguments):
@@ -92,6 +116,8 @@ def test_nothing_is_said_of_what_acts(script, arguments):
     [
         (SCRATCH | {"revision": "main"}, "`revision` is 'main', which has no effect: it belongs to a pretrained model"),
         (SCRATCH | {"variant": "fp16"}, "`variant` is 'fp16'.*Leave it out"),
+        (SCRATCH | {"validation_bits_per_dim": 2}, "`validation_bits_per_dim` is 2.*no held-out images to measure"),
+        (SCRATCH | {"validation_frechet_network": "x"}, "`validation_frechet_network` is 'x'.*no held-out images"),
         (PRETRAINED | {"pretrained_model_name_or_path": "{folder}", "revision": "v1"}, "a folder, which has no revis"),
         (SCRATCH | {"beta_start": 0.01, "ddpm_beta_schedule": "cosine"}, "`ddpm_beta_schedule` is 'cosine', which is"),
     ],
@@ -110,9 +136,11 @@ def test_published_recipes(recipe, monkeypatch):
         pytest.skip("of Accelerate")
     script = "train_classifier" if "classifier" in recipe.stem else "train_adm"
     script = "train_autoencoder" if "reconstruction_loss" in keys else script
+    script = "train_clip" if "zoom" in keys else script
     script = "train_super_resolution" if "low_res_size" in keys else script
     script = "train_controlnet" if "\ncondition:" in keys else script
     script = "train_image_to_image" if "\nsource" in keys else script
+    script = "train_prior" if recipe.stem.startswith("prior") else script
     assert check_effects(*parse_args(SCRIPTS[script].ARGUMENT_TYPES, ["--config", str(recipe)])) == []
 
 

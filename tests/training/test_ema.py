@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from diffusers_adm.training.ema import ema_weights
+from diffusers_adm.training.ema import WeightAverage, ema_weights
 
 
 @pytest.fixture(params=[False, True], ids=["loop", "foreach"])
@@ -59,3 +59,22 @@ def test_nesting_is_refused_and_leaves_the_trained_weights(model_and_ema):
     ):
         pass
     assert_equal(model.parameters(), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_as_diffusers(dtype):
+    """The averages of `EMAModel`, within the rounding of one product and one sum in each step."""
+    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 3), (7,))]
+    options = {"decay": 0.9, "use_ema_warmup": True, "power": 0.75}
+    ours, theirs = WeightAverage(parameters, **options), EMAModel(parameters, **options)
+    for _ in range(10):
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(torch.randn_like(parameter))
+        ours.step(iter(parameters))
+        theirs.step(parameters)
+    tolerance = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.shadow_params, theirs.shadow_params, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(ours.shadow_params[0], parameters[0])
+    states = [{k: v for k, v in ema.state_dict().items() if k != "shadow_params"} for ema in (ours, theirs)]
+    assert states[0] == states[1]

@@ -24,6 +24,7 @@ from diffusers_adm import (
 )
 from diffusers_adm.conditioning.image_format import ImageFormat
 from diffusers_adm.training import run as training_run
+from diffusers_adm.training.manifest import write_manifest
 
 
 SCRIPTS = {
@@ -219,21 +220,21 @@ def test_classifier(short, kind, tmp_path):
 def validated(monkeypatch):
     """The conditions of the examples that validation shows, and those that the ControlNet gets for them."""
     shown, given = [], []
-    control_grid, forward = SCRIPTS["train_controlnet"].control_grid, AdaGNControlNetModel.forward
+    control_grid, embed_condition = SCRIPTS["train_controlnet"].control_grid, AdaGNControlNetModel.embed_condition
 
     def record_examples(pipeline, examples, *args):
         shown.extend(tensors["conditions"] for tensors, _ in examples)
 
-        def record_inputs(self, *args, **kwargs):
-            given.append(kwargs["controlnet_cond"])
-            return forward(self, *args, **kwargs)
+        def record_inputs(self, images):
+            given.append(images)
+            return embed_condition(self, images)
 
         with monkeypatch.context() as patch:
-            patch.setattr(AdaGNControlNetModel, "forward", record_inputs)
+            patch.setattr(AdaGNControlNetModel, "embed_condition", record_inputs)
             return control_grid(pipeline, examples, *args)
 
     monkeypatch.setattr(SCRIPTS["train_controlnet"], "control_grid", record_examples)
-    return lambda: (torch.stack(shown), torch.cat(given[:: SHORT_RUN["validation_num_inference_steps"]]))
+    return lambda: (torch.stack(shown), torch.cat(given))
 
 
 @pytest.mark.parametrize("kind", ["bands"], indirect=True)
@@ -348,6 +349,7 @@ class TestGoingOn:
         record = json.loads(path.read_text())
         del record["facts"]["image_format"]
         path.write_text(json.dumps(record))
+        write_manifest(path.parent)
         with pytest.raises(ValueError, match="`image_mode` of the images is 'L', and was 'RGB'"):
             train("train_adm", resume_from_checkpoint=str(path.parent), max_train_steps=3)
 

@@ -142,6 +142,7 @@ class TestHistory:
         assert [row["step"] for row in history.rows()] == [10, 20]
 
 
+@pytest.mark.draws
 class TestPlot:
     def rows(self, count):
         generator = np.random.default_rng(0)

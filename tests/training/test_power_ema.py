@@ -26,6 +26,7 @@ from diffusers_adm import AdaGNClassifierModel, AdaGNControlNetModel, ADMPipelin
 from diffusers_adm.training import parse_args
 from diffusers_adm.training import run as training_run
 from diffusers_adm.training.arguments import TrainingArguments
+from diffusers_adm.training.manifest import write_manifest
 from diffusers_adm.training.post_hoc_ema import main as post_hoc_ema
 from diffusers_adm.training.power_ema import (
     MAX_STD,
@@ -388,6 +389,7 @@ def test_checkpoints_without_averages(config, tmp_path):
     with pytest.raises(ValueError, match="`power_ema_stds` is .*, and was None for checkpoint-2, which cannot be load"):
         run(tmp_path / "run", **resume, power_ema_stds=STDS)
     (tmp_path / "run" / "checkpoint-2" / "train_args.yaml").unlink()
+    write_manifest(tmp_path / "run" / "checkpoint-2")
     with pytest.raises(ValueError, match="holds no power-function averages: its run had no `power_ema_stds`"):
         run(tmp_path / "run", **TOY_RUN | resume, **config, power_ema_stds=STDS)
 

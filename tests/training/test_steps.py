@@ -1,5 +1,7 @@
 """The end of a step: learning rate, average, row of the log; and when checkpoints and validations are due."""
 
+import logging
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,7 +17,11 @@ from diffusers_adm.training import (
     UniformTimestepSampler,
     record_losses,
 )
+from diffusers_adm.training.batch_split import BatchSplitter
+from diffusers_adm.training.interruption import Interruption
 from diffusers_adm.training.log import DivergenceWatch
+from diffusers_adm.training.power_ema import PowerEMA
+from diffusers_adm.training.step_guard import StepGuard
 
 
 class Log:
@@ -45,6 +51,9 @@ class Run(TrainingRun):
         self.progress, self.metrics, self.log = TrainingProgress(), LossMetrics(100), Log()
         reset_accelerate()
         self.accelerator = Accelerator(cpu=True)
+        self.guard, self.interruption = StepGuard(self.accelerator, str), Interruption()
+        self.logger = logging.getLogger(__name__)
+        self.splitter, self.step_was_taken = BatchSplitter(), True
 
     def step(self):
         with torch.no_grad():
@@ -52,6 +61,34 @@ class Run(TrainingRun):
         self.optimizer.step()  # without gradients it does nothing, but the scheduler warns if it is left out
         self.metrics.update(torch.tensor([3]), torch.tensor([float(self.progress.global_step)]))
         return self.after_step()
+
+
+def test_a_checkpoint_waits_for_a_step_that_is_taken():
+    """Finite weights may have diverged, and would replace a sound checkpoint."""
+    run = Run(9, logging_steps=9, checkpointing_steps=2)
+    run.metrics.mark()
+    dues = []
+    for is_faulty in (False, True, False, False, False, False, False, False, True):
+        run.guard.is_faulty = is_faulty
+        dues.append(run.step().checkpoint)
+    assert [step for step, due in enumerate(dues, start=1) if due] == [3, 4, 6, 8, 9]  # the last one has to be
+    assert run.progress.skipped_steps == 2
+
+
+def test_averages_over_steps_have_a_weight_for_a_skipped_one():
+    """That of the weights after it, as the profile that averages are reconstructed from has it."""
+    run = Run(9, logging_steps=9, checkpointing_steps=9)
+    network = torch.nn.Module()
+    network.weight = run.weight
+    run.power_ema = PowerEMA({"": network}, [0.15])
+    for run.step_was_taken in (True, False, True):
+        if run.step_was_taken:
+            run.step()
+        else:
+            run.after_step()
+    exponent = run.power_ema.gammas[0] + 1
+    expected = (1 * 1 + 1 * (2**exponent - 1) + 2 * (3**exponent - 2**exponent)) / 3**exponent
+    assert float(run.power_ema.averages[0][0]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_is_due_when():

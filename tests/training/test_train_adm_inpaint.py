@@ -210,7 +210,7 @@ def save_base_unet(folder, **config):
 
 def test_the_recipe_parses():
     path = CONFIGS / "emoji_32_inpaint.yaml"
-    model, data, *_, text, task, lora = parse_args(train_adm.ARGUMENT_TYPES, ["--config", str(path)])
+    model, data, *_, text, task, lora, _ = parse_args(train_adm.ARGUMENT_TYPES, ["--config", str(path)])
     recipe = yaml.safe_load(path.read_text())
     assert (task.task, lora.lora_rank) == ("inpaint", None)
     assert model.pretrained_model_name_or_path == recipe["pretrained_model_name_or_path"]

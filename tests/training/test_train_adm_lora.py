@@ -27,6 +27,7 @@ from diffusers_adm import AdaGNUNet2DModel, ADMPipeline, LearnedVarianceDDPMSche
 from diffusers_adm.data import captions
 from diffusers_adm.training import add_lora, diffusion
 from diffusers_adm.training import run as training_run
+from diffusers_adm.training.run_state import read_state
 
 
 train_adm = load_script("train_adm")
@@ -186,7 +187,7 @@ class TestAdapter:
         trained = load_file(checkpoint / "trained_adapter" / WEIGHTS)
         assert set(trained) == set(weights)
         assert any(not torch.equal(trained[name], weights[name]) for name in weights)
-        optimizer = torch.load(checkpoint / "optimizer.bin")
+        (optimizer,) = read_state(checkpoint, "run_state")["optimizers"]
         assert len(optimizer["state"]) == len(weights)
 
     def test_resumed_exactly(self, short, monkeypatch, tmp_path):

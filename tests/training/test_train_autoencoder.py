@@ -32,10 +32,11 @@ from diffusers_adm.conditioning.latents import LatentSpace
 from diffusers_adm.data.columns import load_image_dataset
 from diffusers_adm.data.images import ImageDataset
 from diffusers_adm.ops.frechet import frechet_distance
-from diffusers_adm.training import AUTOENCODER_ARGUMENTS, parse_args
+from diffusers_adm.training import AUTOENCODER_ARGUMENTS, hinge_loss, parse_args
 from diffusers_adm.training import run as training_run
 from diffusers_adm.training.image_measures import psnr
 from diffusers_adm.training.perceptual import features_of
+from diffusers_adm.training.run_state import read_state
 
 
 train_autoencoder = load_script("train_autoencoder")
@@ -188,7 +189,7 @@ class TestDiscriminator:
             train(output_dir=str(folders[1]), resume_from_checkpoint="latest")
             assert_same_checkpoint(folders[0] / "checkpoint-4", folders[1] / "checkpoint-4")
             assert read_metrics(folders[0]) == read_metrics(folders[1])
-            states = [torch.load(folders[0] / f"checkpoint-{n}" / "optimizer_1.bin") for n in (2, 4)]
+            states = [read_state(folders[0] / f"checkpoint-{n}", "run_state")["optimizers"][1] for n in (2, 4)]
             assert bool(states[0]["state"]) == (start == 1)
             assert states[1]["state"]
             # Both optimizers have the same learning rate.
@@ -216,6 +217,27 @@ class TestDiscriminator:
         train(**short | ADVERSARIAL | arguments)
         assert len([row for row in read_metrics(short["output_dir"]) if "loss" in row]) == 2
 
+    @pytest.mark.parametrize("fault", ["not finite", "memory"])
+    def test_a_fault_of_its_step_only(self, short, monkeypatch, caplog, fault):
+        """The step of the autoencoder has been taken by then; that of the discriminator is left out."""
+        sizes = []
+
+        def faulty(real, fake):
+            sizes.append(len(real))
+            if len(sizes) == 1 and fault == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return hinge_loss(real, fake) * (float("nan") if len(sizes) == 1 else 1)
+
+        monkeypatch.setattr(train_autoencoder, "hinge_loss", faulty)
+        train(**short | ADVERSARIAL | {"max_train_steps": 2, "discriminator_start": 0, "logging_steps": 1})
+        assert [row["step"] for row in read_metrics(short["output_dir"]) if "loss" in row] == [2]
+        if fault == "memory":
+            assert sizes == [8, 4, 4]
+            assert "The step 1 of the discriminator is left out" in caplog.text
+        else:
+            assert sizes == [8, 8]
+            assert "The loss of step 1 is not finite; examples row" in caplog.text
+
 
 def test_two_processes(short, tmp_path):
     """The latents are measured over the images of both, and both end with the same discriminator."""
@@ -228,7 +250,7 @@ def test_two_processes(short, tmp_path):
     assert "15 images at 8 x 8, latents of 2 channels at 4 x 4, 4 held-out images, 8 per optimizer step" in output
     record = json.loads((folder / "autoencoder.json").read_text())
     assert record["num_images"] == 15
-    train(output_dir=short["output_dir"], resume_from_checkpoint="latest")
+    train(output_dir=short["output_dir"], resume_from_checkpoint="latest", train_batch_size=8)
     again = json.loads((folder / "autoencoder.json").read_text())
     for name in ("latent_mean", "latent_std"):  # by one process
         assert again[name] == pytest.approx(record[name], rel=1e-4, abs=1e-5)

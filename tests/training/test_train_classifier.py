@@ -457,7 +457,7 @@ class TestBadInput:
             ({"ddpm_num_steps": 5}, "`num_timestep_bins` is 10; it must lie in .1, 5."),
             ({"validation_steps": 0}, "`validation_steps` is 0; it must be at least 1"),
             ({"max_validation_samples": 3}, "`max_validation_samples` was given without `validation_data_files`"),
-            ({"validation_data_files": EMOJI, "validation_split": "test"}, 'Unknown split "test"'),
+            ({"validation_data_files": EMOJI, "validation_split": "test"}, "The data have no split 'test'"),
             ({"resolution": 9}, "`sample_size` is 9; .* divisible by 2"),
             ({"train_batch_size": 164}, "There are 163 usable images, but one step takes 164"),
         ],
@@ -580,6 +580,7 @@ def test_metrics_equal_brute_force():
     assert metrics.compute(Alone()) == {}
 
 
+@pytest.mark.draws
 def test_pictures_with_gaps(tmp_path):
     """A bin without images, and a run without validation."""
     edges = timestep_bin_edges(10, 2)

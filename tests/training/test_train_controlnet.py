@@ -38,6 +38,7 @@ from diffusers_adm.conditioning.control_images import CONDITIONS, make_condition
 from diffusers_adm.schedulers.noise_schedules import noise_schedule_of
 from diffusers_adm.training import diffusion, find_latest_checkpoint, parse_args, validation
 from diffusers_adm.training import run as training_run
+from diffusers_adm.training.run_state import read_state
 
 
 train_controlnet = load_script("train_controlnet")
@@ -160,7 +161,7 @@ class TestBranch:
         folder = Path(short["output_dir"])
         trained, saved = load_file(folder / "checkpoint-2" / "model.safetensors"), load_file(folder / WEIGHTS)
         assert different(trained, saved)
-        optimizer = torch.load(folder / "checkpoint-2" / "optimizer.bin")
+        (optimizer,) = read_state(folder / "checkpoint-2", "run_state")["optimizers"]
         assert len(optimizer["state"]) == len(saved)
         assert not different(load_file(folder / "checkpoint-2" / WEIGHTS), saved)
         assert not different(branch_of(folder / "checkpoint-2").state_dict(), saved)

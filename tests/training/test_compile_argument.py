@@ -1,0 +1,119 @@
+"""The argument `compile`: the same run as without, validated uncompiled, resumed either way; what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate.utils import DynamoBackend
+from runs import own_process_state, read_metrics, reset_accelerate, save_base
+from scripts import load_script
+from test_failed_validation import arguments_of
+from toy_models import TOY_CONFIG, random_unet
+
+from diffusers_adm.compilation.cpu import find_compiler
+from diffusers_adm.training import compiled
+from diffusers_adm.training import run as training_run
+
+
+pytestmark = pytest.mark.no_jitter("torch compiles nothing inside a dispatch mode")
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(training_run, "plot_loss_curves", lambda *args: None)  # slow, and tested elsewhere
+    torch.compiler.reset()
+    with own_process_state("train_adm"):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """A backend that runs the graph as it is, and keeps the batch size of each graph."""
+    found = []
+
+    def backend(graph, inputs):
+        found.append(next(x.shape[0] for x in inputs if x.ndim == 4 and not isinstance(x, torch.nn.Parameter)))
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    return found
+
+
+def train(name="train_adm", **arguments):
+    reset_accelerate()
+    words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in arguments.items()]
+    load_script(name).main(words)
+
+
+@pytest.mark.parametrize("case", ["class", "lora", "train_controlnet", "train_super_resolution"])
+def test_the_same_run(case, tmp_path, batches):
+    """With gradient accumulation, dropout, a sampler with a state, and validations of other batch sizes."""
+    name = case if case.startswith("train") else "train_adm"
+    arguments = arguments_of(name, tmp_path / "files") | {"gradient_accumulation_steps": 2, "train_batch_size": 4}
+    if case == "class":
+        (tmp_path / "dropout.json").write_text(json.dumps(TOY_CONFIG | {"dropout": 0.1}))
+        arguments |= {"label_column": "label", "model_config_name_or_path": str(tmp_path / "dropout.json")}
+        arguments |= {"timestep_sampler": "loss-second-moment", "max_train_steps": 2}
+    if case == "lora":
+        del arguments["model_config_name_or_path"]
+        arguments |= {"lora_rank": 2, "pretrained_model_name_or_path": save_base(tmp_path / "base", random_unet())}
+    plain, compiles = (arguments | {"output_dir": str(tmp_path / folder)} for folder in ("plain", "compiled"))
+    train(name, **plain)
+    train(name, **compiles, compile=True)
+    assert set(batches) == {4}  # and nothing of the validation, which has other sizes
+    # Each network once, and perhaps once more after the first step.
+    assert len(batches) <= (4 if name == "train_controlnet" else 2)
+    rows = zip(read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "compiled"), strict=True)
+    for row, other in rows:
+        assert row.keys() == other.keys()
+        # The graph runs the same kernels; autograd may add gradients in another order.
+        assert all(math.isclose(row[key], other[key], rel_tol=1e-4, abs_tol=1e-6) for key in row)
+    if case == "class":
+        train(**compiles | {"max_train_steps": 3}, resume_from_checkpoint="latest")
+        train(**compiles | {"max_train_steps": 4}, resume_from_checkpoint="latest", compile=True)
+
+
+def test_a_dry_run(tmp_path, batches):
+    train(**arguments_of("train_adm", tmp_path), compile=True, dry_run=True)
+    assert set(batches) == {8}
+
+
+class TestRefused:
+    def test_scripts_that_cannot(self, tmp_path):
+        for name in ("train_autoencoder", "train_clip"):
+            words = {"model_config_name_or_path": "x", "data_files": "x", "output_dir": str(tmp_path)}
+            words |= {"tokenizer_name_or_path": "x", "caption_column": "x"} if name == "train_clip" else {}
+            with pytest.raises(ValueError, match="`compile` was given, but .*Leave it out"):
+                train(name, **words, compile=True)
+
+    def test_with_the_compilation_of_accelerate(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", DynamoBackend.EAGER.value)
+        with pytest.raises(ValueError, match="`dynamo_backend` eager: .*twice"):
+            train(**arguments_of("train_adm", tmp_path), compile=True)
+
+    def test_without_a_compiler(self, tmp_path, monkeypatch):
+        def fail():
+            raise RuntimeError("No working C++ compiler found")
+
+        monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", fail)
+        with pytest.raises(ValueError, match="cannot compile for cpu here .*No working C.. compiler.*Install a C"):
+            train(**arguments_of("train_adm", tmp_path), compile=True)
+        assert not list((tmp_path / "run").glob("*"))  # before data or files of the run
+
+
+@pytest.mark.slow
+def test_losses_by_inductor(tmp_path):
+    """Fused kernels round otherwise than eager ones, hence a tolerance."""
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    arguments = arguments_of("train_adm", tmp_path / "files") | {"learning_rate": 1e-3, "validation_steps": 3}
+    for folder, more in (("plain", {}), ("compiled", {"compile": True})):
+        train(**arguments | {"output_dir": str(tmp_path / folder)} | more)
+    rows = [
+        [row["loss"] for row in read_metrics(tmp_path / folder) if "loss" in row] for folder in ("plain", "compiled")
+    ]
+    assert len(rows[0]) == 3
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
