@@ -1,4 +1,4 @@
-# make demo | space | test | test-portable | contracts | lint | format | types | bench | clean | distclean
+# make demo | space | test | test-portable | faults | contracts | lint | format | types | bench | clean | distclean
 #
 # Every target installs its dependencies into ./.venv: the first run downloads packages for some minutes, later runs start
 # at once, and a change of pyproject.toml or constraints.txt triggers a new installation.
@@ -16,10 +16,13 @@ INPUTS := pyproject.toml constraints.txt
 DEMO_ARGS  ?=
 SPACE_ARGS ?=
 TEST_ARGS  ?=
+FAULTS_ARGS ?=
 BENCH      ?= unet sampling
 BENCH_ARGS ?=
 
-.PHONY: help demo space test test-portable contracts lint format types bench clean distclean
+.PHONY: help demo space test test-portable faults contracts lint format types bench clean distclean
+# The thousands of lines of tests and sources are compiled once, not again by each process that a test starts.
+unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two simultaneous installations would break the environment
 
@@ -28,6 +31,7 @@ help:
 	@echo 'make space     serve the Space of spaces/ on this machine (SPACE_ARGS="--port 7860")'
 	@echo 'make test      run the tests (TEST_ARGS="-k scheduler" is passed to pytest)'
 	@echo 'make test-portable  run the numerical tests with other CPU instructions, one thread and perturbed last bits'
+	@echo 'make faults    kill, starve and damage training runs, resume them, and compare (FAULTS_ARGS=--short for minutes)'
 	@echo 'make contracts run the common tests from a checkout of diffusers on our classes (DIFFUSERS_REPO=...)'
 	@echo 'make lint      check style and layout (changes nothing)'
 	@echo 'make format    fix style and layout'
@@ -49,12 +53,19 @@ test: $(VENV)/.installed-test
 OTHER_KERNELS := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1
 JITTER        ?= 0
 NUMBERS       := $(addprefix tests/,ops models schedulers conditioning conversion pipelines evaluation \
-  $(addprefix data/test_,captions_lists.py control_data.py latents.py masks.py) \
-  $(addprefix training/test_,autoencoder_losses.py ema.py image_measures.py images.py losses.py metrics.py power_ema.py \
+  $(addprefix data/test_,captions_lists.py control_data.py embedding_columns.py latents.py masks.py) \
+  $(addprefix training/test_,autoencoder_losses.py contrastive.py ema.py golden_losses.py image_embeddings.py image_measures.py images.py \
+  losses.py metrics.py power_ema.py \
   steps.py timestep_samplers.py train_latents.py train_latents_tasks.py))
 
 test-portable: $(VENV)/.installed-test
 	$(OTHER_KERNELS) $(PY) -m pytest -n 2 -q -m 'not slow' --jitter $(JITTER) $(NUMBERS) $(TEST_ARGS)
+
+# The first table of docs/reliability.md; without arguments also the tests that try more cases of hostile input than
+# `make test` does.
+faults: $(VENV)/.installed-test
+	$(PY) tests/faults/faults.py $(FAULTS_ARGS)
+	$(if $(FAULTS_ARGS),,$(PY) -m pytest -n 2 -q -m faults)
 
 # Dependencies of diffusers' tests. They are installed separately, so that the environment matches constraints.txt.
 contracts: $(VENV)/.installed-test
