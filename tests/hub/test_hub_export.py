@@ -229,6 +229,16 @@ class TestJoining:
         assert text.index("from __future__") < text.index("TAU = ") < text.index("def circle") < text.index("RESULT")
         assert ast.get_docstring(ast.parse(text)) == "Net."
 
+    def test_again_once_a_source_has_changed(self, toy_package, monkeypatch):
+        sources = {"ops.a": "X = 1\n", "models.net": "from ..ops.a import X\nY = X\n"}
+        first = toy_package(sources)
+        join, joined = hub._join, []
+        monkeypatch.setattr(hub, "_join", lambda module: joined.append(module) or join(module))
+        assert toy_package({}) == first
+        assert not joined
+        assert run(toy_package({"ops.a": "X = 123\n"}))["Y"] == 123  # not the module itself, but one that it imports
+        assert joined == ["toyadm.models.net"]
+
     def test_sources_stay_as_they_are(self, toy_package):
         body = 'X = """\nfrom a import y\n"""  # odd   spacing\n\n\n\nY   = [1,\n 2 ]\n\nÄ = "ü"\n'
         text = toy_package({"ops.a": "Z = 1\n", "models.net": f"from ..ops.a import Z\n{body}\nW = Z"})

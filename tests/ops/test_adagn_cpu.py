@@ -178,7 +178,9 @@ def test_transforms_of_functions(way):
         def f(x, scale):
             # Of transformed channels-last tensors, torch's group normalisation has no derivative.
             plain = x.contiguous() if function is adagn_reference else x
-            return call(function, [plain, weight, bias, scale, shift])
+            output = call(function, [plain, weight, bias, scale, shift])
+            assert (output.stride(1) == 1) == (plain.stride(1) == 1)  # channels-last or not
+            return output
 
         found = [*torch.func.jvp(f, (x, scale), (tangent, scale.flip(0)))]
         several = torch.stack([x, tangent]).transpose(1, 2).contiguous().transpose(1, 2)

@@ -127,8 +127,9 @@ def adagn(
         if x.is_contiguous() and len(x) > 0:
             return _adagn_folded(*arguments)
         if not torch.compiler.is_compiling() and is_transformed(x, weight, bias, scale, shift):
-            # There torch's group normalisation takes no channels-last tensors.
-            return adagn_reference(x.contiguous(), *arguments[1:])
+            # There torch's group normalisation takes no channels-last tensors, and `vmap` knows no memory formats.
+            h = adagn_reference(x.contiguous(), *arguments[1:])
+            return h.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else h
         if cpu_is_usable(x, weight, bias, scale, shift):
             return adagn_cpu(adagn_reference, *arguments)
     if x.element_size() < 4 and x.requires_grad and not torch.compiler.is_compiling():
