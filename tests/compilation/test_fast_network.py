@@ -373,6 +373,17 @@ class TestTheNetworkItselfRuns:
         with pytest.raises(TypeError, match="missing"):
             run(pipe.unet, self.INPUTS[0])
 
+    @pytest.mark.parametrize("background", [False, True])
+    def test_for_calls_that_only_its_forward_refuses(self, pipe, tmp_path, background):
+        runner = runner_of(pipe, tmp_path, background=background)
+        with pytest.raises(ValueError, match="`sample` has shape"):
+            run(pipe.unet, torch.randn(1, 4, 8, 8), *self.INPUTS[1:])
+        with pytest.raises(TypeError, match="floating point"):
+            run(pipe.unet, self.INPUTS[0].long(), *self.INPUTS[1:])
+        assert runner.num_compiled == 0
+        assert not runner._running
+        assert not list(tmp_path.iterdir())  # no compiler has started
+
     def test_until_the_code_is_ready(self, pipe, tmp_path, monkeypatch):
         monkeypatch.setattr(CopyingCompilation, "is_done", False)
         runner = runner_of(pipe, tmp_path, background=True)
@@ -382,18 +393,20 @@ class TestTheNetworkItselfRuns:
         assert_same(sample(pipe), slow)
         assert runner.num_compiled == 1
 
-    def test_if_the_compiler_fails_in_the_background(self, pipe, tmp_path, monkeypatch, caplog):
-        def fail(self):
-            raise RuntimeError("a bug of the compiler")
+    @pytest.mark.parametrize("place", ["__init__", "result"])
+    @pytest.mark.parametrize("error", [RuntimeError, OSError])
+    def test_if_the_compiler_fails_in_the_background(self, pipe, tmp_path, monkeypatch, caplog, place, error):
+        def fail(self, *arguments):
+            raise error("a bug of the compiler")
 
-        monkeypatch.setattr(CopyingCompilation, "result", fail)
+        monkeypatch.setattr(CopyingCompilation, place, fail)
         runner = runner_of(pipe, tmp_path, background=True)
         sample(pipe)
         sample(pipe)
         assert runner.num_compiled == 0
         assert caplog.text.count("a bug of the compiler") == 1
         runner_of(pipe, tmp_path)
-        with pytest.raises(RuntimeError, match="a bug of the compiler"):
+        with pytest.raises(error, match="a bug of the compiler"):
             sample(pipe)
 
 
@@ -429,6 +442,13 @@ class TestRefused:
         pipe.unet.conv_in.weight = torch.nn.Parameter(weight.as_subclass(Shard), requires_grad=False)
         with pytest.raises(ValueError, match="`unet.conv_in.weight` is a Shard: it is sharded or quantised"):
             pipe.enable_fast(cache_dir=tmp_path)
+
+    def test_several_dtypes(self, pipe, tmp_path):
+        pipe.unet.conv_out.to(torch.bfloat16)
+        with pytest.raises(ValueError, match=r"`unet.conv_out.weight` is torch.bfloat16, while .* Cast all of it"):
+            pipe.enable_fast(cache_dir=tmp_path)
+        pipe.unet.to(torch.float32)
+        pipe.enable_fast(cache_dir=tmp_path)
 
     def test_a_lora_until_it_is_fused(self, pipe, tmp_path):
         peft = pytest.importorskip("peft")
@@ -558,6 +578,46 @@ def test_code_for_gpus_on_the_cpu(monkeypatch):
     assert output.dtype == torch.float64
     torch.testing.assert_close(output.float(), run(unet, x, 5).sample, rtol=1e-4, atol=1e-5)
     assert unet.dtype == torch.float32
+
+
+class Doubled(torch.nn.Module):
+    """A network of one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, sample, return_dict=True):
+        return (self.factor * sample,)
+
+
+@pytest.mark.no_jitter("torch compiles nothing inside a dispatch mode")
+def test_the_number_of_shapes_on_gpus_is_not_limited(monkeypatch):
+    from diffusers_adm.compilation import gpu
+
+    compile_, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend=backend, dynamic=False))
+    torch.compiler.reset()
+    network, sizes = Doubled(), range(1, torch._dynamo.config.recompile_limit + 3)
+    codes = [gpu.compile_network(network, {"sample": torch.zeros(size)}, torch.float32) for size in sizes]
+    for size, code in [*zip(sizes, codes, strict=True)] * 2:
+        assert torch.equal(code(torch.ones(size))[0], torch.full((size,), 2.0))
+    assert len(graphs) == len(sizes)
+    torch.compiler.reset()
+
+
+def test_gpus_need_no_cache(pipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(type(pipe.unet), "device", torch.device("cuda"))
+        pipe.enable_fast(cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    sample(pipe)  # once the network is on the CPU
+    assert (tmp_path / "cache").exists()
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ from .suitability import all_tensors
 
 CompiledCode = Callable[..., Sequence[torch.Tensor]]
 REQUEST, LOG = "request.pt", "log.txt"
+INDUCTOR = "inductor"  # folder of what Inductor writes on the way
 LOG_END = 2000  # characters of the compiler's messages in an error
 PACKAGE = Path(__file__).parents[1]
 # Folders of this package whose code is compiled, or decides how.
@@ -197,15 +198,13 @@ class Compilation:
                 f"`enable_fast` cannot send {type(network).__name__} to the process that compiles: {error}. Call "
                 "`pipe.disable_fast()`."
             ) from error
-        # The compiler's own cache (of headers, mostly) must be as safe as ours; its default is in the folder for
-        # temporary files.
-        own_cache = cache.folder / "inductor"
-        own_cache.mkdir(mode=0o700, exist_ok=True)
         paths = [path or os.getcwd() for path in sys.path]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
-            "TORCHINDUCTOR_CACHE_DIR": str(own_cache),
+            # As safe as our cache, and deleted with the folder: sources, objects and a copy of the weights. The default
+            # is in the folder for temporary files, and stays.
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / INDUCTOR),
             "CXX": find_compiler() or "",
         }
         with open(self.folder / LOG, "wb") as log:
@@ -244,6 +243,7 @@ class Compilation:
             )
         for name in (REQUEST, LOG):
             (self.folder / name).unlink()
+        shutil.rmtree(self.folder / INDUCTOR, ignore_errors=True)
         return self.cache.put(self.key, self.folder)
 
 

@@ -7,13 +7,14 @@ changes. So config, `state_dict`, saving and `isinstance` see the plain network,
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import logging
 import operator
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -100,15 +101,23 @@ class FastNetwork:
         name (`str`): In messages.
         network (`nn.Module`): U-Net or ControlNet.
         dtype (`torch.dtype`, `"auto"` or `None`): See `ADMPipeline.enable_fast`.
-        cache (`CodeCache`): Where code for CPUs is kept.
+        find_cache (`Callable`): Returns the `CodeCache` where code for CPUs is kept. Not called for other devices.
         background (`bool`): Compile while the network itself runs.
 
     Attributes:
         num_compiled, num_loaded (`int`): Shapes that were compiled, and that were found in the cache.
     """
 
-    def __init__(self, name: str, network: nn.Module, dtype: FastDtype, cache: CodeCache, background: bool):
-        self.name, self.network, self.dtype, self.cache, self.background = name, network, dtype, cache, background
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        dtype: FastDtype,
+        find_cache: Callable[[], CodeCache],
+        background: bool,
+    ):
+        self.name, self.network, self.dtype, self.background = name, network, dtype, background
+        self._find_cache = find_cache
         self.num_compiled = self.num_loaded = 0
         self._forward = inspect.signature(type(network).forward)
         self._lock = threading.RLock()
@@ -137,9 +146,10 @@ class FastNetwork:
             leaves[place] = _as_compiled(leaves[place], own, dtype)
         tensors = [leaves[place] for place in places]
         descriptions = [_describe(leaf) for leaf in leaves]
-        code = self._find_code(f"{dtype} {device.type} {spec} {descriptions}", leaves, spec, dtype, device)
+        itself = functools.partial(self.network._call_impl, *args, **kwargs)
+        code = self._find_code(f"{dtype} {device.type} {spec} {descriptions}", leaves, spec, dtype, device, itself)
         if code is None:
-            return self.network._call_impl(*args, **kwargs)
+            return itself()
         with torch.no_grad():
             outputs = [output.to(own) for output in code(*tensors)]
             if not (isinstance(scale, (int, float)) and scale == 1.0):
@@ -218,9 +228,18 @@ class FastNetwork:
         return reason is not None
 
     def _find_code(
-        self, signature: str, leaves: list[Any], spec: Any, dtype: torch.dtype, device: torch.device
+        self,
+        signature: str,
+        leaves: list[Any],
+        spec: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        itself: Callable[[], Any],
     ) -> CompiledCode | None:
-        """The code for a call; `None`: it is not ready, or cannot be made."""
+        """
+        The code for a call; `None`: it is not ready, or cannot be made. Before code is made, the network runs `itself`:
+        a call that it refuses raises its own error, which names the argument, in place of one of the compiler.
+        """
         with self._lock:
             if self._weights is not None and not self._weights.seem_unchanged() and not self._weights.are_unchanged():
                 self._forget()
@@ -237,8 +256,9 @@ class FastNetwork:
                 return None
             arguments = _examples(leaves, spec)
             if device.type == "cpu":
-                self._start(signature, arguments, dtype)
+                self._start(signature, arguments, dtype, itself)
             elif device.type == "cuda":
+                itself()
                 logger.warning(f"{self._title(leaves)} is compiled in the following steps, which take long.")
                 self._code[signature] = gpu.compile_network(self.network, arguments, dtype)
                 self.num_compiled += 1
@@ -247,10 +267,11 @@ class FastNetwork:
                 self._warn_once(f"`{self.name}` runs without `enable_fast`, which has no code for {device.type}.")
             return self._code.get(signature)
 
-    def _start(self, signature: str, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    def _start(self, signature: str, arguments: dict[str, Any], dtype: torch.dtype, itself: Callable[[], Any]) -> None:
         """Loads the code for CPUs from the cache, or starts to compile it."""
         key = cpu.cache_key(self._weights.hash, self._weights.structure, self.network, signature, dtype)
-        path = self.cache.get(key)
+        cache = self._find_cache()
+        path = cache.get(key)
         if path is not None:
             try:
                 self._code[signature] = cpu.load_code(path)
@@ -258,14 +279,17 @@ class FastNetwork:
                 return
             except Exception as error:
                 logger.warning(f"The compiled code in {path.parent} cannot be loaded and is deleted: {error}")
-                self.cache.delete(key)
+                cache.delete(key)
+        itself()
         how = "In the meantime the network itself runs" if self.background else "This takes minutes"
         shape = tuple(arguments["sample"].shape)
         logger.warning(
-            f"Compiling `{self.name}` for samples of shape {shape}, {dtype}. {how}. The code is kept in "
-            f"{self.cache.folder}."
+            f"Compiling `{self.name}` for samples of shape {shape}, {dtype}. {how}. The code is kept in {cache.folder}."
         )
-        self._running[signature] = Compilation(self.cache, key, self.network, arguments, dtype, self.background)
+        try:
+            self._running[signature] = Compilation(cache, key, self.network, arguments, dtype, self.background)
+        except Exception as error:
+            self._give_up(signature, error)
         if not self.background:
             self._finish(signature)
 
@@ -274,14 +298,21 @@ class FastNetwork:
         compilation = self._running.pop(signature)
         try:
             self._code[signature] = cpu.load_code(compilation.result())
-        except RuntimeError as error:
-            if not self.background:
-                raise
-            self._failed.add(signature)
-            logger.warning(f"`{self.name}` stays as it is. {error}")
+        except Exception as error:
+            self._give_up(signature, error)
             return
         self.num_compiled += 1
         logger.warning(f"`{self.name}` is compiled, after {compilation.seconds:.0f} s.")
+
+    def _give_up(self, signature: str, error: Exception) -> None:
+        """
+        In the background, lets the network itself run for the inputs that could not be compiled, whatever the reason (a
+        full disk, for example); else raises the error. To be called where it is handled.
+        """
+        if not self.background:
+            raise error
+        self._failed.add(signature)
+        logger.warning(f"`{self.name}` stays as it is. {error}")
 
     def _forget(self) -> None:
         """Drops code of weights that have changed."""
@@ -343,8 +374,9 @@ def enable(components: dict[str, Any], dtype: FastDtype, cache_dir: str | os.Pat
     networks = networks_to_compile(components)
     for name, network in networks.items():
         check_network(name, network)
-    cache = CodeCache(cache_dir)
-    if cache.is_empty and any(network.device.type == "cpu" for network in networks.values()):
+    find_cache = functools.cache(lambda: CodeCache(cache_dir))
+    # GPUs need none. (A network that moves to the CPU later finds it then.)
+    if any(network.device.type == "cpu" for network in networks.values()) and find_cache().is_empty:
         cpu.check_compiler()
     if not networks:
         raise ValueError(
@@ -358,7 +390,7 @@ def enable(components: dict[str, Any], dtype: FastDtype, cache_dir: str | os.Pat
                 f"`{name}` is already compiled by its method `compile()`. Load it again for `enable_fast`."
             )
     for name, network in networks.items():
-        network._compiled_call_impl = FastNetwork(name, network, dtype, cache, background)
+        network._compiled_call_impl = FastNetwork(name, network, dtype, find_cache, background)
 
 
 def disable(components: dict[str, Any]) -> None:

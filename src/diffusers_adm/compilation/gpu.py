@@ -7,6 +7,7 @@ There is nothing to keep for later processes: Inductor has a cache of its own fo
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,15 @@ def compile_network(network: nn.Module, arguments: dict[str, Any], dtype: torch.
     leaves, spec, places = flatten(arguments)
     for place in places:
         leaves[place] = None
-    compiled = torch.compile(Flat(network, leaves, spec, places), mode="reduce-overhead", dynamic=False)
+    flat = Flat(network, leaves, spec, places)
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return flat(*tensors)
+
+    # Dynamo keeps the graphs of a function with its code object, eight at most, and runs what is beyond uncompiled.
+    # So each shape has a code object of its own.
+    own = types.FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
+    compiled = torch.compile(own, mode="reduce-overhead", dynamic=False)
 
     def run(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         # The next call of a CUDA graph writes its results to the same memory.

@@ -67,7 +67,7 @@ def check_network(name: str, network: nn.Module) -> None:
 
     Raises:
         ValueError: For offloading and other hooks, also of layers, networks spread over devices, sharded or quantised
-            weights, and LoRA adapters that are not fused.
+            weights, weights of several dtypes, and LoRA adapters that are not fused.
     """
     device_map = getattr(network, "hf_device_map", None)
     if device_map is not None and len(set(device_map.values())) > 1:
@@ -91,6 +91,7 @@ def check_network(name: str, network: nn.Module) -> None:
             raise ValueError(
                 _refusal(where, f"has the LoRA {', '.join(adapters)}, which is not fused", "Call `pipe.fuse_lora()`")
             )
+    dtypes: dict[torch.dtype, str] = {}
     for part, tensor in all_tensors(network):
         where = f"{name}.{part}"
         if type(tensor) not in (torch.Tensor, nn.Parameter) and type(tensor) is not getattr(nn, "Buffer", None):
@@ -107,6 +108,17 @@ def check_network(name: str, network: nn.Module) -> None:
                     "Load the network outside of it",
                 )
             )
+        if tensor.is_floating_point():
+            dtypes.setdefault(tensor.dtype, part)
+    if len(dtypes) > 1:  # which were chosen on purpose, while code has one
+        (dtype, part), (other, other_part), *_ = dtypes.items()
+        raise ValueError(
+            _refusal(
+                f"{name}.{other_part}",
+                f"is {other}, while `{part}` is {dtype}",
+                f"Cast all of it (`{name}.to({dtype})`)",
+            )
+        )
 
 
 def _refusal(where: str, reason: str, way_out: str) -> str:
