@@ -23,7 +23,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
-from measuring import clock, describe_machine, finish, make_parser, median_with_interval
+from measuring import clock, describe_machine, finish, make_parser, median_with_interval, round_robin
 from networks import FORMATS, NETWORKS, build, build_guided_diffusion
 
 from diffusers_adm import LearnedVarianceDDPMScheduler
@@ -192,23 +192,16 @@ def measure(cases: list[Case], args: argparse.Namespace) -> list[dict]:
     """The rows of all cases, which are measured in turn."""
     size = NETWORKS[args.network]["sample_size"]
     samples = torch.rand(args.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    steps: dict[Case, Callable[[torch.Tensor], float]] = {}
-    batches, losses, times = {}, {}, {case: [] for case in cases}
+    steps: dict[Case, Step] = {}
+    batches, losses = {}, {}
     for case in cases:
         steps[case] = (Ours if case.who == "ours" else Plain)(case, args)
         batches[case] = samples.to(args.device).contiguous(memory_format=FORMATS[case.memory_format])
         torch.manual_seed(1)  # all draw timesteps, then noise
         losses[case] = steps[case](batches[case])
         steps[case].parts.clear()
-    begun = clock(args.device)
-    for round_ in range(args.rounds):
-        if clock(args.device) - begun > args.max_seconds:
-            print(f"stopped after {round_} rounds (`--max_seconds`)")
-            break
-        for case in cases if round_ % 2 else reversed(cases):
-            start = clock(args.device)
-            steps[case](batches[case])
-            times[case].append(clock(args.device) - start)
+    calls = {case: partial(steps[case], batches[case]) for case in cases}
+    times = round_robin(calls, args.rounds, args.device, args.max_seconds)
     rows = []
     for case in cases:
         row = {**case._asdict(), "ms": 1000 * statistics.median(times[case]), "limit": None, "passed": None}

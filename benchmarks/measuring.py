@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import diffusers
 import numpy as np
@@ -33,6 +33,7 @@ from diffusers_adm.training.reproducibility import describe_machine as describe_
 if TYPE_CHECKING:
     import datasets
 
+K = TypeVar("K")
 EMOJI = "data/noto-emoji-32"
 # Mean squared error of rounding to 8 bits, for images in [0, 1]: a PSNR above 58.9 dB is meaningless.
 SMALLEST_MSE = 1 / (12 * 255**2)
@@ -199,13 +200,20 @@ def alternate(
     return round_robin(functions, pairs, device)
 
 
-def round_robin(functions: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+def round_robin(
+    functions: Mapping[K, Callable[[], object]], rounds: int, device: str, max_seconds: float = math.inf
+) -> dict[K, list[float]]:
     """
     Times of `rounds` calls of each function, all in turn, so that disturbances of the machine affect all. Every other
-    round goes backwards, so that none always runs on the same one's caches. The caller has warmed them up.
+    round goes backwards, so that none always runs on the same one's caches. The caller has warmed them up. After
+    `max_seconds`, no further round begins.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[K, list[float]] = {name: [] for name in functions}
+    begun = clock(device)
     for i in range(rounds):
+        if clock(device) - begun > max_seconds:
+            print(f"stopped after {i} rounds (`--max_seconds`)")
+            break
         for name in list(functions)[:: 1 if i % 2 else -1]:
             times[name].append(seconds(functions[name], device))
     return times
