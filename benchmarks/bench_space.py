@@ -4,8 +4,8 @@ Waiting times of a visitor of the Space: `python spaces/app.py` in a process of 
     python benchmarks/bench_space.py [--models spaces/model] [--calls 5] [--json results.json]
 
 From the start of the process, with empty caches: until the page answers, until the first preview of the first visitor
-(4 images of a prompt with 25 steps) and until the images are ready, while the examples are generated, as on a new
-machine. Then, with cached examples: the same call repeatedly, how long the page takes to answer meanwhile, a plain call
+(4 images of a prompt with 25 steps of the page's model) and until the images are ready, while the examples are
+generated, as on a new machine. Then, with cached examples: the same call repeatedly, how long the page takes to answer meanwhile, a plain call
 of the pipeline in a process of its own for comparison, and `from_pretrained` after the imports, in fresh processes.
 Results in seconds, without limits; other programs disturb them.
 """
@@ -30,6 +30,7 @@ from diffusers_adm import ADMPipeline
 EXAMPLES_SECONDS = 600
 NUM_IMAGES, NUM_STEPS = 4, 25
 PROMPT, GUIDANCE_SCALE = "fire", 4.0
+MODELS = ("latents", "base")  # the page's choice is the first one that is there
 REQUEST = {
     **{"prompt": PROMPT, "category": "any", "guidance_scale": GUIDANCE_SCALE, "classifier_scale": 0, "seed": 0},
     **{"steps": NUM_STEPS, "sampler": "DPM-Solver++", "num_images": NUM_IMAGES, "upscale": False},
@@ -104,8 +105,9 @@ def plain_calls(folder: Path, calls: int) -> list[float]:
 
 
 def measure_pipeline(models: Path, calls: int) -> Iterator[tuple[str, float]]:
-    loads = [in_fresh_process(plain_calls, models / "base", 0)[0] for _ in range(2)]
-    load, *times = in_fresh_process(plain_calls, models / "base", calls)
+    model = next(models / name for name in MODELS if (models / name).is_dir())
+    loads = [in_fresh_process(plain_calls, model, 0)[0] for _ in range(2)]
+    load, *times = in_fresh_process(plain_calls, model, calls)
     yield "from_pretrained", statistics.median([*loads, load])
     yield "plain call", statistics.median(times)
 

@@ -3,15 +3,17 @@ The figure of the README: samples of the demonstration models in four rows.
 
     python benchmarks/draw_overview.py
 
-Prompts; one sample from noise to image; guidance and super-resolution; inpainting and ControlNet with line drawings
-(made here). Each sample has its own seed, starting with `--seed`, and nothing is picked.
+Words as prompts, each with its category, and one sample from noise to image, all by the 64x64 model in latents; then
+inpainting, a ControlNet with a line drawing (made here) and super-resolution, by the 32x32 models in pixels. Each
+sample has its own seed, starting with `--seed`, and nothing is picked. Takes about a minute on two cores.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from curves import EYES, HEAD, arc, draw_lines, heart
+from curves import draw_lines, heart
+from diffusers import DPMSolverMultistepScheduler
 from measuring import make_parser, quiet, sample
 from PIL import Image, ImageDraw, ImageFont
 
@@ -22,84 +24,110 @@ from diffusers_adm import (
     ADMPipeline,
     ADMSuperResolutionPipeline,
 )
-from diffusers_adm.training import labelled_grid
+from diffusers_adm.conditioning.latents import LatentSpace
 
 
 COLUMNS = 8
 CELL = 128  # pixels
-HEADING_HEIGHT = 34
-PROMPTS = ["fire", "red heart", "grinning face", "dog face", "red apple", "automobile", "italy flag", "woman astronaut"]
+HEADING_HEIGHT, HEADING_SIZE, LABEL_HEIGHT, LABEL_SIZE = 46, 28, 30, 20  # pixels
+COLORS = 256  # of the file, which is small then
+PROMPTS = {
+    "face": "Smileys & Emotion",
+    "heart": "Smileys & Emotion",
+    "fire": "Travel & Places",
+    "star": "Travel & Places",
+    "cat": "Animals & Nature",
+    "dog": "Animals & Nature",
+    "apple": "Food & Drink",
+    "pizza": "Food & Drink",
+    "car": "Travel & Places",
+    "house": "Travel & Places",
+    "sun": "Travel & Places",
+    "tree": "Animals & Nature",
+    "flower": "Animals & Nature",
+    "astronaut": "People & Body",
+    "ball": "Activities",
+    "flag": "Flags",
+}
 STRIP_PROMPT = "grinning face"
-GUIDED_PROMPT = "red heart"
-SCALES = (1.0, 2.0, 4.0, 8.0)
-UPSAMPLED_PROMPTS = ["fire", "dog face"]
-INPAINTED_PROMPT = "grinning face"
-DRAWINGS = {"smiling face": [HEAD, *EYES, arc(0.5, 0.6, 0.5, 0.2, 1)], "red heart": [heart()]}
+SMALL_PROMPTS = {"grinning face": "Smileys & Emotion", "dog face": "Animals & Nature"}
+DRAWN_PROMPT = "red heart"
 
 Cell = tuple[str, Image.Image]
 
 
+def load(folder: Path, args: argparse.Namespace) -> ADMPipeline:
+    pipe = quiet(ADMPipeline.from_pretrained(folder, variant=args.variant))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def inputs_of(prompts: dict[str, str]) -> dict[str, list[str]]:
+    return {"prompt": list(prompts), "class_labels": list(prompts.values())}
+
+
 def draw_strip(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
-    """Samples at evenly spaced steps; the first is only noise."""
-    size = pipe.unet.config.sample_size
-    states = [torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(args.seed))]
+    """Samples at evenly spaced steps, decoded; the first is only noise."""
+    config = pipe.unet.config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    states = [torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))]
 
     def keep(pipe, step, timestep, kwargs):
         states.append(kwargs["latents"])
         return kwargs
 
-    sample(pipe, args, {"prompt": [STRIP_PROMPT]}, latents=states[0], callback_on_step_end=keep)
+    inputs = {"prompt": [STRIP_PROMPT], "class_labels": [SMALL_PROMPTS[STRIP_PROMPT]]}
+    sample(pipe, args, inputs, latents=states[0], callback_on_step_end=keep)
     steps = [round(i * (len(states) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
-    images = pipe.image_processor.postprocess(torch.cat([states[step] for step in steps]))
+    with torch.no_grad():
+        decoded = LatentSpace(pipe.vae).decode(torch.cat([states[step] for step in steps]))
+    images = pipe.image_processor.postprocess(decoded)
     return [(f"step {step}", image) for step, image in zip(steps, images, strict=True)]
 
 
-def draw_guidance(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
-    inputs = {"prompt": [GUIDED_PROMPT]}
-    return [(f"guidance {scale:g}", sample(pipe, args, inputs, guidance_scale=scale)[0]) for scale in SCALES]
-
-
-def draw_upsampled(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
-    upsampler = quiet(ADMSuperResolutionPipeline.from_pretrained(args.models / "upsampler", variant=args.variant))
-    small = sample(pipe, args, {"prompt": UPSAMPLED_PROMPTS})
-    large = sample(upsampler, args, {"image": small}, noise_level=args.noise_level, guidance_scale=1.0)
-    images = [image for pair in zip(small, large, strict=True) for image in pair]
-    return [(f"{image.width} x {image.height}", image) for image in images]
-
-
 def draw_inpainted(pipe: ADMPipeline, image: Image.Image, args: argparse.Namespace) -> list[Cell]:
-    """The lower half of an image, twice."""
+    """The lower half of an image, twice. RePaint requires ancestral steps, those of the model's own scheduler."""
     mask = Image.new("L", image.size)
     mask.paste(255, (0, image.height // 2, image.width, image.height))
     hidden = image.copy()
     hidden.paste("grey", mask=mask)
-    inputs = {"image": [image] * 2, "mask_image": [mask] * 2, "prompt": [INPAINTED_PROMPT] * 2}
-    images = sample(quiet(ADMInpaintPipeline(**pipe.components)), args, inputs)
-    return list(zip(("an image", "what is kept", "inpainted", "again"), (image, hidden, *images), strict=True))
+    inputs = inputs_of({STRIP_PROMPT: SMALL_PROMPTS[STRIP_PROMPT]})
+    inputs = {name: values * 2 for name, values in inputs.items()} | {"image": [image] * 2, "mask_image": [mask] * 2}
+    images = sample(quiet(ADMInpaintPipeline(**pipe.components, id2label=pipe.config.id2label)), args, inputs)
+    return list(zip(("kept", "inpainted", "again"), (hidden, *images), strict=True))
 
 
 def draw_controlled(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
     controlnet = AdaGNControlNetModel.from_pretrained(args.models / "controlnet", variant=args.variant)
     controlled = quiet(ADMControlNetPipeline(**pipe.components, controlnet=controlnet))
-    drawings = [draw_lines(curves, pipe.unet.config.sample_size) for curves in DRAWINGS.values()]
-    images = sample(controlled, args, {"prompt": list(DRAWINGS), "image": drawings})
-    rows = zip(DRAWINGS, drawings, images, strict=True)
-    return [cell for prompt, drawing, image in rows for cell in (("a drawing", drawing), (prompt, image))]
+    drawing = draw_lines([heart()], pipe.unet.config.sample_size)
+    images = sample(controlled, args, {"prompt": [DRAWN_PROMPT] * 2, "image": [drawing] * 2})
+    return list(zip(("a sketch", DRAWN_PROMPT, "again"), (drawing, *images), strict=True))
+
+
+def draw_upsampled(small: Image.Image, args: argparse.Namespace) -> list[Cell]:
+    upsampler = quiet(ADMSuperResolutionPipeline.from_pretrained(args.models / "upsampler", variant=args.variant))
+    (large,) = sample(upsampler, args, {"image": [small]}, noise_level=args.noise_level, guidance_scale=1.0)
+    return [(f"{image.width} x {image.height}", image) for image in (small, large)]
 
 
 def assemble(rows: dict[str, list[Cell]]) -> Image.Image:
-    """Rows of cells below their headings."""
-    grids = []
-    for cells in rows.values():
-        images = [image.resize((CELL, CELL), Image.Resampling.NEAREST) for _, image in cells]
-        grids.append(labelled_grid(images, 1, COLUMNS, col_labels=[name for name, _ in cells]))
-    heights = [HEADING_HEIGHT + grid.height for grid in grids]
-    figure, font = Image.new("RGB", (grids[0].width, sum(heights)), "white"), ImageFont.load_default(size=20)
-    for i, (heading, grid) in enumerate(zip(rows, grids, strict=True)):
-        top = sum(heights[:i])
-        ImageDraw.Draw(figure).text((4, top + 6), heading, fill="black", font=font)
-        figure.paste(grid, (0, top + HEADING_HEIGHT))
-    return figure
+    """Rows of cells below their headings; each label below its image."""
+    lines = [(heading, -(-len(cells) // COLUMNS)) for heading, cells in rows.items()]
+    height = sum(HEADING_HEIGHT + number * (CELL + LABEL_HEIGHT) for _, number in lines)
+    figure = Image.new("RGB", (COLUMNS * CELL, height), "white")
+    draw, y = ImageDraw.Draw(figure), 0
+    heading_font, label_font = (ImageFont.load_default(size=size) for size in (HEADING_SIZE, LABEL_SIZE))
+    for heading, cells in rows.items():
+        draw.text((8, y + 6), heading, fill="black", font=heading_font)
+        y += HEADING_HEIGHT
+        for start in range(0, len(cells), COLUMNS):
+            for column, (label, image) in enumerate(cells[start : start + COLUMNS]):
+                x = column * CELL
+                figure.paste(image.resize((CELL - 8, CELL - 8), Image.Resampling.LANCZOS), (x + 4, y + 4))
+                draw.text((x + CELL / 2, y + CELL), label, fill="black", font=label_font, anchor="ma")
+            y += CELL + LABEL_HEIGHT
+    return figure.quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 
 def main() -> None:
@@ -115,14 +143,17 @@ def main() -> None:
     parser.add_argument("--output", default="docs/images/overview.png")
     args = parser.parse_args()
 
-    pipe = quiet(ADMPipeline.from_pretrained(args.models / "base", variant=args.variant))
-    prompted = sample(pipe, args, {"prompt": PROMPTS})
-    kept = prompted[PROMPTS.index(INPAINTED_PROMPT)]
+    pipe, small = load(args.models / "latents", args), load(args.models / "base", args)
+    own_scheduler = quiet(ADMPipeline.from_pretrained(args.models / "base", variant=args.variant))
+    images = sample(small, args, inputs_of(SMALL_PROMPTS))
     rows = {
-        "Prompts": list(zip(PROMPTS, prompted, strict=True)),
-        f'"{STRIP_PROMPT}", from noise': draw_strip(pipe, args),
-        f'Guidance ("{GUIDED_PROMPT}"); super-resolution': draw_guidance(pipe, args) + draw_upsampled(pipe, args),
-        "Inpainting; ControlNet": draw_inpainted(pipe, kept, args) + draw_controlled(pipe, args),
+        "Type a word, get an emoji": list(zip(PROMPTS, sample(pipe, args, inputs_of(PROMPTS)), strict=True)),
+        "From noise to image": draw_strip(pipe, args),
+        "Inpainting, sketches, super-resolution": [
+            *draw_inpainted(own_scheduler, images[0], args),
+            *draw_controlled(small, args),
+            *draw_upsampled(images[1], args),
+        ],
     }
     assemble(rows).save(args.output, optimize=True)
 

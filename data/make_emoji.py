@@ -5,7 +5,8 @@ Makes the embedded emoji sets from parquet files of 64x64 emoji in the format of
     python data/make_emoji.py noto-emoji-64-test.parquet data/noto-emoji-32/test.parquet --size 32
     python data/make_emoji.py noto-emoji-64-train.parquet data/noto-emoji-64/train.parquet --size 64
     python data/make_emoji.py noto-emoji-64-test.parquet data/noto-emoji-64/test.parquet --size 64
-    python data/make_emoji.py twemoji-emoji-64-train.parquet data/twemoji-32/train.parquet --size 32 --per_class 24
+    python data/make_emoji.py twemoji-emoji-64-train.parquet data/twemoji-64/train.parquet --size 64 \\
+        --chosen data/familiar.txt
 
 With `--popular data/popular.txt` it makes the rows that are shown more often than the others while the demonstration
 model is trained (not embedded; spaces/model/README.md has the recipe).
@@ -64,6 +65,20 @@ def pick(labels: Sequence[int], per_class: int) -> list[int]:
     return sorted(int(row) for row in picked)
 
 
+def choose(names: Sequence[str], lines: Sequence[str]) -> list[tuple[int, str]]:
+    """
+    The row of each line, `name, word`, and its word. Empty lines and those that begin with # are passed over.
+
+    Raises:
+        ValueError: If the set has no such name.
+    """
+    pairs = [[part.strip() for part in line.split(",")] for line in lines if line.strip() and line[0] != "#"]
+    missing = [name for name, _ in pairs if name not in names]
+    if missing:
+        raise ValueError(f"the set has no emoji {missing[0]!r}. Correct the list.")
+    return [(names.index(name), word) for name, word in pairs]
+
+
 def repeat_popular(names: Sequence[str], labels: Sequence[int], lines: Sequence[str]) -> list[tuple[int, str]]:
     """
     Rows and what they are called, over and over: in each class that has any, about as many as the class has rows.
@@ -80,7 +95,12 @@ def repeat_popular(names: Sequence[str], labels: Sequence[int], lines: Sequence[
 
 
 def convert(
-    source: Path, target: Path, size: int = 32, per_class: int | None = None, popular: Path | None = None
+    source: Path,
+    target: Path,
+    size: int = 32,
+    per_class: int | None = None,
+    popular: Path | None = None,
+    chosen: Path | None = None,
 ) -> int:
     """
     Writes the columns `image` (at `size`), `text` and `label` of `source` to `target`. The feature types of `datasets`
@@ -91,6 +111,7 @@ def convert(
         size (`int`): As of `encode`.
         per_class (`int`, *optional*): How many rows of each class are kept; `None`: all.
         popular (`Path`, *optional*): The file whose lines `repeat_popular` takes; `None`: every row once.
+        chosen (`Path`, *optional*): The file whose lines `choose` takes; `None`: all rows, by their names.
 
     Returns:
         `int`: The number of rows written.
@@ -98,9 +119,11 @@ def convert(
     table = pq.read_table(source)
     if per_class is not None:
         table = table.take(pick(table["label"].to_pylist(), per_class))
-    if popular is not None:
-        lines = popular.read_text(encoding="utf-8").splitlines()
-        rows, words = zip(*repeat_popular(table["text"].to_pylist(), table["label"].to_pylist(), lines), strict=True)
+    if popular is not None or chosen is not None:
+        lines = (popular or chosen).read_text(encoding="utf-8").splitlines()
+        names, labels = table["text"].to_pylist(), table["label"].to_pylist()
+        pairs = choose(names, lines) if popular is None else repeat_popular(names, labels, lines)
+        rows, words = zip(*pairs, strict=True)
         table = table.take(rows)
         table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(words))
     source_features = Features.from_arrow_schema(table.schema)
@@ -123,9 +146,11 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="parquet file to write")
     parser.add_argument("--size", type=int, choices=(32, 64), default=32, help="pixels of the images to write")
     parser.add_argument("--per_class", type=int, help="rows of each class to keep, drawn with seed 0; all by default")
-    parser.add_argument("--popular", type=Path, help="list of names whose rows are repeated, and no others")
+    lists = parser.add_mutually_exclusive_group()
+    lists.add_argument("--popular", type=Path, help="list of names whose rows are repeated, and no others")
+    lists.add_argument("--chosen", type=Path, help="list of names, each with a word for it; no others are kept")
     args = parser.parse_args()
-    rows = convert(args.source, args.target, args.size, args.per_class, args.popular)
+    rows = convert(args.source, args.target, args.size, args.per_class, args.popular, args.chosen)
     print(f"{args.target}: {rows} images, {args.target.stat().st_size / 1e6:.2f} MB")
 
 

@@ -20,7 +20,7 @@ import threading
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -31,6 +31,8 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image, ImageDraw, ImageFont
 from space_models import (
     ANY_CATEGORY,
+    BASE,
+    LATENTS,
     LIMITS,
     MAX_CONTROLNET_SCALE,
     MAX_IMAGE_SIDE,
@@ -50,6 +52,7 @@ from space_server import (
     MAX_WAITING,
     PROXIES,
     Page,
+    added_later,
     limit_drawings,
     readable_errors,
     serve,
@@ -89,12 +92,15 @@ CONTROLS: dict[str, Any] = {"min_width": 280, "elem_classes": "controls"}
 RESULTS: dict[str, Any] = {"min_width": 280, "elem_classes": "results"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "queue": False}
 TRACKER = gr.Progress()  # Gradio finds it as a default value and passes the progress bar of the call instead
+# Their seeds are the defaults: nothing is picked.
 EXAMPLES = (
-    Recipe("fire", num_images=2),
-    Recipe("red heart", "Smileys & Emotion", seed=1, num_images=2),
-    Recipe("grinning face", "Smileys & Emotion", sampler="DDPM", seed=2, num_images=2),
-    Recipe("", "Flags", seed=3, num_images=2),
+    Recipe("grinning face", "Smileys & Emotion"),
+    Recipe("fire"),
+    Recipe("", "Flags"),
+    Recipe("red heart", "Smileys & Emotion"),
+    Recipe("woman", "People & Body"),
 )
+KINDS = {LATENTS: "in latents", BASE: "in pixels"}
 INFO = {
     "guidance_scale": "How closely the images follow the prompt; 1 is off.",
     "classifier_scale": "How strongly a classifier guides towards the category; 0 is off.",
@@ -105,8 +111,8 @@ OTHER_WEIGHTS = "The recipe belongs to other weights than those of this Space, s
 Image.MAX_IMAGE_PIXELS = MAX_IMAGE_SIDE**2 // 2
 INTRODUCTION = """
 # Emoji from small diffusion models
-Pixel-space models of diffusers-adm, trained on emoji for this page. They know things that have an emoji, and little
-else. Images are deleted from the server after a minute; their link makes the same ones again.
+Type a word and get four new emoji. The models of diffusers-adm behind this page were trained on emoji only, so ask for
+things that have one. Images are deleted from the server after a minute; their link makes the same ones again.
 """
 
 
@@ -208,12 +214,13 @@ class Space:
         seed,
         num_images,
         upscale,
+        model,
         progress=TRACKER,
     ):
         """Generates images from a prompt, a category or both. Also returns the recipe, as JSON and as a link."""
         with readable_errors():
             recipe = Recipe(
-                prompt, category, guidance_scale, classifier_scale, steps, sampler, seed, num_images, upscale
+                prompt, category, guidance_scale, classifier_scale, steps, sampler, seed, num_images, upscale, model
             )
             self.models.check(recipe)
         yield from self._generate(recipe, progress)
@@ -256,13 +263,14 @@ class Space:
         finally:
             self.nobody_waits.set()
 
-    def edit(self, drawing, prompt, category, guidance_scale, steps, seed, num_images, progress=TRACKER):
+    def edit(self, drawing, prompt, category, guidance_scale, steps, seed, num_images, model, progress=TRACKER):
         """Inpaints the painted part of an image (RePaint)."""
         with readable_errors():
-            recipe = Recipe(prompt, category, guidance_scale, steps=steps, seed=seed, num_images=num_images)
+            numbers = {"steps": steps, "seed": seed, "num_images": num_images}
+            recipe = Recipe(prompt, category, guidance_scale, **numbers, model=model)
             self.models.check(recipe)
             background, layers = read_editor(drawing)
-            image, mask = self.models.read_image(background), self.models.read_mask(layers)
+            image, mask = self.models.read_image(background, model), self.models.read_mask(layers, model)
         for status, images, _ in self._run(functools.partial(self.models.inpaint, recipe, image, mask), progress):
             yield images, status
 
@@ -350,6 +358,13 @@ def slider(name: str, value: float | None = None, info: str | None = None) -> gr
     return gr.Slider(low, high, value, step=step, label=label, info=info or INFO.get(name))
 
 
+def model_choice(models: Models) -> gr.Radio:
+    """The last argument of its functions, so that calls from before there was a choice stay valid."""
+    names = [(f"{models.size(name)} x {models.size(name)}, {KINDS[name]}", name) for name in models.pipelines]
+    choice = gr.Radio(names, value=models.default_model, label="Model", visible=len(names) > 1)
+    return added_later(choice)
+
+
 def seed_box() -> gr.Number:
     label, low, high, _ = LIMITS["seed"]
     seed = gr.Number(0, label=label, precision=0, minimum=low, maximum=high)
@@ -394,6 +409,12 @@ def status_line() -> gr.Textbox:
     return gr.Textbox("Ready.", label="Status", interactive=False, max_lines=1)
 
 
+def offer_options(model: str, classifier_scale: float, upscale: bool) -> tuple[gr.Column, float, bool]:
+    """Shows the options that only the base model has; otherwise hides them and switches them off."""
+    is_base = model == BASE
+    return gr.Column(visible=is_base), classifier_scale if is_base else 0, upscale and is_base
+
+
 def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Gallery]:
     """Returns the controls of a recipe, in its order, and the gallery."""
     with gr.Row():
@@ -404,10 +425,12 @@ def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Ga
                 examples = gr.Column()
                 guidance, images, seed = slider("guidance_scale"), slider("num_images"), seed_box()
                 with gr.Accordion("More", open=False):
-                    classifier, steps = slider("classifier_scale"), slider("steps")
+                    model, steps = model_choice(space.models), slider("steps")
                     sampler = gr.Dropdown(list(SAMPLERS), value=Recipe().sampler, label="Sampler")
-                    can_upsample = space.models.upsampler is not None
-                    upscale = gr.Checkbox(False, label="Upsample to 64 x 64", interactive=can_upsample)
+                    with gr.Column(visible=space.models.default_model == BASE) as only_base:
+                        classifier = slider("classifier_scale")
+                        can_upsample = space.models.upsampler is not None
+                        upscale = gr.Checkbox(False, label="Upsample to 64 x 64", interactive=can_upsample)
         with gr.Column(**RESULTS):
             status, results = status_line(), gallery()
             download = gr.DownloadButton("Download images and recipe", size="sm")
@@ -415,12 +438,14 @@ def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Ga
             with gr.Accordion("Reproduce", open=False):
                 recipe = gr.Textbox(label="Recipe (JSON)", lines=6, elem_id="recipe")
                 again = gr.Button("Generate from this recipe")
-    controls = [prompt, category, guidance, classifier, steps, sampler, seed, images, upscale]
+    controls = [prompt, category, guidance, classifier, steps, sampler, seed, images, upscale, model]
     outputs = [results, status, recipe, link, download]
     options: dict[str, Any] = {"outputs": outputs, "show_progress_on": status, **ONE_AT_A_TIME}
     gr.on([button.click, prompt.submit], space.generate, controls, api_name="generate", **options)
     again.click(space.reproduce, recipe, api_name="reproduce", **options)
-    recipes = [recipe for recipe in EXAMPLES if recipe.category in space.models.categories]
+    model.change(offer_options, [model, classifier, upscale], [only_base, classifier, upscale], **PRIVATE)
+    default = space.models.default_model
+    recipes = [replace(recipe, model=default) for recipe in EXAMPLES if recipe.category in space.models.categories]
     with examples:
         gr.Examples(
             [list(astuple(recipe)) for recipe in recipes],
@@ -446,15 +471,20 @@ def edit_tab(space: Space, generated: gr.Gallery) -> None:
             with gr.Column(elem_classes="settings"):
                 guidance, steps = slider("guidance_scale"), slider("steps")
                 images, seed = slider("num_images", 2), seed_box()
+                model = model_choice(space.models)
         with gr.Column(**RESULTS):
             status, results = status_line(), gallery()
     first.click(first_image, generated, drawing, **PRIVATE)
-    inputs, outputs = [drawing, prompt, category, guidance, steps, seed, images], [results, status]
+    inputs, outputs = [drawing, prompt, category, guidance, steps, seed, images, model], [results, status]
     button.click(space.edit, inputs, outputs, api_name="edit", show_progress_on=status, **ONE_AT_A_TIME)
 
 
 def sketch_tab(space: Space) -> None:
-    gr.Markdown("Draw outlines, or upload an image to use its edges. Then describe what it shows.")
+    size = space.models.size()
+    gr.Markdown(
+        "Draw outlines, or upload an image to use its edges. Then describe what it shows. This uses the model of "
+        f"{size} x {size} pixels with a ControlNet."
+    )
     with gr.Row():
         with gr.Column(**CONTROLS):
             drawing = image_editor("Sketch", "sketch-drawing", gr.Brush(4, ["#000000"], color_mode="fixed"))
@@ -488,7 +518,8 @@ def picture_box(label: str, elem_id: str) -> gr.Image:
 def variations_tab(space: Space) -> None:
     gr.Markdown(
         "Upload a picture, or take one. Its CLIP embedding says what it shows, but not where each pixel is, so the "
-        "model generates other pictures of the same kind. With a second picture, move the slider from one to the other."
+        "model generates other pictures of the same kind. With a second picture, move the slider between them. "
+        f"The images have {space.models.variation_size} x {space.models.variation_size} pixels."
     )
     with gr.Row():
         with gr.Column(**CONTROLS):
@@ -522,6 +553,11 @@ def variations_tab(space: Space) -> None:
 
 
 def look_inside_tab(space: Space) -> None:
+    size = space.models.size()
+    gr.Markdown(
+        f"How one image emerges from noise. This uses the model of {size} x {size} pixels, for which bits "
+        "per dimension are defined."
+    )
     with gr.Row():
         with gr.Column(**CONTROLS):
             prompt, category = prompt_and_category(space.models, "fire")

@@ -44,6 +44,9 @@ MAX_CONTROLNET_SCALE = 2
 MAX_IMAGE_SIDE = 4096  # pixels, for uploads
 MAX_RECIPE_LENGTH = 2000  # characters
 ANY_CATEGORY = "any"
+# Folders of the models that generate from prompts and categories. The first one that is there is the page's choice;
+# recipes that name none, because they are older than the second model, mean the last one.
+LATENTS, BASE = MODEL_NAMES = ("latents", "base")
 SAMPLERS = {
     "DDPM": LearnedVarianceDDPMScheduler,
     "DDIM": LearnedVarianceDDPMScheduler,  # with eta = 0
@@ -84,6 +87,7 @@ class Recipe:
         seed (`int`): Random seed of the first image; the other images have the next seeds.
         num_images (`int`): Number of images.
         upscale (`bool`): Whether to upsample the images.
+        model (`str`): One of `MODEL_NAMES`.
 
     Raises:
         ValueError: If a value has the wrong type or is out of range.
@@ -98,6 +102,7 @@ class Recipe:
     seed: int = 0
     num_images: int = 4
     upscale: bool = False
+    model: str = BASE
 
     def __post_init__(self):
         prompt = "" if self.prompt is None else self.prompt
@@ -109,6 +114,7 @@ class Recipe:
         for name, limits in LIMITS.items():
             object.__setattr__(self, name, check_number(getattr(self, name), *limits))
         check_choice(self.sampler, "sampler", list(SAMPLERS))
+        check_choice(self.model, "model", list(MODEL_NAMES))
         if not isinstance(self.category, str):
             raise ValueError(f"The category is {short(self.category)}. Choose one by its name, or {ANY_CATEGORY!r}.")
         if not isinstance(self.upscale, bool):
@@ -164,12 +170,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Step:
-    """Step `done` of `total` is finished; `previews` are the predicted x_0."""
+    """Step `done` of `total` is finished. `make_previews` makes images of the predicted x_0."""
 
     done: int
     total: int
     task: str
-    previews: list[Image.Image]
+    make_previews: Callable[[], list[Image.Image]] = list
+
+    @functools.cached_property
+    def previews(self) -> list[Image.Image]:
+        """The predicted x_0. Made when they are first asked for, since decoding those of all steps would take long."""
+        return self.make_previews()
 
 
 OnStep = Callable[[Step], None]
@@ -201,8 +212,8 @@ class Models:
     The networks of the Space, loaded once. Each call makes its own pipeline and scheduler, which hold state.
 
     Args:
-        folder (`Path`): With the pipeline `base/` and optionally the pipelines `upsampler/` and `unclip/` and the
-            ControlNet `controlnet/`.
+        folder (`Path`): With the pipeline `base/` and optionally the pipelines `latents/`, `upsampler/` and `unclip/`
+            and the ControlNet `controlnet/`.
         device (`str`, *optional*): The default is the GPU if there is one, otherwise the CPU.
 
     Raises:
@@ -226,7 +237,10 @@ class Models:
             options = {"dtype": torch.float32, "local_files_only": True, "variant": variant}
             return model_class.from_pretrained(folder / name, **options).to(device)
 
-        self.base: ADMPipeline = load(ADMPipeline, "base")
+        self.base: ADMPipeline = load(ADMPipeline, BASE)
+        latents: ADMPipeline | None = load(ADMPipeline, LATENTS)
+        # By name, the page's choice first.
+        self.pipelines = {BASE: self.base} if latents is None else {LATENTS: latents, BASE: self.base}
         self.upsampler = load(ADMSuperResolutionPipeline, "upsampler")
         self.controlnet = load(AdaGNControlNetModel, "controlnet")
         self.unclip: ADMUnCLIPPipeline | None = load(ADMUnCLIPPipeline, "unclip")
@@ -244,27 +258,40 @@ class Models:
         return self.unclip.unet.config.sample_size * self.unclip.vae_scale_factor
 
     @property
-    def size(self) -> int:
-        """Height and width of the images of the base model, in pixels."""
-        return self.base.unet.config.sample_size
+    def default_model(self) -> str:
+        """Name of the model that the page chooses."""
+        return next(iter(self.pipelines))
+
+    def size(self, model: str = BASE) -> int:
+        """Height and width of the images of a model, in pixels."""
+        pipe = self._model(model)
+        return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     @property
     def categories(self) -> list[str]:
         """Names of the classes, and "any"."""
         return [ANY_CATEGORY, *(self.base.id2label or {}).values()]
 
+    def _model(self, name: str) -> ADMPipeline:
+        check_choice(name, "model", list(self.pipelines))
+        return self.pipelines[name]
+
     def check(self, recipe: Recipe) -> None:
         """Raises a ValueError if these models cannot follow the recipe."""
-        check_choice(recipe.category, "category", self.categories)
+        pipe = self._model(recipe.model)
+        check_choice(recipe.category, "category", [ANY_CATEGORY, *(pipe.id2label or {}).values()])
         if recipe.upscale and self.upsampler is None:
             raise ValueError("This Space has no upsampler. Switch upsampling off.")
         if recipe.classifier_scale > 0 and self.base.classifier is None:
             raise ValueError("This Space has no classifier. Set classifier guidance to 0.")
+        if recipe.model != BASE and (recipe.upscale or recipe.classifier_scale > 0):
+            what = "Upsampling" if recipe.upscale else "Classifier guidance"
+            raise ValueError(f"{what} needs the model {BASE!r}. Choose it, or switch {what.lower()} off.")
 
     def generate(self, recipe: Recipe, on_step: OnStep) -> list[Image.Image]:
-        """Generates images with the base model, and upsamples them if the recipe says so."""
+        """Generates images, and upsamples them if the recipe says so."""
         self.check(recipe)
-        pipe = self._pipeline(ADMPipeline, recipe.sampler)
+        pipe = self._pipeline(ADMPipeline, recipe)
         images = self._sample(pipe, recipe, on_step, classifier_guidance_scale=recipe.classifier_scale)
         return self._upsample(images, recipe, on_step) if recipe.upscale else images
 
@@ -272,16 +299,17 @@ class Models:
         """Inpaints the white part of the mask with RePaint, which requires ancestral steps."""
         recipe = replace(recipe, sampler="DDPM")
         self.check(recipe)
-        pipe = self._pipeline(ADMInpaintPipeline, recipe.sampler)
+        pipe = self._pipeline(ADMInpaintPipeline, recipe)
         return self._sample(pipe, recipe, on_step, image=image, mask_image=mask)
 
     def sketch(self, recipe: Recipe, condition: Image.Image, scale: float, on_step: OnStep) -> list[Image.Image]:
-        """Generates images that follow a sketch of white lines on black."""
+        """Generates images that follow a sketch of white lines on black, with the base model."""
+        recipe = replace(recipe, model=BASE)
         self.check(recipe)
         scale = check_number(scale, "Strength of the sketch", 0, MAX_CONTROLNET_SCALE, float)
         if self.controlnet is None:
             raise ValueError("This Space has no ControlNet, so it cannot follow sketches.")
-        pipe = self._pipeline(ADMControlNetPipeline, recipe.sampler, controlnet=self.controlnet)
+        pipe = self._pipeline(ADMControlNetPipeline, recipe, controlnet=self.controlnet)
         return self._sample(pipe, recipe, on_step, image=condition, controlnet_conditioning_scale=scale)
 
     def variations(self, recipe: Recipe, image: Image.Image, on_step: OnStep) -> list[Image.Image]:
@@ -345,7 +373,7 @@ class Models:
         if key not in self._inversions:
 
             def report(pipe: ADMPipeline, index: int, timestep: torch.Tensor, kwargs: dict) -> dict:
-                on_step(Step(index + 1, pipe.num_timesteps, "Inverting", []))
+                on_step(Step(index + 1, pipe.num_timesteps, "Inverting"))
                 return kwargs
 
             latents = pipe.invert(
@@ -362,10 +390,10 @@ class Models:
 
     @torch.no_grad()
     def look_inside(self, recipe: Recipe, on_step: OnStep) -> Inside:
-        """Generates one image with ancestral steps and records each of them."""
-        recipe = replace(recipe, num_images=1, upscale=False, sampler="DDPM")
+        """Generates one image with ancestral steps of the base model and records each of them."""
+        recipe = replace(recipe, num_images=1, upscale=False, sampler="DDPM", model=BASE)
         self.check(recipe)
-        pipe = self._pipeline(ADMPipeline, recipe.sampler)
+        pipe = self._pipeline(ADMPipeline, recipe)
         record: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         watch(pipe.scheduler, lambda *step: record.append(step))
         # In this form, the sampler, the distributions and the bound all use the same timesteps.
@@ -391,9 +419,9 @@ class Models:
             bits_per_dim=sum(terms) + prior,
         )
 
-    def read_image(self, image: Image.Image | None) -> Image.Image:
-        """Converts an image of any size and mode to the model's size, square on white."""
-        return fit(check_image(image), self.size)
+    def read_image(self, image: Image.Image | None, model: str = BASE) -> Image.Image:
+        """Converts an image of any size and mode to the size of a model, square on white."""
+        return fit(check_image(image), self.size(model))
 
     def read_variation(self, image: Image.Image | None) -> Image.Image:
         """Converts an image of any size and mode to the size of variations, square on white."""
@@ -401,9 +429,9 @@ class Models:
             raise ValueError("This Space has no decoder of image embeddings, so it cannot make variations.")
         return fit(check_image(image), self.variation_size)
 
-    def read_mask(self, layers: list[Image.Image]) -> Image.Image:
+    def read_mask(self, layers: list[Image.Image], model: str = BASE) -> Image.Image:
         """The mask of the painted pixels, white where the image is inpainted."""
-        mask = fit_mask(painted(layers), self.size, coverage=0.5)
+        mask = fit_mask(painted(layers), self.size(model), coverage=0.5)
         if mask.getextrema() == (0, 0):
             raise ValueError("Nothing is marked. Paint over the part of the image to inpaint.")
         return mask
@@ -412,7 +440,7 @@ class Models:
         """Converts strokes to edges as in the training of the ControlNet: white lines on black, one pixel wide."""
         from skimage.morphology import skeletonize  # slow to import
 
-        strokes = np.array(fit_mask(painted(layers), self.size, coverage=STROKE_COVERAGE)) > 0
+        strokes = np.array(fit_mask(painted(layers), self.size(), coverage=STROKE_COVERAGE)) > 0
         if not strokes.any():
             raise ValueError("The sketch is empty. Draw something, or upload an image to use its edges.")
         return Image.fromarray(np.where(skeletonize(strokes), 255, 0).astype(np.uint8)).convert("RGB")
@@ -421,9 +449,11 @@ class Models:
         """The edges of an image, as in the training of the ControlNet."""
         return make_condition(self.read_image(image), "edges")
 
-    def _pipeline(self, pipeline_class: type[ADMPipeline], sampler: str, **components: Any) -> ADMPipeline:
-        parts = {**self.base.components, "scheduler": make_scheduler(self.base.scheduler, sampler), **components}
-        pipe = pipeline_class(**parts, id2label=self.base.config.id2label)
+    def _pipeline(self, pipeline_class: type[ADMPipeline], recipe: Recipe, **components: Any) -> ADMPipeline:
+        model = self._model(recipe.model)
+        scheduler = make_scheduler(model.scheduler, recipe.sampler)
+        parts = {**model.components, "scheduler": scheduler, **components}
+        pipe = pipeline_class(**parts, id2label=model.config.id2label)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -516,10 +546,15 @@ def previews_of(pipe: ADMPipeline, on_step: OnStep, task: str) -> Callable[..., 
     watch(pipe.scheduler, lambda *step: latest.append(step[-1]))
 
     def report(pipe: ADMPipeline, index: int, timestep: torch.Tensor, kwargs: dict) -> dict:
-        x_0 = latest[-1] if pipe.vae is None else LatentSpace(pipe.vae).decode(latest[-1])
-        # With RePaint, `num_timesteps` includes the resampling.
-        on_step(Step(index + 1, max(pipe.num_timesteps, index + 1), task, _to_images(x_0)))
+        x_0 = latest.pop()
         latest.clear()
+
+        @torch.no_grad()
+        def make_previews() -> list[Image.Image]:
+            return _to_images(x_0 if pipe.vae is None else LatentSpace(pipe.vae).decode(x_0))
+
+        # With RePaint, `num_timesteps` includes the resampling.
+        on_step(Step(index + 1, max(pipe.num_timesteps, index + 1), task, make_previews))
         return kwargs
 
     return report
@@ -557,11 +592,16 @@ def stream(work: Callable[[OnStep], T], seconds_between: float = SECONDS_BETWEEN
     """
     events: queue.Queue = queue.Queue()
     is_closed = threading.Event()
+    last = -math.inf
 
     def on_step(step: Step) -> None:
+        nonlocal last
         if is_closed.is_set():
             raise InterruptedError("The visitor has left.")
-        events.put(step)
+        if time.monotonic() - last >= seconds_between:
+            step.previews  # noqa: B018 - made here, in the thread that samples
+            events.put(step)
+            last = time.monotonic()
 
     def run() -> None:
         try:
@@ -571,12 +611,9 @@ def stream(work: Callable[[OnStep], T], seconds_between: float = SECONDS_BETWEEN
             events.put(error)  # raised again below, so that the page can show it
 
     sampling_jobs().put(run)
-    last = -math.inf
     try:
         while isinstance(event := events.get(), Step):
-            if time.monotonic() - last >= seconds_between:
-                last = time.monotonic()
-                yield event
+            yield event
         if isinstance(event, Exception):
             raise event
         yield event

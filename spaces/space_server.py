@@ -67,6 +67,7 @@ OPEN_ROUTES = re.compile(
     r"file=.+|info|openapi\.json|app_id|login_check|startup-events|theme\.css)/?"
 )
 CALLS = tuple(f"{API}/{route}" for route in ("call/", "queue/join", "run/"))
+ADDED_LATER = "added-later"  # a class of elements of the page
 LOG = logging.getLogger("diffusers_adm.space")
 
 
@@ -228,6 +229,20 @@ class Files:
 # Values of a call
 
 
+def added_later(component: gr.Radio) -> gr.Radio:
+    """Marks one of the last input components of a function: calls without its value get its default."""
+    component.elem_classes = [*(component.elem_classes or []), ADDED_LATER]
+    return component
+
+
+def with_defaults(components: Sequence[gr.components.Component], values: Sequence[Any]) -> list[Any]:
+    """The values of a call, and the defaults of the components that its function did not have before."""
+    missing = components[len(values) :]
+    if all(ADDED_LATER in (component.elem_classes or []) for component in missing):
+        return [*values, *(component.value for component in missing)]
+    return list(values)
+
+
 def check_values(components: Sequence[gr.components.Component], values: Sequence[Any], files: Files) -> list[str]:
     """
     Checks the values of a call, as they came, for the input components. Returns the paths of their files.
@@ -248,7 +263,7 @@ def check_values(components: Sequence[gr.components.Component], values: Sequence
         elif isinstance(component, gr.Checkbox):
             if not isinstance(value, bool):
                 raise ValueError(f"{label} is {short(value)}. It must be true or false.")
-        elif isinstance(component, gr.Dropdown):
+        elif isinstance(component, (gr.Dropdown, gr.Radio)):
             check_choice(value, label, [str(choice) for _, choice in component.choices])
         elif isinstance(component, gr.Textbox):
             if value is not None and not isinstance(value, str):
@@ -364,6 +379,7 @@ class Page(gr.Blocks):
     files: Files | None = None  # none while the page is built
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
+        inputs = with_defaults(block_fn.inputs, inputs)
         if self.files is not None:
             with readable_errors():
                 # Reads the first bytes of files.

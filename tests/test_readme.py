@@ -39,6 +39,7 @@ CHANGES = {
 LEFT_OUT = {
     "push-space user/name": "builds a wheel; tests/hub/test_hub_space.py runs it",
     "pip install -e": "installs from the network",
+    "make demo": "installs from the network",
     "--checkpoint lsun_cat.pt": "a published file of 2 GB; tests/conversion/ runs the command on small ones",
     'custom_pipeline="pipeline"': "needs a machine without this package; tests/hub/test_hub_repositories.py runs it",
 }

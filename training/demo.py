@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """
-`make demo`: fine-tunes the demonstration model to another style, and generates from the same noise before and after.
+`make demo`: teaches the demonstration model new images by name, and generates from the same noise before and after.
 
-The model in spaces/model generates Noto emoji. It is trained by `accelerate launch training/train_adm.py` with the
-recipe configs/emoji_32_twemoji.yaml on some 200 Twemoji. In addition to the loss curves of the training, this writes
-two images: samples of both models by prompt, and the denoising of one sample.
+The model in spaces/model/latents generates 64x64 emoji in the style of Noto. It is fine-tuned by `accelerate launch
+training/train_adm.py` with the recipe configs/emoji_64_twemoji.yaml on 24 Twemoji of familiar things, each with one
+word. In addition to the loss curves of the training, this writes two images: a sample for each word, before and after,
+above the image that it was to learn; and the denoising of one sample.
 """
 
 from __future__ import annotations
@@ -18,28 +19,24 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import load_dataset
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_adm import ADMPipeline
 from diffusers_adm.commands.errors import CommandError, add_debug_argument, run_command
+from diffusers_adm.conditioning.latents import LatentSpace
 from diffusers_adm.training import labelled_grid
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_OUTPUT_DIR = Path("outputs/demo")
-# Prompts and their categories. Only the first two are in the training data of the new style.
-PROMPTS = {
-    "red apple": "Food & Drink",
-    "bus": "Travel & Places",
-    "grinning face": "Smileys & Emotion",
-    "red heart": "Smileys & Emotion",
-    "dog face": "Animals & Nature",
-    "france flag": "Flags",
-}
-SAMPLES_PER_PROMPT = 3
+NEW_IMAGES = REPOSITORY / "data" / "twemoji-64" / "train.parquet"
+COLUMNS = 8
 STRIP_IMAGES = 10
-STRIP_PROMPT = "grinning face"
+STRIP_PROMPT = "fire"
+SCALE = 2  # pixels of the figures for each pixel of an image
+GAP = 24  # pixels between two rows of words
 
 
 def train(output_dir: Path, arguments: list[str]) -> None:
@@ -48,7 +45,7 @@ def train(output_dir: Path, arguments: list[str]) -> None:
     # By default, `accelerate launch` sets one thread per process, or as many as there are physical cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     command += ["--num_cpu_threads_per_process", str(cores)]
-    command += [str(REPOSITORY / "training" / "train_adm.py"), "--config", "training/configs/emoji_32_twemoji.yaml"]
+    command += [str(REPOSITORY / "training" / "train_adm.py"), "--config", "training/configs/emoji_64_twemoji.yaml"]
     # The recipe's paths are relative to the repository.
     done = subprocess.run([*command, "--output_dir", str(output_dir), *arguments], cwd=REPOSITORY)
     if done.returncode != 0:
@@ -62,32 +59,51 @@ def load(folder: Path, **kwargs) -> ADMPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def generate(pipeline: ADMPipeline, args: argparse.Namespace) -> list[Image.Image]:
-    """`SAMPLES_PER_PROMPT` samples of each prompt, with the same seeds for each."""
-    prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
+def generate(pipeline: ADMPipeline, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
+    """One sample of each prompt, each with its own seed."""
     return pipeline(
         prompts,
-        class_labels=[PROMPTS[prompt] for prompt in prompts],
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
-        generator=[torch.Generator().manual_seed(i % SAMPLES_PER_PROMPT) for i in range(len(prompts))],
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
     ).images
+
+
+def comparison(
+    prompts: list[str], before: list[Image.Image], after: list[Image.Image], originals: list[Image.Image]
+) -> Image.Image:
+    """Below each prompt the sample before, the sample after, and the training image."""
+    rows = {"before": before, "after": after, "to be learned": originals}
+    grids = []
+    for start in range(0, len(prompts), COLUMNS):
+        block = slice(start, start + COLUMNS)
+        images = [image for row in rows.values() for image in row[block]]
+        grids.append(labelled_grid(images, len(rows), len(prompts[block]), list(rows), prompts[block], scale=SCALE))
+    size = max(grid.width for grid in grids), sum(grid.height for grid in grids) + GAP * (len(grids) - 1)
+    canvas, y = Image.new("RGB", size, "white"), 0
+    for grid in grids:
+        canvas.paste(grid, (0, y))
+        y += grid.height + GAP
+    return canvas
 
 
 def denoising_strip(pipeline: ADMPipeline, num_inference_steps: int, **kwargs) -> dict[str, Image.Image]:
     """The sample at `STRIP_IMAGES` evenly spaced steps from noise to result, by label."""
     shown = [round(i * num_inference_steps / (STRIP_IMAGES - 1)) for i in range(STRIP_IMAGES)]
-    size = pipeline.unet.config.sample_size
-    latents = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(11))
-    frames = {0: latents}
+    config = pipeline.unet.config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    frames = {0: latents.to(pipeline.device)}
 
     def keep(_, step: int, __, callback_kwargs: dict) -> dict:
         if step + 1 in shown:
-            frames[step + 1] = callback_kwargs["latents"].cpu()
+            frames[step + 1] = callback_kwargs["latents"]
         return callback_kwargs
 
     pipeline(latents=latents, num_inference_steps=num_inference_steps, callback_on_step_end=keep, **kwargs)
-    images = pipeline.image_processor.postprocess(torch.cat(list(frames.values())), output_type="pil")
+    with torch.no_grad():
+        samples = LatentSpace(pipeline.vae).decode(torch.cat(list(frames.values())))
+    images = pipeline.image_processor.postprocess(samples, output_type="pil")
     return {f"step {step}": image for step, image in zip(frames, images, strict=True)}
 
 
@@ -95,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT_DIR)
     parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
     add_debug_argument(parser)
     args, train_arguments = parser.parse_known_args()
     if args.debug:
@@ -108,31 +124,28 @@ def main() -> None:
     # Only the default folder is emptied, unless its run is resumed.
     if args.output_dir == DEFAULT_OUTPUT_DIR and not any("resume_from_checkpoint" in a for a in train_arguments):
         shutil.rmtree(output_dir, ignore_errors=True)
-    before = generate(load(REPOSITORY / "spaces" / "model" / "base", variant="fp16"), args)
+    lessons = load_dataset("parquet", data_files=str(NEW_IMAGES), split="train")
+    prompts = list(lessons["text"])
+    before = generate(load(REPOSITORY / "spaces" / "model" / "latents", variant="fp16"), prompts, args)
     train(output_dir, train_arguments)
 
     pipeline = load(output_dir)
-    after = generate(pipeline, args)
-    scale = max(1, 64 // after[0].width)
-    rows = [list(range(i, i + SAMPLES_PER_PROMPT)) for i in range(0, len(after), SAMPLES_PER_PROMPT)]
-    images = [images[i] for row in rows for images in (before, after) for i in row]
-    columns = [name for name in ("before", "after") for _ in range(SAMPLES_PER_PROMPT)]
-    labelled_grid(images, len(rows), len(columns), list(PROMPTS), columns, scale=scale).save(output_dir / "samples.png")
+    after = generate(pipeline, prompts, args)
+    comparison(prompts, before, after, list(lessons["image"])).save(output_dir / "samples.png")
 
     strip = denoising_strip(
         pipeline,
         args.num_inference_steps,
         prompt=STRIP_PROMPT,
-        class_labels=PROMPTS[STRIP_PROMPT],
         guidance_scale=args.guidance_scale,
     )
-    labelled_grid(list(strip.values()), 1, len(strip), [STRIP_PROMPT], list(strip), scale=scale).save(
+    labelled_grid(list(strip.values()), 1, len(strip), [STRIP_PROMPT], list(strip), scale=SCALE).save(
         output_dir / "denoising.png"
     )
 
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Look at:")
     for name, content in (
-        ("samples.png", "samples from the same noise, before and after"),
+        ("samples.png", "a sample for each word before and after, from the same noise, and what was to be learned"),
         ("denoising.png", "one sample, from noise to image"),
         ("loss_curves.png", "loss, its terms, and by quarter of the timesteps"),
     ):

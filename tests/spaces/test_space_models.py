@@ -309,7 +309,7 @@ def test_recipes_that_these_models_cannot_follow(models, models_folder, tmp_path
 def test_stream_ends_with_the_result():
     def draw(on_step):
         for i in range(3):
-            on_step(Step(i + 1, 3, "Generating", []))
+            on_step(Step(i + 1, 3, "Generating"))
         return "image"
 
     events = list(stream(draw, seconds_between=0))
@@ -333,7 +333,7 @@ def test_sampling_ends_when_the_visitor_leaves():
         try:
             for i in range(1000):
                 steps.append(i)
-                on_step(Step(i + 1, 1000, "Generating", []))
+                on_step(Step(i + 1, 1000, "Generating"))
                 time.sleep(0.005)
         finally:
             ended.set()

@@ -126,7 +126,7 @@ def test_wrong_values(visitor, change, message):
 
 
 def test_wrong_number_of_values(visitor):
-    assert error_of(visitor, "generate", GENERATE[:3]).startswith("3 values were sent. It must be 9: Prompt, ")
+    assert error_of(visitor, "generate", GENERATE[:3]).startswith("3 values were sent. It must be 10: Prompt, ")
 
 
 @pytest.mark.parametrize(
