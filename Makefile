@@ -1,4 +1,4 @@
-# make demo | space | test | test-portable | faults | contracts | lint | format | types | bench | clean | distclean
+# make demo | space | test | test-portable | faults | contracts | docs | lint | format | types | bench | clean | distclean
 #
 # Every target installs its dependencies into ./.venv: the first run downloads packages for some minutes, later runs start
 # at once, and a change of pyproject.toml or constraints.txt triggers a new installation.
@@ -20,7 +20,7 @@ FAULTS_ARGS ?=
 BENCH      ?= unet sampling
 BENCH_ARGS ?=
 
-.PHONY: help demo space test test-portable faults contracts lint format types bench clean distclean
+.PHONY: help demo space test test-portable faults contracts docs lint format types bench clean distclean
 # The thousands of lines of tests and sources are compiled once, not again by each process that a test starts.
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
@@ -33,6 +33,7 @@ help:
 	@echo 'make test-portable  run the numerical tests with other CPU instructions, one thread and perturbed last bits'
 	@echo 'make faults    kill, starve and damage training runs, resume them, and compare (FAULTS_ARGS=--short for minutes)'
 	@echo 'make contracts run the common tests from a checkout of diffusers on our classes (DIFFUSERS_REPO=...)'
+	@echo 'make docs      build the documentation as a site in outputs/site, and check its links'
 	@echo 'make lint      check style and layout (changes nothing)'
 	@echo 'make format    fix style and layout'
 	@echo 'make types     check types with mypy'
@@ -75,6 +76,12 @@ contracts: $(VENV)/.installed-test
 	PYTHONPATH="$(VENV)/contracts" DIFFUSERS_REPO="$(DIFFUSERS_REPO)" \
 	  $(PY) -m pytest -n 2 -q tests/diffusers_contracts $(TEST_ARGS)
 
+# Without a notice of the theme about its successor (see the extra `docs` in pyproject.toml).
+docs: $(VENV)/.installed-docs
+	$(PY) docs/site/prepare.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo 'Open outputs/site/index.html in a browser.'
+
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -96,6 +103,7 @@ HELD_train := train
 HELD_space := space
 HELD_test  := train space test
 HELD_dev   := train space test dev
+HELD_docs  := docs
 
 # setuptools is pinned and installed first, because the build below is not isolated: an isolated one would use the newest.
 $(VENV)/.installed-%: $(INPUTS) | $(VENV)/.created

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 from markdown_pages import REPOSITORY, blocks
 
+import diffusers_adm
+
 
 PAGES = [
     *REPOSITORY.glob("*.md"),
     *(path for folder in ("docs", "data", "spaces", "benchmarks") for path in (REPOSITORY / folder).rglob("*.md")),
 ]
+NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
+FRONT_PAGE = REPOSITORY / "docs" / "index.md"  # of the site, which `make docs` builds
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -37,7 +41,7 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_links_lead_somewhere(page):
     assert broken_links(page) == []
 
@@ -51,9 +55,48 @@ def test_broken_links_are_found(tmp_path):
     assert broken_links(page) == ["no.png", "other.md#no", "#no"]
 
 
+def pages_of_docs(pattern: str) -> set[str]:
+    docs = REPOSITORY / "docs"
+    return {path.relative_to(docs).as_posix() for path in docs.glob(pattern) if path != FRONT_PAGE}
+
+
 def test_readme_lists_every_page():
+    """But the front page of the site, which does for the site what the README does for the repository."""
     linked = set(LINK.findall((REPOSITORY / "README.md").read_text(encoding="utf-8")))
-    assert {f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")} <= linked
+    assert {f"docs/{page}" for page in pages_of_docs("*.md") | pages_of_docs("notebooks/*.ipynb")} <= linked
+
+
+def test_front_page_lists_every_page():
+    linked = set(LINK.findall(FRONT_PAGE.read_text(encoding="utf-8")))
+    assert pages_of_docs("**/*.md") | pages_of_docs("notebooks/*.ipynb") <= linked
+
+
+def test_menu_of_the_site_has_every_page_once():
+    config = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    menu = re.findall(r": (\S+\.md)$", config, re.M)
+    inside = sorted(page for page in menu if not page.startswith("repository/"))
+    notebooks = {f"notebooks/{path.stem}.md" for path in NOTEBOOKS}
+    assert inside == sorted({"index.md"} | pages_of_docs("**/*.md") | notebooks)
+    for page in set(menu) - set(inside):
+        assert (REPOSITORY / page.removeprefix("repository/")).is_file(), page
+
+
+def named_in_the_reference() -> list[str]:
+    pages = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "docs" / "api").glob("*.md"))
+    return re.findall(r"^::: ([\w.]+)$", pages, re.M)
+
+
+def test_names_in_the_reference_exist():
+    names = named_in_the_reference()
+    assert len(names) == len(set(names)) > 50
+    for name in names:
+        module, _, last = name.rpartition(".")
+        assert getattr(importlib.import_module(module), last).__module__ == module, name
+
+
+def test_reference_has_all_public_classes():
+    named = {name.rpartition(".")[2] for name in named_in_the_reference()}
+    assert set(diffusers_adm.__all__) - {"ModelMixin", "SchedulerMixin"} <= named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
