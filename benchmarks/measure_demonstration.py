@@ -1,23 +1,23 @@
 """
-Whether a text-conditional model of 64x64 emoji generates what a person asks for, as judged by a separate CLIP.
+Whether a text-conditional model of 64x64 emoji generates what a person asks for, in the eyes of a separate judge.
 
     measure_demonstration.py data --noto FILE --twemoji FILE --output_dir DATA
-    accelerate launch training/train_clip.py --config training/configs/judge_emoji_64.yaml --output_dir JUDGE
-    measure_demonstration.py check --judge JUDGE --data_dir DATA --test_files FILE FILE --output_dir DIR
+    accelerate launch training/train_clip.py --config training/configs/judge_emoji_64.yaml --output_dir CLIP
+    measure_demonstration.py check --data_dir DATA --clip CLIP --output_dir DIR
     measure_demonstration.py sample --model DIR --guidance_scales 2 3 4 --part choosing --output_dir DIR
     measure_demonstration.py sample --model DIR --guidance_scales 3 --output_dir DIR
-    measure_demonstration.py measure --judge JUDGE --data_dir DATA --samples FILE ... --output_dir DIR
+    measure_demonstration.py measure --data_dir DATA --clip CLIP --samples FILE ... --output_dir DIR
 
-The prompts are those of `data/prompts.json`, each with the names of the emoji that are right. For each sample the judge
+The prompts are those of `data/prompts.json`, each with the names of the emoji that are right. For each sample a judge
 ranks the names of all emoji without skin tones. The sample is right if one of the right names is among the first five.
 
-`data` makes the data of the judge from sets with the captions of `data/emoji_keywords.py`: emoji without
-skin tones and with a medium one, which then has the captions of the emoji without. Every twelfth name lacks its image
-of Twemoji, so that `check` measures the judge on unseen images of names that it knows; `--test_files` are images of
-emoji that it does not know.
+There are two judges. The first (`features`) ranks a name by the most similar of its real images, of Noto and Twemoji,
+in features of shape and colour whose differences within one emoji are whitened. The second, for comparison, is a small
+CLIP. `check` gives their accuracy on images of Twemoji that they do not know.
 
-The judge ranks names in two ways: by the similarity of the sample to the name (`names`), or to the most similar real
-image of that name (`images`). `check` gives the accuracy of both, and of the mean of both similarities (`both`).
+`data` makes the judges' data from sets with the captions of `data/emoji_keywords.py`: emoji without skin tones and
+with a medium one, which then has the captions of the emoji without. Every twelfth name lacks its image of Twemoji,
+which is kept for `check`.
 
 The first ten prompts are always reported one by one. The guidance scale is chosen on every second of the others
 (`--part choosing`); the figures to report are those of the remaining prompts (`--part reporting`, the default).
@@ -27,7 +27,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler
-from measuring import mean_and_error, pixels_of, quiet, seeded, spread, write_report
+from measuring import load_judge, mean_and_error, pixels_of, quiet, seeded, spread, with_errors, write_report
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -53,7 +53,9 @@ TOP = 5
 MEDIUM_TONE = ", medium skin tone"
 EVERY_NTH_NAME = 12  # has no image of Twemoji in the judge's training
 EMOJI = "data/noto-emoji-64"
-WAYS = ("names", "images", "both")
+CLASSIFIER = "spaces/model/base"
+MEAN_COLOUR = 0.8  # about that of the sets, whose background is white
+SHRINKAGE = 0.1
 NUM_NEAREST = 10  # samples in each half of the figure of nearest images
 FIGURE_SIZE, FIGURE_COLOURS = 48, 48  # pixels of an image in the figures, which have to stay below 80 kB
 
@@ -145,9 +147,67 @@ def ranks(scores: torch.Tensor, right: Sequence[Sequence[int]]) -> torch.Tensor:
     return (scores > best[:, None]).sum(dim=1)
 
 
-class Judge:
+def shape_and_colour_features(pixels: torch.Tensor) -> torch.Tensor:
     """
-    Ranks the names of emoji for images.
+    Colours in 8x8 cells, histograms of eight gradient directions in cells of two sizes (as in HOG, Dalal & Triggs
+    2005), and a histogram of 64 colours, each of norm 1: `(N, 896)` from 8-bit images `(N, 3, 64, 64)`.
+    """
+    images = pixels.float() / 255
+    brightness = images.mean(dim=1, keepdim=True)
+    along_x = F.pad(brightness[..., 2:] - brightness[..., :-2], (1, 1, 0, 0))
+    along_y = F.pad(brightness[..., 2:, :] - brightness[..., :-2, :], (0, 0, 1, 1))
+    strength, angle = (along_x**2 + along_y**2).sqrt(), torch.atan2(along_y, along_x)
+    directions = torch.cat([(angle - k * math.pi / 4).cos().clamp(min=0) ** 4 * strength for k in range(8)], dim=1)
+    levels = pixels.long() // 64
+    colours = F.one_hot((levels[:, 0] * 16 + levels[:, 1] * 4 + levels[:, 2]).flatten(1), 64).float().mean(dim=1)
+    cells = F.avg_pool2d(images, 8) - MEAN_COLOUR
+    parts = [cells, *(F.avg_pool2d(directions, size).sqrt() for size in (8, 16)), colours.sqrt()]
+    return torch.cat([F.normalize(part.flatten(1), dim=1) for part in parts], dim=1)
+
+
+def whiten_within(features: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """
+    The matrix `(width, width)` that makes the covariance within the groups of equal numbers the identity (within-class
+    covariance normalisation, Hatch et al. 2006): directions in which two images of one emoji differ hardly count.
+    """
+    deviations = []
+    for number in numbers.unique():
+        group = features[numbers == number]
+        deviations.append(group - group.mean(dim=0))
+    deviations = torch.cat(deviations).double()
+    covariance = deviations.T @ deviations / len(deviations)
+    covariance += SHRINKAGE * covariance.diagonal().mean() * torch.eye(len(covariance))
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.rsqrt()).float()
+
+
+class FeatureJudge:
+    """
+    Scores the names of emoji by the most similar real image of each, in whitened features of shape and colour.
+
+    Args:
+        images (sequence of images), numbers (sequence of `int`): Real images, and the numbers of their names.
+        num_names (`int`): Number of all names.
+    """
+
+    def __init__(self, images: Sequence[Image.Image], numbers: Sequence[int], num_names: int):
+        self.numbers, self.num_names = torch.tensor(numbers), num_names
+        features = self._features(images)
+        self.mean, self.matrix = features.mean(dim=0), whiten_within(features, self.numbers)
+        self.references = F.normalize((features - self.mean) @ self.matrix, dim=1)
+
+    def _features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.cat([shape_and_colour_features(part) for part in pixels_of(images).split(64)])
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Scores of all names, `(N, names)`."""
+        embeds = F.normalize((self._features(images) - self.mean) @ self.matrix, dim=1)
+        return best_of_each(embeds @ self.references.T, self.numbers, self.num_names)
+
+
+class CLIPJudge:
+    """
+    Scores the names of emoji by the similarity of image and name in a CLIP.
 
     Args:
         folder (`str`): A CLIP of `training/train_clip.py`.
@@ -158,78 +218,51 @@ class Judge:
         self.clip = CLIPModel.from_pretrained(folder).eval()
         tokenizer, processor = AutoTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
         self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
-        self.resolution = self.clip.config.vision_config.image_size
-        self.names, self.numbers = list(names), {name: number for number, name in enumerate(names)}
         max_length = max_prompt_length(tokenizer, self.clip.text_model)
-        ids, _ = tokenize(tokenizer, self.names, max_length=max_length, pad_to_max=False, warn=False)
+        ids, _ = tokenize(tokenizer, list(names), max_length=max_length, pad_to_max=False, warn=False)
         with torch.no_grad():
             embeds = [self.clip.get_text_features(input_ids=part).pooler_output for part in ids.split(256)]
         self.name_embeds = F.normalize(torch.cat(embeds), dim=1)
-        self.references, self.number_of_reference = torch.zeros(0, self.name_embeds.shape[1]), torch.zeros(0).long()
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Normalised embeddings of 8-bit images, as a `FeatureNetwork` of `diffusers_adm.evaluation`."""
-        size = (self.resolution, self.resolution)
-        if images.shape[2:] != size:
-            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-        pixel_values = (images.float() / 255 - self.mean) / self.std
-        return F.normalize(self.clip.get_image_features(pixel_values=pixel_values).pooler_output, dim=1), None
-
-    def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """`(N, width)`."""
-        return torch.cat([self(batch)[0] for batch in pixels_of(images).split(128)])
-
-    def add_references(self, images: Sequence[Image.Image], names: Sequence[str]) -> None:
-        """Adds real images with their names, for the ways `images` and `both`."""
-        self.references = torch.cat([self.references, self.embed(images)])
-        numbers = torch.tensor([self.numbers[without_tone(name)] for name in names])
-        self.number_of_reference = torch.cat([self.number_of_reference, numbers])
-
-    def scores(self, embeds: torch.Tensor, way: str) -> torch.Tensor:
-        """Scores of all names, `(N, names)`, for embeddings `(N, width)`, in one of `WAYS`."""
-        by_name = embeds @ self.name_embeds.T
-        if way == "names":
-            return by_name
-        by_image = best_of_each(embeds @ self.references.T, self.number_of_reference, len(self.names))
-        if way == "images":
-            return by_image
-        if way == "both":
-            return (by_name + by_image) / 2
-        raise ValueError(f"`way` is {way!r}; it must be one of {WAYS}.")
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Scores of all names, `(N, names)`."""
+        size, embeds = (self.clip.config.vision_config.image_size,) * 2, []
+        for part in pixels_of([image.resize(size, Image.Resampling.BICUBIC) for image in images]).split(64):
+            pixel_values = (part.float() / 255 - self.mean) / self.std
+            embeds.append(self.clip.get_image_features(pixel_values=pixel_values).pooler_output)
+        return F.normalize(torch.cat(embeds), dim=1) @ self.name_embeds.T
 
 
-def load_judge(args: argparse.Namespace) -> Judge:
-    """The judge with the images of its training as references."""
-    judge = Judge(args.judge, all_names([f"{EMOJI}/train.parquet", f"{EMOJI}/test.parquet"]))
-    judge.add_references(*read_images(args.data_dir / "train.parquet"))
-    return judge
+def load_judges(args: argparse.Namespace) -> tuple[dict[str, Callable], dict[str, int]]:
+    """The judges by name, and the numbers of the names of emoji."""
+    names = all_names([f"{EMOJI}/train.parquet", f"{EMOJI}/test.parquet"])
+    numbers = {name: number for number, name in enumerate(names)}
+    images, own = read_images(args.data_dir / "train.parquet")
+    judges: dict[str, Callable] = {"features": FeatureJudge(images, [numbers[name] for name in own], len(names))}
+    if args.clip is not None:
+        judges["CLIP"] = CLIPJudge(args.clip, names)
+    return judges, numbers
 
 
 def check(args: argparse.Namespace) -> None:
-    """Prints and writes the accuracy of the judge on real images that it was not trained on."""
-    judge, rows = load_judge(args), {}
-    sets = {"known names, unseen images": args.data_dir / "unseen_images.parquet"}
-    sets |= {f"unknown names, {Path(path).name}": path for path in args.test_files}
-    for title, path in sets.items():
-        images, names = read_images(path)
-        embeds, right = judge.embed(images), [[judge.numbers[name]] for name in names]
-        for way in WAYS:
-            found = ranks(judge.scores(embeds, way), right)
-            row = {f"top_{k}": mean_and_error((found < k).double()) for k in (1, TOP)}
-            rows[f"{title}: {way}"] = row
-            shares = ", ".join(f"{name} {share:.3f} ({error:.3f})" for name, (share, error) in row.items())
-            print(f"{title} ({len(images)} images), by {way:6} {shares}", flush=True)
-    # Real images that are right for a prompt, as if they were its samples.
-    prompts = read_prompts(args.prompts)
+    """Prints and writes the accuracy of the judges on real images that they do not know."""
+    judges, numbers = load_judges(args)
     images, names = read_images(args.data_dir / "unseen_images.parquet")
-    of_prompt = [(i, right) for right in prompts.values() for i, name in enumerate(names) if name in right]
-    embeds = judge.embed(images)[[i for i, _ in of_prompt]]
-    right = [[judge.numbers[name] for name in names] for _, names in of_prompt]
-    for way in WAYS:
-        share, error = mean_and_error((ranks(judge.scores(embeds, way), right) < TOP).double())
-        rows[f"right for a prompt: {way}"] = {f"top_{TOP}": (share, error)}
-        print(f"real images as samples of their prompts ({len(right)}), by {way:6} {share:.3f} ({error:.3f})")
+    # Real images that are right for a prompt, as if they were its samples.
+    of_prompt = [(i, r) for r in read_prompts(args.prompts).values() for i, name in enumerate(names) if name in r]
+    rows = {}
+    for title, judge in judges.items():
+        scores = judge(images)
+        found = ranks(scores, [[numbers[name]] for name in names])
+        of_prompts = ranks(scores[[i for i, _ in of_prompt]], [[numbers[name] for name in r] for _, r in of_prompt])
+        rows[title] = with_errors(
+            top_1=mean_and_error((found < 1).double()),
+            top_5=mean_and_error((found < TOP).double()),
+            prompts=mean_and_error((of_prompts < TOP).double()),
+        )
+        values = ", ".join(f"{name} {value:.3f}" for name, value in rows[title].items())
+        print(f"{title:8} {values} ({len(images)} images, {len(of_prompt)} pairs of image and prompt)", flush=True)
     write_report(args.output_dir / "judge.json", args, rows=rows)
 
 
@@ -301,8 +334,8 @@ def matched_references(numbers: Sequence[int], right: Sequence[Sequence[str]], n
 
 
 def as_samples(pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """8-bit images as the items that `compare_image_sets` takes, scaled to [-1, 1]."""
-    return [{"images": image.float() / 127.5 - 1} for image in pixels]
+    """8-bit images of 64x64 pixels as items of `compare_image_sets` for a classifier of 32x32 pixels, in [-1, 1]."""
+    return [{"images": image / 127.5 - 1} for image in F.avg_pool2d(pixels.float(), 2)]
 
 
 def save_figure(
@@ -316,8 +349,9 @@ def save_figure(
 
 def measure(args: argparse.Namespace) -> None:
     """Prints and writes all measures of files of samples; figures of the last file with all concepts."""
-    judge, prompts = load_judge(args), read_prompts(args.prompts)
+    (judges, name_numbers), prompts = load_judges(args), read_prompts(args.prompts)
     words, right_names = list(prompts), list(prompts.values())
+    network = load_judge(CLASSIFIER, "fp16")
     train_images, train_names = read_images(f"{EMOJI}/train.parquet", keep_tones=True)
     train = pixels_of(train_images)
     held_out, _ = read_images(f"{EMOJI}/test.parquet")
@@ -329,27 +363,26 @@ def measure(args: argparse.Namespace) -> None:
             pixels, numbers = torch.from_numpy(file["images"]), torch.from_numpy(file["numbers"])
             settings: Mapping[str, Any] = json.loads(str(file["settings"]))
         images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
-        right = [[judge.numbers[name] for name in right_names[number]] for number in numbers.tolist()]
-        embeds = judge.embed(images)
+        right = [[name_numbers[name] for name in right_names[number]] for number in numbers.tolist()]
         row: dict[str, Any] = {"settings": settings, "num_samples": len(images)}
         print(f"{path}: {len(images)} samples, guidance {settings['guidance_scale']:g}")
-        for way in WAYS:
-            is_right = ranks(judge.scores(embeds, way), right) < TOP
+        for title, judge in judges.items():
+            is_right = ranks(judge(images), right) < TOP
             shares, share, error = share_right(is_right, numbers)
-            row[way] = {"share": share, "error": error, "by_prompt": {words[i]: x for i, x in shares.items()}}
             concepts = {
                 words[i]: f"{int(is_right[numbers == i].sum())}/{int((numbers == i).sum())}"
                 for i in range(NUM_CONCEPTS)
                 if (numbers == i).any()
             }
-            row[way]["concepts"] = concepts
-            print(
-                f"  right by {way:6} {share:.3f} ({error:.3f}); " + ", ".join(f"{k} {v}" for k, v in concepts.items())
-            )
+            by_prompt = {words[i]: x for i, x in shares.items()}
+            row[title] = {"share": share, "error": error, "concepts": concepts, "by_prompt": by_prompt}
+            print(f"  {title:8} {share:.3f} ({error:.3f}) right; " + ", ".join(f"{k} {v}" for k, v in concepts.items()))
 
-        # One sample of each prompt would be few, so all samples: their references follow the prompts alike.
+        # The prompts do not ask for all emoji alike, so each sample has its own reference.
         references = train[matched_references(numbers.tolist(), right_names, train_names)]
-        comparison = compare_image_sets(judge, as_samples(pixels), as_samples(references), progress_bar=False)
+        comparison = compare_image_sets(
+            network, *(as_samples(each) for each in (pixels, references)), progress_bar=False
+        )
         row["comparison"] = comparison.to_dict()
         print(
             f"  Frechet distance {comparison.frechet_distance:.4f}, precision {comparison.precision:.3f}, "
@@ -393,9 +426,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--output_dir", **output_dir)
 
     command = commands.add_parser("check", help="accuracy of the judge")
-    command.add_argument("--judge", required=True, help="CLIP: a folder.")
+    command.add_argument("--clip", help="CLIP as a second judge: a folder.")
     command.add_argument("--data_dir", **data_dir)
-    command.add_argument("--test_files", nargs="*", default=[], help="Images of unknown emoji: Parquet files.")
     command.add_argument("--prompts", **prompts)
     command.add_argument("--output_dir", **output_dir)
 
@@ -416,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--output_dir", **output_dir)
 
     command = commands.add_parser("measure", help="measures of samples")
-    command.add_argument("--judge", required=True, help="CLIP: a folder.")
+    command.add_argument("--clip", help="CLIP as a second judge: a folder.")
     command.add_argument("--data_dir", **data_dir)
     command.add_argument("--samples", type=Path, nargs="+", required=True, help="Files that `sample` has written.")
     command.add_argument("--copy_distance", type=float, default=20.0, help="Below it a sample is nearly a copy.")

@@ -69,6 +69,8 @@ EDITOR_SIDE = 256  # pixels
 CSS = """
 /* The images are small; show their pixels. */
 .pixels img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
+/* Those of a gallery are up to 64 pixels wide and shown much larger: smooth. */
+.smooth img { image-rendering: auto; }
 /* All images of a gallery, without a scroll bar or empty space below. */
 .pixels .grid-wrap { max-height: none; min-height: 0; }
 @media (max-width: 768px) {
@@ -382,7 +384,9 @@ SHOWN_IMAGES: dict[str, Any] = {
 
 
 def gallery() -> gr.Gallery:
-    return gr.Gallery(label="Images", columns=2, object_fit="contain", elem_classes="pixels", **SHOWN_IMAGES)
+    return gr.Gallery(
+        label="Images", columns=2, object_fit="contain", elem_classes=["pixels", "smooth"], **SHOWN_IMAGES
+    )
 
 
 def image_box(label: str, elem_classes: Sequence[str] = ("pixels",), height: int | None = None) -> gr.Image:
@@ -409,12 +413,6 @@ def status_line() -> gr.Textbox:
     return gr.Textbox("Ready.", label="Status", interactive=False, max_lines=1)
 
 
-def offer_options(model: str, classifier_scale: float, upscale: bool) -> tuple[gr.Column, float, bool]:
-    """Shows the options that only the base model has; otherwise hides them and switches them off."""
-    is_base = model == BASE
-    return gr.Column(visible=is_base), classifier_scale if is_base else 0, upscale and is_base
-
-
 def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Gallery]:
     """Returns the controls of a recipe, in its order, and the gallery."""
     with gr.Row():
@@ -427,10 +425,11 @@ def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Ga
                 with gr.Accordion("More", open=False):
                     model, steps = model_choice(space.models), slider("steps")
                     sampler = gr.Dropdown(list(SAMPLERS), value=Recipe().sampler, label="Sampler")
-                    with gr.Column(visible=space.models.default_model == BASE) as only_base:
-                        classifier = slider("classifier_scale")
-                        can_upsample = space.models.upsampler is not None
-                        upscale = gr.Checkbox(False, label="Upsample to 64 x 64", interactive=can_upsample)
+                    size, has_choice = space.models.size(), len(space.models.pipelines) > 1
+                    gr.Markdown(f"Only with the model of {size} x {size} pixels:", visible=has_choice)
+                    classifier = slider("classifier_scale")
+                    can_upsample = space.models.upsampler is not None
+                    upscale = gr.Checkbox(False, label="Upsample to 64 x 64", interactive=can_upsample)
         with gr.Column(**RESULTS):
             status, results = status_line(), gallery()
             download = gr.DownloadButton("Download images and recipe", size="sm")
@@ -443,7 +442,6 @@ def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Ga
     options: dict[str, Any] = {"outputs": outputs, "show_progress_on": status, **ONE_AT_A_TIME}
     gr.on([button.click, prompt.submit], space.generate, controls, api_name="generate", **options)
     again.click(space.reproduce, recipe, api_name="reproduce", **options)
-    model.change(offer_options, [model, classifier, upscale], [only_base, classifier, upscale], **PRIVATE)
     default = space.models.default_model
     recipes = [replace(recipe, model=default) for recipe in EXAMPLES if recipe.category in space.models.categories]
     with examples:
@@ -599,7 +597,8 @@ def build(models: Models) -> Page:
                 variations_tab(space)
         with gr.Tab("Look inside"):
             look_inside_tab(space)
-        page.load(space.fill_in, None, controls, api_visibility="private")
+        # Without a link nothing changes, so the controls need no sign of progress above them.
+        page.load(space.fill_in, None, controls, api_visibility="private", show_progress="hidden")
     return page.queue(max_size=MAX_WAITING, api_open=False)  # no calls that skip the queue
 
 

@@ -286,7 +286,10 @@ class Models:
             raise ValueError("This Space has no classifier. Set classifier guidance to 0.")
         if recipe.model != BASE and (recipe.upscale or recipe.classifier_scale > 0):
             what = "Upsampling" if recipe.upscale else "Classifier guidance"
-            raise ValueError(f"{what} needs the model {BASE!r}. Choose it, or switch {what.lower()} off.")
+            size = f"{self.size()} x {self.size()}"
+            raise ValueError(
+                f"{what} needs the model of {size} pixels ({BASE!r}). Choose it, or switch {what.lower()} off."
+            )
 
     def generate(self, recipe: Recipe, on_step: OnStep) -> list[Image.Image]:
         """Generates images, and upsamples them if the recipe says so."""

@@ -75,6 +75,13 @@ def test_lists_are_indented_by_four_spaces(prepare):
        more of d
 
     text
+    - e
+    - f
+
+    ```yaml
+    - g:
+      - h
+    ```
     """
     expected = """\
     - a
@@ -86,10 +93,18 @@ def test_lists_are_indented_by_four_spaces(prepare):
 
         - c
             more of c
+
     1. d
         more of d
 
     text
+    - e
+    - f
+
+    ```yaml
+    - g:
+      - h
+    ```
     """
     assert prepare.with_deep_lists(textwrap.dedent(page)) == textwrap.dedent(expected)
 

@@ -17,7 +17,7 @@ API = Path(__file__).parents[1] / "api"
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):\n((?: {4}.*\n|\n)+)", re.M)
 TITLES = {"Args": "Arguments"}
 # Names before the types, "height, width (`int`):", or without any, "loss:".
-NAMES = re.compile(r"^([\w*]+(?:, [\w*]+)*)(?= \(|:)")
+NAMES = re.compile(r"^([\w*]+(?:,\s+[\w*]+)*)(?=\s+\(|:)")
 
 
 def documented_names():
@@ -32,8 +32,8 @@ def as_list(section):
     for entry in re.split(r"\n(?=\S)", textwrap.dedent(section).strip("\n")):
         # "a (types), b (types): text" names several, too.
         head, colon, text = entry.partition(": ")
-        head = re.sub(r"(?<=\)), (\w+)(?= \()", r", **`\1`**", head)
-        head = NAMES.sub(lambda match: ", ".join(f"**`{name}`**" for name in match[1].split(", ")), head + colon)
+        head = re.sub(r"(?<=\)),\s+(\w+)(?=\s+\()", r", **`\1`**", head)
+        head = NAMES.sub(lambda match: ", ".join(f"**`{name}`**" for name in re.split(r",\s+", match[1])), head + colon)
         items.append("- " + textwrap.indent(head + text, "    ").lstrip())
     return "\n".join(items)
 
@@ -52,6 +52,8 @@ def as_markdown(docstring, names):
         return f"**{TITLES.get(match[1], match[1])}**\n\n{content}\n\n"
 
     def reference(match):
+        if match[1].startswith("~"):  # of another library: its last name
+            return f"`{match[1].rpartition('.')[2]}`"
         name, _, member = match[1].partition(".")
         if name not in names:
             return f"`{match[1]}`"
@@ -60,7 +62,7 @@ def as_markdown(docstring, names):
     text = SECTION.sub(section, docstring + "\n")
     # Lists need an empty line before them.
     text = re.sub(r"^((?!\s*- )\S.*)\n(?=- )", r"\1\n\n", text, flags=re.M)
-    return re.sub(r"\[`([\w.]+)`\](?![\[(])", reference, text)
+    return re.sub(r"\[`(~?[\w.]+)`\](?![\[(])", reference, text)
 
 
 class DocstringsAsMarkdown(griffe.Extension):

@@ -120,16 +120,30 @@ def with_links_of_the_site(text, path, files, repo_url):
 
 
 def with_deep_lists(text):
-    """Markdown in which everything inside of a list is indented by a multiple of four spaces."""
+    """
+    Markdown in which everything inside of a list is indented by a multiple of four spaces, and items of several
+    paragraphs are separated by empty lines, as Python-Markdown requires.
+    """
     lines, levels = [], []  # indentation of the text of the list items that a line is in
+    in_code, is_loose = False, False
     for line in text.split("\n"):
         indent = len(line) - len(line.lstrip(" "))
-        if line.strip():
-            while levels and indent < levels[-1]:
-                levels.pop()
-            line = " " * (4 * len(levels) + indent - (levels[-1] if levels else 0)) + line.lstrip(" ")
-            if match := LIST_ITEM.match(line):
-                levels.append(indent + len(match[0].lstrip(" ")))
+        if not line.strip():
+            is_loose = is_loose or bool(levels)
+            lines.append(line)
+            continue
+        while levels and indent < levels[-1] and not in_code:
+            levels.pop()
+        line = " " * (4 * len(levels) - (levels[-1] if levels else 0)) + line
+        match = None if in_code else LIST_ITEM.match(line)
+        if match:
+            if is_loose and lines[-1].strip():
+                lines.append("")
+            levels.append(indent + len(match[0].lstrip(" ")))
+        elif not levels:
+            is_loose = False
+        if line.lstrip().startswith("```"):
+            in_code = not in_code
         lines.append(line)
     return "\n".join(lines)
 
@@ -141,7 +155,8 @@ def with_mathml(text):
     def mathml(match):
         if match["block"]:
             return f"<div>{convert(match['block'].strip(), display='block')}</div>"
-        return convert(match["inline"]) if match["inline"] else match[0]
+        # In a span, because Python-Markdown takes `<math>` at the start of a line for a paragraph of its own.
+        return f'<span class="math">{convert(match["inline"])}</span>' if match["inline"] else match[0]
 
     return FORMULA.sub(mathml, text)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from toy_clips import save_clip
+from toy_models import toy_tokenizer
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -136,17 +137,39 @@ class TestScript:
         assert ["emoji 3", "word"] in train["captions"].to_pylist()
         assert not any("tone" in text for texts in train["captions"].to_pylist() for text in texts)
 
-    def test_judge_finds_its_references(self, script, folder):
-        judge = script.Judge(str(folder / "judge"), NAMES)
-        images = squares(3, seed=5)
-        judge.add_references(images, ["emoji 4", "emoji 2, medium skin tone", "emoji 9"])
-        scores = judge.scores(judge.embed(images), "images")
-        assert scores.argmax(dim=1).tolist() == [4, 2, 9]
-        assert scores.amax(dim=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
-        both = judge.scores(judge.embed(images), "both")
-        torch.testing.assert_close(both, (scores + judge.scores(judge.embed(images), "names")) / 2)
-        with pytest.raises(ValueError, match="must be one of"):
-            judge.scores(judge.embed(images), "colours")
+    def test_judge_finds_its_references(self, script):
+        """And, of two images of a name, the nearer one counts."""
+        images = squares(6, seed=5)
+        judge = script.FeatureJudge(images, [4, 2, 9, 4, 2, 9], 10)
+        scores = judge(images)
+        assert scores.argmax(dim=1).tolist() == [4, 2, 9, 4, 2, 9]
+        assert scores.amax(dim=1).tolist() == pytest.approx([1.0] * 6, abs=1e-5)
+        assert scores[:, [0, 1, 3]].eq(-1).all()  # names without images
+
+    def test_whitening(self, script):
+        """Within groups the covariance becomes the identity, up to the shrinkage."""
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.arange(200).repeat(2)
+        spread = torch.tensor([3.0, 0.5, 1.0])
+        features = 10 * torch.randn(200, 3, generator=generator).repeat(2, 1)
+        features += spread * torch.randn(400, 3, generator=generator)
+        white = features @ script.whiten_within(features, numbers)
+        halves = white[:200] - white[200:]
+        covariance = halves.T @ halves / (4 * 200)  # of deviations from the mean of each pair
+        expected = spread**2 / (spread**2 + script.SHRINKAGE * (spread**2).mean())
+        assert covariance.diagonal().sort().values.tolist() == pytest.approx(expected.sort().values.tolist(), abs=0.1)
+        assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-4
+
+    def test_clip_ranks_as_transformers(self, script, folder):
+        """The similarities of `CLIPModel` itself, whose logits they are up to the temperature."""
+        judge, images = script.CLIPJudge(str(folder / "judge"), NAMES), squares(2, seed=6)
+        small = [image.resize((8, 8), Image.Resampling.BICUBIC) for image in images]
+        pixel_values = torch.stack([torch.tensor(np.array(image)) for image in small]).permute(0, 3, 1, 2) / 127.5 - 1
+        encoded = toy_tokenizer()(NAMES, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            output = judge.clip(input_ids=encoded.input_ids, pixel_values=pixel_values)
+        scores = output.logits_per_image / judge.clip.logit_scale.exp()
+        torch.testing.assert_close(judge(images), scores, atol=1e-5, rtol=1e-4)
 
     def test_measures_samples(self, script, folder, tmp_path, monkeypatch):
         """Samples that are training images are copies, and right by the nearest image."""
@@ -161,12 +184,12 @@ class TestScript:
         pixels = np.stack([np.array(image) for image in images]).transpose(0, 3, 1, 2)
         settings = json.dumps({"guidance_scale": 2.0, "seconds_per_image": 0.5})
         np.savez(tmp_path / "samples.npz", images=pixels, numbers=np.array(numbers), settings=settings)
-        options = {"judge": folder / "judge", "data_dir": folder / "data", "samples": tmp_path / "samples.npz"}
+        options = {"clip": folder / "judge", "data_dir": folder / "data", "samples": tmp_path / "samples.npz"}
         options |= {"prompts": tmp_path / "prompts.json", "output_dir": tmp_path / "results"}
         script.main(["measure", *(str(x) for key, value in options.items() for x in (f"--{key}", value))])
         report = json.loads((tmp_path / "results/demonstration.json").read_text(encoding="utf-8"))
         (row,) = report["rows"].values()
-        assert set(row["images"]["concepts"].values()) == {"10/10"}
+        assert set(row["features"]["concepts"].values()) == {"10/10"}
         assert row["distance_copies"] == pytest.approx(100 / 104)
         assert row["distance"]["median"] == pytest.approx(0, abs=1e-4)
         for name, size in (("prompts", (10, 10)), ("nearest", (10, 4))):

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from app import EXAMPLES, build, offer_options
+from app import EXAMPLES, build
 from PIL import Image
 from space_models import BASE, LATENTS, SAMPLERS, Models, Recipe
 from space_server import with_defaults
@@ -81,21 +81,17 @@ def test_the_page_chooses_the_model_in_latents(models, models_folder):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"upscale": True}, "Upsampling needs the model 'base'"),
-        ({"classifier_scale": 1, "category": "cats"}, "Classifier guidance needs the model 'base'"),
+        ({"upscale": True}, r"Upsampling needs the model of 8 x 8 pixels \('base'\)"),
+        (
+            {"classifier_scale": 1, "category": "cats"},
+            r"Classifier guidance needs the model of 8 x 8 pixels \('base'\)",
+        ),
     ],
 )
 def test_options_of_the_base_model_only(models, option, message):
     models.check(Recipe(**option))
     with pytest.raises(ValueError, match=message):
         models.check(Recipe(**option, model=LATENTS))
-
-
-def test_options_of_the_base_model_are_switched_off_when_they_are_hidden():
-    column, *values = offer_options(LATENTS, 2.0, True)
-    assert (column.visible, values) == (False, [0, False])
-    column, *values = offer_options(BASE, 2.0, True)
-    assert (column.visible, values) == (True, [2.0, True])
 
 
 def test_previews_are_decoded_only_when_asked_for(models, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
+from diffusers.configuration_utils import ConfigMixin
 
 from .sharding import is_sharded
 
@@ -26,6 +27,11 @@ def compile_network(network: torch.nn.Module) -> torch.nn.Module:
     Args:
         network (`torch.nn.Module`): As prepared by Accelerate, so that its mixed precision is compiled as well.
     """
+    for module in network.modules():
+        if isinstance(module, ConfigMixin):
+            # Saving writes class and version into the config. A compiled call depends on the config, so that the first
+            # checkpoint would cause another compilation; this writes them now.
+            module.to_json_string()
     options = OPTIONS if BACKEND == "inductor" else None
     # Not for any size at once: a batch has one size, and its parts, if it does not fit in memory, at most two others.
     return cast(torch.nn.Module, torch.compile(network, backend=BACKEND, dynamic=False, options=options))
