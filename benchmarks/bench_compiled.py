@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -119,7 +120,14 @@ def compiled(which: str, freezing: bool, case: Case, memory_format: str) -> Call
     """By `torch.compile`; with `freezing`, the weights become constants in the layout that the kernels prefer."""
     if freezing and case.args.device != "cpu":
         raise Unavailable("freezing is for CPUs")
-    call = case.call(torch.compile(First(case.build(which, memory_format))), memory_format)
+    network = First(case.build(which, memory_format))
+
+    def function(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return network(sample, timestep)
+
+    # Dynamo keeps graphs with the code object and would find the one without freezing for the same network.
+    own = types.FunctionType(function.__code__.replace(), globals(), closure=function.__closure__)
+    call = case.call(torch.compile(own), memory_format)
     with torch._inductor.config.patch(freezing=freezing):
         call()  # compiles, while the setting holds
     return call
