@@ -3,9 +3,9 @@ The figure of the README: samples of the demonstration models in four rows.
 
     python benchmarks/draw_overview.py
 
-Words as prompts, each with its category, and one sample from noise to image, all by the 64x64 model in latents; then
+Words as prompts, each with its category, by the 64x64 model in latents; then one sample from noise to image,
 inpainting, a ControlNet with a line drawing (made here) and super-resolution, by the 32x32 models in pixels. Each
-sample has its own seed, starting with `--seed`, and nothing is picked. Takes about a minute on two cores.
+sample has its own seed, starting with `--seed`, and nothing is picked.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from diffusers_adm import (
     ADMPipeline,
     ADMSuperResolutionPipeline,
 )
-from diffusers_adm.conditioning.latents import LatentSpace
 
 
 COLUMNS = 8
-CELL = 128  # pixels
+CELL, IMAGE = 136, 128  # pixels, with and without the space around an image
 HEADING_HEIGHT, HEADING_SIZE, LABEL_HEIGHT, LABEL_SIZE = 46, 28, 30, 20  # pixels
-COLORS = 256  # of the file, which is small then
+ALMOST_WHITE = 248  # from here on, levels are shown as white: otherwise they would take most of the colours below
+COLORS, MAX_BYTES = (256, 192, 128, 96, 64), 80_000  # of the file: as many colours as it has space for
 PROMPTS = {
     "face": "Smileys & Emotion",
     "heart": "Smileys & Emotion",
@@ -67,7 +67,7 @@ def inputs_of(prompts: dict[str, str]) -> dict[str, list[str]]:
 
 
 def draw_strip(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
-    """Samples at evenly spaced steps, decoded; the first is only noise."""
+    """Samples at evenly spaced steps; the first is only noise."""
     config = pipe.unet.config
     shape = (1, config.in_channels, config.sample_size, config.sample_size)
     states = [torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))]
@@ -79,9 +79,7 @@ def draw_strip(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
     inputs = {"prompt": [STRIP_PROMPT], "class_labels": [SMALL_PROMPTS[STRIP_PROMPT]]}
     sample(pipe, args, inputs, latents=states[0], callback_on_step_end=keep)
     steps = [round(i * (len(states) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
-    with torch.no_grad():
-        decoded = LatentSpace(pipe.vae).decode(torch.cat([states[step] for step in steps]))
-    images = pipe.image_processor.postprocess(decoded)
+    images = pipe.image_processor.postprocess(torch.cat([states[step] for step in steps]))
     return [(f"step {step}", image) for step, image in zip(steps, images, strict=True)]
 
 
@@ -124,10 +122,21 @@ def assemble(rows: dict[str, list[Cell]]) -> Image.Image:
         for start in range(0, len(cells), COLUMNS):
             for column, (label, image) in enumerate(cells[start : start + COLUMNS]):
                 x = column * CELL
-                figure.paste(image.resize((CELL - 8, CELL - 8), Image.Resampling.LANCZOS), (x + 4, y + 4))
+                # Whole pixels compress well.
+                figure.paste(image.resize((IMAGE, IMAGE), Image.Resampling.NEAREST), (x + 4, y + 4))
                 draw.text((x + CELL / 2, y + CELL), label, fill="black", font=label_font, anchor="ma")
             y += CELL + LABEL_HEIGHT
-    return figure.quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    return figure
+
+
+def save(figure: Image.Image, path: str) -> None:
+    """As PNG of at most `MAX_BYTES`, if `COLORS` allow it."""
+    figure = figure.point(lambda level: 255 if level >= ALMOST_WHITE else level)
+    for colors in COLORS:
+        figure.quantize(colors, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+        if Path(path).stat().st_size < MAX_BYTES:
+            return
+    raise RuntimeError(f"{path} has more than {MAX_BYTES} bytes with {colors} colours. Leave a row out.")
 
 
 def main() -> None:
@@ -148,14 +157,14 @@ def main() -> None:
     images = sample(small, args, inputs_of(SMALL_PROMPTS))
     rows = {
         "Type a word, get an emoji": list(zip(PROMPTS, sample(pipe, args, inputs_of(PROMPTS)), strict=True)),
-        "From noise to image": draw_strip(pipe, args),
+        "From noise to image": draw_strip(small, args),
         "Inpainting, sketches, super-resolution": [
             *draw_inpainted(own_scheduler, images[0], args),
             *draw_controlled(small, args),
             *draw_upsampled(images[1], args),
         ],
     }
-    assemble(rows).save(args.output, optimize=True)
+    save(assemble(rows), args.output)
 
 
 if __name__ == "__main__":
