@@ -9,7 +9,7 @@ from markdown_pages import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb"))
 # How many figures each shows.
-FIGURES = {"from_noise_to_images": 10, "guidance": 8, "your_own_images": 4}
+FIGURES = {"from_noise_to_images": 10, "guidance": 9, "your_own_images": 4}
 
 
 def cells(path, kind):

@@ -154,7 +154,7 @@ def with_mathml(text):
 
     def mathml(match):
         if match["block"]:
-            return f"<div>{convert(match['block'].strip(), display='block')}</div>"
+            return f'<div class="formula">{convert(match["block"].strip(), display="block")}</div>'
         # In a span, because Python-Markdown takes `<math>` at the start of a line for a paragraph of its own.
         return f'<span class="math">{convert(match["inline"])}</span>' if match["inline"] else match[0]
 
