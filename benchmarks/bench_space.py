@@ -5,8 +5,9 @@ Waiting times of a visitor of the Space: `python spaces/app.py` in a process of 
 
 From the start of the process, with empty caches: until the page answers, until the first preview of the first visitor
 (4 images of a prompt with 25 steps of the page's model) and until the images are ready, while the examples are
-generated, as on a new machine. Then, with cached examples: the same call repeatedly, how long the page takes to answer meanwhile, a plain call
-of the pipeline in a process of its own for comparison, and `from_pretrained` after the imports, in fresh processes.
+generated, as on a new machine. Then, with cached examples: the same call repeatedly, how long the page takes to answer
+meanwhile, a plain call of the pipeline in a process of its own for comparison, and `from_pretrained` after the imports,
+in fresh processes.
 Results in seconds, without limits; other programs disturb them.
 """
 

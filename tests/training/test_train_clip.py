@@ -257,8 +257,7 @@ def test_how_the_network_runs_changes_nothing_that_is_learned(short, tmp_path):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "other"))
     for name, value in first.items():
         if name.endswith("k_proj.bias"):
-            # It adds the same number to all scores of a query, so its gradient is zero but for rounding errors, and Adam makes
-            # a whole step of their sign.
+            # It adds one number to all scores of a query: its gradient is rounding errors, whose sign Adam follows.
             continue
         # Two steps of 1e-3, whose sign is that of tiny gradients in a few places.
         assert ((value - second[name]).abs() > 1e-5).float().mean() < 0.01, name
