@@ -42,8 +42,8 @@ def test_links_between_pages(prepare, page, link, of_the_site):
 @pytest.mark.parametrize(
     "repo_url, of_the_site",
     [
-        (None, "see the config, or Makefile"),
-        ("https://a.b/c", "see [the config](https://a.b/c/blob/HEAD/{}), or Makefile"),
+        (None, "see the config here"),
+        ("https://a.b/c", "see [the config](https://a.b/c/blob/HEAD/{}) here"),
     ],
 )
 def test_links_to_files_that_are_no_pages(prepare, repo_url, of_the_site):
