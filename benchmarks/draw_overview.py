@@ -31,21 +31,21 @@ CELL, IMAGE = 136, 128  # pixels, with and without the space around an image
 HEADING_HEIGHT, HEADING_SIZE, LABEL_HEIGHT, LABEL_SIZE = 46, 28, 30, 20  # pixels
 ALMOST_WHITE = 248  # from here on, levels are shown as white: otherwise they would take most of the colours below
 COLORS, MAX_BYTES = (256, 192, 128, 96, 64), 80_000  # of the file: as many colours as it has space for
-PROMPTS = {
+PROMPTS = {  # words that data/popular.txt lists, or wide ones ("flag")
     "face": "Smileys & Emotion",
     "heart": "Smileys & Emotion",
     "fire": "Travel & Places",
     "star": "Travel & Places",
     "cat": "Animals & Nature",
-    "dog": "Animals & Nature",
+    "panda": "Animals & Nature",
     "apple": "Food & Drink",
-    "pizza": "Food & Drink",
+    "cake": "Food & Drink",
     "car": "Travel & Places",
-    "house": "Travel & Places",
+    "rocket": "Travel & Places",
     "sun": "Travel & Places",
-    "tree": "Animals & Nature",
-    "flower": "Animals & Nature",
-    "astronaut": "People & Body",
+    "rose": "Animals & Nature",
+    "butterfly": "Animals & Nature",
+    "rainbow": "Travel & Places",
     "ball": "Activities",
     "flag": "Flags",
 }

@@ -193,9 +193,9 @@ def test_uploads_are_limited(url):
 def test_examples_wait_for_visitors(models_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     space = Space(Models(models_folder, device="cpu"))
-    visit = space.generate("red cat", "cats", 1.0, 0.0, 3, "DDPM", 0, 1, False)
+    visit = space.generate("red cat", "cats", 1.0, 0.0, 3, "DDPM", 0, 1, False, "base")
     next(visit)
-    recipe = ("", "any", 1.0, 0.0, 2, "DDPM", 0, 1, False)
+    recipe = ("", "any", 1.0, 0.0, 2, "DDPM", 0, 1, False, "base")
     example = threading.Thread(target=space.example, args=recipe, daemon=True)
     example.start()
     example.join(1)
