@@ -97,10 +97,11 @@ TRACKER = gr.Progress()  # Gradio finds it as a default value and passes the pro
 # Their seeds are the defaults: nothing is picked.
 EXAMPLES = (
     Recipe("grinning face", "Smileys & Emotion"),
-    Recipe("fire"),
-    Recipe("", "Flags"),
+    Recipe("apple"),
+    Recipe("cat"),
     Recipe("red heart", "Smileys & Emotion"),
-    Recipe("woman", "People & Body"),
+    Recipe("car"),
+    Recipe("", "Flags"),
 )
 KINDS = {LATENTS: "in latents", BASE: "in pixels"}
 INFO = {
@@ -417,7 +418,7 @@ def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Ga
     """Returns the controls of a recipe, in its order, and the gallery."""
     with gr.Row():
         with gr.Column(**CONTROLS):
-            prompt, category = prompt_and_category(space.models, "fire")
+            prompt, category = prompt_and_category(space.models, "apple")
             button = gr.Button("Generate", variant="primary")
             with gr.Column(elem_classes="settings"):
                 examples = gr.Column()
