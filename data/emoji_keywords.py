@@ -9,6 +9,9 @@ files with the column `captions`, a list of texts for each image.
 The captions are the name of the emoji in the set, its name in CLDR and its keywords, in lower case. Those of a skin
 tone variant are those of the emoji without a skin tone, each followed by the skin tone: "wave, dark skin tone".
 
+With `--familiar data/popular.txt`, emoji of that list also have its other words for them, three times each; with
+`--only_familiar` the file has no other rows, to be listed several times in the data of a training.
+
 The keywords are in data/emoji-keywords, which was made from the npm package `emojibase-data`, version 17.0.0, and from
 the embedded sets with code points:
 
@@ -36,6 +39,7 @@ VARIATION_SELECTOR = "FE0F"  # asks for the colour image of a character; sets an
 PLAIN = str.maketrans({"“": None, "”": None, "–": "-"})  # characters of CLDR that the names of the sets do not have
 SKIN_TONES = re.compile(r"(?:, (?:light|medium-light|medium|medium-dark|dark) skin tone)+$")
 REGIONAL_INDICATOR = "regional indicator"
+FAMILIAR_REPEATS = 3  # of the other words for familiar emoji
 
 
 # 1. The tables: keywords by code points, code points by name
@@ -103,8 +107,20 @@ def make_captions(name: str, keywords: Sequence[str], name_repeats: int = 1) -> 
     return [name] * name_repeats + [word + tones for word in keywords if word != base]
 
 
+def read_words(path: Path) -> dict[str, list[str]]:
+    """Other words by name, from lines such as `automobile, car`; lines with # are comments."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    names = [[word.strip() for word in line.split(",")] for line in lines if line.strip() and not line.startswith("#")]
+    return {name: words for name, *words in names}
+
+
 def join(
-    source: Path, target: Path, held_out: Path | None = None, name_repeats: int = 1
+    source: Path,
+    target: Path,
+    held_out: Path | None = None,
+    name_repeats: int = 1,
+    familiar: Path | None = None,
+    only_familiar: bool = False,
 ) -> tuple[list[list[str]], list[str]]:
     """
     Writes the rows of `source` with the column `captions` to `target`. The captions of a row come from the entry of its
@@ -117,6 +133,9 @@ def join(
             and none of their names is a caption: a keyword of one emoji may be the name of another.
         name_repeats (`int`, defaults to 1): How many times the name is in each list, so that it is drawn more often
             than each keyword.
+        familiar (`Path`, *optional*): A list such as `data/popular.txt`, whose other words for an emoji become captions
+            of it, `FAMILIAR_REPEATS` times each.
+        only_familiar (`bool`, defaults to `False`): Whether to write no rows but those of emoji in `familiar`.
 
     Returns:
         `tuple` of the captions of each row and the names of the rows without an entry.
@@ -141,6 +160,13 @@ def join(
         held_out_names |= {keywords[point][0] for point in held_out_points if point in keywords}
     own = [[word for word in keywords.get(point, ()) if word not in held_out_names] for point in code_points]
     captions = [make_captions(name, words, name_repeats) for name, words in zip(texts, own, strict=True)]
+    other_words = {} if familiar is None else read_words(familiar)
+    for name, found in zip(texts, captions, strict=True):
+        found += other_words.get(name, []) * FAMILIAR_REPEATS
+    if only_familiar:
+        rows = [row for row, name in enumerate(texts) if name in other_words]
+        table, texts = table.take(rows), [texts[row] for row in rows]
+        captions, code_points = [captions[row] for row in rows], [code_points[row] for row in rows]
     features = Features({**Features.from_arrow_schema(table.schema), "captions": List(Value("string"))})
     table = pa.table([*table.columns, pa.array(captions)], schema=features.arrow_schema)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("target", type=Path, help="parquet file to write")
     command.add_argument("--held_out", type=Path, help="parquet file of the emoji kept for evaluation")
     command.add_argument("--name_repeats", type=int, default=1, help="times that the name is in each list")
+    command.add_argument("--familiar", type=Path, help="list of emoji with other words for them, as data/popular.txt")
+    command.add_argument("--only_familiar", action="store_true", help="write the rows of that list only")
     command = commands.add_parser("make", help="make the tables of data/emoji-keywords")
     command.add_argument("archive", type=Path, help="the npm package emojibase-data, a .tgz file")
     command.add_argument("folder", type=Path, help="folder to write")
@@ -170,7 +198,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if args.name_repeats < 1:
             parser.error(f"--name_repeats is {args.name_repeats}. Pass at least 1.")
-        captions, without = join(args.source, args.target, args.held_out, args.name_repeats)
+        if args.only_familiar and args.familiar is None:
+            parser.error("--only_familiar needs --familiar, the list of these emoji.")
+        captions, without = join(
+            args.source, args.target, args.held_out, args.name_repeats, args.familiar, args.only_familiar
+        )
         mean = sum(map(len, captions)) / len(captions)
         distinct = len({text for texts in captions for text in texts})
         print(f"{args.target}: {len(captions)} emoji with {mean:.1f} captions each, {distinct} distinct ones")

@@ -332,6 +332,16 @@ class TestKeywords:
         }
         assert keywords_script.read_table("names") == {"fire": "1F525", "ice": "26F8-200D-2640", "waving hand": "1F44B"}
 
+    @pytest.mark.parametrize("only", [True, False])
+    def test_words_for_familiar_emoji(self, keywords_script, tmp_path, only):
+        source = write_set(tmp_path / "set.parquet", [("fire", "1F525"), ("ice", "26F8"), ("automobile", "1F697")])
+        (tmp_path / "list.txt").write_text("# a comment\n\nautomobile, car, motor\nfire\n")
+        command = ["join", str(source), str(tmp_path / "joined.parquet"), "--familiar", str(tmp_path / "list.txt")]
+        keywords_script.main(command + ["--only_familiar"] * only)
+        keywords_script.main(["join", str(source), str(tmp_path / "plain.parquet")])
+        fire, ice, car = captions_of(tmp_path / "plain.parquet")
+        assert captions_of(tmp_path / "joined.parquet") == [fire, *[ice] * (not only), car + ["car", "motor"] * 3]
+
     @pytest.mark.parametrize("with_code_points", [True, False])
     def test_join(self, keywords_script, tmp_path, with_code_points, capsys):
         rows = [("fire", "1F525"), ("waving hand sign, dark skin tone", "1F44B"), ("unheard of", "0-FE0F")]
