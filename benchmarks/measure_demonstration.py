@@ -2,7 +2,7 @@
 Whether a text-conditional model of 64x64 emoji generates what a person asks for, in the eyes of a separate judge.
 
     measure_demonstration.py data --noto FILE --twemoji FILE --output_dir DATA
-    accelerate launch training/train_clip.py --config training/configs/judge_emoji_64.yaml --output_dir CLIP
+    accelerate launch training/train_clip.py --config training/configs/clip_emoji_64_judge.yaml --output_dir CLIP
     measure_demonstration.py check --data_dir DATA --clip CLIP --output_dir DIR
     measure_demonstration.py sample --model DIR --guidance_scales 2 3 4 --part choosing --output_dir DIR
     measure_demonstration.py sample --model DIR --guidance_scales 3 --output_dir DIR
@@ -359,7 +359,7 @@ def measure(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {}
     for path in args.samples:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             pixels, numbers = torch.from_numpy(file["images"]), torch.from_numpy(file["numbers"])
             settings: Mapping[str, Any] = json.loads(str(file["settings"]))
         images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]

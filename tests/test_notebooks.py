@@ -37,6 +37,7 @@ class TestNotebooks:
         """From its own folder, as Jupyter starts it; the notebooks compare results with `torch.testing` themselves."""
         monkeypatch.chdir(path.parent)
         monkeypatch.setenv("NOTEBOOK_STEPS", "2")
+        plt.close("all")  # what other tests have left open
         shown = []
 
         def show():
