@@ -4,9 +4,9 @@ The Space under load: many clients call it at once on this machine, some with in
     python benchmarks/load_space.py [--models spaces/model] [--clients 50] [--requests 300] [--json results.json]
 
 Each request is for one image with 10 steps; a fifth of them are invalid, and a tenth of the clients leave at the first
-preview, half of them by cancelling and half by closing the connection. Clients who are told to wait try again. The
-table has the numbers of requests that were served, told to wait and refused with their reason, those that failed,
-latencies, and the memory of the app after a sixth and after all of the requests. Exit code 1 if a request failed.
+preview, half of them by cancelling and half by closing the connection. Clients that get "busy" try again. The table
+counts the requests that were served, got "busy", were refused with their reason, or failed, and gives latencies and the
+memory of the app after a sixth and after all of the requests. Exit code 1 if a request failed.
 
 The app is a process of this script with its usual limits; each client has an address of its own, as from a proxy. The
 traffic stays on 127.0.0.1, and ends after `--seconds` at the latest.
@@ -101,7 +101,7 @@ class Load:
                         raise
                     wait = float(error.response.headers["retry-after"])
                 if tries == 0:
-                    self._count("told to wait, then tried again")
+                    self._count("busy, then tried again")
                 time.sleep(wait * random.uniform(1, 1.5))
         except Exception as error:
             self._count("failed")
@@ -194,7 +194,7 @@ def measure(models: Path, clients: int, requests: int, seconds: float, keep_seco
         print(failure, file=sys.stderr)
     return {
         **{name: load.outcomes[name] for name in ("served", "invalid, refused with the reason", "left in the middle")},
-        "told to wait, then tried again": load.outcomes["told to wait, then tried again"],
+        "busy, then tried again": load.outcomes["busy, then tried again"],
         "failed": load.outcomes["failed"],
         "errors in the log of the app": log.count("ERROR"),
         "latency, median (s)": percentiles[9],
