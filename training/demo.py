@@ -34,7 +34,7 @@ DEFAULT_OUTPUT_DIR = Path("outputs/demo")
 NEW_IMAGES = REPOSITORY / "data" / "twemoji-64" / "train.parquet"
 COLUMNS = 8
 STRIP_IMAGES = 10
-STRIP_PROMPT = "fire"
+STRIP_PROMPT = "panda"
 SCALE = 2  # pixels of the figures for each pixel of an image
 GAP = 24  # pixels between two rows of words
 
