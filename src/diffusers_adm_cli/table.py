@@ -54,6 +54,11 @@ COMMANDS = (
     *_scripts(),
     Command("train tokenizer", "diffusers_adm.data.tokenizer", "Train a tokenizer on captions."),
     Command(
+        "train text-encoder",
+        "diffusers_adm.training.text_pretraining",
+        "Teach a text encoder what captions look like, before a U-Net is trained with it.",
+    ),
+    Command(
         "post-hoc-ema",
         "diffusers_adm.training.post_hoc_ema",
         "Write the result of a run with an average of the weights of another length.",
