@@ -325,6 +325,11 @@ OTHERS = {
     "streaming": True,
     "task": "inpaint",
     "text_conditioning": "clip",
+    "timestep_bias_begin": 1,
+    "timestep_bias_end": 3,
+    "timestep_bias_multiplier": 2.0,
+    "timestep_bias_portion": 0.5,
+    "timestep_bias_strategy": "later",
     "timestep_sampler": "loss-second-moment",
     "tracker_project_name": "emoji",
     "train_batch_size": 2,
@@ -366,6 +371,11 @@ NEEDED = {
     "pair_column": {"source_data_files": EMOJI},
     "source_mode": {"source_column": "picture"},
     "source_value_range": {"source_column": "picture"},
+    "timestep_bias_begin": {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 2.0},
+    "timestep_bias_end": {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 2.0},
+    "timestep_bias_multiplier": {"timestep_bias_strategy": "later"},
+    "timestep_bias_portion": {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0},
+    "timestep_bias_strategy": {"timestep_bias_multiplier": 2.0},
     ("train_prior", "validation_caption_column"): {"validation_data_dir": "elsewhere"},
     ("train_prior", "max_validation_samples"): {"validation_data_dir": "elsewhere"},
 }
@@ -397,7 +407,7 @@ def test_free_arguments_are_used(begun, script, name):
 @pytest.mark.parametrize(("script", "name"), with_verdict(PROCESS))
 def test_another_process_is_refused_by_name(begun, tmp_path, script, name):
     before = yaml.safe_load((begun(script) / "train_args.yaml").read_text())
-    changes = {name: OTHERS[name], "max_train_steps": 3, "output_dir": str(tmp_path)}
+    changes = needed(script, name) | {name: OTHERS[name], "max_train_steps": 3, "output_dir": str(tmp_path)}
     changes["resume_from_checkpoint"] = str(begun(script) / "checkpoint-2")
     if (script, name) in REFUSED_ANYWAY:
         with pytest.raises(ValueError, match=f"drop .*`{name}`"):

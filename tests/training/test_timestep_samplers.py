@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_adm.training import (
     TIMESTEP_SAMPLERS,
+    BiasedTimestepSampler,
+    DiffusionArguments,
     LossSecondMomentTimestepSampler,
     TimestepSampler,
     UniformTimestepSampler,
@@ -435,3 +437,85 @@ def test_two_processes_with_batches_of_different_size_share_one_history():
     for batch_0, batch_1 in zip(random_batches(6, SIZES[0], seed=0), random_batches(6, SIZES[1], seed=1), strict=True):
         reverse.update(torch.cat([batch_1[0], batch_0[0]]), torch.cat([batch_1[1], batch_0[1]]))
     assert reverse.losses != expected.losses
+
+
+# Biased timesteps
+
+
+@pytest.mark.parametrize(
+    ("strategy", "given", "biased"),
+    [
+        ("earlier", {"portion": 0.2}, range(0, 4)),
+        ("later", {}, range(15, 20)),
+        ("later", {"portion": 1.0}, range(0, 20)),
+        ("range", {"begin": 3, "end": 9}, range(3, 9)),
+        ("range", {"begin": 12}, range(12, 20)),
+        ("range", {}, range(0, 20)),
+    ],
+)
+def test_biased_timesteps_are_drawn_more_often(strategy, given, biased):
+    sampler = BiasedTimestepSampler.from_strategy(20, strategy, 3.0, **given)
+    timesteps, weights = sampler.sample(40_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(weights, torch.ones(40_000))  # no weights undo the bias
+    shares = torch.tensor([3.0 if number in biased else 1.0 for number in range(20)])
+    expected = 40_000 * shares / shares.sum()
+    counts = torch.bincount(timesteps, minlength=20)
+    # The sum of squares over 19 degrees of freedom: 43.8 is exceeded with a probability of 0.001.
+    assert ((counts - expected) ** 2 / expected).sum() < 43.8
+
+
+def test_the_loss_of_biased_timesteps_counts_more():
+    """The expectation of the weighted loss is the mean in which they count `multiplier` times."""
+    sampler = BiasedTimestepSampler(10, 8, 10, 4.0)
+    losses = torch.arange(10.0)
+    timesteps, weights = sampler.sample(100_000, generator=torch.Generator().manual_seed(1))
+    expected = (losses[:8].sum() + 4 * losses[8:].sum()) / (8 + 4 * 2)
+    assert (weights * losses[timesteps]).mean().item() == pytest.approx(expected.item(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((10, 5, 5, 2.0), r"are \[5, 5\); they must lie in \[0, 10\)"),
+        ((10, -1, 5, 2.0), r"are \[-1, 5\)"),
+        ((10, 5, 11, 2.0), r"are \[5, 11\)"),
+        ((10, 5, 10, 0.0), "`multiplier` is 0.0; it must be a positive number"),
+        ((10, 5, 10, float("inf")), "`multiplier` is inf"),
+    ],
+)
+def test_wrong_biases(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BiasedTimestepSampler(*arguments)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"multiplier": 2.0}, "`timestep_bias_multiplier` was given, but `timestep_bias_strategy` is 'none'"),
+        ({"strategy": "later"}, "`timestep_bias_multiplier` was not given"),
+        ({"strategy": "later", "multiplier": 2.0, "begin": 0}, "`timestep_bias_begin` was given, but .* is 'later'"),
+        ({"strategy": "range", "multiplier": 2.0, "portion": 0.5}, "`timestep_bias_portion` was given"),
+        ({"strategy": "later", "multiplier": -2.0}, "`timestep_bias_multiplier` is -2.0; it must be positive"),
+        ({"strategy": "later", "multiplier": 2.0, "portion": 1.5}, r"is 1.5; it must lie in \(0, 1\]"),
+    ],
+)
+def test_wrong_arguments_of_biases(given, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionArguments(**{f"timestep_bias_{name}": value for name, value in given.items()})
+
+
+def test_a_bias_and_weights_exclude_each_other():
+    bias = {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 2.0}
+    with pytest.raises(ValueError, match="whose weights would undo `timestep_bias_strategy`"):
+        DiffusionArguments(timestep_sampler="loss-second-moment", **bias)
+
+
+def test_samplers_by_arguments():
+    for strategy in (None, "none"):
+        arguments = DiffusionArguments(timestep_bias_strategy=strategy)
+        assert type(arguments.build_timestep_sampler(10)) is UniformTimestepSampler
+    given = {"timestep_bias_multiplier": 2.0, "timestep_bias_begin": 4, "timestep_bias_end": 6}
+    biased = DiffusionArguments(timestep_bias_strategy="range", **given)
+    assert biased.build_timestep_sampler(10).weights().tolist() == [1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"`timestep_bias_strategy` is 'range': .* are \[4, 6\)"):
+        biased.build_timestep_sampler(5)

@@ -128,6 +128,7 @@ from .run import TrainingRun
 from .setup import prepare_output_dir, run_settings, start_accelerator, start_run
 from .timestep_samplers import (
     TIMESTEP_SAMPLERS,
+    BiasedTimestepSampler,
     LossSecondMomentTimestepSampler,
     TimestepSampler,
     UniformTimestepSampler,

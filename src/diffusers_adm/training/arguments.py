@@ -22,7 +22,13 @@ from ..schedulers.scheduling_ddpm_learned_variance import LearnedVarianceDDPMSch
 from .interruption import parse_max_time
 from .losses import Objective
 from .power_ema import check_std
-from .timestep_samplers import TimestepSamplerName
+from .timestep_samplers import (
+    TIMESTEP_SAMPLERS,
+    BiasedTimestepSampler,
+    TimestepBiasStrategy,
+    TimestepSampler,
+    TimestepSamplerName,
+)
 from .trackers import TrackerName
 
 
@@ -387,6 +393,59 @@ class DiffusionArguments(NoiseArguments):
     timestep_sampler: TimestepSamplerName = arg(
         "uniform", "Distribution of the training timesteps; loss-second-moment is meant for vlb.", resume=PROCESS
     )
+    timestep_bias_strategy: TimestepBiasStrategy | None = arg(
+        None,
+        "Timesteps that are trained on more often, so that they count more: the first or the last of them (earlier, "
+        "later), or a range. Later ones decide what a picture shows. None, or none: all alike.",
+        resume=PROCESS,
+    )
+    timestep_bias_multiplier: float | None = arg(
+        None, "How many times as often each of them is drawn as another timestep.", resume=PROCESS
+    )
+    timestep_bias_portion: float | None = arg(
+        None, "Share of the timesteps that earlier and later mean (0.25).", resume=PROCESS
+    )
+    timestep_bias_begin: int | None = arg(None, "First timestep of the range (0).", resume=PROCESS)
+    timestep_bias_end: int | None = arg(None, "Timestep that the range ends before (all).", resume=PROCESS)
+
+    def __post_init__(self):
+        super().__post_init__()
+        strategy = self.timestep_bias_strategy or "none"
+        needed = {"timestep_bias_multiplier": strategy != "none"}
+        needed["timestep_bias_portion"] = strategy in ("earlier", "later")
+        needed |= dict.fromkeys(("timestep_bias_begin", "timestep_bias_end"), strategy == "range")
+        for name, is_used in needed.items():
+            if getattr(self, name) is not None and not is_used:
+                raise ValueError(
+                    f"`{name}` was given, but `timestep_bias_strategy` is {strategy!r}, which does not use it. Leave "
+                    "it out, or pass another strategy."
+                )
+        if strategy == "none":
+            return
+        if self.timestep_bias_multiplier is None:
+            raise ValueError(
+                f"`timestep_bias_strategy` is {strategy!r} and `timestep_bias_multiplier` was not given. Pass it, "
+                "e.g. 2."
+            )
+        if self.timestep_sampler != "uniform":
+            raise ValueError(
+                f"`timestep_sampler` is {self.timestep_sampler!r}, whose weights would undo `timestep_bias_strategy` "
+                f"{strategy!r}. Leave one of them out."
+            )
+        check_positive(self, "timestep_bias_multiplier", "timestep_bias_portion")
+        if self.timestep_bias_portion is not None and self.timestep_bias_portion > 1:
+            raise ValueError(f"`timestep_bias_portion` is {self.timestep_bias_portion}; it must lie in (0, 1].")
+
+    def build_timestep_sampler(self, num_train_timesteps: int) -> TimestepSampler:
+        """Raises a `ValueError` for biased timesteps that the noise schedule does not have."""
+        if self.timestep_bias_strategy in (None, "none"):
+            return TIMESTEP_SAMPLERS[self.timestep_sampler](num_train_timesteps)
+        names = {name: f"timestep_bias_{name}" for name in ("multiplier", "portion", "begin", "end")}
+        given = {name: value for name, full in names.items() if (value := getattr(self, full)) is not None}
+        try:
+            return BiasedTimestepSampler.from_strategy(num_train_timesteps, self.timestep_bias_strategy, **given)
+        except ValueError as error:
+            raise ValueError(f"`timestep_bias_strategy` is {self.timestep_bias_strategy!r}: {error}") from error
 
 
 @dataclass

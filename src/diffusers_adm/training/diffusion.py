@@ -69,7 +69,7 @@ from .loading import (
 from .losses import Objective, TrainingLosses
 from .metrics import LossMetrics, record_losses
 from .resume import RunRecord
-from .timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
+from .timestep_samplers import TimestepSampler
 from .unets import (
     ExtraChannels,
     build_scheduler,
@@ -804,7 +804,7 @@ def load_diffusion(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         noise_scheduler=noise_scheduler,
-        timestep_sampler=TIMESTEP_SAMPLERS[diffusion_args.timestep_sampler](num_timesteps),
+        timestep_sampler=diffusion_args.build_timestep_sampler(num_timesteps),
         metrics=LossMetrics(num_timesteps, accelerator.device),
         images=images,
         captions=captions,

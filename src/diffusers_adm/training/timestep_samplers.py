@@ -4,12 +4,15 @@ Timestep samplers: which timesteps to train on, and the weights that keep the lo
 Nichol & Dhariwal 2021 (https://huggingface.co/papers/2102.09672), section 3.3 and eq. 18: timesteps drawn in proportion
 to the root mean square of their recent losses, which reduces the variance of L_vlb's gradient.
 
+`BiasedTimestepSampler` changes the loss instead: some timesteps count more, as in diffusers' SDXL training script.
+
 To add a timestep sampler, write a subclass of `TimestepSampler` and extend `TimestepSamplerName` and
 `TIMESTEP_SAMPLERS`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -179,5 +182,67 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
         self.counts = state_dict["counts"].to(self.counts)
 
 
+class BiasedTimestepSampler(TimestepSampler):
+    r"""
+    Draws some timesteps more (or less) often than the others, without weights that make up for it: the loss is another
+    one, in which their share is larger. What a picture shows is decided at the late, noisy timesteps, so more of them
+    teach prompts faster, at the cost of details.
+
+    Args:
+        num_train_timesteps (`int`): Number T of training timesteps.
+        begin, end (`int`): The timesteps in `[begin, end)` are biased.
+        multiplier (`float`): How many times as often each of them is drawn as another one; positive.
+    """
+
+    def __init__(self, num_train_timesteps: int, begin: int, end: int, multiplier: float):
+        super().__init__(num_train_timesteps)
+        if not 0 <= begin < end <= num_train_timesteps:
+            raise ValueError(
+                f"The biased timesteps are [{begin}, {end}); they must lie in [0, {num_train_timesteps}), and be at "
+                "least one."
+            )
+        if not (math.isfinite(multiplier) and multiplier > 0):
+            raise ValueError(f"`multiplier` is {multiplier}; it must be a positive number.")
+        self.begin, self.end, self.multiplier = begin, end, multiplier
+
+    @classmethod
+    def from_strategy(
+        cls,
+        num_train_timesteps: int,
+        strategy: TimestepBiasStrategy,
+        multiplier: float,
+        portion: float = 0.25,
+        begin: int = 0,
+        end: int | None = None,
+    ) -> BiasedTimestepSampler:
+        """
+        With the arguments of diffusers' SDXL training script: the first or the last `portion` of the timesteps
+        ("earlier", "later"), or those in `[begin, end)` ("range"; `None`: to the last one).
+        """
+        number = int(portion * num_train_timesteps)
+        end = num_train_timesteps if end is None else end
+        if strategy == "earlier":
+            begin, end = 0, number
+        elif strategy == "later":
+            begin, end = num_train_timesteps - number, num_train_timesteps
+        return cls(num_train_timesteps, begin, end, multiplier)
+
+    def weights(self) -> torch.Tensor:
+        weights = torch.ones(self.num_train_timesteps, dtype=torch.float64)
+        weights[self.begin : self.end] = self.multiplier
+        return weights
+
+    def sample(
+        self,
+        batch_size: int,
+        device: str | torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the base class, but all weights are 1."""
+        timesteps, weights = super().sample(batch_size, device, generator)
+        return timesteps, torch.ones_like(weights)
+
+
 TimestepSamplerName = Literal["uniform", "loss-second-moment"]
+TimestepBiasStrategy = Literal["none", "earlier", "later", "range"]
 TIMESTEP_SAMPLERS = {"uniform": UniformTimestepSampler, "loss-second-moment": LossSecondMomentTimestepSampler}
