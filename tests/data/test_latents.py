@@ -228,6 +228,7 @@ class TestRefusals:
             ({"vae": "nowhere"}, "`vae` is 'nowhere', which is no file or folder"),
             ({"caption_column": "latent_mean"}, "'latent_mean' has a name that latents need"),
             ({"condition_value_range": [0, 1]}, "without `conditioning_image_column`"),
+            ({"condition": "edges", "conditioning_image_column": "edges"}, "Pass one of them"),
             ({"image_mode": "L"}, "`--image_mode` is L, but the model was trained on RGB"),
             ({"value_range": [0, 300]}, "The images are RGB images from 0 to 300.*the autoencoder was trained on RGB"),
         ],
@@ -346,6 +347,21 @@ class TestDataset:
                 posterior = Posterior(before["latent_mean"][None], before["latent_std"][None])
                 assert rounding_errors(space.to_samples(posterior, before["latent_noise"]), expected) <= NETWORK
         assert not torch.equal(stored[0]["latent_noise"], stored[1]["latent_noise"])
+
+    @pytest.mark.parametrize("kind", ["edges", "color_blocks"])
+    def test_conditions_that_are_made_from_the_images(self, made, tmp_path, kind):
+        """They are those of training on the images, without flips: edges of a mirrored image may be others."""
+        encode(made, tmp_path / "stored", condition=kind, dtype="float32")
+        pixels, _ = images_of(made)
+        images = ImageDataset(pixels, 8, latent_shape=(4, 4, 4), image_format=ImageFormat(), condition=kind)
+        stored, data, _ = read(tmp_path / "stored", conditioning_image_column="conditioning_image")
+        assert stored.condition_format == images.condition_format
+        dataset = LatentDataset(data, 8, stored=stored, condition_format=stored.condition_format)
+        conditions = torch.stack([dataset[index]["conditions"] for index in range(COUNT)])
+        expected = torch.stack([images[index]["conditions"] for index in range(COUNT)])
+        # Stored with 8 bits: of edges all, of mean colours all but half a level.
+        torch.testing.assert_close(conditions, expected, rtol=0, atol=0 if kind == "edges" else 0.5 / 255 + 1e-6)
+        assert expected.std() > 0
 
     def test_noise_is_standard_normal_and_new_in_each_epoch(self, both):
         _, stored = both

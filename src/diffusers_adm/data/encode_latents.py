@@ -27,6 +27,7 @@ from PIL import Image
 
 from ..commands.arguments import arg, check_at_least, parse_args
 from ..commands.errors import run_command
+from ..conditioning.control_images import ControlImageKind
 from ..conditioning.image_format import ImageFormat, ImageMode, Size, as_sample_size, as_size, parse_size
 from ..conditioning.latents import LatentSpace, Posterior
 from .checks import check_images
@@ -61,6 +62,7 @@ logger = logging.getLogger("diffusers_adm.data.encode_latents")
 MAX_ROUNDING = 0.01
 # Outside of this range, the standard deviation of the samples does not suit noise schedules.
 USUAL_STD = (0.5, 2.0)
+CONDITION_COLUMN = "conditioning_image"  # of conditioning images that are made here
 
 
 @dataclass
@@ -81,6 +83,11 @@ class EncodingArguments:
     caption_column: str | None = arg(None, "Column of captions to keep.")
     conditioning_image_column: str | None = arg(
         None, "Column of conditioning images to keep, resized and cropped like the images; for ControlNets."
+    )
+    condition: ControlImageKind | None = arg(
+        None,
+        "Kind of conditioning image to make from each image, and to store in the column `conditioning_image`; for "
+        "ControlNets.",
     )
     image_embeds_column: str | None = arg(
         None,
@@ -117,11 +124,16 @@ class EncodingArguments:
         parse_value_range("condition_value_range", self.condition_value_range)
         if self.condition_value_range is not None and self.conditioning_image_column is None:
             raise ValueError("`condition_value_range` was given without `conditioning_image_column`. Pass both.")
+        if self.condition is not None and self.conditioning_image_column is not None:
+            raise ValueError(
+                f"`condition` is {self.condition!r} and `conditioning_image_column` "
+                f"{self.conditioning_image_column!r}. Pass one of them."
+            )
         check_at_least(self, 1, "batch_size", "shard_size", "image_check_num_proc")
         check_at_least(self, 0, "num_workers", "min_image_size")
         kept = [self.label_column, self.caption_column, self.conditioning_image_column, self.image_embeds_column]
         for column in kept:
-            if column in LATENT_COLUMNS:
+            if column in LATENT_COLUMNS or (self.condition is not None and column == CONDITION_COLUMN):
                 raise ValueError(f"The column {column!r} has a name that latents need. Rename it in the data.")
 
     def load_images(self) -> tuple[datasets.Dataset, dict[int, str] | None]:
@@ -337,8 +349,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         condition_format=condition_format,
     )
     dataset = ImageDataset(
-        images, resolution, center_crop=True, image_format=image_format, condition_format=condition_format
+        images,
+        resolution,
+        center_crop=True,
+        condition=args.condition,
+        image_format=image_format,
+        condition_format=condition_format,
     )
+    if args.condition is not None:
+        condition_format = dataset.condition_format
     size = latent_space.latent_size(resolution)
     latents = datasets.List(datasets.Value(args.dtype), length=latent_space.channels * size[0] * size[1])
     features = dict.fromkeys((*PLAIN, *FLIPPED) if args.random_flip else PLAIN, latents)
@@ -351,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         if column is not None:
             columns[column], features[column] = name, images.features[name]
+    if args.condition is not None:
+        columns[CONDITION_COLUMN], features[CONDITION_COLUMN] = "conditioning_image", datasets.Image()
     for name, column in args.embeddings.items():
         columns[column], features[column] = name, datasets.List(datasets.Value(EMBEDDING_DTYPE), length=width)
     if args.label_column is not None:
@@ -395,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_images=len(images),
         label_column=args.label_column,
         caption_column=args.caption_column,
-        conditioning_image_column=args.conditioning_image_column,
+        conditioning_image_column=CONDITION_COLUMN if args.condition is not None else args.conditioning_image_column,
         encoder=hash_encoder(vae),
         image_embeds_column=args.image_embeds_column,
     )
