@@ -68,10 +68,36 @@ def test_what_only_a_clone_has(given):
     assert given(recipe) == {"data_files": ["data/a.parquet"], "vae": "spaces/model/vae"}
 
 
-def test_a_file_comes_before_a_name_and_is_taken_as_it_is(given):
+def test_a_file_comes_before_a_name(given, tmp_path):
+    """Data of a file need no clone; network configs are found, as a run's `train_args.yaml` needs it."""
     Path("mine").write_text("data_files: data/a.parquet\nmodel_config_name_or_path: training/configs/net.json")
-    expected = {"data_files": ["data/a.parquet"], "model_config_name_or_path": "training/configs/net.json"}
-    assert given("vae: x") == expected
+    installed = str(tmp_path / "installed" / "net.json")
+    assert given("vae: x") == {"data_files": ["data/a.parquet"], "model_config_name_or_path": installed}
+
+
+def test_records_do_not_depend_on_the_place_of_the_package(given, tmp_path):
+    installed = given("model_config_name_or_path: training/configs/net.json")["model_config_name_or_path"]
+    assert recipes.portable(installed) == "training/configs/net.json"
+    for other in (None, 3, "", "vae", "training/configs/net.json", str(tmp_path / "net.json"), [installed]):
+        assert recipes.portable(other) == other
+    here = Path("training/configs/net.json")
+    here.parent.mkdir(parents=True)
+    here.touch()  # which the name would stand for
+    assert recipes.portable(installed) == installed
+
+
+def test_paths_into_an_environment_that_is_gone(given, tmp_path):
+    former = tmp_path / "former" / "site-packages" / "diffusers_adm" / "scripts" / "configs"
+    installed = str(tmp_path / "installed" / "net.json")
+    assert given(f"vae: {former / 'net.json'}") == {"vae": installed}
+    # Not those of another package, of a version that had another file, or on the command line.
+    others = [str(tmp_path / "diffusers_adm" / "net.json"), str(former / "other.json")]
+    for other in others:
+        assert given(f"vae: {other}") == {"vae": other}
+    assert given("vae: x", "--vae", str(former / "net.json")) == {"vae": str(former / "net.json")}
+    former.mkdir(parents=True)
+    (former / "net.json").touch()  # an environment that is still there
+    assert given(f"vae: {former / 'net.json'}") == {"vae": str(former / "net.json")}
 
 
 def test_unknown_names(given):

@@ -61,8 +61,9 @@ def parse_args(
 
     A recipe is a flat mapping from field names to values, required ones included. A value in a recipe means what the
     same words mean on the command line: `1e-4` is a number and `no` a word, which plain YAML reads the other way round.
-    Paths are relative to the working directory. In place of a path, `--config` takes the name of a recipe that is
-    installed with the package, such as `emoji_32`.
+    Paths are relative to the working directory; those of network configs in `training/configs/` that are not there are
+    looked up in the installed package. In place of a path, `--config` takes the name of a recipe that is installed with
+    the package, such as `emoji_32`.
 
     Args:
         dataclass_types (a dataclass, or a sequence of them): Field names must be unique over all of them.
@@ -237,6 +238,4 @@ def _read_recipe(recipe: str, arguments: Mapping[str, _Argument]) -> tuple[dict[
             values[key] = arguments[key].convert_yaml(construct(value_node))
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{place}: {key!r}: {error}.") from error
-    if is_installed:
-        values = {name: locate(value) for name, value in values.items()}
-    return values, is_installed
+    return {name: locate(value) for name, value in values.items()}, is_installed

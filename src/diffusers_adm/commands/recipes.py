@@ -16,6 +16,7 @@ from .errors import did_you_mean
 
 # Where recipes name files of the repository: the configs of networks, which are installed ...
 CONFIGS = "training/configs/"
+INSTALLED_CONFIGS = "diffusers_adm/scripts/configs/"  # in site-packages
 # ... and what only a clone has.
 FOLDERS_OF_CLONES = ("data/", "spaces/")
 OF_ACCELERATE = "accelerate_"
@@ -53,11 +54,37 @@ def find_recipe(recipe: str) -> tuple[Path, bool]:
 
 
 def locate(value: Any) -> Any:
-    """A value of an installed recipe, with the paths of network configs that are not in the working directory."""
-    if isinstance(value, str) and value.startswith(CONFIGS) and not os.path.exists(value):
-        installed = installed_configs() / value.removeprefix(CONFIGS)
-        return str(installed) if installed.is_file() else value
-    return value
+    """
+    A value of a recipe, with the paths of network configs that are not in the working directory but installed. Runs of
+    earlier versions have recorded where the package was: if it is not there any more, its files are found by the end
+    of their paths.
+    """
+    if isinstance(value, str) and value.startswith(CONFIGS):
+        name = value.removeprefix(CONFIGS)
+    elif is_of_installation(value):
+        name = Path(value).as_posix().rpartition(f"/{INSTALLED_CONFIGS}")[2]
+    else:
+        return value
+    folder = installed_configs()
+    is_found = not os.path.exists(value) and folder is not None and (folder / name).is_file()
+    return str(folder / name) if is_found else value
+
+
+def is_of_installation(value: Any) -> bool:
+    """Whether a value is the path of a network config in an installation of the package, of whichever environment."""
+    return isinstance(value, str) and os.path.isabs(value) and f"/{INSTALLED_CONFIGS}" in Path(value).as_posix()
+
+
+def portable(value: Any) -> Any:
+    """
+    A value as the record of a run holds it: an installed network config by the name that recipes give it, which
+    [`locate`] finds wherever the environment is by then.
+    """
+    folder = installed_configs()
+    if not isinstance(value, str) or folder is None or not Path(value).is_relative_to(folder):
+        return value
+    name = CONFIGS + Path(value).relative_to(folder).as_posix()
+    return name if locate(name) == value else value  # not if the working directory holds another file of this name
 
 
 def check_clone(recipe: str, values: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 
 from ..commands.arguments import build_arguments, given_arguments
+from ..commands.recipes import is_of_installation
 from ..conditioning.image_format import ImageFormat, Size, as_sample_size, as_size, parse_size
 from ..data.fingerprints import hash_plain, hash_tensors, hash_texts, hash_tokenizer
 from ..schedulers.noise_schedules import alphas_cumprod_of, is_same_noise, noise_schedule_of
@@ -228,6 +229,13 @@ def parse_run(
     if given.get("push_to_hub") is False:
         values |= {name: defaults[name] for name in OF_ONE_FOLDER}
     values |= given
+    for name, value in values.items():
+        if name not in given and is_of_installation(value) and not os.path.exists(value):
+            raise ValueError(
+                f"`{name}` of {checkpoint.name} is {value!r}, which was installed with diffusers-adm in an environment "
+                "that is gone, and the installed version has no such file. Install the version that the run was "
+                f"started with, or pass `--{name}` with the path of a copy of the file."
+            )
     if checkpoint.settings is not None:
         left_out = [name for name in values if name not in given and values[name] != defaults[name]]
         run.compare_arguments(before, values, left_out, resume_verdicts(argument_types))

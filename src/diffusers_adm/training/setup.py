@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration
 
 from ..commands.processes import join_processes
+from ..commands.recipes import portable
 from ..data.repositories import check_can_be_written
 from .arguments import ModelArguments, TrainingArguments
 from .best import BEST_FOLDER, BEST_NAME, delete_best
@@ -99,8 +100,11 @@ def start_accelerator(training_args: TrainingArguments, script: str) -> Accelera
 
 
 def run_settings(*all_args: Any) -> dict[str, Any]:
-    """The arguments of a run by name, for its folder and its log, without the secret token."""
-    settings = {name: value for arguments in all_args for name, value in vars(arguments).items()}
+    """
+    The arguments of a run by name, for its folder and its log, without the secret token, and without the place of the
+    environment, which the run may outlive.
+    """
+    settings = {name: portable(value) for arguments in all_args for name, value in vars(arguments).items()}
     settings.pop("hub_token")
     return settings
 
