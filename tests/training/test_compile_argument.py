@@ -2,18 +2,24 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils import DynamoBackend
-from runs import own_process_state, read_metrics, reset_accelerate, save_base
+from faulty_runs import replaced
+from processes import run_distributed
+from runs import assert_same_checkpoint, own_process_state, read_metrics, reset_accelerate, save_base
 from scripts import load_script
 from test_failed_validation import arguments_of
 from toy_models import TOY_CONFIG, random_unet
 
+from diffusers_adm import AdaGNUNet2DModel
 from diffusers_adm.compilation.cpu import find_compiler
 from diffusers_adm.training import compiled
 from diffusers_adm.training import run as training_run
+from diffusers_adm.training.log import TrainingLog
 
 
 pytestmark = pytest.mark.no_jitter("torch compiles nothing inside a dispatch mode")
@@ -73,6 +79,7 @@ def test_the_same_run(case, tmp_path, batches, monkeypatch):
     train(name, **compiles, compile=True)
     assert set(batches) == {4}  # and nothing of the validation, which has other sizes
     assert len(batches) == (2 if name == "train_controlnet" else 1)  # each network once, also after checkpoints
+    assert operations(tmp_path / "compiled") == operations(tmp_path / "plain")
     rows = zip(read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "compiled"), strict=True)
     for row, other in rows:
         assert row.keys() == other.keys()
@@ -81,6 +88,83 @@ def test_the_same_run(case, tmp_path, batches, monkeypatch):
     if case == "class":
         train(**compiles | {"max_train_steps": 3}, resume_from_checkpoint="latest")
         train(**compiles | {"max_train_steps": 4}, resume_from_checkpoint="latest", compile=True)
+
+
+def operations(folder):
+    """Operations of an image, as the rates of the log say, which must have one number; rounded as these are."""
+    rows = [row for row in read_metrics(folder, without=()) if "loss" in row]
+    (number,) = {round(row["tflops_per_second"] * 1e12 / row["images_per_second"]) for row in rows}
+    assert number > 1e6
+    return number
+
+
+@pytest.mark.parametrize("compiles_again", [False, True])
+def test_the_count_changes_no_bit(tmp_path, batches, monkeypatch, compiles_again):
+    """Not even with dropout, and a sampler that learns from each loss."""
+    (tmp_path / "dropout.json").write_text(json.dumps(TOY_CONFIG | {"dropout": 0.1}))
+    arguments = arguments_of("train_adm", tmp_path / "files") | {"timestep_sampler": "loss-second-moment"}
+    arguments |= {"model_config_name_or_path": str(tmp_path / "dropout.json"), "compile": True, "max_train_steps": 2}
+    counted, other = (arguments | {"output_dir": str(tmp_path / folder)} for folder in ("counted", "not"))
+    if compiles_again:  # and counts again
+        train(**counted | {"max_train_steps": 1})
+        train(**counted, resume_from_checkpoint="latest")
+    else:
+        train(**counted)
+    monkeypatch.setattr(training_run.BatchSplitter, "give_one", None)  # would fail
+    monkeypatch.setattr(training_run, "TrainingLog", LogWithoutCount)
+    train(**other)
+    assert operations(tmp_path / "counted")
+    assert not any("tflops_per_second" in row for row in read_metrics(tmp_path / "not", without=()))
+    assert read_metrics(tmp_path / "counted") == read_metrics(tmp_path / "not")
+    assert_same_checkpoint(tmp_path / "counted" / "checkpoint-2", tmp_path / "not" / "checkpoint-2")
+
+
+class LogWithoutCount(TrainingLog):
+    """The log of a run whose operations are not counted."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.flop_meter.give_up()
+
+
+def test_the_count_out_of_memory(tmp_path, batches):
+    """What does not fit uncompiled may fit compiled: the run goes on without the measure."""
+    arguments = arguments_of("train_adm", tmp_path / "files") | {"compile": True, "max_train_steps": 2}
+    forward, sizes = AdaGNUNet2DModel.forward, []
+
+    def limited(self, sample, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            sizes.append(len(sample))
+            if len(sizes) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(self, sample, *args, **kwargs)
+
+    with replaced(AdaGNUNet2DModel, "forward", limited):
+        train(**arguments)
+    assert sizes[0] == 1  # the others are those of the validation
+    rows = read_metrics(tmp_path / "files" / "run", without=())
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert not any("tflops_per_second" in row for row in rows)
+
+
+def trained_compiled(arguments):
+    """In a process of its own: a run whose compiler runs the graphs as they are; the operations that it has counted."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    compiled.BACKEND = "eager"
+    train(**arguments)
+    return None if PartialState().process_index else operations(arguments["output_dir"])
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Each counts its own batch, without waiting for the gradients of the other."""
+    arguments = arguments_of("train_adm", tmp_path / "files") | {"timestep_sampler": "loss-second-moment"}
+    arguments |= {"max_train_steps": 2, "num_validation_images": 1}
+    plain, compiles = (arguments | {"output_dir": str(tmp_path / folder)} for folder in ("plain", "compiled"))
+    number, _ = run_distributed(trained_compiled, plain, timeout=120)
+    assert run_distributed(trained_compiled, compiles | {"compile": True}, timeout=120) == [number, None]
+    rows = zip(read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "compiled"), strict=True)
+    assert all(math.isclose(row["loss"], other["loss"], rel_tol=1e-4) for row, other in rows if "loss" in row)
 
 
 def test_a_dry_run(tmp_path, batches):
@@ -122,5 +206,6 @@ def test_losses_by_inductor(tmp_path):
     rows = [
         [row["loss"] for row in read_metrics(tmp_path / folder) if "loss" in row] for folder in ("plain", "compiled")
     ]
+    assert operations(tmp_path / "compiled") == operations(tmp_path / "plain")
     assert len(rows[0]) == 3
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)

@@ -89,6 +89,12 @@ class BatchSplitter:
                 return
             todo, is_new = self._batches, False
 
+    def give_one(self, batch: dict[str, Any]) -> Part:
+        """Gives the first image of a batch, which is not part of the optimizer step."""
+        share = 1 / find_batch_size(batch)
+        self.part = Part({name: values[:1] for name, values in batch.items()}, share, is_new=False, is_last=False)
+        return self.part
+
     def split(self, error: Exception, step: int, again: bool = True) -> str:
         """
         Halves the parts of later batches, and of those of this step if `again`, which are given again. Returns a

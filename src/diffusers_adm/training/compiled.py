@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,11 @@ def compile_network(network: torch.nn.Module) -> torch.nn.Module:
     options = OPTIONS if BACKEND == "inductor" else None
     # Not for any size at once: a batch has one size, and its parts, if it does not fit in memory, at most two others.
     return cast(torch.nn.Module, torch.compile(network, backend=BACKEND, dynamic=False, options=options))
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """In a `with` block, calls of compiled networks run as they would without compilation, and compile nothing."""
+    return cast(AbstractContextManager[None], torch.compiler.set_stance("force_eager"))
 
 
 def check_compile(accelerator: Accelerator) -> None:

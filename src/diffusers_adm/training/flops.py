@@ -98,7 +98,8 @@ class FlopMeter:
     Counts the operations of the first batch that a process trains on, forward and backward pass: matrix products,
     convolutions and attention, a product and a sum as two operations. What a kernel of Triton does is not counted; with
     gradient checkpointing, what is computed twice counts twice. The numbers of the batch are those without the count.
-    Networks that are compiled are not counted.
+    Networks that Accelerate compiles (`dynamo_backend`) are not counted; those that `--compile` compiles are counted by
+    an image that they see uncompiled before, see `TrainingRun`.
 
     Attributes:
         flops (`int`, *optional*): Of one batch of one process; `None`: not counted (yet).
@@ -108,7 +109,7 @@ class FlopMeter:
 
     def __init__(self, accelerator: Accelerator):
         self.flops: int | None = None
-        self.is_compiled = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        self.is_off = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
         self.peak = None
         if accelerator.device.type == "cuda":
             allows_tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
@@ -119,14 +120,19 @@ class FlopMeter:
     def count(self, share: float = 1.0) -> Iterator[None]:
         """
         Counts the operations in a `with` block, unless a batch was counted before. `share` is that of the batch which
-        the block trains on, if it did not fit in memory.
+        the block trains on, if it is not the whole one.
         """
-        if self.flops is not None or self.is_compiled:
+        if self.flops is not None or self.is_off:
             yield
             return
         with OperationCounter() as counter:
             yield
-        self.flops = round(counter.flops / share)
+        if not self.is_off:
+            self.flops = round(counter.flops / share)
+
+    def give_up(self) -> None:
+        """Counts nothing, not even the batch that a `with` block is counting, whose operations were not all run."""
+        self.is_off = True
 
     def rates(self, batches: int, seconds: float, num_processes: int) -> dict[str, float]:
         """

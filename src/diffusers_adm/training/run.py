@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ from .checkpoints import (
     resume_checkpoint,
     save_checkpoint,
 )
-from .compiled import compile_network
+from .compiled import compile_network, uncompiled
 from .disk import explained_disk_errors
 from .dry_run import end_dry_run
 from .ema import evaluation_weights, result_weights
@@ -152,7 +152,7 @@ class TrainingRun:
         if training_args.keep_best is not None:
             check_keep_best(training_args.keep_best, measures)
         self.accelerator, self.record, self.training_args, self.frozen = accelerator, record, training_args, frozen
-        self.metrics, self.logger = metrics, get_logger(record.script)
+        self.metrics, self._timestep_sampler, self.logger = metrics, timestep_sampler, get_logger(record.script)
         self.skips = getattr(train_dataset, "skips", None)
         self.is_sharded = is_sharded(accelerator)
         check_networks(accelerator, networks, opponent)
@@ -212,7 +212,8 @@ class TrainingRun:
         self.log = TrainingLog(
             accelerator, training_args.output_dir, record.settings, step, self.max_train_steps, total_batch_size
         )
-        self.log.flop_meter.is_compiled |= compiles
+        # Compiled code does not say what it computes.
+        self._counts_ahead = compiles and can_split and not self.log.flop_meter.is_off
         self.best = None
         if training_args.keep_best is not None and accelerator.is_main_process:
             is_other_run = bool(record.forced_arguments)
@@ -276,6 +277,7 @@ class TrainingRun:
         """
         Yields the remaining batches, across epochs, until the last step or until the run is interrupted. PyTorch's
         global generators are reseeded before each batch. A batch that did not fit in memory comes again, in parts.
+        With a compiled network, one image comes before, see `_count_uncompiled`.
         """
         self.interruption.install()
         ends = self.progress.global_step >= self.max_train_steps
@@ -286,6 +288,9 @@ class TrainingRun:
                     if is_new_step:
                         self.splitter.begin()
                         self._begin_step()
+                    if self._counts_ahead:
+                        yield self.splitter.give_one(batch).batch
+                        self._counts_ahead = False
                     micro_step = self.progress.micro_step
                     self.progress.count_batch()
                     for part in self.splitter.give(micro_step, batch):
@@ -311,6 +316,10 @@ class TrainingRun:
         Trains on a batch in a `with` block. If the batch does not fit in memory, the block ends without an error, and
         `batches` gives all batches of the optimizer step again, in parts.
         """
+        if self._counts_ahead:
+            with self._count_uncompiled():
+                yield
+            return
         part, accumulated = self.splitter.part, nullcontext()
         if part.is_new:  # Accelerate counts the others with the first one
             accumulated = self.accelerator.accumulate(*self._prepared.values(), *self._opponents)
@@ -325,6 +334,36 @@ class TrainingRun:
                 if not is_out_of_memory(error):
                     raise
                 self._split_batches(error)
+
+    @contextmanager
+    def _count_uncompiled(self) -> Iterator[None]:
+        """
+        Counts the operations of one image in a `with` block, in which the networks run uncompiled. Its gradient and
+        what it adds to metrics and sampler are dropped. One image and not the batch, which may only fit in memory if it
+        is compiled.
+        """
+        sampler = self._timestep_sampler
+        state = None if sampler is None else sampler.state_dict()
+        # No optimizer step follows, and processes do not wait for each other's gradients.
+        self.accelerator.sync_gradients = False
+        with ExitStack() as stack:
+            for network in self._prepared.values():
+                stack.enter_context(self.accelerator.no_sync(network))
+            stack.enter_context(uncompiled())
+            stack.enter_context(self.log.flop_meter.count(self.splitter.part.share))
+            try:
+                yield
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                release_graphs()  # compiled, it may fit; otherwise, the batch says what to do
+                self.log.flop_meter.give_up()
+        for parameter in self.parameters:
+            parameter.grad = None
+        if state is not None:
+            sampler.load_state_dict(state)
+        self.metrics.revert()
+        self._begin_step()
 
     def _split_batches(self, error: Exception) -> None:
         """Splits the batches of this and later optimizer steps, after an error for lack of memory."""
