@@ -393,6 +393,22 @@ class TestTheNetworkItselfRuns:
         assert_same(sample(pipe), slow)
         assert runner.num_compiled == 1
 
+    def test_one_compiler_at_a_time_in_the_background(self, pipe, tmp_path, monkeypatch):
+        other = make_pipeline(random_unet(**SMALL_CONDITIONAL, seed=1))
+        slow = sample(other)
+        first, second = (runner_of(p, tmp_path, background=True) for p in (pipe, other))
+        monkeypatch.setattr(CopyingCompilation, "is_done", False)
+        sample(pipe)
+        sample(pipe, labels=(1,))  # another shape
+        assert_same(sample(other), slow)
+        assert (len(first._running), len(second._running)) == (1, 0)
+        monkeypatch.setattr(CopyingCompilation, "is_done", True)
+        for _ in range(2):  # starts, and takes the code
+            assert_same(sample(other), slow)
+            sample(pipe, labels=(1,))
+            sample(pipe)
+        assert (first.num_compiled, second.num_compiled) == (2, 1)
+
     @pytest.mark.parametrize("place", ["__init__", "result"])
     @pytest.mark.parametrize("error", [RuntimeError, OSError])
     def test_if_the_compiler_fails_in_the_background(self, pipe, tmp_path, monkeypatch, caplog, place, error):

@@ -14,6 +14,7 @@ import logging
 import operator
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ from .suitability import FastDtype, all_tensors, check_dtype, check_network, cho
 
 
 logger = logging.getLogger(__name__)
+# Compilers that work in the background, of all networks.
+_IN_BACKGROUND: weakref.WeakSet[Compilation] = weakref.WeakSet()
 
 
 class Weights:
@@ -102,7 +105,7 @@ class FastNetwork:
         network (`nn.Module`): U-Net or ControlNet.
         dtype (`torch.dtype`, `"auto"` or `None`): See `ADMPipeline.enable_fast`.
         find_cache (`Callable`): Returns the `CodeCache` where code for CPUs is kept. Not called for other devices.
-        background (`bool`): Compile while the network itself runs.
+        background (`bool`): Compile while the network itself runs; one shape at a time, over all networks.
 
     Attributes:
         num_compiled, num_loaded (`int`): Shapes that were compiled, and that were found in the cache.
@@ -123,6 +126,7 @@ class FastNetwork:
         self._lock = threading.RLock()
         self._warned: set[str] = set()
         self._failed: set[str] = set()
+        self._waiting: set[str] = set()  # not in the cache, and another compiler was at work
         self._weights: Weights | None = None
         self._code: dict[str, CompiledCode] = {}
         self._running: dict[str, Compilation] = {}
@@ -252,7 +256,7 @@ class FastNetwork:
                 if self._running[signature].is_done:
                     self._finish(signature)
                 return self._code.get(signature)
-            if signature in self._failed:
+            if signature in self._failed or (signature in self._waiting and _a_compiler_is_at_work()):
                 return None
             arguments = _examples(leaves, spec)
             if device.type == "cpu":
@@ -280,6 +284,11 @@ class FastNetwork:
             except Exception as error:
                 logger.warning(f"The compiled code in {path.parent} cannot be loaded and is deleted: {error}")
                 cache.delete(key)
+        if self.background and _a_compiler_is_at_work():
+            # Each takes a core and much memory, and calls of many shapes would start many of them.
+            self._waiting.add(signature)
+            return
+        self._waiting.discard(signature)
         itself()
         how = "In the meantime the network itself runs" if self.background else "This takes minutes"
         shape = tuple(arguments["sample"].shape)
@@ -290,7 +299,10 @@ class FastNetwork:
             self._running[signature] = Compilation(cache, key, self.network, arguments, dtype, self.background)
         except Exception as error:
             self._give_up(signature, error)
-        if not self.background:
+            return
+        if self.background:
+            _IN_BACKGROUND.add(self._running[signature])
+        else:
             self._finish(signature)
 
     def _finish(self, signature: str) -> None:
@@ -322,6 +334,7 @@ class FastNetwork:
         self._weights = None
         self._code.clear()
         self._failed.clear()
+        self._waiting.clear()
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -339,6 +352,10 @@ class FastNetwork:
             return (outputs[0],)
         kind = UNet2DConditionOutput if isinstance(self.network, UNet2DConditionModel) else UNet2DOutput
         return kind(sample=outputs[0])
+
+
+def _a_compiler_is_at_work() -> bool:
+    return not all(compilation.is_done for compilation in list(_IN_BACKGROUND))
 
 
 def _as_compiled(tensor: torch.Tensor, own: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
