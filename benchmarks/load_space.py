@@ -9,7 +9,9 @@ counts the requests that were served, got "busy", were refused with their reason
 memory of the app after a sixth and after all of the requests. Exit code 1 if a request failed.
 
 The app is a process of this script with its usual limits; each client has an address of its own, as from a proxy. The
-traffic stays on 127.0.0.1, and ends after `--seconds` at the latest.
+traffic stays on 127.0.0.1. It starts once the examples of the page are cached, which with the models of the repository
+takes as long as some 60 requests. After `--seconds` nothing more is sent, and what was not sent is counted. Every half
+minute a line says how far it is.
 """
 
 import itertools
@@ -45,6 +47,9 @@ INVALID = [  # what changes, and a part of the reason
     ({"seed": -1}, "It must be an integer from 0"),
 ]
 SECONDS_BETWEEN_TRIES = 3.0  # more often than 30 times a minute is not allowed
+EXAMPLES_SECONDS = 900  # until the examples are cached, on a busy machine
+SECONDS_BETWEEN_REPORTS = 30
+GAVE_UP = "busy until the end of the time"
 FIRST_SHARE = 6  # the memory is read after this part of the requests, and at the end
 
 
@@ -57,6 +62,8 @@ class Load:
         self.outcomes: Counter[str] = Counter()
         self.latencies: list[float] = []  # of served requests, with all waiting
         self.failures: list[str] = []
+        self.sent = 0
+        self._report = time.monotonic() + SECONDS_BETWEEN_REPORTS
         self._lock = threading.Lock()
         with ThreadPoolExecutor(min(clients, 8)) as pool:
             self.clients = list(pool.map(lambda number: self._connect(number, folder), range(clients)))
@@ -74,7 +81,8 @@ class Load:
         def work(client: gradio_client.Client) -> None:
             while True:
                 with self._lock:
-                    number = next(left, None)
+                    number = next(left, None) if time.monotonic() < self.end else None
+                    self.sent += number is not None
                 if number is None:
                     return
                 self._request(client, number)
@@ -83,14 +91,26 @@ class Load:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(max(0.1, self._report - time.monotonic()))
+                self._tell()
+
+    def _tell(self) -> None:
+        if time.monotonic() < self._report:
+            return
+        self._report = time.monotonic() + SECONDS_BETWEEN_REPORTS
+        with self._lock:
+            ended = sum(self.outcomes.values()) - self.outcomes["busy, then tried again"]
+        left = self.end - time.monotonic()
+        print(f"{ended} requests have ended, {self.sent - ended} are under way, {left:.0f} s left", flush=True)
 
     def _request(self, client: gradio_client.Client, number: int) -> None:
         start = time.monotonic()
         try:
             for tries in itertools.count():
-                if time.monotonic() > self.end:
-                    raise TimeoutError("The time is over.")
+                if tries and time.monotonic() > self.end:
+                    self._count(GAVE_UP)
+                    return
                 try:
                     outcome = self._try(client, number)
                     break
@@ -168,13 +188,21 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
+def examples_are_cached(home: Path, number: int) -> bool:
+    return sum(len(path.read_text().split()) for path in home.rglob("indices.csv")) == number
+
+
 def measure(models: Path, clients: int, requests: int, seconds: float, keep_seconds: float) -> dict[str, Any]:
-    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         with app(models, home, "--keep_seconds", str(keep_seconds)) as (address, pid):
             wait_for("page", START_SECONDS, lambda: answers(address))
-            load = Load(address, clients, end, home / "downloads")
+            config = gradio_client.Client(address, verbose=False).config
+            examples = next(
+                (part["props"]["samples"] for part in config["components"] if part["type"] == "dataset"), []
+            )
+            wait_for("examples", EXAMPLES_SECONDS, lambda: examples_are_cached(home, len(examples)))
+            load = Load(address, clients, time.monotonic() + seconds, home / "downloads")
             first = requests // FIRST_SHARE
             start = time.monotonic()
             load.run(range(first))
@@ -195,13 +223,15 @@ def measure(models: Path, clients: int, requests: int, seconds: float, keep_seco
     return {
         **{name: load.outcomes[name] for name in ("served", "invalid, refused with the reason", "left in the middle")},
         "busy, then tried again": load.outcomes["busy, then tried again"],
+        GAVE_UP: load.outcomes[GAVE_UP],
+        "not sent, as the time was over": requests - load.sent,
         "failed": load.outcomes["failed"],
         "errors in the log of the app": log.count("ERROR"),
         "latency, median (s)": percentiles[9],
         "latency, 95% (s)": percentiles[18],
-        "requests per second": requests / duration,
-        f"memory after {first} requests (MiB)": before,
-        f"memory after {requests} requests (MiB)": after,
+        "requests per second": (load.sent - load.outcomes[GAVE_UP]) / duration,
+        f"memory after {min(first, load.sent)} requests (MiB)": before,
+        f"memory after {load.sent} requests (MiB)": after,
         "growth of the memory (%)": (after / before - 1) * 100,
         "processors in use after the last request": busy,
         f"files on disk {keep_seconds:g} s after the last request": len(files),
@@ -209,7 +239,7 @@ def measure(models: Path, clients: int, requests: int, seconds: float, keep_seco
 
 
 def main() -> None:
-    options = {"clients": 50, "requests": 300, "seconds": 3000.0, "keep_seconds": 60.0}
+    options = {"clients": 50, "requests": 300, "seconds": 900.0, "keep_seconds": 60.0}
     parser = make_parser(__doc__, models=Path("spaces/model"), json=None, **options)
     args = parser.parse_args()
     print(describe_machine())
