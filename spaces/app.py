@@ -404,6 +404,7 @@ def image_editor(label: str, elem_id: str, brush: gr.Brush) -> gr.ImageEditor:
         layers=False,
         transforms=(),
         canvas_size=(EDITOR_SIDE, EDITOR_SIDE),
+        fixed_canvas=True,  # else that of an upload of 64 x 64 is as small, and one stroke of the brush covers it
         format="png",
         elem_id=elem_id,
     )
@@ -460,7 +461,10 @@ def generate_tab(space: Space) -> tuple[Sequence[gr.components.Component], gr.Ga
 
 
 def edit_tab(space: Space, generated: gr.Gallery) -> None:
-    gr.Markdown("Upload an image, paint over the part to change, and describe what should be there.")
+    gr.Markdown(
+        "Upload an image, choose the brush and paint over the part to change. The prompt describes the whole image, as "
+        "it should become. RePaint repeats parts of the sampling, so there are more steps than the slider says."
+    )
     with gr.Row():
         with gr.Column(**CONTROLS):
             drawing = image_editor("Image and mask", "edit-drawing", gr.Brush(24, ["#ff00ff"], color_mode="fixed"))

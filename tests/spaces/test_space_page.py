@@ -324,6 +324,25 @@ def test_edit_in_the_browser(visit):
     wait_for_images(page, 2)
 
 
+def test_a_stroke_covers_a_part_of_a_small_upload(visit, tmp_path):
+    path = tmp_path / "red.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    page = visit()
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("#edit-drawing input[type=file]").first.set_input_files(path)
+    page.wait_for_timeout(1000)
+    draw(page, "edit-drawing")
+    button(page, "Inpaint").click()
+    wait_for_value(page, "Done.")
+    wait_for_images(page, 2)
+    address = page.locator(".pixels img:visible").first.get_attribute("src")
+    with Image.open(io.BytesIO(page.request.get(address).body())) as image:
+        pixels = image.convert("RGB")
+    # The stroke is in the middle and above it. Where nothing is painted, the upload stays, up to one 8-bit level.
+    assert all(red >= 254 and max(others) <= 1 for red, *others in (pixels.getpixel((x, 7)) for x in range(8)))
+    assert pixels.getpixel((4, 2)) != (255, 0, 0)
+
+
 def test_sketch_in_the_browser(visit):
     page = visit()
     page.get_by_role("tab", name="Sketch").click()
