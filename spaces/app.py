@@ -59,7 +59,7 @@ from space_server import (
 )
 
 from diffusers_adm import __version__
-from diffusers_adm.commands.errors import add_debug_argument, run_command
+from diffusers_adm.commands.errors import CommandError, add_debug_argument, run_command
 
 
 MODELS = Path(__file__).parent / "model"
@@ -116,6 +116,10 @@ INTRODUCTION = """
 # Emoji from small diffusion models
 Type a word and get four new emoji. The models of diffusers-adm behind this page were trained on emoji only, so ask for
 things that have one. Images are deleted from the server after a minute; their link makes the same ones again.
+"""
+ROUNDING = """
+This Space compiles its models while it runs. With compiled code, a link makes the same images up to rounding: some
+values differ, most by one 8-bit level.
 """
 
 
@@ -589,7 +593,7 @@ def build(models: Models) -> Page:
     # Statistics of calls, which nobody reads, would grow and cost time.
     os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "100", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000"}
     with Page(title="diffusers-adm") as page:
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(INTRODUCTION + (ROUNDING if models.is_fast else ""))
         with gr.Tab("Generate"):
             controls, generated = generate_tab(space)
         with gr.Tab("Edit"):
@@ -607,8 +611,17 @@ def build(models: Models) -> Page:
     return page.queue(max_size=MAX_WAITING, api_open=False)  # no calls that skip the queue
 
 
-def leave(folder: str, signal_number: int, frame: Any) -> None:
+def read_switch(name: str) -> bool:
+    """Whether an environment variable is 1. Raises a ValueError if it is neither 1, 0 nor empty."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name} is {value!r}. It must be 1 (on) or 0 (off).")
+    return value == "1"
+
+
+def leave(models: Models, folder: str, signal_number: int, frame: Any) -> None:
     """Ends the process at once, without the files of visitors."""
+    models.close()
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(128 + signal_number)
 
@@ -630,6 +643,13 @@ def main() -> None:
         default=CALLS_PER_MINUTE,
         help="Calls that one client may make on average. Default: %(default)s.",
     )
+    parser.add_argument(
+        "--fast",
+        action=argparse.BooleanOptionalAction,
+        default=read_switch("ADM_SPACE_FAST"),
+        help="Compile the U-Nets in the background, which needs a C++ compiler; see docs/fast_sampling.md. The images "
+        "of a link may then differ by rounding. Default: ADM_SPACE_FAST (1 or 0), or else off.",
+    )
     add_debug_argument(parser)
     args = parser.parse_args()
     for name in ("keep_seconds", "calls_per_minute"):
@@ -640,15 +660,21 @@ def main() -> None:
     sys.setswitchinterval(0.001)
     os.environ.setdefault("FORWARDED_ALLOW_IPS", PROXIES)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        models = Models(args.models, fast=args.fast)
+    except RuntimeError as error:
+        if not args.fast:
+            raise
+        raise CommandError(f"--fast: {error}") from error  # such as: there is no compiler
     parent = os.environ.get("GRADIO_TEMP_DIR")
     if parent is not None:
         Path(parent).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="diffusers-adm-space-", dir=parent, ignore_cleanup_errors=True) as folder:
         # By default, Gradio shares one folder among all apps, and leaves parts of uploads in that of the system.
         os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = folder
-        signal.signal(signal.SIGTERM, functools.partial(leave, folder))
+        signal.signal(signal.SIGTERM, functools.partial(leave, models, folder))
         serve(
-            build(Models(args.models)),
+            build(models),
             keep_seconds=args.keep_seconds,
             calls_per_minute=args.calls_per_minute,
             server_port=args.port,

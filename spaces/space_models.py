@@ -215,12 +215,15 @@ class Models:
         folder (`Path`): With the pipeline `base/` and optionally the pipelines `latents/`, `upsampler/` and `unclip/`
             and the ControlNet `controlnet/`.
         device (`str`, *optional*): The default is the GPU if there is one, otherwise the CPU.
+        fast (`bool`): Whether to compile the U-Nets in the background, each number of images at its first call.
 
     Raises:
         FileNotFoundError: If there is no `base/model_index.json`.
+        ValueError: If `fast` is set and a network cannot be compiled, or the device is not the CPU.
+        RuntimeError: If `fast` is set and there is neither a C++ compiler nor code from before.
     """
 
-    def __init__(self, folder: Path, device: str | None = None):
+    def __init__(self, folder: Path, device: str | None = None, fast: bool = False):
         folder = Path(folder)
         if not (folder / "base" / "model_index.json").is_file():
             raise FileNotFoundError(
@@ -246,6 +249,31 @@ class Models:
         self.unclip: ADMUnCLIPPipeline | None = load(ADMUnCLIPPipeline, "unclip")
         self.weights = fingerprint(folder)
         self._inversions: dict[tuple, torch.Tensor] = {}
+        self.is_fast = fast
+        if fast:
+            self._enable_fast()
+
+    def _enable_fast(self) -> None:
+        folders = {**self.pipelines, "upsampler": self.upsampler, "unclip": self.unclip}
+        for name, pipe in folders.items():
+            if pipe is None:
+                continue
+            if pipe.unet.device.type != "cpu":
+                raise ValueError(
+                    f"`{name}/` is on {pipe.unet.device}. Networks are compiled in the background on CPUs only: start "
+                    "without --fast (and without ADM_SPACE_FAST)."
+                )
+            try:
+                # In the dtype of the network: the default may be bfloat16, in which links would make other images.
+                pipe.enable_fast(None, background=True)
+            except ValueError as error:
+                raise ValueError(f"`{name}/` cannot be compiled. {error}") from error
+
+    def close(self) -> None:
+        """Ends compilers that are still at work; the networks run as they are."""
+        for pipe in (*self.pipelines.values(), self.upsampler, self.unclip):
+            if pipe is not None:
+                pipe.disable_fast()
 
     @property
     def has_variations(self) -> bool:
@@ -517,7 +545,8 @@ class Models:
             noise = torch.randn(original.shape, generator=generator)
             original, noise, t = (x.to(unet.device) for x in (original, noise, t))
             noisy = scheduler.add_noise(original, noise, t)
-            output = unet(noisy, t, **self._conditions(recipe, len(t))).sample
+            # `forward` itself: code would be compiled for each number of timesteps in the last part.
+            output = unet.forward(noisy, t, **self._conditions(recipe, len(t))).sample
             terms += scheduler.variational_bound(output, original, noisy, t, **chain).tolist()
         prior = scheduler.prior_bits_per_dim(pixels[None].to(unet.device), **chain)
         return terms, prior.item()
