@@ -487,7 +487,7 @@ def edit_tab(space: Space, generated: gr.Gallery) -> None:
 
 
 def sketch_tab(space: Space) -> None:
-    size = space.models.size()
+    size = space.models.size(space.models.sketch_model)
     gr.Markdown(
         "Draw outlines, or upload an image to use its edges. Then describe what it shows. This uses the model of "
         f"{size} x {size} pixels with a ControlNet."
@@ -598,7 +598,7 @@ def build(models: Models) -> Page:
             controls, generated = generate_tab(space)
         with gr.Tab("Edit"):
             edit_tab(space, generated)
-        if models.controlnet is not None:
+        if models.controlnets:
             with gr.Tab("Sketch"):
                 sketch_tab(space)
         if models.has_variations:

@@ -47,6 +47,8 @@ ANY_CATEGORY = "any"
 # Folders of the models that generate from prompts and categories. The first one that is there is the page's choice;
 # recipes that name none, because they are older than the second model, mean the last one.
 LATENTS, BASE = MODEL_NAMES = ("latents", "base")
+# Folders of their ControlNets.
+CONTROLNETS = {LATENTS: "controlnet_latents", BASE: "controlnet"}
 SAMPLERS = {
     "DDPM": LearnedVarianceDDPMScheduler,
     "DDIM": LearnedVarianceDDPMScheduler,  # with eta = 0
@@ -213,7 +215,7 @@ class Models:
 
     Args:
         folder (`Path`): With the pipeline `base/` and optionally the pipelines `latents/`, `upsampler/` and `unclip/`
-            and the ControlNet `controlnet/`.
+            and ControlNets for sketches: `controlnet_latents/` and `controlnet/`, for `latents/` and `base/`.
         device (`str`, *optional*): The default is the GPU if there is one, otherwise the CPU.
         fast (`bool`): Whether to compile the U-Nets in the background, each number of images at its first call.
 
@@ -245,7 +247,8 @@ class Models:
         # By name, the page's choice first.
         self.pipelines = {BASE: self.base} if latents is None else {LATENTS: latents, BASE: self.base}
         self.upsampler = load(ADMSuperResolutionPipeline, "upsampler")
-        self.controlnet = load(AdaGNControlNetModel, "controlnet")
+        found = {name: load(AdaGNControlNetModel, CONTROLNETS[name]) for name in self.pipelines}
+        self.controlnets = {name: controlnet for name, controlnet in found.items() if controlnet is not None}
         self.unclip: ADMUnCLIPPipeline | None = load(ADMUnCLIPPipeline, "unclip")
         self.weights = fingerprint(folder)
         self._inversions: dict[tuple, torch.Tensor] = {}
@@ -296,6 +299,13 @@ class Models:
         return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     @property
+    def sketch_model(self) -> str:
+        """Name of the model that follows sketches: the page's choice, if it has a ControlNet."""
+        if not self.controlnets:
+            raise ValueError("This Space has no ControlNet, so it cannot follow sketches.")
+        return next(iter(self.controlnets))
+
+    @property
     def categories(self) -> list[str]:
         """Names of the classes, and "any"."""
         return [ANY_CATEGORY, *(self.base.id2label or {}).values()]
@@ -334,13 +344,11 @@ class Models:
         return self._sample(pipe, recipe, on_step, image=image, mask_image=mask)
 
     def sketch(self, recipe: Recipe, condition: Image.Image, scale: float, on_step: OnStep) -> list[Image.Image]:
-        """Generates images that follow a sketch of white lines on black, with the base model."""
-        recipe = replace(recipe, model=BASE)
+        """Generates images that follow a sketch of white lines on black, with `sketch_model`."""
+        recipe = replace(recipe, model=self.sketch_model)
         self.check(recipe)
         scale = check_number(scale, "Strength of the sketch", 0, MAX_CONTROLNET_SCALE, float)
-        if self.controlnet is None:
-            raise ValueError("This Space has no ControlNet, so it cannot follow sketches.")
-        pipe = self._pipeline(ADMControlNetPipeline, recipe, controlnet=self.controlnet)
+        pipe = self._pipeline(ADMControlNetPipeline, recipe, controlnet=self.controlnets[recipe.model])
         return self._sample(pipe, recipe, on_step, image=condition, controlnet_conditioning_scale=scale)
 
     def variations(self, recipe: Recipe, image: Image.Image, on_step: OnStep) -> list[Image.Image]:
@@ -471,14 +479,15 @@ class Models:
         """Converts strokes to edges as in the training of the ControlNet: white lines on black, one pixel wide."""
         from skimage.morphology import skeletonize  # slow to import
 
-        strokes = np.array(fit_mask(painted(layers), self.size(), coverage=STROKE_COVERAGE)) > 0
+        size = self.size(self.sketch_model)
+        strokes = np.array(fit_mask(painted(layers), size, coverage=STROKE_COVERAGE)) > 0
         if not strokes.any():
             raise ValueError("The sketch is empty. Draw something, or upload an image to use its edges.")
         return Image.fromarray(np.where(skeletonize(strokes), 255, 0).astype(np.uint8)).convert("RGB")
 
     def find_edges(self, image: Image.Image | None) -> Image.Image:
         """The edges of an image, as in the training of the ControlNet."""
-        return make_condition(self.read_image(image), "edges")
+        return make_condition(self.read_image(image, self.sketch_model), "edges")
 
     def _pipeline(self, pipeline_class: type[ADMPipeline], recipe: Recipe, **components: Any) -> ADMPipeline:
         model = self._model(recipe.model)

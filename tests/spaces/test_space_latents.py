@@ -1,18 +1,19 @@
 """The Space with two models: one in latents, which is the page's choice, and the base model in pixels."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from app import EXAMPLES, build
-from PIL import Image
+from PIL import Image, ImageDraw
 from space_models import BASE, LATENTS, SAMPLERS, Models, Recipe
 from space_server import with_defaults
 from tiny_autoencoders import random_vae
 from tolerances import levels_apart
-from toy_models import CONDITIONAL, random_text_encoder, random_text_unet, toy_tokenizer
+from toy_models import CONDITIONAL, fill_randomly, random_text_encoder, random_text_unet, toy_tokenizer
 
-from diffusers_adm import ADMPipeline, LearnedVarianceDDPMScheduler
+from diffusers_adm import AdaGNControlNetModel, ADMPipeline, LearnedVarianceDDPMScheduler
 from diffusers_adm.conditioning.latents import LatentSpace
 
 
@@ -25,8 +26,11 @@ def models(models_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
     for name in ("base", "upsampler"):
         shutil.copytree(models_folder / name, folder / name)
+    unet = random_text_unet("added_kv", seed=5, in_channels=4, out_channels=8, **CONDITIONAL)
+    controlnet = AdaGNControlNetModel.from_unet(unet, conditioning_downsampling_factor=2)
+    fill_randomly(controlnet, seed=6).save_pretrained(folder / "controlnet_latents")
     ADMPipeline(
-        random_text_unet("added_kv", seed=5, in_channels=4, out_channels=8, **CONDITIONAL),
+        unet,
         LearnedVarianceDDPMScheduler(clip_sample=False),
         vae=random_vae(),
         text_encoder=random_text_encoder(),
@@ -112,6 +116,21 @@ def test_inpainting_in_latents_keeps_the_unmasked_part(models):
     (result,) = models.inpaint(Recipe(steps=4, num_images=1, model=LATENTS), image, mask, nothing)
     assert np.array_equal(pixels([result])[0, :, 8:], np.array(image)[:, 8:])
     assert levels_apart(pixels([result])[0, :, :8], np.array(image)[:, :8]) > 1
+
+
+def test_sketches_are_followed_by_the_model_in_latents(models, models_folder, tmp_path):
+    layer = Image.new("RGBA", (32, 32))
+    ImageDraw.Draw(layer).line((4, 4, 28, 28), fill="black", width=3)
+    condition = models.read_strokes([layer])
+    assert condition.size == models.find_edges(Image.new("RGB", (9, 9))).size == (16, 16)
+    recipe = Recipe(steps=3, num_images=1)  # of the base model: sketches have no link
+    without, with_it = (pixels(models.sketch(recipe, condition, scale, nothing)) for scale in (0.0, 1.0))
+    assert levels_apart(without, pixels(models.generate(replace(recipe, model=LATENTS), nothing))) <= 1
+    assert levels_apart(without, with_it) > 1
+    # With a ControlNet for the base model only, that one follows them.
+    for name in ("base", "controlnet"):
+        shutil.copytree(models_folder / name, tmp_path / name)
+    assert (Models(tmp_path, device="cpu").sketch_model, models.sketch_model) == (BASE, LATENTS)
 
 
 def test_uploads_get_the_size_of_the_model(models):
