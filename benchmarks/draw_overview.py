@@ -3,9 +3,9 @@ The figure of the README: samples of the demonstration models in four rows.
 
     python benchmarks/draw_overview.py
 
-Words as prompts, each with its category, by the 64x64 model in latents; then one sample from noise to image,
-inpainting, a ControlNet with a line drawing (made here) and super-resolution, by the 32x32 models in pixels. Each
-sample has its own seed, starting with `--seed`, and nothing is picked.
+Words as prompts, by the 64x64 model in latents; one sample from noise to image, by the 32x32 model in pixels;
+inpainting and a ControlNet with a line drawing (made here), in latents; and super-resolution, in pixels. Each sample
+has its own seed, starting with `--seed`, and nothing is picked.
 """
 
 import argparse
@@ -31,26 +31,14 @@ CELL, IMAGE = 136, 128  # pixels, with and without the space around an image
 HEADING_HEIGHT, HEADING_SIZE, LABEL_HEIGHT, LABEL_SIZE = 46, 28, 30, 20  # pixels
 ALMOST_WHITE = 248  # from here on, levels are shown as white: otherwise they would take most of the colours below
 COLORS, MAX_BYTES = (256, 192, 128, 96, 64), 80_000  # of the file: as many colours as it has space for
-PROMPTS = {  # words that data/popular.txt lists, or wide ones ("flag")
-    "face": "Smileys & Emotion",
-    "heart": "Smileys & Emotion",
-    "fire": "Travel & Places",
-    "star": "Travel & Places",
-    "cat": "Animals & Nature",
-    "panda": "Animals & Nature",
-    "apple": "Food & Drink",
-    "cake": "Food & Drink",
-    "car": "Travel & Places",
-    "rocket": "Travel & Places",
-    "sun": "Travel & Places",
-    "rose": "Animals & Nature",
-    "butterfly": "Animals & Nature",
-    "rainbow": "Travel & Places",
-    "ball": "Activities",
-    "flag": "Flags",
-}
-STRIP_PROMPT = "grinning face"
-SMALL_PROMPTS = {"grinning face": "Smileys & Emotion", "dog face": "Animals & Nature"}
+PROMPTS = (  # words that data/popular.txt lists, or wide ones ("flag")
+    *("face", "heart", "fire", "star", "cat", "panda", "apple", "cake"),
+    *("car", "rocket", "sun", "rose", "butterfly", "rainbow", "ball", "flag"),
+)
+# Of the 32x32 model, which needs the category as well.
+STRIP_INPUTS = {"prompt": ["grinning face"], "class_labels": ["Smileys & Emotion"]}
+UPSAMPLED_INPUTS = {"prompt": ["dog face"], "class_labels": ["Animals & Nature"]}
+INPAINTED_PROMPT = "cat"
 DRAWN_PROMPT = "red heart"
 
 Cell = tuple[str, Image.Image]
@@ -60,10 +48,6 @@ def load(folder: Path, args: argparse.Namespace) -> ADMPipeline:
     pipe = quiet(ADMPipeline.from_pretrained(folder, variant=args.variant))
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe
-
-
-def inputs_of(prompts: dict[str, str]) -> dict[str, list[str]]:
-    return {"prompt": list(prompts), "class_labels": list(prompts.values())}
 
 
 def draw_strip(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
@@ -76,8 +60,7 @@ def draw_strip(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
         states.append(kwargs["latents"])
         return kwargs
 
-    inputs = {"prompt": [STRIP_PROMPT], "class_labels": [SMALL_PROMPTS[STRIP_PROMPT]]}
-    sample(pipe, args, inputs, latents=states[0], callback_on_step_end=keep)
+    sample(pipe, args, STRIP_INPUTS, latents=states[0], callback_on_step_end=keep)
     steps = [round(i * (len(states) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
     images = pipe.image_processor.postprocess(torch.cat([states[step] for step in steps]))
     return [(f"step {step}", image) for step, image in zip(steps, images, strict=True)]
@@ -89,16 +72,15 @@ def draw_inpainted(pipe: ADMPipeline, image: Image.Image, args: argparse.Namespa
     mask.paste(255, (0, image.height // 2, image.width, image.height))
     hidden = image.copy()
     hidden.paste("grey", mask=mask)
-    inputs = inputs_of({STRIP_PROMPT: SMALL_PROMPTS[STRIP_PROMPT]})
-    inputs = {name: values * 2 for name, values in inputs.items()} | {"image": [image] * 2, "mask_image": [mask] * 2}
+    inputs: dict[str, list] = {"prompt": [INPAINTED_PROMPT] * 2, "image": [image] * 2, "mask_image": [mask] * 2}
     images = sample(quiet(ADMInpaintPipeline(**pipe.components, id2label=pipe.config.id2label)), args, inputs)
     return list(zip(("kept", "inpainted", "again"), (hidden, *images), strict=True))
 
 
 def draw_controlled(pipe: ADMPipeline, args: argparse.Namespace) -> list[Cell]:
-    controlnet = AdaGNControlNetModel.from_pretrained(args.models / "controlnet", variant=args.variant)
+    controlnet = AdaGNControlNetModel.from_pretrained(args.models / "controlnet_latents", variant=args.variant)
     controlled = quiet(ADMControlNetPipeline(**pipe.components, controlnet=controlnet))
-    drawing = draw_lines([heart()], pipe.unet.config.sample_size)
+    drawing = draw_lines([heart()], pipe.unet.config.sample_size * pipe.vae_scale_factor)
     images = sample(controlled, args, {"prompt": [DRAWN_PROMPT] * 2, "image": [drawing] * 2})
     return list(zip(("a sketch", DRAWN_PROMPT, "again"), (drawing, *images), strict=True))
 
@@ -153,15 +135,16 @@ def main() -> None:
     args = parser.parse_args()
 
     pipe, small = load(args.models / "latents", args), load(args.models / "base", args)
-    own_scheduler = quiet(ADMPipeline.from_pretrained(args.models / "base", variant=args.variant))
-    images = sample(small, args, inputs_of(SMALL_PROMPTS))
+    own_scheduler = quiet(ADMPipeline.from_pretrained(args.models / "latents", variant=args.variant))
+    words = dict(zip(PROMPTS, sample(pipe, args, {"prompt": list(PROMPTS)}), strict=True))
+    (upsampled,) = sample(small, args, UPSAMPLED_INPUTS)
     rows = {
-        "Type a word, get an emoji": list(zip(PROMPTS, sample(pipe, args, inputs_of(PROMPTS)), strict=True)),
+        "Type a word, get an emoji": list(words.items()),
         "From noise to image": draw_strip(small, args),
         "Inpainting, sketches, super-resolution": [
-            *draw_inpainted(own_scheduler, images[0], args),
-            *draw_controlled(small, args),
-            *draw_upsampled(images[1], args),
+            *draw_inpainted(own_scheduler, words[INPAINTED_PROMPT], args),
+            *draw_controlled(pipe, args),
+            *draw_upsampled(upsampled, args),
         ],
     }
     save(assemble(rows), args.output)

@@ -50,7 +50,7 @@ def push_space(
 
     Args:
         repo_id (`str`): `user/name`, or `name` for the owner of the token.
-        models (`str` or `Path`, *optional*): Contains `base/` and optionally `upsampler/` and `controlnet/` (see
+        models (`str` or `Path`, *optional*): Contains `base/` and optionally other folders (see
             spaces/README.md). Defaults to `spaces/model` of the clone.
         clone (`str` or `Path`, *optional*): Clone of the repository of this package. Defaults to the working directory,
             or else to the place that the package was imported from.
