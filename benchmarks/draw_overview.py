@@ -37,7 +37,6 @@ PROMPTS = (  # words that data/popular.txt lists, or wide ones ("flag")
 )
 # Of the 32x32 model, which needs the category as well.
 STRIP_INPUTS = {"prompt": ["grinning face"], "class_labels": ["Smileys & Emotion"]}
-UPSAMPLED_INPUTS = {"prompt": ["dog face"], "class_labels": ["Animals & Nature"]}
 INPAINTED_PROMPT = "cat"
 DRAWN_PROMPT = "red heart"
 
@@ -137,14 +136,14 @@ def main() -> None:
     pipe, small = load(args.models / "latents", args), load(args.models / "base", args)
     own_scheduler = quiet(ADMPipeline.from_pretrained(args.models / "latents", variant=args.variant))
     words = dict(zip(PROMPTS, sample(pipe, args, {"prompt": list(PROMPTS)}), strict=True))
-    (upsampled,) = sample(small, args, UPSAMPLED_INPUTS)
+    strip = draw_strip(small, args)
     rows = {
         "Type a word, get an emoji": list(words.items()),
-        "From noise to image": draw_strip(small, args),
+        "From noise to image": strip,
         "Inpainting, sketches, super-resolution": [
             *draw_inpainted(own_scheduler, words[INPAINTED_PROMPT], args),
             *draw_controlled(pipe, args),
-            *draw_upsampled(upsampled, args),
+            *draw_upsampled(strip[-1][1], args),
         ],
     }
     save(assemble(rows), args.output)
