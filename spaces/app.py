@@ -97,11 +97,11 @@ TRACKER = gr.Progress()  # Gradio finds it as a default value and passes the pro
 # Their seeds are the defaults: nothing is picked.
 EXAMPLES = (
     Recipe("grinning face", "Smileys & Emotion"),
-    Recipe("apple"),
+    Recipe("fire"),
     Recipe("cat"),
     Recipe("red heart", "Smileys & Emotion"),
-    Recipe("car"),
-    Recipe("", "Flags"),
+    Recipe("star"),
+    Recipe("house", "Travel & Places"),
 )
 KINDS = {LATENTS: "in latents", BASE: "in pixels"}
 INFO = {
@@ -489,8 +489,8 @@ def edit_tab(space: Space, generated: gr.Gallery) -> None:
 def sketch_tab(space: Space) -> None:
     size = space.models.size(space.models.sketch_model)
     gr.Markdown(
-        "Draw outlines, or upload an image to use its edges. Then describe what it shows. This uses the model of "
-        f"{size} x {size} pixels with a ControlNet."
+        "Choose the brush and draw outlines, or upload an image to use its edges. Then describe what it shows. This "
+        f"uses the model of {size} x {size} pixels with a ControlNet."
     )
     with gr.Row():
         with gr.Column(**CONTROLS):
