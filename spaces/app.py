@@ -598,7 +598,7 @@ def build(models: Models) -> Page:
             controls, generated = generate_tab(space)
         with gr.Tab("Edit"):
             edit_tab(space, generated)
-        if models.controlnets:
+        if models.has_sketches:
             with gr.Tab("Sketch"):
                 sketch_tab(space)
         if models.has_variations:

@@ -220,7 +220,7 @@ class Models:
         fast (`bool`): Whether to compile the U-Nets in the background, each number of images at its first call.
 
     Raises:
-        FileNotFoundError: If there is no `base/model_index.json`.
+        FileNotFoundError: If there is no `base/model_index.json`, or a ControlNet for latents without `latents/`.
         ValueError: If `fast` is set and a network cannot be compiled, or the device is not the CPU.
         RuntimeError: If `fast` is set and there is neither a C++ compiler nor code from before.
     """
@@ -247,8 +247,10 @@ class Models:
         # By name, the page's choice first.
         self.pipelines = {BASE: self.base} if latents is None else {LATENTS: latents, BASE: self.base}
         self.upsampler = load(ADMSuperResolutionPipeline, "upsampler")
-        found = {name: load(AdaGNControlNetModel, CONTROLNETS[name]) for name in self.pipelines}
-        self.controlnets = {name: controlnet for name, controlnet in found.items() if controlnet is not None}
+        if latents is None and (folder / CONTROLNETS[LATENTS]).is_dir():
+            raise FileNotFoundError(f"{folder} has `{CONTROLNETS[LATENTS]}/`, but not its model, `{LATENTS}/`.")
+        self._sketch_model = next((name for name in self.pipelines if (folder / CONTROLNETS[name]).is_dir()), None)
+        self.controlnet = load(AdaGNControlNetModel, CONTROLNETS[self._sketch_model]) if self.has_sketches else None
         self.unclip: ADMUnCLIPPipeline | None = load(ADMUnCLIPPipeline, "unclip")
         self.weights = fingerprint(folder)
         self._inversions: dict[tuple, torch.Tensor] = {}
@@ -301,9 +303,14 @@ class Models:
     @property
     def sketch_model(self) -> str:
         """Name of the model that follows sketches: the page's choice, if it has a ControlNet."""
-        if not self.controlnets:
+        if self._sketch_model is None:
             raise ValueError("This Space has no ControlNet, so it cannot follow sketches.")
-        return next(iter(self.controlnets))
+        return self._sketch_model
+
+    @property
+    def has_sketches(self) -> bool:
+        """Whether there is a ControlNet for a model."""
+        return self._sketch_model is not None
 
     @property
     def categories(self) -> list[str]:
@@ -348,7 +355,7 @@ class Models:
         recipe = replace(recipe, model=self.sketch_model)
         self.check(recipe)
         scale = check_number(scale, "Strength of the sketch", 0, MAX_CONTROLNET_SCALE, float)
-        pipe = self._pipeline(ADMControlNetPipeline, recipe, controlnet=self.controlnets[recipe.model])
+        pipe = self._pipeline(ADMControlNetPipeline, recipe, controlnet=self.controlnet)
         return self._sample(pipe, recipe, on_step, image=condition, controlnet_conditioning_scale=scale)
 
     def variations(self, recipe: Recipe, image: Image.Image, on_step: OnStep) -> list[Image.Image]:

@@ -56,7 +56,7 @@ COMMANDS = (
     Command(
         "train text-encoder",
         "diffusers_adm.training.text_pretraining",
-        "Teach a text encoder what captions look like, before a U-Net is trained with it.",
+        "Pretrain a text encoder by predicting latents from captions.",
     ),
     Command(
         "post-hoc-ema",

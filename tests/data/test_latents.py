@@ -229,6 +229,7 @@ class TestRefusals:
             ({"caption_column": "latent_mean"}, "'latent_mean' has a name that latents need"),
             ({"condition_value_range": [0, 1]}, "without `conditioning_image_column`"),
             ({"condition": "edges", "conditioning_image_column": "edges"}, "Pass one of them"),
+            ({"condition": "edges", "condition_value_range": [0, 1]}, "of a format of its own"),
             ({"image_mode": "L"}, "`--image_mode` is L, but the model was trained on RGB"),
             ({"value_range": [0, 300]}, "The images are RGB images from 0 to 300.*the autoencoder was trained on RGB"),
         ],
@@ -355,7 +356,7 @@ class TestDataset:
         pixels, _ = images_of(made)
         images = ImageDataset(pixels, 8, latent_shape=(4, 4, 4), image_format=ImageFormat(), condition=kind)
         stored, data, _ = read(tmp_path / "stored", conditioning_image_column="conditioning_image")
-        assert stored.condition_format == images.condition_format
+        assert (stored.condition, stored.condition_format) == (kind, images.condition_format)
         dataset = LatentDataset(data, 8, stored=stored, condition_format=stored.condition_format)
         conditions = torch.stack([dataset[index]["conditions"] for index in range(COUNT)])
         expected = torch.stack([images[index]["conditions"] for index in range(COUNT)])

@@ -138,7 +138,7 @@ def test_published_recipes(recipe, monkeypatch):
     script = "train_autoencoder" if "reconstruction_loss" in keys else script
     script = "train_clip" if "zoom" in keys else script
     script = "train_super_resolution" if "low_res_size" in keys else script
-    script = "train_controlnet" if "\ncondition:" in keys else script
+    script = "train_controlnet" if "\ncondition" in keys else script
     script = "train_image_to_image" if "\nsource" in keys else script
     script = "train_prior" if recipe.stem.startswith("prior") else script
     assert check_effects(*parse_args(SCRIPTS[script].ARGUMENT_TYPES, ["--config", str(recipe)])) == []

@@ -133,7 +133,7 @@ def test_from_scratch_by_seed_with_a_result_that_training_takes(tmp_path):
     given = {"text_encoder_config_name_or_path": config, "tokenizer_name_or_path": tmp_path / "tokenizer"}
     weights = []
     for name in ("first", "second"):
-        run(tmp_path, **given, output_dir=tmp_path / name, max_train_steps=3)
+        run(tmp_path, **given, output_dir=tmp_path / name, max_train_steps=3, lr_warmup_steps=0)
         encoder = load_text_encoder("name", str(tmp_path / name), trained=True)
         weights.append(encoder.state_dict())
     for name, value in weights[0].items():
@@ -146,7 +146,12 @@ def test_from_scratch_by_seed_with_a_result_that_training_takes(tmp_path):
     [
         ({}, "Pass one of `text_encoder_name_or_path` and"),
         ({"text_encoder_config_name_or_path": "x"}, "has no tokenizer"),
-        ({"text_encoder_name_or_path": "x", "class_balanced": True}, "needs `label_column`"),
+        (
+            {"text_encoder_name_or_path": "x", "class_balanced": True},
+            "`label_column` is None and `class_balanced` True",
+        ),
+        ({"text_encoder_name_or_path": "x", "label_column": "label"}, "Pass both, or neither"),
+        ({"text_encoder_name_or_path": "x", "max_train_steps": 5}, "would never reach its peak"),
         ({"text_encoder_name_or_path": "x", "learning_rate": 0}, "`learning_rate` is 0.0"),
         ({"text_encoder_name_or_path": "x", "max_train_steps": 0}, "`max_train_steps`"),
         ({"text_encoder_name_or_path": "x", "train_data_dir": "images"}, "holds no latents"),
@@ -162,6 +167,22 @@ def test_loss_that_is_not_finite_leaves_no_result(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         run(tmp_path, text_encoder_name_or_path=save_text(tmp_path / "text", "glide"), learning_rate=1e30)
     assert not (tmp_path / "result").exists()
+
+
+def test_a_tokenizer_of_another_encoder(tmp_path):
+    store(tmp_path / "latents", random_latents(4), ["a cat", "a dog", "red", "a green hat"])
+    source = save_text(tmp_path / "text", "glide")
+    tokenizer = toy_tokenizer("glide")
+    tokenizer.add_tokens(["bird", "fish"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="`tokenizer` has .* tokens, but the embedding of `text_encoder`"):
+        run(tmp_path, text_encoder_name_or_path=source, tokenizer_name_or_path=tmp_path / "other")
+
+
+def test_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs in one process"):
+        run(tmp_path, text_encoder_name_or_path="x")
 
 
 def test_equal_latents_are_refused(tmp_path):

@@ -517,5 +517,8 @@ def test_samplers_by_arguments():
     given = {"timestep_bias_multiplier": 2.0, "timestep_bias_begin": 4, "timestep_bias_end": 6}
     biased = DiffusionArguments(timestep_bias_strategy="range", **given)
     assert biased.build_timestep_sampler(10).weights().tolist() == [1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
+    given = {"timestep_bias_multiplier": 2.0, "timestep_bias_portion": 0.1}
+    with pytest.raises(ValueError, match="is 'later': `portion` is 0.1, which is less than one of 5 timesteps"):
+        DiffusionArguments(timestep_bias_strategy="later", **given).build_timestep_sampler(5)
     with pytest.raises(ValueError, match=r"`timestep_bias_strategy` is 'range': .* are \[4, 6\)"):
         biased.build_timestep_sampler(5)

@@ -274,6 +274,12 @@ def check_text_encoder(
             "`cross_attention_dim` in its config). Build the U-Net with `encoder_hid_dim="
             f'{width}, encoder_hid_dim_type="text_proj"`, which projects them, or use another encoder.'
         )
+    check_tokenizer(text_encoder, tokenizer)
+
+
+def check_tokenizer(text_encoder: torch.nn.Module, tokenizer: Any) -> None:
+    """Raises a `ValueError` for a tokenizer without words, or with more tokens than the text encoder has."""
+    name = type(text_encoder).__name__
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     if size is not None and size <= len(getattr(tokenizer, "all_special_tokens", ())):
         # Which transformers makes up for a folder that has an encoder's config, but no tokenizer.

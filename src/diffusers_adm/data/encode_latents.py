@@ -122,6 +122,11 @@ class EncodingArguments:
         self.size = parse_size("resolution", self.resolution)
         parse_value_range("value_range", self.value_range)
         parse_value_range("condition_value_range", self.condition_value_range)
+        if self.condition_value_range is not None and self.condition is not None:
+            raise ValueError(
+                f"`condition_value_range` was given, but `condition` {self.condition!r} makes images of a format of "
+                "its own. Leave it out."
+            )
         if self.condition_value_range is not None and self.conditioning_image_column is None:
             raise ValueError("`condition_value_range` was given without `conditioning_image_column`. Pass both.")
         if self.condition is not None and self.conditioning_image_column is not None:
@@ -419,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         conditioning_image_column=CONDITION_COLUMN if args.condition is not None else args.conditioning_image_column,
         encoder=hash_encoder(vae),
         image_embeds_column=args.image_embeds_column,
+        condition=args.condition,
     )
     stored.write(partial)
     os.replace(partial, args.output_dir)  # at once: a folder of this name is complete

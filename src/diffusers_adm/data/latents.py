@@ -173,6 +173,7 @@ class StoredLatents:
         encoder (`str`, *optional*): From `hash_encoder`; `None` in folders of earlier versions.
         image_embeds_column (`str`, *optional*): Column of image embeddings that is kept, with flips also that of
             mirrored images.
+        condition (`str`, *optional*): Kind of the conditioning images, if they were made from the images.
     """
 
     autoencoder: str
@@ -193,6 +194,7 @@ class StoredLatents:
     conditioning_image_column: str | None
     encoder: str | None = None
     image_embeds_column: str | None = None
+    condition: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -50,8 +50,9 @@ def push_space(
 
     Args:
         repo_id (`str`): `user/name`, or `name` for the owner of the token.
-        models (`str` or `Path`, *optional*): Contains `base/` and optionally other folders (see
-            spaces/README.md). Defaults to `spaces/model` of the clone.
+        models (`str` or `Path`, *optional*): Contains `base/` and optionally `latents/`, `upsampler/`,
+            `unclip/`, `controlnet/` and `controlnet_latents/` (see spaces/README.md). Defaults to `spaces/model` of the
+            clone.
         clone (`str` or `Path`, *optional*): Clone of the repository of this package. Defaults to the working directory,
             or else to the place that the package was imported from.
         private (`bool`, *optional*): Whether a new Space is private. An existing one stays as it is.

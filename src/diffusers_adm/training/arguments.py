@@ -396,11 +396,11 @@ class DiffusionArguments(NoiseArguments):
     timestep_bias_strategy: TimestepBiasStrategy | None = arg(
         None,
         "Timesteps that are trained on more often, so that they count more: the first or the last of them (earlier, "
-        "later), or a range. Later ones decide what a picture shows. None, or none: all alike.",
+        "later), or a range. Later ones determine the content. None, or none (as in diffusers): all alike.",
         resume=PROCESS,
     )
     timestep_bias_multiplier: float | None = arg(
-        None, "How many times as often each of them is drawn as another timestep.", resume=PROCESS
+        None, "Sampling weight of each of them relative to the other timesteps, e.g. 2.", resume=PROCESS
     )
     timestep_bias_portion: float | None = arg(
         None, "Share of the timesteps that earlier and later mean (0.25).", resume=PROCESS

@@ -1,5 +1,5 @@
 """
-Teaches a text encoder what captions look like, before a U-Net is trained with it.
+Pretrains a text encoder by predicting latents from captions, before a U-Net is trained with it.
 
     python -m diffusers_adm.training.text_pretraining --train_data_dir runs/latents --caption_column text \
         --text_encoder_config_name_or_path training/configs/text_encoder_glide_emoji.json \
@@ -7,10 +7,11 @@ Teaches a text encoder what captions look like, before a U-Net is trained with i
     accelerate launch training/train_adm.py --text_encoder_name_or_path runs/emoji-text --train_text_encoder ...
 
 At the last timesteps, x_t is noise, and all that the U-Net can predict is the mean of the images with the caption,
-E[x_0 | caption]. This is where the captions of different pictures must be told apart, and a text encoder that starts
+E[x_0 | caption]. This is where the captions of different images must be told apart, and a text encoder that starts
 from random weights learns it slowly through the U-Net: it sees as many captions a step as the U-Net sees images. Here
 two linear layers predict the latents from the pooled text and from the mean of the token states, without a U-Net, so
-that a step of 128 captions takes a fraction of a second on a CPU. The layers are thrown away afterwards.
+that a step of 128 captions takes a fraction of a second on a CPU. The layers are thrown away afterwards. It runs in one
+process, and is not resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import nn
 
 from ..commands.arguments import arg, check_at_least, parse_args
 from ..commands.errors import run_command
-from ..conditioning.text import encode_captions, pads_to_max
+from ..conditioning.text import check_tokenizer, encode_captions, pads_to_max
 from ..data.captions import CaptionTokens
 from ..data.latents import PLAIN, LatentDataset, check_latents, find_stored_latents, load_latents
 from ..data.samplers import BalancedClassSampler, EpochShuffleSampler
@@ -40,6 +41,8 @@ from ..data.text_encoders import build_text_encoder, load_text_encoder, load_tok
 
 
 logger = logging.getLogger("diffusers_adm.training.text_pretraining")
+
+MEASURED_AT_ONCE = 4096  # latents
 
 
 @dataclass
@@ -56,11 +59,11 @@ class TextPretrainingArguments:
     cache_dir: str | None = arg(None, "Cache folder of datasets and pretrained models.")
     train_batch_size: int = arg(128, "Captions a step.")
     max_train_steps: int = arg(4000, "Number of steps.")
-    learning_rate: float = arg(1e-3, "Peak learning rate; it falls to zero on half a cosine.")
-    lr_warmup_steps: int = arg(100, "Steps over which the learning rate rises.")
-    max_grad_norm: float = arg(1.0, "Norm that larger gradients of the text encoder are scaled down to.")
-    logging_steps: int = arg(200, "Steps between two lines of the log.")
-    seed: int = arg(0, "Seed of new weights, the order and the captions that are drawn.")
+    learning_rate: float = arg(1e-3, "Peak learning rate, which decreases to 0 (cosine).")
+    lr_warmup_steps: int = arg(100, "Number of steps over which the learning rate rises.")
+    max_grad_norm: float = arg(1.0, "Maximum gradient norm of the text encoder.")
+    logging_steps: int = arg(200, "Log every this many steps.")
+    seed: int = arg(0, "Random seed.")
     output_dir: str = arg("text-encoder", "New folder for the text encoder and its tokenizer.")
 
     def __post_init__(self):
@@ -77,14 +80,24 @@ class TextPretrainingArguments:
                 "A text encoder from scratch (`text_encoder_config_name_or_path`) has no tokenizer. Pass "
                 "`tokenizer_name_or_path`; `python -m diffusers_adm.training.tokenizer` makes one."
             )
-        if self.class_balanced and self.label_column is None:
-            raise ValueError("`class_balanced` needs `label_column`. Pass it, or drop `class_balanced`.")
+        if self.class_balanced != (self.label_column is not None):
+            raise ValueError(
+                f"`label_column` is {self.label_column!r} and `class_balanced` {self.class_balanced}: labels serve to "
+                "draw all classes equally often. Pass both, or neither."
+            )
+        if self.lr_warmup_steps >= self.max_train_steps:
+            raise ValueError(
+                f"`lr_warmup_steps` is {self.lr_warmup_steps} and `max_train_steps` {self.max_train_steps}, so the "
+                "learning rate would never reach its peak. Pass fewer warm-up steps."
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("This command runs in one process. Start it with `python -m`, not with several processes.")
 
 
-class Unexplained(NamedTuple):
+class UnexplainedVariance(NamedTuple):
     """
-    Mean square errors of the predicted latents, as shares of their variance: near 1 at the start, near 0 for captions
-    that each name one image.
+    Mean square errors of the predicted latents, as fractions of their variance: near 1 at the start, near 0 for
+    captions that each name one image.
 
     Attributes:
         pooled (`torch.Tensor` of shape `()`, *optional*): From the pooled text, where the encoder gives one.
@@ -128,7 +141,7 @@ class LatentPredictor(nn.Module):
         self.from_states = nn.Linear(encoded.hidden_states.shape[-1], len(mean))
         self.from_pooled = None if encoded.pooled is None else nn.Linear(encoded.pooled.shape[-1], len(mean))
 
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> Unexplained:
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> UnexplainedVariance:
         """The errors for `input_ids` and `caption_mask` `(B, length)` and `latent_mean` `(B, C, H, W)`."""
         encoded = encode_captions(self.text_encoder, batch, pad_to_max=self.pad_to_max)
         targets = (batch["latent_mean"].flatten(1) - self.mean) / self.std
@@ -137,15 +150,23 @@ class LatentPredictor(nn.Module):
         pooled = None
         if self.from_pooled is not None and encoded.pooled is not None:
             pooled = (self.from_pooled(encoded.pooled) - targets).square().mean()
-        return Unexplained(pooled, (self.from_states(states) - targets).square().mean())
+        return UnexplainedVariance(pooled, (self.from_states(states) - targets).square().mean())
 
 
 def latent_moments(dataset: LatentDataset) -> tuple[torch.Tensor, float]:
-    """Mean of the latents, float32 of shape `(numbers of a latent,)`, and their standard deviation around it."""
-    column = dataset.latents.with_format("numpy")[PLAIN[0]]
-    rows = np.asarray(column[:], dtype=np.float64)
-    mean = rows.mean(axis=0)
-    return torch.from_numpy(mean).float(), float(np.sqrt(np.square(rows - mean).mean()))
+    """
+    Mean of the latents, float32 of shape `(numbers of a latent,)`, and their standard deviation around it. In two
+    passes over parts of the data, in float64.
+    """
+    latents = dataset.latents.with_format("numpy")
+
+    def parts() -> Iterator[np.ndarray]:
+        for start in range(0, len(latents), MEASURED_AT_ONCE):
+            yield np.asarray(latents[start : start + MEASURED_AT_ONCE][PLAIN[0]], dtype=np.float64)
+
+    mean = sum(part.sum(axis=0) for part in parts()) / len(latents)
+    variance = sum(np.square(part - mean).sum(axis=0) for part in parts()) / len(latents)
+    return torch.from_numpy(mean).float(), float(np.sqrt(variance.mean()))
 
 
 def endless_batches(dataset: LatentDataset, labels: Sequence[int] | None, batch_size: int) -> Iterator[dict]:
@@ -159,7 +180,9 @@ def endless_batches(dataset: LatentDataset, labels: Sequence[int] | None, batch_
         epoch += 1
 
 
-def pretrain(predictor: LatentPredictor, batches: Iterator[dict], args: TextPretrainingArguments) -> Unexplained:
+def pretrain(
+    predictor: LatentPredictor, batches: Iterator[dict], args: TextPretrainingArguments
+) -> UnexplainedVariance:
     """Trains text encoder and linear layers. Returns the mean errors of the steps since the last line of the log."""
     device = predictor.mean.device
     optimizer = torch.optim.AdamW(predictor.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -185,7 +208,7 @@ def pretrain(predictor: LatentPredictor, batches: Iterator[dict], args: TextPret
                 )
             from_pooled = f"{pooled:.4f} from the pooled text, " if has_pooled else ""
             logger.info(f"Step {step}: unexplained share {from_pooled}{states:.4f} from the states")
-            last = Unexplained(torch.tensor(pooled) if has_pooled else None, torch.tensor(states))
+            last = UnexplainedVariance(torch.tensor(pooled) if has_pooled else None, torch.tensor(states))
             sums, count = torch.zeros_like(sums), 0
     return last
 
@@ -212,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text_encoder = build_text_encoder(args.text_encoder_config_name_or_path, tokenizer, args.seed)
     else:
         text_encoder = load_text_encoder("text_encoder_name_or_path", name, trained=True, **hub)
+    check_tokenizer(text_encoder, tokenizer)
     pad_to_max = pads_to_max(text_encoder, {})
 
     # 2. Latents and captions

@@ -185,8 +185,8 @@ class LossSecondMomentTimestepSampler(TimestepSampler):
 class BiasedTimestepSampler(TimestepSampler):
     r"""
     Draws some timesteps more (or less) often than the others, without weights that make up for it: the loss is another
-    one, in which their share is larger. What a picture shows is decided at the late, noisy timesteps, so more of them
-    teach prompts faster, at the cost of details.
+    one, in which their share is larger. Late, noisy timesteps determine the content of an image, so more of them teach
+    prompts faster, at the cost of details.
 
     Args:
         num_train_timesteps (`int`): Number T of training timesteps.
@@ -220,6 +220,8 @@ class BiasedTimestepSampler(TimestepSampler):
         ("earlier", "later"), or those in `[begin, end)` ("range"; `None`: to the last one).
         """
         number = int(portion * num_train_timesteps)
+        if strategy != "range" and number == 0:
+            raise ValueError(f"`portion` is {portion}, which is less than one of {num_train_timesteps} timesteps.")
         end = num_train_timesteps if end is None else end
         if strategy == "earlier":
             begin, end = 0, number
