@@ -329,8 +329,10 @@ def test_a_stroke_covers_a_part_of_a_small_upload(visit, tmp_path):
     Image.new("RGB", (8, 8), "red").save(path)
     page = visit()
     page.get_by_role("tab", name="Edit").click()
+    page.locator("#edit-drawing canvas").first.wait_for()  # the editor takes no upload before
+    page.wait_for_timeout(2000)
     page.locator("#edit-drawing input[type=file]").first.set_input_files(path)
-    page.wait_for_timeout(1000)
+    page.wait_for_timeout(3000)
     draw(page, "edit-drawing")
     button(page, "Inpaint").click()
     wait_for_value(page, "Done.")
